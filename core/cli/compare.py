@@ -1,0 +1,61 @@
+"""`moe-engine compare`: runs side by side."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..errors import UsageError
+from ..runs import Run, read_run, write_atomically
+
+COLUMNS = ("accuracy", "perplexity", "loss", "verdict", "cv", "maxvio", "active", "entropy", "dropped", "steps", "seconds")
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN RUN...")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("compare.png"), help="File of the overlaid plots.  [default: compare.png]")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def compare(runs: tuple[Path, ...], out: Path, as_json: bool) -> None:
+    """Set finished runs side by side: a table, and one picture with their curves laid over each other.
+
+    All numbers are of the test set; those of layers are averaged over the layers.
+    """
+    read = [read_run(folder) for folder in runs]
+    rows = [row(run) for run in read]
+    if out.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise UsageError(f"the picture's name {out} must end in .png, .svg or .pdf")
+    from ..figures import overlaid, picture
+
+    try:
+        write_atomically(out, picture(overlaid(read), out.suffix[1:].lower()))
+    except OSError as error:
+        raise UsageError(f"{out} can't be written: {error.strerror}; name another file with --out") from error
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+        return
+    from .progress import table
+
+    shown = [column for column in COLUMNS if any(one[column] is not None for one in rows)]
+    table("", ["run", "plugins", *shown], [[one["run"], one["plugins"], *(_cell(one[column]) for column in shown)] for one in rows])
+    click.echo(f"picture: {out}")
+
+
+def row(run: Run) -> dict[str, Any]:
+    """One run's line: its summary's numbers, those of layers averaged."""
+    layers = run.summary.get("layers", [])
+
+    def of(name: str) -> Any:
+        if name in run.summary:
+            return run.summary[name]
+        values = [layer[name] for layer in layers if layer.get(name) is not None]
+        return sum(values) / len(values) if values else None
+
+    typed = run.config.get("run", {}).get("plugins", [])
+    return {"run": run.name, "plugins": ",".join(typed) or "(defaults)", **{name: of(name) for name in COLUMNS}}
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,109 @@
+"""Live progress of a run: a bar with the numbers that matter, or plain lines where there is no terminal."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import rich.progress
+from rich.console import Console, RenderableType
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from ..runs import Run
+    from ..training import Training
+
+
+class Progress:
+    """A context in which `show` takes each record of a run. All goes to standard error."""
+
+    def __init__(self, training: "Training", quiet: bool) -> None:
+        self.training, self.quiet = training, quiet
+        self.console = Console(stderr=True)
+        self.bar = _Bar(training, self.console) if self.console.is_terminal and not quiet else None
+        self.latest: dict[str, dict[str, Any]] = {}
+
+    def __enter__(self) -> "Progress":
+        if not self.quiet:
+            engine, config = self.training.engine, self.training.config
+            chosen = [name for name, one in engine.plugins.found.items() if one.kind not in ("metric", "report", "task")]
+            model = f"{config.experts} experts, top {config.top_k}"
+            self._print(f"{config.task}: {', '.join(chosen)}; {model}; {self.training.total_steps} steps on {self.training.device.type}")
+        if self.bar is not None:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def show(self, record: dict[str, Any]) -> None:
+        """Take one record of metrics.jsonl."""
+        self.latest[record["split"]] = record
+        if self.bar is not None:
+            self.bar.say(_facts(self.latest.get("train"), self.latest.get("eval")))
+        elif not self.quiet:
+            words = "test " if record["split"] == "eval" else "train"
+            self._print(f"step {record['step']:>6}/{self.training.total_steps}  {words}  {_facts(record)}")
+
+    def finish(self, run: "Run") -> None:
+        """The result, on standard output."""
+        summary = run.summary
+        console = Console(highlight=False, soft_wrap=True)
+        accuracy = summary["accuracy"]
+        result = f"accuracy {accuracy:.2%}" if accuracy is not None else f"loss {summary['loss']}"
+        console.print(f"{summary['verdict'] or 'no verdict'}: {result} on the test set after {summary['steps']} steps, {summary['seconds']:.0f} s")
+        for finding in summary["findings"]:
+            console.print(f"  {finding['layer']}: {finding['why']}" + (f"; {finding['advice']}" if finding["advice"] else ""))
+        report = run.folder / "report.html"
+        console.print(f"report: {report}" if report.exists() else f"run: {run.folder}")
+
+    def _print(self, line: str) -> None:
+        self.console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+class _Bar(rich.progress.Progress):
+    """A bar that reads the step by itself, so that the training loop need not report each one."""
+
+    def __init__(self, training: "Training", console: Console) -> None:
+        self.training = training
+        super().__init__(
+            rich.progress.BarColumn(24),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.TimeRemainingColumn(),
+            rich.progress.TextColumn("{task.description}", markup=False),
+            console=console,
+        )
+        self.only = self.add_task("", total=training.total_steps)
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        self.update(self.only, completed=self.training.step)
+        yield from super().get_renderables()
+
+    def say(self, facts: str) -> None:
+        self.update(self.only, description=facts)
+
+
+def _facts(record: dict[str, Any] | None, other: dict[str, Any] | None = None) -> str:
+    """Loss, accuracy, cv, maxvio and active experts of a record; layers are averaged."""
+    record = record or other
+    if record is None:
+        return ""
+    facts = [f"loss {record['loss']:.4f}"]
+    source = other if other is not None and other.get("accuracy") is not None else record
+    if source.get("accuracy") is not None:
+        facts.append(f"{'test ' if source is not record else ''}accuracy {source['accuracy']:.2%}")
+    layers = list(record["layers"].values())
+    for name, digits in (("cv", 2), ("maxvio", 2), ("active", 0)):
+        values = [layer[name] for layer in layers if layer.get(name) is not None]
+        if values:
+            facts.append(f"{name} {sum(values) / len(values):.{digits}f}")
+    return "  ".join(facts)
+
+
+def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """Print a table on standard output."""
+    drawn = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        drawn.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        drawn.add_row(*row)
+    Console(width=None).print(drawn)

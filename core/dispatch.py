@@ -1,0 +1,99 @@
+"""How tokens reach experts and come back: sort by expert, split once, combine by a weighted sum.
+
+One readable path that takes any shape and precision. Under torch.compile, where the number of rows
+of an expert can't be read, the same products go through two custom operators.
+"""
+
+import torch
+from torch import Tensor
+
+from .parts import Experts
+from .routing import Assignments, at_least_fp32
+
+
+def dispatch(experts: Experts, x_TD: Tensor, plan: Assignments, size: int, out: int) -> Tensor:
+    """[T, out]: sum over a token's kept assignments of weight times its expert's output, in fp32 or better."""
+    expert_N = torch.where(plan.kept, plan.expert, size)  # what is not kept goes to the end
+    order_N = torch.argsort(expert_N, stable=True)
+    counts_E = torch.zeros(size + 1, dtype=torch.long, device=x_TD.device).index_add(0, expert_N, torch.ones_like(expert_N))
+    token_N = plan.token.index_select(0, order_N)
+    out_NO = experts(x_TD.index_select(0, token_N), counts_E[:size])
+    weight_N = torch.where(plan.kept, plan.weight, 0).index_select(0, order_N)
+    y_TO = torch.zeros(x_TD.shape[0], out, dtype=weight_N.dtype, device=x_TD.device)
+    return y_TO.index_add(0, token_N, at_least_fp32(out_NO).to(weight_N.dtype) * weight_N[:, None])
+
+
+def row_counts(counts_E: Tensor) -> list[int] | Tensor:
+    """counts_E in the form that `grouped_linear` takes: numbers, or under torch.compile the tensor itself."""
+    return counts_E if torch.compiler.is_compiling() else counts_E.tolist()
+
+
+def grouped_linear(x_ND: Tensor, w_EDH: Tensor, b_EH: Tensor | None, counts: list[int] | Tensor) -> Tensor:
+    """[N, H]: x W + b with each row's own expert. Rows are sorted by expert; rows past the counts' sum come back as 0."""
+    if torch.is_autocast_enabled(x_ND.device.type):
+        dtype = torch.get_autocast_dtype(x_ND.device.type)
+        x_ND, w_EDH, b_EH = x_ND.to(dtype), w_EDH.to(dtype), None if b_EH is None else b_EH.to(dtype)
+    if isinstance(counts, Tensor):
+        return _traced_linear(x_ND, w_EDH, b_EH, counts)
+    rest = x_ND.shape[0] - sum(counts)
+    rows = x_ND.split([*counts, rest])
+    weights = w_EDH.unbind(0)  # once: w[e] in a loop would write E gradients of E experts each
+    if b_EH is None:
+        parts = [rows_nD @ w_DH for rows_nD, w_DH in zip(rows, weights, strict=False)]
+    else:
+        parts = [torch.addmm(b_H, r_nD, w_DH) for r_nD, w_DH, b_H in zip(rows, weights, b_EH.unbind(0), strict=False)]
+    if rest:
+        parts.append(x_ND.new_zeros(rest, w_EDH.shape[2]))
+    return torch.cat(parts)
+
+
+def _traced_linear(x_ND: Tensor, w_EDH: Tensor, b_EH: Tensor | None, counts_E: Tensor) -> Tensor:
+    out_NH: Tensor = _grouped_mm(x_ND, w_EDH, counts_E)
+    if b_EH is None:
+        return out_NH
+    place_N = torch.arange(x_ND.shape[0], device=x_ND.device)
+    expert_N = torch.searchsorted(counts_E.cumsum(0), place_N, right=True)
+    return out_NH + torch.cat([b_EH, b_EH.new_zeros(1, b_EH.shape[1])]).index_select(0, expert_N)
+
+
+@torch.library.custom_op("moe_engine::grouped_mm", mutates_args=())
+def _grouped_mm(x_ND: Tensor, w_EDH: Tensor, counts_E: Tensor) -> Tensor:
+    out_NH = x_ND.new_zeros(x_ND.shape[0], w_EDH.shape[2])
+    start = 0
+    for expert, rows in enumerate(counts_E.tolist()):
+        torch.mm(x_ND[start : start + rows], w_EDH[expert], out=out_NH[start : start + rows])
+        start += rows
+    return out_NH
+
+
+@torch.library.custom_op("moe_engine::grouped_outer", mutates_args=())
+def _grouped_outer(x_ND: Tensor, g_NH: Tensor, counts_E: Tensor) -> Tensor:
+    out_EDH = x_ND.new_zeros(counts_E.shape[0], x_ND.shape[1], g_NH.shape[1])
+    start = 0
+    for expert, rows in enumerate(counts_E.tolist()):
+        torch.mm(x_ND[start : start + rows].t(), g_NH[start : start + rows], out=out_EDH[expert])
+        start += rows
+    return out_EDH
+
+
+@_grouped_mm.register_fake
+def _(x_ND: Tensor, w_EDH: Tensor, counts_E: Tensor) -> Tensor:
+    return x_ND.new_empty(x_ND.shape[0], w_EDH.shape[2])
+
+
+@_grouped_outer.register_fake
+def _(x_ND: Tensor, g_NH: Tensor, counts_E: Tensor) -> Tensor:
+    return x_ND.new_empty(counts_E.shape[0], x_ND.shape[1], g_NH.shape[1])
+
+
+def _keep(ctx: object, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)  # type: ignore[attr-defined]
+
+
+def _backward(ctx: object, g_NH: Tensor) -> tuple[Tensor, Tensor, None]:
+    x_ND, w_EDH, counts_E = ctx.saved_tensors  # type: ignore[attr-defined]
+    g_NH = g_NH.contiguous()
+    return _grouped_mm(g_NH, w_EDH.transpose(1, 2).contiguous(), counts_E), _grouped_outer(x_ND, g_NH, counts_E), None
+
+
+_grouped_mm.register_autograd(_backward, setup_context=_keep)

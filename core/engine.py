@@ -1,0 +1,366 @@
+"""The engine: builds layers from plugins, and owns the order of events around a training step.
+
+Sequence: forward; (task_loss + engine.aux_loss()).backward(); engine.after_backward() for each
+micro-batch; then unscale, clip, optimizer.step(); engine.after_step(skipped=False) once.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from .errors import PluginError, UsageError, listed
+from .experts import ModuleBank, StackedMLP
+from .layer import MoE, unflat
+from .ledger import Anchor
+from .manager import Plugins, Setup
+from .options import Settings, parse_settings
+from .parts import Bias, Part
+from .routing import Routing, Spec, count_by
+from .stats import Finding, Stats, Step
+
+Probe = Routing  # a layer's routing of a fixed held-out batch
+
+Metrics = dict[str, float | Tensor | Finding]
+
+LEARNABLE = 1e-5  # the least share of the output's gradient that must reach a router's logits
+
+
+@attrs.frozen
+class Effects:
+    """How much each term moves one layer's router, on the probe batch.
+
+    task: norm of the task loss's gradient at the raw logits. losses: the same of each weighted loss
+    term. biases: by plugin, the share of choices that differ without it.
+    """
+
+    task: float
+    losses: Mapping[str, float]
+    biases: Mapping[str, float]
+
+
+class Engine:
+    """Chosen plugins, and the layers built from them.
+
+    plugins: names in the order typed, comma-separated or as a list. settings: "plugin.option=value"
+    texts, or nested dicts. without: names of default plugins to leave out. task: name of a task
+    plugin. spec: defaults of every layer (experts, top_k, capacity, ...). Raises UsageError.
+    """
+
+    def __init__(
+        self,
+        plugins: str | Iterable[str] = (),
+        settings: Iterable[str] | Settings = (),
+        without: Iterable[str] = (),
+        task: str | None = None,
+        **spec: Any,
+    ) -> None:
+        names = [name.strip() for name in plugins.split(",") if name.strip()] if isinstance(plugins, str) else plugins
+        self.plugins = Plugins(names, without, _settings(settings), task)
+        self.defaults = spec
+        self._layers: list[weakref.ref[MoE]] = []
+        self._windows: weakref.WeakKeyDictionary[MoE, Tensor] = weakref.WeakKeyDictionary()
+        self._last: weakref.WeakKeyDictionary[MoE, dict[str, float]] = weakref.WeakKeyDictionary()
+        self._anchored = False  # aux_loss() took part in a backward of this step
+        self._closed = True  # after_backward() followed the last backward
+        self.plugins.check(Setup(self.plugins.active, self._spec(dim=0, hidden=0)))
+
+    # -- layers ----------------------------------------------------------------------------------
+
+    def moe(
+        self,
+        dim: int,
+        hidden: int = 0,
+        *,
+        modules: Sequence[nn.Module] | None = None,
+        settings: Iterable[str] | Settings = (),
+        name: str | None = None,
+        **spec: Any,
+    ) -> MoE:
+        """Build a layer: [..., dim] -> [..., dim or out]. Raises UsageError for a mix that makes no sense.
+
+        hidden: H of the stacked experts. modules: any modules as experts instead, one each. settings:
+        plugin options of this layer alone. spec: see `Spec`.
+        """
+        if modules is not None:
+            spec["experts"] = len(modules)
+        layer_spec = self._spec(dim=dim, hidden=hidden, **spec)
+        plugins = self.plugins.override(_settings(settings))
+        self.plugins.check(Setup(plugins, layer_spec))
+        try:
+            layer = self._build(layer_spec, plugins, modules, name or f"moe{len(self._layers)}")
+        except UsageError:
+            raise
+        except Exception as error:
+            if (culprit := self.plugins.culprit(error)) is None:
+                raise
+            raise PluginError(f"{culprit} can't be used in this layer: {type(error).__name__}: {error}") from error
+        self._layers.append(weakref.ref(layer))
+        return layer
+
+    def _spec(self, **own: Any) -> Spec:
+        try:
+            return Spec(**{**self.defaults, **own})
+        except TypeError as error:
+            raise UsageError(f"a layer can't be built: {error}") from error
+
+    def _build(self, spec: Spec, plugins: Mapping[str, Any], modules: Sequence[nn.Module] | None, name: str) -> MoE:
+        def ask(hook: str, **offer: Any) -> list[tuple[str, Any]]:
+            answers = [(bound.plugin, bound(offer)) for bound in self.plugins.bind(hook, plugins)]
+            return [(plugin, answer) for plugin, answer in answers if answer is not None]
+
+        router = ask("moe_router", spec=spec)[0][1]
+        biases: list[dict[str, Bias]] = [dict(ask("moe_bias", spec=spec, level=level)) for level in router.levels]
+        if modules is not None:
+            experts: Any = ModuleBank(modules, spec.out_dim)
+        else:
+            experts = next((answer for _, answer in ask("moe_experts", spec=spec)), None) or StackedMLP(spec)
+        used = {plugin for level in biases for plugin in level}
+        for bound in self.plugins.bind("moe_bias", plugins):
+            if bound.plugin not in used:
+                raise UsageError(f"bias '{bound.plugin}' acts on nothing: the router has no level that it can shift")
+        layer = MoE(
+            spec,
+            router,
+            biases,
+            experts,
+            states=dict(ask("moe_state", spec=spec)),
+            losses=self.plugins.bind("moe_aux_loss", plugins),
+            measures=self.plugins.bind("moe_measure", plugins),
+            weights={plugin: float(getattr(instance, "weight", 1.0)) for plugin, instance in plugins.items()},
+            name=name,
+        )
+        return layer
+
+    def attach(self, model: nn.Module) -> "Engine":
+        """Take every MoE layer in `model`, also a deep-copied or loaded one, and name it by its place."""
+        found = [(name, module) for name, module in model.named_modules() if isinstance(module, MoE)]
+        for name, layer in found:
+            layer.name = name or layer.name
+        self._layers = [weakref.ref(layer) for _, layer in found]
+        return self
+
+    @property
+    def layers(self) -> list[MoE]:
+        """The layers that are still alive, in the order in which they were built or attached."""
+        return [layer for layer in (ref() for ref in self._layers) if layer is not None]
+
+    # -- around a step ---------------------------------------------------------------------------
+
+    def aux_loss(self) -> Tensor:
+        """The weighted auxiliary loss of the last forward, averaged over layers; add it to the task loss.
+
+        Its backward is what lets the layers inject their gradients, scaled as the whole loss is.
+        """
+        layers = self.layers
+        leaf = torch.zeros((), requires_grad=True)
+        value = torch.zeros(())
+        if layers:
+            value = torch.stack([layer.aux_value.to(layers[0].aux_value.device) for layer in layers]).mean()
+            leaf = leaf.to(value.device).detach().requires_grad_()
+        for layer in layers:
+            layer.aux_value.zero_()
+        answer: Tensor = Anchor.apply(leaf, value, self._enter, *[layer.aux_scale for layer in layers])  # type: ignore[no-untyped-call]
+        return answer
+
+    def _enter(self) -> None:
+        self._anchored, self._closed = True, False
+
+    def after_backward(self) -> None:
+        """Call after each micro-batch's backward."""
+        for layer in self.layers:
+            layer.aux_scale.zero_()
+            layer.aux_value.zero_()
+        self._closed = True
+
+    @torch.no_grad()
+    def after_step(self, skipped: bool = False) -> None:
+        """Call once after optimizer.step(): every controller acts here, and nowhere else.
+
+        skipped: the optimizer did not step (GradScaler found inf): the step's sums are thrown away.
+        Raises RuntimeError if `aux_loss()` took part in no backward, or `after_backward()` was not called.
+        """
+        stepped = [layer for layer in self.layers if layer.book.grad is not None]
+        if any(layer.losses for layer in stepped) and not self._anchored:
+            raise RuntimeError("engine.aux_loss() entered no loss: use (loss + engine.aux_loss()).backward()")
+        if not self._closed:
+            raise RuntimeError("call engine.after_backward() after each backward, before engine.after_step()")
+        self._anchored = False
+        for layer in stepped:
+            sums = _over_processes(layer.book.grad)
+            layer.book.grad = None
+            if not skipped:
+                self._settle(layer, sums)
+
+    def _settle(self, layer: MoE, flat: Tensor) -> None:
+        named = unflat(flat, layer.training_layout)
+        self._last[layer] = {name.removeprefix("loss."): v for name, v in named.items() if name.startswith("loss.")}  # type: ignore[misc]
+        flat = torch.where(flat.isfinite().all(), flat, 0)  # nothing that is not finite reaches a state
+        size = sum(shape.numel() for shape in layer.training_layout.values())
+        if layer not in self._windows:
+            self._windows[layer] = torch.zeros(size, dtype=layer.seen.dtype, device=flat.device)
+        self._windows[layer] += flat[:size]
+        named, signals = unflat(flat, layer.training_layout), _signals(layer, flat[size:])
+        grad_E = None
+        for index, level in enumerate(layer.router.levels):
+            for name, bias in layer.bias_levels()[index].items():
+                if bias.wants_expert_grad and grad_E is None:
+                    grad_E = _expert_grad(layer)
+                prefix = f"{level.name}/{name}/"
+                own = {key.removeprefix(prefix): v for key, v in named.items() if key.startswith(prefix)}
+                bias.after_step(_step(layer, level.name, named["load"], own, signals.get((index, name)), grad_E))
+        for name, state in layer.parts_of_plugins().items():
+            own = {key.removeprefix(f"{name}."): v for key, v in named.items() if key.startswith(f"{name}.")}
+            state.after_step(Step(named["load"], own))
+
+    def last_terms(self) -> dict[str, dict[str, float]]:
+        """The loss terms of the last step by layer, summed over its micro-batches, as they were, finite or not."""
+        return {layer.name: {k: float(v.sum()) for k, v in terms.items()} for layer, terms in self._last.items()}  # type: ignore[attr-defined]
+
+    # -- measuring -------------------------------------------------------------------------------
+
+    def metrics(self, split: str = "train", probe: Callable[[], Tensor] | None = None) -> dict[str, Metrics]:
+        """What every metric plugin says of each layer, since the last call for this split.
+
+        split: "train" (steps) or "eval" (forwards in eval mode). probe: runs the model on a fixed
+        held-out batch in eval mode and answers the task loss; without it `effects` and `probe` are
+        None. A layer without data is left out.
+        """
+        bounds = self.plugins.bind("moe_metrics")
+        asked = {name for bound in bounds for name in bound.arguments}
+        probed = self.probe(probe) if probe is not None and asked & {"effects", "probe"} else {}
+        answers: dict[str, Metrics] = {}
+        for layer in self.layers:
+            stats = self._take(layer, split)
+            if stats.tokens:
+                routing, effects = probed.get(layer, (None, None))
+                offer = {"stats": stats, "layer": layer, "effects": effects, "probe": routing}
+                answers[layer.name] = _merged((bound.plugin, bound(offer)) for bound in bounds)
+        return answers
+
+    def _take(self, layer: MoE, split: str) -> Stats:
+        """The sums of one split so far, which begin again at zero."""
+        stats = Stats(layer.spec)
+        if split == "eval":
+            stats.add(unflat(layer.seen, layer.layout))
+            layer.seen.zero_()
+        elif layer in self._windows:
+            stats.add(unflat(self._windows.pop(layer), layer.training_layout))
+        if stats.sums:
+            for level in layer.router.levels:
+                unit_of = layer.router.unit_of(level.name)
+                load = stats.load if unit_of is None else count_by(unit_of.cpu(), stats.load, level.size)
+                stats.sums[f"load.{level.name}"] = load
+        return stats
+
+    def probe(self, run: Callable[[], Tensor]) -> dict[MoE, tuple[Routing, Effects]]:
+        """Routing and effects of each layer on one batch; nothing is counted and no gradient is kept.
+
+        run: the model's forward on that batch in eval mode; answers the task loss.
+        """
+        loss, routings = self._watch(run)
+        return {layer: (routing, _effects(layer, routing, loss, len(self.layers))) for layer, routing in routings.items()}
+
+    def _watch(self, run: Callable[[], Tensor]) -> tuple[Tensor, dict[MoE, Routing]]:
+        layers = self.layers
+        for layer in layers:
+            layer.watched = []
+        try:
+            with torch.enable_grad():
+                loss = run()
+            return loss, {layer: layer.watched[-1] for layer in layers if layer.watched}
+        finally:
+            for layer in layers:
+                layer.watched = None
+
+    def check_learning(self, run: Callable[[], Tensor]) -> None:
+        """Raise UsageError if the task gives some level of a router no gradient: it would never learn.
+
+        run: as for `probe`. A gate that is renormalised to a constant is the common reason.
+        """
+        loss, routings = self._watch(run)
+        for layer, routing in routings.items():
+            gate_N = routing.plan.weight
+            at_gates = _gradient(loss, [gate_N], [gate_N.detach()]) if gate_N.requires_grad else 1.0
+            for level in routing.levels:
+                able = level.logits.requires_grad and level.logits.shape[-1] > 1
+                if able and _gradient(loss, [level.logits]) < LEARNABLE * at_gates:
+                    raise UsageError(
+                        f"layer '{layer.name}': the task gives the router's level '{level.name}' no gradient, so it can't "
+                        f"learn; with top_k={layer.spec.top_k} its gates must not be renormalised to a constant"
+                    )
+
+
+def _settings(given: Iterable[str] | Settings) -> Settings:
+    return dict(given) if isinstance(given, Mapping) else parse_settings(given)
+
+
+def _merged(answers: Iterable[tuple[str, Metrics]]) -> Metrics:
+    merged: Metrics = {}
+    owner: dict[str, str] = {}
+    for plugin, answer in answers:
+        for name, value in answer.items():
+            if name in owner:
+                raise PluginError(f"metric '{name}' is answered by {listed([owner[name], plugin])}; rename one")
+            owner[name] = plugin
+            merged[name] = value
+    return merged
+
+
+def _over_processes(sums: Any) -> Tensor:
+    total: Tensor = sums.detach()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(total)
+    return total
+
+
+def _signals(layer: MoE, flat: Tensor) -> dict[tuple[int, str], Tensor]:
+    parts = flat.split(list(layer.signal_sizes.values())) if layer.signal_sizes else ()
+    return dict(zip(layer.signal_sizes, parts, strict=True))
+
+
+def _expert_grad(layer: MoE) -> Tensor:
+    if all(parameter.grad is None for parameter in layer.experts.parameters()):
+        raise RuntimeError("a bias needs the experts' gradients: call engine.after_step() before optimizer.zero_grad()")
+    return layer.experts.expert_grad()
+
+
+def _step(
+    layer: MoE, level: str, load_E: Tensor, own: Mapping[str, Tensor], signal: Tensor | None, grad_E: Tensor | None
+) -> Step:
+    unit_of, within = layer.router.unit_of(level), layer.router.within(level)
+    if unit_of is None:
+        return Step(load_E, own, signal, grad_E, within)
+    size = next(one.size for one in layer.router.levels if one.name == level)
+    sizes = count_by(unit_of, torch.ones_like(load_E), size).clamp(min=1)
+    grad = None if grad_E is None else count_by(unit_of, grad_E, size) / sizes
+    return Step(count_by(unit_of, load_E, size), own, signal, grad, within)
+
+
+def _effects(layer: MoE, routing: Routing, loss: Tensor, layers: int) -> Effects:
+    logits = [level.logits for level in routing.levels if level.logits.requires_grad]
+    terms = layer.aux_terms(routing) if logits else {}
+    losses = {name: _gradient(layer.weight_of(name) / layers * value, logits) for name, value in terms.items()}
+    plugins = dict.fromkeys(name for biases in layer.bias_levels() for name in biases)
+    return Effects(_gradient(loss, logits), losses, {name: _moved(layer, routing, name) for name in plugins})
+
+
+@torch.no_grad()
+def _moved(layer: MoE, routing: Routing, plugin: str) -> float:
+    """The share of choices that differ without one plugin's biases."""
+    chosen_TE = routing.chosen()
+    without = layer.decide(routing.tokens, [level.logits for level in routing.levels], without=plugin)
+    return float((chosen_TE - without.chosen()).clamp(min=0).sum() / chosen_TE.sum().clamp(min=1))
+
+
+def _gradient(value: Tensor, at: Sequence[Tensor], times: Sequence[Tensor] | None = None) -> float:
+    """The norm of value's gradient at some tensors, multiplied elementwise with `times`."""
+    if not at or not value.requires_grad:
+        return 0.0
+    grads = torch.autograd.grad(value, at, retain_graph=True, allow_unused=True)
+    factors = times or [torch.ones(()) for _ in at]
+    parts = [(grad * by.to(grad.device)).float().square().sum() for grad, by in zip(grads, factors, strict=True) if grad is not None]
+    return float(torch.stack(parts).sum().sqrt()) if parts else 0.0

@@ -1,0 +1,110 @@
+"""Banks of experts: a stacked MLP, and any modules side by side."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .dispatch import grouped_linear, row_counts
+from .parts import Experts, uniform
+from .routing import Spec
+
+
+def swiglu(h_NJ: Tensor) -> Tensor:
+    """silu(first half) * second half (Shazeer, 2020)."""
+    gate, up = h_NJ.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "gelu": F.gelu, "swiglu": swiglu}
+
+
+class StackedMLP(Experts):
+    """E two-layer perceptrons in stacked weights: act(x W_in + b_in) W_out + b_out.
+
+    w_in [E, D, H], for swiglu [E, D, 2H] (gate, then up); w_out [E, H, out].
+    """
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__()
+        self.activation = spec.activation
+        count, dim, hidden, out = spec.experts, spec.dim, spec.hidden, spec.out_dim
+        wide = 2 * hidden if spec.activation == "swiglu" else hidden
+        self.b_in = self.b_out = None
+        self.expert_param("w_in", uniform((count, dim, wide), dim), role="in")
+        self.expert_param("w_out", uniform((count, hidden, out), hidden), role="output")
+        if spec.bias:
+            self.expert_param("b_in", uniform((count, wide), dim), role="in")
+            self.expert_param("b_out", uniform((count, out), hidden), role="output")
+
+    w_in: Tensor
+    w_out: Tensor
+    b_in: Tensor | None
+    b_out: Tensor | None
+
+    def forward(self, x_ND: Tensor, counts_E: Tensor) -> Tensor:
+        counts = row_counts(counts_E)
+        hidden_NH = ACTIVATIONS[self.activation](grouped_linear(x_ND, self.w_in, self.b_in, counts))
+        return grouped_linear(hidden_NH, self.w_out, self.b_out, counts)
+
+    def outputs(self, x_SD: Tensor) -> Tensor:
+        hidden_ESH = x_SD @ self.w_in if self.b_in is None else x_SD @ self.w_in + self.b_in[:, None]
+        out_ESO = ACTIVATIONS[self.activation](hidden_ESH) @ self.w_out
+        return out_ESO if self.b_out is None else out_ESO + self.b_out[:, None]
+
+    def expert_grad(self) -> Tensor:
+        means = [_mean_grad(tensor, list(range(1, tensor.dim()))) for tensor in self.parameters()]
+        return torch.stack(means).mean(0)
+
+
+class ModuleBank(Experts):
+    """Any modules as experts, each called with its own rows [n, D] and answering [n, out]; one without rows is not called.
+
+    Under torch.compile the number of rows breaks the graph: fullgraph=True needs a StackedMLP.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], out: int) -> None:
+        super().__init__()
+        self.bank = nn.ModuleList(modules)
+        self.out = out
+
+    def forward(self, x_ND: Tensor, counts_E: Tensor) -> Tensor:
+        counts = counts_E.tolist()
+        rest = x_ND.shape[0] - sum(counts)
+        *rows, _ = x_ND.split([*counts, rest])
+        parts = [expert(own) for expert, own in zip(self.bank, rows, strict=True) if own.shape[0]]
+        dtype = parts[0].dtype if parts else x_ND.dtype
+        return torch.cat([*parts, torch.zeros(rest, self.out, dtype=dtype, device=x_ND.device)])
+
+    def outputs(self, x_SD: Tensor) -> Tensor:
+        return torch.stack([expert(x_SD) for expert in self.bank])
+
+    def expert_grad(self) -> Tensor:
+        return torch.stack([torch.stack([_mean_grad(p, None) for p in one.parameters()]).mean() for one in self.bank])
+
+
+def _mean_grad(parameter: Tensor, dims: list[int] | None) -> Tensor:
+    """Mean |gradient| over dims (None = all), in fp32; 0 where there is no gradient."""
+    grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    return grad.detach().float().abs().mean(dims)
+
+
+def shared_expert(spec: Spec) -> nn.Module | None:
+    """The MLP through which every token goes, as wide as `spec.shared` experts; None without one (DeepSeekMoE, 2024)."""
+    if not spec.shared:
+        return None
+    return _Shared(spec)
+
+
+class _Shared(nn.Module):
+    def __init__(self, spec: Spec) -> None:
+        super().__init__()
+        hidden = spec.hidden * spec.shared
+        self.act = ACTIVATIONS[spec.activation]
+        self.enter = nn.Linear(spec.dim, 2 * hidden if spec.activation == "swiglu" else hidden, bias=spec.bias)
+        self.leave = nn.Linear(hidden, spec.out_dim, bias=spec.bias)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        out: Tensor = self.leave(self.act(self.enter(x_TD)))
+        return out

@@ -1,0 +1,169 @@
+"""The pictures of runs, drawn with matplotlib: curves, usage over time, class by expert, effects."""
+
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from .runs import Run
+
+INK = "#6b7280"  # readable on white and on near-black
+STYLE = {
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "axes.titlesize": "medium",
+    "axes.titlelocation": "left",
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "moe-engine",
+    "font.size": 10,
+}
+HEAT = "viridis"
+
+
+def of_run(run: "Run") -> dict[str, Figure]:
+    """Every picture of a run by name."""
+    figures = {"loss": curves([run], ["loss"]), "accuracy": curves([run], ["accuracy"])}
+    for layer in run.summary["layers"]:
+        name = layer["name"]
+        figures[f"balance {name}"] = balance(run, name)
+        figures[f"usage {name}"] = usage(run, name)
+        figures[f"classes {name}"] = classes(run, name)
+        figures[f"effects {name}"] = effects(run, name)
+    return {name: figure for name, figure in figures.items() if figure is not None}
+
+
+def overlaid(runs: Sequence["Run"]) -> Figure:
+    """Several runs' curves on the test set, one colour a run."""
+    figure = curves(runs, ["loss", "accuracy", "cv", "maxvio"])
+    assert figure is not None  # every run has a loss
+    return figure
+
+
+def picture(figure: Figure, kind: str) -> bytes:
+    """A figure as a file: svg and pdf are transparent, png is white."""
+    out = io.BytesIO()
+    with mpl.rc_context(STYLE):
+        dated = {"metadata": {"Date": None}} if kind == "svg" else {}
+        figure.savefig(out, format=kind, dpi=110, facecolor="white" if kind == "png" else "none", **dated)
+    return out.getvalue()
+
+
+def series(run: "Run", split: str, name: str, layer: str | None = None) -> tuple[list[int], list[Any]]:
+    """(steps, values) of a number over a run; of a layer's, or averaged over the layers that have it."""
+    steps, values = [], []
+    for record in run.records:
+        found = [record.get(name)] if layer is None else []
+        if found == [None] or layer is not None:
+            found = [m.get(name) for at, m in record["layers"].items() if layer in (None, at)]
+        found = [value for value in found if value is not None]
+        if record["split"] == split and found:
+            steps.append(record["step"])
+            values.append(found[0] if len(found) == 1 else float(np.mean(found)))
+    return steps, values
+
+
+def curves(runs: Sequence["Run"], names: Sequence[str]) -> Figure | None:
+    """One panel a number. One run: training and test; several: the test set alone."""
+    splits = (("train", "--", "training"), ("eval", "-", "test")) if len(runs) == 1 else (("eval", "-", ""),)
+    panels = [name for name in names if any(series(run, "eval", name)[0] for run in runs)]
+    if not panels:
+        return None
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(5.6 * columns, 3.0 * rows), layout="constrained")
+        for index, name in enumerate(panels):
+            axes = figure.add_subplot(rows, columns, index + 1, title=name, xlabel="step")
+            for number, run in enumerate(runs):
+                for split, dash, word in splits:
+                    label = word if len(runs) == 1 else run.name
+                    axes.plot(*series(run, split, name), dash, color=f"C{number}", label=label, marker="o", markersize=2.5)
+            if index == 0:
+                axes.legend()
+    return figure
+
+
+def balance(run: "Run", layer: str) -> Figure | None:
+    """cv, maxvio and gini of one layer over training, and the active experts."""
+    lines = {name: series(run, "train", name, layer) for name in ("cv", "gini", "maxvio", "active")}
+    if not lines["cv"][0]:
+        return None
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(5.6, 3.4), layout="constrained")
+        axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+        for name in ("cv", "gini", "maxvio"):
+            axes.plot(*lines[name], label=name, marker="o", markersize=2.5)
+        axes.set(title="balance in training (0 = even)", ylim=(0, None))
+        axes.legend(ncols=3)
+        experts = next(one["experts"] for one in run.summary["layers"] if one["name"] == layer)
+        below.step(*lines["active"], where="post", color=INK)
+        below.set(xlabel="step", ylabel=f"active of {experts}", ylim=(0, experts * 1.1))
+    return figure
+
+
+def usage(run: "Run", layer: str) -> Figure | None:
+    """Share of the load of each expert over training, as a heatmap; 1 = an even share."""
+    steps, loads = series(run, "train", "load", layer)
+    if not steps:
+        return None
+    share_SE = np.array([[value or 0.0 for value in load] for load in loads])
+    relative_ES = share_SE.T * share_SE.shape[1]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(5.6, max(2.4, 1.2 + 0.16 * relative_ES.shape[0])), layout="constrained")
+        axes = figure.add_subplot(title="load of each expert in training (1 = an even share)", xlabel="step", ylabel="expert")
+        edges = np.array([0, *steps])
+        image = axes.pcolormesh(edges, np.arange(relative_ES.shape[0] + 1), relative_ES, cmap=HEAT, vmin=0, vmax=max(2.0, relative_ES.max()))
+        axes.set_yticks(np.arange(relative_ES.shape[0]) + 0.5, [str(e) for e in range(relative_ES.shape[0])])
+        axes.invert_yaxis()
+        axes.grid(False)
+        figure.colorbar(image)
+    return figure
+
+
+def classes(run: "Run", layer: str) -> Figure | None:
+    """Which share of a class's assignments each expert got, on the test set."""
+    tables = series(run, "eval", "class_expert", layer)[1]
+    if not tables:
+        return None
+    counts_CE = np.array(tables[-1], dtype=float)
+    share_CE = counts_CE / np.maximum(counts_CE.sum(1, keepdims=True), 1)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(5.6, max(2.4, 1.2 + 0.22 * len(share_CE))), layout="constrained")
+        axes = figure.add_subplot(title="share of a class's assignments, test set", xlabel="expert", ylabel="class")
+        image = axes.imshow(share_CE, cmap=HEAT, aspect="auto", vmin=0)
+        axes.set(xticks=range(share_CE.shape[1]), yticks=range(share_CE.shape[0]))
+        axes.grid(False)
+        figure.colorbar(image)
+    return figure
+
+
+def effects(run: "Run", layer: str) -> Figure | None:
+    """What each loss term and bias did to the router over training."""
+    names = sorted({name for r in run.records for name in r["layers"].get(layer, {}) if name.startswith("effect.")})
+    if not names:
+        return None
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(5.6, 3.0), layout="constrained")
+        axes = figure.add_subplot(title="effect on the router (loss: gradient over the task's; bias: share of choices)", xlabel="step")
+        axes.title.set_fontsize(8.5)
+        for name in names:
+            steps, values = series(run, "train", name, layer)
+            axes.plot(steps, np.maximum(values, 1e-9), label=name.removeprefix("effect."), marker="o", markersize=2.5)
+        axes.set(yscale="log")
+        axes.legend()
+    return figure

@@ -1,0 +1,128 @@
+"""The contract: every hook that a plugin may implement, and nothing else.
+
+A plugin is a class under `@attrs.define(eq=False)`. Its fields made with `option(...)` are what a
+user can set, its docstring is its help, and its methods marked `@hookimpl` are what it does. An
+implementation names only the arguments that it needs. Plugins act in the order in which they were
+typed. Hooks are called when a layer is built and around a step; only `moe_aux_loss` and
+`moe_measure` are called in a forward, and there as plain bound methods.
+
+Shapes: T tokens, D model, H hidden, E experts, K chosen a token, N assignments, n units of a level.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from .engine import Effects, Probe
+    from .layer import MoE
+    from .manager import Setup
+    from .parts import Bias, Experts, Part, Router
+    from .routing import LevelSpec, Routing, Spec
+    from .runs import Run
+    from .stats import Finding, Stats
+    from .tasks import Task, TaskSpec
+
+hookspec = pluggy.HookspecMarker("moe_engine")
+hookimpl = pluggy.HookimplMarker("moe_engine")
+
+
+@hookspec
+def moe_router(spec: "Spec") -> "Router":  # type: ignore[empty-body]
+    """Answer the router of a layer that is being built.
+
+    Exactly one of the chosen plugins implements this hook. `spec` says what the layer is to be:
+    dim, hidden, experts, top_k and so on.
+    """
+
+
+@hookspec
+def moe_bias(spec: "Spec", level: "LevelSpec") -> "Bias | None":
+    """Answer a bias for one level of a layer's router, or None.
+
+    Called while a layer is built, once for every level (`level` has name, size and picks). The
+    biases of all plugins are added up in the order typed.
+    """
+
+
+@hookspec(firstresult=True)
+def moe_experts(spec: "Spec") -> "Experts | None":
+    """Answer the bank of experts of a layer that is being built, or None.
+
+    The first answer in the order typed is taken; without one the layer has a stacked MLP.
+    """
+
+
+@hookspec
+def moe_state(spec: "Spec") -> "Part | None":
+    """Answer this plugin's own state in a layer that is being built, or None.
+
+    Every plugin gets its own back as the argument `state` of the later hooks. The state's
+    tensors are saved with the layer, and its `after_step(step)` is called once per optimizer step.
+    """
+
+
+@hookspec
+def moe_aux_loss(routing: "Routing", layer: "MoE", state: "Part | None") -> "Tensor | Mapping[str, Tensor]":  # type: ignore[empty-body]
+    """Answer an auxiliary loss of one training forward: a scalar, or scalars by name.
+
+    The answer is unweighted and attached to the graph; the core multiplies it with the plugin's
+    option `weight`, averages over layers and injects the gradient.
+    """
+
+
+@hookspec
+def moe_measure(routing: "Routing", layer: "MoE", state: "Part | None") -> "Mapping[str, Tensor]":  # type: ignore[empty-body]
+    """Answer tensors by name that are to be summed over forwards and processes.
+
+    Called in each forward: in training through the ledger, so that a recomputed forward counts
+    once; in evaluation as the forward runs. Names and shapes must be the same in every forward.
+    They come back as `stats["PLUGIN.NAME"]`.
+    """
+
+
+@hookspec
+def moe_metrics(  # type: ignore[empty-body]
+    stats: "Stats", layer: "MoE", effects: "Effects | None", probe: "Probe | None"
+) -> "Mapping[str, float | Tensor | Finding]":
+    """Answer numbers, arrays or findings by name, for one layer at a log point.
+
+    `stats` holds the sums since the last log point (training) or over a data set (evaluation),
+    and always of at least one token: a layer without data is skipped. `effects` says how much each
+    loss term and each bias moves the router, `probe` holds the layer's routing of a fixed held-out
+    batch; both are made only if an implementation names them, and are None where no batch was given.
+    Two plugins that answer the same name are an error.
+    """
+
+
+@hookspec
+def moe_report(run: "Run") -> "list[str]":  # type: ignore[empty-body]
+    """Write what a finished run is to be remembered by into its folder; answer the names of the files.
+
+    `run` gives folder, summary, records and plugins, as they stand on disk: a report can be
+    written again at any time. Import drawing libraries here, not at the top of the file.
+    """
+
+
+@hookspec(firstresult=True)
+def moe_task(spec: "TaskSpec") -> "Task":  # type: ignore[empty-body]
+    """Answer the data, the model, the loss and the evaluation of a run.
+
+    Only the plugin named by `--task` is asked. `spec` gives data_dir and seed.
+    """
+
+
+@hookspec
+def moe_check(setup: "Setup") -> "str | None":
+    """Answer one sentence why this mix of plugins and settings makes no sense, or None.
+
+    Called before anything is built. `setup` gives plugins (by name), spec and task. All answers
+    are shown together.
+    """
+
+
+HOOKS: dict[str, Any] = {name: value for name, value in list(globals().items()) if name.startswith("moe_")}

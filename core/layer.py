@@ -1,0 +1,264 @@
+"""The layer: score -> biases -> selection -> capacity -> dispatch -> experts -> combine."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .dispatch import dispatch
+from .errors import UsageError
+from .experts import shared_expert
+from .ledger import Ledger
+from .manager import Bound
+from .parts import Bias, Experts, Part, Router
+from .routing import Assignments, Level, Routing, Spec, Tokens, at_least_fp32, within_capacity
+
+Layout = dict[str, torch.Size]  # what a flat vector of sums holds, in order
+
+
+class MoE(nn.Module):
+    """A Mixture-of-Experts layer. `Engine.moe()` builds it; its parts come from plugins.
+
+    Called with x [..., D] and, each of x's leading shape or None: mask (bool, True = a real token),
+    ids (token ids), labels (class or domain). Answers [..., out], 0 at padding and for a token whose
+    every assignment capacity dropped.
+    """
+
+    def __init__(
+        self,
+        spec: Spec,
+        router: Router,
+        biases: Sequence[Mapping[str, Bias]],
+        experts: Experts,
+        states: Mapping[str, Part],
+        losses: Sequence[Bound],
+        measures: Sequence[Bound],
+        weights: Mapping[str, float],
+        name: str,
+    ) -> None:
+        super().__init__()
+        self.spec, self.name = spec, name
+        self.router = router
+        self.biases = nn.ModuleList(nn.ModuleDict(dict(level)) for level in biases)
+        self.experts = experts
+        self.shared = shared_expert(spec)
+        self.states = nn.ModuleDict(dict(states))
+        self.losses, self.measures, self.weights = tuple(losses), tuple(measures), dict(weights)
+        self.watched: list[Routing] | None = None  # a probe collects routings here
+        self.layout: Layout = {}  # sums of every forward; in training, more: `training_layout`
+        self.training_layout: Layout = {}
+        self.signal_sizes: dict[tuple[int, str], int] = {}
+        self._rehearse()
+        self._open_book()
+
+    book: Tensor
+    seen: Tensor
+    aux_value: Tensor
+    aux_scale: Tensor
+
+    # -- the forward ---------------------------------------------------------------------------
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, ids: Tensor | None = None, labels: Tensor | None = None
+    ) -> Tensor:
+        tokens = self.tokens(x, mask, ids, labels)
+        routing = self.route(tokens)
+        y_TO = dispatch(self.experts, tokens.x, routing.plan, self.spec.experts, self.spec.out_dim)
+        if self.shared is not None:
+            y_TO = y_TO + tokens.real(self.shared(tokens.x))
+        if self.watched is not None:
+            self.watched.append(routing)
+        elif self.training:
+            y_TO = self._enter(y_TO, routing)
+        else:
+            self.seen.add_(_flat(self.measure(routing), self.layout).to(self.seen.dtype))
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        return y_TO.to(dtype).view(*x.shape[:-1], self.spec.out_dim)
+
+    def tokens(
+        self, x: Tensor, mask: Tensor | None = None, ids: Tensor | None = None, labels: Tensor | None = None
+    ) -> Tokens:
+        """The forward's arguments, checked and flattened, padding set to 0."""
+        if x.shape[-1] != self.spec.dim:
+            raise ValueError(f"layer '{self.name}' takes [..., {self.spec.dim}], not {list(x.shape)}")
+        for word, value in (("mask", mask), ("ids", ids), ("labels", labels)):
+            if value is not None and value.shape != x.shape[:-1]:
+                raise ValueError(f"layer '{self.name}': {word} is {list(value.shape)}, the tokens are {list(x.shape[:-1])}")
+        if mask is not None and mask.dtype != torch.bool:
+            raise ValueError(f"layer '{self.name}': mask is {mask.dtype}; it must be bool, True = a real token")
+        flat = [None if value is None else value.reshape(-1) for value in (mask, ids, labels)]
+        x_TD = x.reshape(-1, x.shape[-1])
+        if flat[0] is not None:
+            x_TD = torch.where(flat[0][:, None], x_TD, 0)  # even NaN at a pad must reach nobody
+        return Tokens(x_TD, tuple(x.shape[:-1]), *flat)
+
+    def route(self, tokens: Tokens, without: str | None = None) -> Routing:
+        """Decide where tokens go; `without`: leave one plugin's biases out."""
+        with torch.autocast(tokens.x.device.type, enabled=False):
+            return self.decide(tokens, self.router.score(tokens), without)
+
+    def decide(self, tokens: Tokens, logits: Sequence[Tensor], without: str | None = None) -> Routing:
+        """The part of `route` after the scores: logits, one [T, n] a level."""
+        levels = []
+        for level, raw_Tn, biases in zip(self.router.levels, logits, self.biases, strict=True):
+            biased_Tn, selection_n = raw_Tn, None
+            for name, bias in biases.items():  # type: ignore[operator]
+                if name == without:
+                    continue
+                if bias.selection_only:
+                    selection_n = bias() if selection_n is None else selection_n + bias()
+                else:
+                    biased_Tn = biased_Tn + bias()
+            levels.append(Level(level.name, raw_Tn, biased_Tn, selection_n))
+        probs_TE, plan = self.router.select(tokens, tuple(levels))
+        if self.spec.capacity is not None and self.training:
+            plan = within_capacity(plan, self.spec.capacity, self.spec.experts, self.spec.top_k, tokens)
+        return Routing(tokens, tuple(levels), probs_TE, plan, self.spec.experts, self.spec.top_k)
+
+    # -- sums ------------------------------------------------------------------------------------
+
+    def measure(self, routing: Routing) -> dict[str, Tensor]:
+        """The sums of one forward by name, as `Stats` describes them."""
+        tokens = routing.tokens
+        sums = {"tokens": tokens.count.view(1), "load": routing.load, "dropped": routing.dropped}
+        if routing.probs is not None:
+            sums["prob"] = tokens.real(routing.probs.detach()).sum(0)
+        for bound in self.measures:
+            answer = bound({"routing": routing, "layer": self, "state": self._state(bound.plugin)})
+            sums.update({f"{bound.plugin}.{name}": value.detach() for name, value in answer.items()})
+        return sums
+
+    def aux_terms(self, routing: Routing) -> dict[str, Tensor]:
+        """Every loss term of one forward, unweighted: "plugin", or "plugin.key" where it answers several."""
+        terms: dict[str, Tensor] = {}
+        for bound in self.losses:
+            answer = bound({"routing": routing, "layer": self, "state": self._state(bound.plugin)})
+            named = answer if isinstance(answer, Mapping) else {"": answer}
+            terms.update({f"{bound.plugin}.{key}" if key else bound.plugin: value for key, value in named.items()})
+        return terms
+
+    def weight_of(self, term: str) -> float:
+        """The coefficient of a loss term: its plugin's option `weight`."""
+        return self.weights[term.partition(".")[0]]
+
+    def _state(self, plugin: str) -> Any:
+        return self.states[plugin] if plugin in self.states else None
+
+    def _bias_sums(self, routing: Routing) -> dict[str, Tensor]:
+        return {
+            f"{level.name}/{name}/{key}": value.detach()
+            for level, biases in zip(routing.levels, self.biases, strict=True)
+            for name, bias in biases.items()  # type: ignore[operator]
+            for key, value in bias.measure(level).items()
+        }
+
+    def _enter(self, y_TO: Tensor, routing: Routing) -> Tensor:
+        """Pass a training forward's output through the ledger."""
+        with torch.autocast(y_TO.device.type, enabled=False):
+            terms = self.aux_terms(routing)
+            sums = {**self.measure(routing), "forwards": torch.ones(1, device=y_TO.device), **self._bias_sums(routing)}
+            sums.update({f"loss.{name}": value.detach().view(1) for name, value in terms.items()})
+            flat = _flat(sums, self.training_layout)
+            aux = torch.zeros((), device=y_TO.device)
+            for name, value in terms.items():
+                aux = aux + self.weight_of(name) * value
+        self.aux_value.add_(aux.detach())
+        plan = routing.plan
+        weight_N = torch.where(plan.kept, plan.weight.detach(), 0)
+        signals = self._signals if self.signal_sizes else None
+        entered: Tensor = Ledger.apply(  # type: ignore[no-untyped-call]
+            y_TO, self.book, flat, aux, self.aux_scale, plan.token, plan.expert, weight_N, signals
+        )
+        return entered
+
+    def _signals(self, grad_TD: Tensor, token_N: Tensor, expert_N: Tensor, weight_N: Tensor) -> Tensor:
+        found = []
+        for index, name in self.signal_sizes:
+            unit_of = self.router.unit_of(self.router.levels[index].name)
+            unit_N = expert_N if unit_of is None else unit_of[expert_N]
+            bias = self.biases[index][name]  # type: ignore[index]
+            found.append(bias.signal(grad_TD, token_N, unit_N, weight_N).to(self.book.dtype).view(-1))
+        return torch.cat(found)
+
+    # -- building --------------------------------------------------------------------------------
+
+    def _rehearse(self) -> None:
+        """Run four tokens through, so that a mix that makes no sense fails here, with the plugin's name."""
+        spec, device = self.spec, next(self.parameters(), torch.empty(0)).device
+        with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+            zeros = torch.zeros(4, dtype=torch.long, device=device)
+            tokens = self.tokens(
+                torch.randn(4, spec.dim, device=device),
+                ids=zeros if spec.vocab else None,
+                labels=zeros if spec.classes else None,
+            )
+            routing = self.route(tokens)
+            _check_plan(self.name, routing.plan)
+            sums, terms, own = self.measure(routing), self.aux_terms(routing), self._bias_sums(routing)
+        for term, value in terms.items():
+            if value.dim() or not (value.requires_grad or self.weight_of(term) == 0):
+                why = f"is of shape {list(value.shape)}, not a scalar" if value.dim() else "does not depend on the router"
+                raise UsageError(f"layer '{self.name}': loss '{term}' {why}; it can teach this router nothing")
+        self.layout = {name: value.shape for name, value in sums.items()}
+        scalars = {"forwards": torch.Size([1]), **{name: value.shape for name, value in own.items()}}
+        self.training_layout = {**self.layout, **scalars, **{f"loss.{name}": torch.Size([1]) for name in terms}}
+        self.signal_sizes = {
+            (index, name): level.size
+            for index, (level, biases) in enumerate(zip(self.router.levels, self.biases, strict=True))
+            for name, bias in biases.items()  # type: ignore[operator]
+            if bias.wants_signal
+        }
+
+    def _open_book(self) -> None:
+        """The leaf whose gradient is the step's sums, and its companions; fp32 whatever the layer is cast to."""
+        device = next(self.parameters(), torch.empty(0)).device
+        size = _numel(self.training_layout) + sum(self.signal_sizes.values())
+        wide = torch.float32 if device.type == "mps" else torch.float64  # fp32 stops counting at 2^24
+        self.register_buffer("book", torch.zeros(size, device=device, requires_grad=True), persistent=False)
+        self.register_buffer("seen", torch.zeros(_numel(self.layout), dtype=wide, device=device), persistent=False)
+        self.register_buffer("aux_value", torch.zeros((), device=device), persistent=False)
+        self.register_buffer("aux_scale", torch.zeros((), device=device), persistent=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "MoE":
+        super()._apply(fn, recurse)
+        self._open_book()
+        return self
+
+    def bias_levels(self) -> list[dict[str, Bias]]:
+        """The biases of each level by plugin, in the order typed."""
+        return [dict(level.items()) for level in self.biases]  # type: ignore[operator]
+
+    def parts_of_plugins(self) -> dict[str, Part]:
+        """The plugins' own states in this layer."""
+        return dict(self.states.items())  # type: ignore[arg-type]
+
+    def extra_repr(self) -> str:
+        spec = self.spec
+        return f"{spec.dim} -> {spec.out_dim}, experts={spec.experts}, top_k={spec.top_k}"
+
+
+def _flat(sums: Mapping[str, Tensor], layout: Layout) -> Tensor:
+    if sums.keys() != layout.keys():
+        changed = sorted(sums.keys() ^ layout.keys())
+        raise ValueError(f"measured names must be the same in every forward; {changed} came or went")
+    return torch.cat([at_least_fp32(value).reshape(-1) for value in sums.values()]).float()
+
+
+def unflat(flat: Tensor, layout: Layout) -> dict[str, Tensor]:
+    """Sums by name out of the flat vector of a layout."""
+    sums, start = {}, 0
+    for name, shape in layout.items():
+        sums[name] = flat[start : start + shape.numel()].view(shape)
+        start += shape.numel()
+    return sums
+
+
+def _numel(layout: Layout) -> int:
+    return sum(shape.numel() for shape in layout.values())
+
+
+def _check_plan(name: str, plan: Any) -> None:
+    if not isinstance(plan, Assignments):
+        raise UsageError(f"layer '{name}': its router's select answered {type(plan).__name__}, not Assignments")

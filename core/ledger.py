@@ -1,0 +1,64 @@
+"""The one autograd Function through which counts, signals and auxiliary gradients pass.
+
+A forward that is recomputed (activation checkpointing) runs twice but is gone back through once.
+So a layer enters what it counted as the "gradient" of a leaf of zeros, and its auxiliary loss as a
+gradient of that loss: both then come to pass once, eager or compiled, in every form of checkpointing.
+
+Limits: torch.autograd.grad sees no auxiliary loss; two backwards of one forward count twice.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+Signals = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+class Ledger(Function):
+    """y unchanged. In backward: sums and signals to the leaf `book`, the loss's scale to `aux`."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        y_TD: Tensor,
+        book: Tensor,
+        sums: Tensor,
+        aux: Tensor,
+        scale: Tensor,
+        token_N: Tensor,
+        expert_N: Tensor,
+        weight_N: Tensor,
+        signals: Signals | None,
+    ) -> Tensor:
+        ctx.save_for_backward(sums, scale, token_N, expert_N, weight_N)
+        ctx.signals = signals
+        return y_TD.view_as(y_TD)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: Tensor) -> Any:  # type: ignore[override]
+        sums, scale, *routed = ctx.saved_tensors
+        if ctx.signals is not None:
+            sums = torch.cat([sums, ctx.signals(grad_TD, *routed)])
+        return grad_TD, sums, None, scale, None, None, None, None, None
+
+
+class Anchor(Function):
+    """What `engine.aux_loss()` answers. Its backward runs before the layers' and hands each the loss's scale.
+
+    So a user's 1/M for accumulation and AMP's loss scale reach the auxiliary gradient by themselves.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor, value: Tensor, entered: Callable[[], None], *scales: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.scales, ctx.entered = scales, entered
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        ctx.entered()
+        for scale in ctx.scales:
+            scale.data.copy_(grad / len(ctx.scales))
+        return (None,) * (3 + len(ctx.scales))

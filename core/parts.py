@@ -1,0 +1,175 @@
+"""Parts of a layer: modules whose tensors declare where their expert axis is.
+
+A part never goes through attrs: one validated field on an nn.Module hides all its parameters.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from .routing import Assignments, Level, LevelSpec, Tokens
+
+if TYPE_CHECKING:
+    from .stats import Step
+
+Role = Literal["in", "output", "logit_row", "logit_bias", "state"]
+
+
+@attrs.frozen
+class Axis:
+    """What one tensor says of its expert axis.
+
+    axis: which dimension. of: the population along it, "expert" or "group". role: what the tensor
+    does. fresh: draws a newcomer's row from (shape, generator). new: what a newcomer's row of a
+    buffer starts as: "parent", "mean", "zero" or a number. values: the population that the tensor's integers name.
+    """
+
+    axis: int = 0
+    of: str = "expert"
+    role: Role = "state"
+    fresh: Callable[..., Tensor] | None = None
+    new: str | float = "parent"
+    values: str | None = None
+
+
+class Part(nn.Module):
+    """A piece of a layer with tensors of its own. Floating-point buffers stay in fp32 or better through `.to()`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.axes: dict[str, Axis] = {}
+
+    def expert_param(
+        self,
+        name: str,
+        tensor: Tensor,
+        *,
+        role: Role,
+        axis: int = 0,
+        fresh: Callable[..., Tensor] | None = None,
+        of: str = "expert",
+    ) -> None:
+        """Register a parameter with an expert axis."""
+        self.register_parameter(name, nn.Parameter(tensor))
+        self.axes[name] = Axis(axis, of, role, fresh)
+
+    def expert_buffer(
+        self,
+        name: str,
+        tensor: Tensor,
+        *,
+        axis: int = 0,
+        new: str | float = "parent",
+        of: str = "expert",
+        values: str | None = None,
+    ) -> None:
+        """Register a saved buffer with an expert axis."""
+        self.register_buffer(name, tensor)
+        self.axes[name] = Axis(axis, of, "state", None, new, values)
+
+    def after_step(self, step: "Step") -> None:
+        """Called once per optimizer step that was not skipped, under no_grad; this is where state may move."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Part":
+        before = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self.get_buffer(name)
+            if old.is_floating_point() and new.element_size() < old.element_size():
+                home, _, leaf = name.rpartition(".")
+                setattr(self.get_submodule(home), leaf, old.to(new.device))  # a step of 1e-3 is lost in bf16
+        return self
+
+
+class Router(Part):
+    """Scores tokens and decides where they go."""
+
+    @property
+    def levels(self) -> tuple[LevelSpec, ...]:
+        """From coarse to fine, derived from the tensors; empty for a router without logits."""
+        raise NotImplementedError
+
+    def score(self, tokens: Tokens) -> tuple[Tensor, ...]:
+        """Raw logits, one [T, n] a level, in fp32 or better. Called with autocast off."""
+        raise NotImplementedError
+
+    def select(self, tokens: Tokens, levels: tuple[Level, ...]) -> tuple[Tensor | None, Assignments]:
+        """(probs [T, E] or None, the assignments). Take the top of `level.select_by(scores)`."""
+        raise NotImplementedError
+
+    def unit_of(self, level: str) -> Tensor | None:
+        """[E]: which unit of this level each expert belongs to; None if the units are the experts."""
+        return None
+
+    def within(self, level: str) -> Tensor | None:
+        """[n]: the group in which each unit of this level competes; None if all compete with all."""
+        return None
+
+
+class LinearRouter(Router):
+    """What routers with one row of weights per expert share: logits = x W^T."""
+
+    def __init__(self, spec: Any) -> None:
+        super().__init__()
+        self.top_k = spec.top_k
+        self.expert_param("rows", uniform((spec.experts, spec.dim), spec.dim), role="logit_row")
+
+    rows: Tensor
+
+    @property
+    def levels(self) -> tuple[LevelSpec, ...]:
+        return (LevelSpec("expert", self.rows.shape[0], self.top_k),)
+
+    def score(self, tokens: Tokens) -> tuple[Tensor, ...]:
+        return (linear_logits(tokens.x, self.rows),)
+
+
+class Bias(Part):
+    """Shifts the scores of one level. selection_only: gates do not see it."""
+
+    selection_only: bool = True
+    wants_signal: bool = False  # call `signal` in each backward
+    wants_expert_grad: bool = False  # give `step.expert_grad`
+
+    def forward(self) -> Tensor:
+        """[n]: the bias now."""
+        raise NotImplementedError
+
+    def measure(self, level: Level) -> Mapping[str, Tensor]:
+        """Tensors by name to be summed over the step's forwards; they come back as `step.own`."""
+        return {}
+
+    def signal(self, grad_TD: Tensor, token_N: Tensor, unit_N: Tensor, weight_N: Tensor) -> Tensor:
+        """[n], computed in backward from dL/dy and the assignments (weight 0 = dropped or padding)."""
+        raise NotImplementedError
+
+
+class Experts(Part):
+    """A bank of experts."""
+
+    def forward(self, x_ND: Tensor, counts_E: Tensor) -> Tensor:
+        """[N, out]: rows sorted by expert, counts_E[e] rows each; rows past the counts' sum come back as 0."""
+        raise NotImplementedError
+
+    def outputs(self, x_SD: Tensor) -> Tensor:
+        """[E, S, out]: every expert on the same few tokens."""
+        raise NotImplementedError
+
+    def expert_grad(self) -> Tensor:
+        """[E]: mean |gradient| of each expert's weights, averaged over its tensors; no gradient counts as 0."""
+        raise NotImplementedError
+
+
+def uniform(shape: tuple[int, ...], fan_in: int) -> Tensor:
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), as nn.Linear draws its weights."""
+    bound = fan_in**-0.5
+    return torch.empty(shape).uniform_(-bound, bound)
+
+
+def linear_logits(x_TD: Tensor, rows_nD: Tensor) -> Tensor:
+    """x W^T in fp32 or better, whatever the precision of x and W: bf16 logits tie and flip choices."""
+    dtype = torch.promote_types(torch.promote_types(x_TD.dtype, rows_nD.dtype), torch.float32)
+    return x_TD.to(dtype) @ rows_nD.to(dtype).t()

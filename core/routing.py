@@ -1,0 +1,265 @@
+"""Records of one routing decision, and the few operations that every router needs.
+
+Raw logits, biased logits, scores, selection and what capacity kept are five things with five names.
+Suffixes: T tokens, E experts, K chosen a token, N assignments, n units of a level.
+"""
+
+from fractions import Fraction
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from .errors import UsageError
+
+
+@attrs.frozen
+class Spec:
+    """What a layer is to be. Sizes that are not known yet (before a model is built) are 0.
+
+    dim: D of the input. hidden: H of an expert. out: D of the output, 0 = dim. experts: E. top_k: K.
+    activation: relu, gelu or swiglu. bias: experts have bias vectors. shared: number of shared
+    experts, through which every token goes. capacity: an expert keeps at most ceil(capacity*T*K/E)
+    of T real tokens in training; None drops nothing. vocab: number of token ids, where the layer is
+    given ids. classes: number of labels, where it is given labels. causal: a token must not see later ones.
+    """
+
+    dim: int
+    hidden: int
+    out: int = 0
+    experts: int = 8
+    top_k: int = 2
+    activation: str = "relu"
+    bias: bool = False
+    shared: int = 0
+    capacity: float | None = None
+    vocab: int | None = None
+    classes: int | None = None
+    causal: bool = False
+
+    def __attrs_post_init__(self) -> None:
+        if self.experts < 1:
+            raise UsageError(f"a layer needs at least one expert, not {self.experts}")
+        if not 1 <= self.top_k <= self.experts:
+            raise UsageError(f"top_k is {self.top_k}, but a token can choose 1 to {self.experts} of {self.experts} experts")
+        if self.capacity is not None and not 0 < self.capacity < float("inf"):
+            raise UsageError(f"capacity is {self.capacity}; it must be above 0, or unset to drop nothing")
+        if self.activation not in ("relu", "gelu", "swiglu"):
+            raise UsageError(f"activation is '{self.activation}'; there is relu, gelu and swiglu")
+
+    @property
+    def out_dim(self) -> int:
+        """D of the output."""
+        return self.out or self.dim
+
+
+@attrs.define(eq=False)
+class Tokens:
+    """The tokens of one forward, flattened. Padding tokens are all zeros in x.
+
+    x [T, D]; shape: the leading shape, (B, S) or (T,); mask [T] bool, True = a real token, None = all
+    real; ids [T] token ids or None; labels [T] class or domain or None.
+    """
+
+    x: Tensor
+    shape: tuple[int, ...]
+    mask: Tensor | None = None
+    ids: Tensor | None = None
+    labels: Tensor | None = None
+
+    @property
+    def count(self) -> Tensor:
+        """Number of real tokens, an integer scalar."""
+        if self.mask is None:
+            return torch.full((), self.x.shape[0], dtype=torch.long, device=self.x.device)
+        return self.mask.sum()
+
+    def real(self, values: Tensor) -> Tensor:
+        """values [T, ...] with zeros at padding."""
+        if self.mask is None:
+            return values
+        return torch.where(self.mask.view(-1, *[1] * (values.dim() - 1)), values, 0)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over real tokens of values [T] or [T, n]; 0, still attached to the graph, if there is none."""
+        return self.real(values).sum(0) / self.count.clamp(min=1)
+
+
+@attrs.frozen
+class LevelSpec:
+    """One level of a router: its name, its number of units, how many of them a token picks."""
+
+    name: str
+    size: int
+    picks: int
+
+
+@attrs.define(eq=False)
+class Level:
+    """The scores of one level of a router. logits [T, n]: raw. biased [T, n]: with the biases that gates see.
+
+    bias [n]: the sum of the biases that only selection sees, or None.
+    """
+
+    name: str
+    logits: Tensor
+    biased: Tensor
+    bias: Tensor | None = None
+
+    def select_by(self, scores: Tensor) -> Tensor:
+        """What to take the top of: scores [T, n] plus the selection bias; ties go to a different unit at each token.
+
+        The tie-break is below 3e-7 * n * (1 + |score|). Without it equal scores, as of an all-zero
+        router or of exact clones, send every token to the same units, and to other ones on a GPU.
+        """
+        scores = scores.detach() if self.bias is None else scores.detach() + self.bias
+        tokens, units = scores.shape
+        turn = (torch.arange(tokens + units, device=scores.device) % units).to(scores.dtype)
+        return scores - (scores.abs() + 1) * turn.unfold(0, units, 1)[:tokens] * 2**-22
+
+
+@attrs.define(eq=False)
+class Assignments:
+    """Which token goes to which expert. All [N].
+
+    token, expert: indices. weight: the gate, attached to the graph. rank: 0 for a token's first choice.
+    selected: a real choice of a real token. kept: selected and within capacity.
+    """
+
+    token: Tensor
+    expert: Tensor
+    weight: Tensor
+    rank: Tensor
+    selected: Tensor
+    kept: Tensor
+
+    @property
+    def dropped(self) -> Tensor:
+        """[N] bool: selected, but over capacity."""
+        return self.selected & ~self.kept
+
+
+def assign(weight_TK: Tensor, expert_TK: Tensor, tokens: Tokens) -> Assignments:
+    """The assignments of a router that picks K experts for each token, best first."""
+    count, top_k = expert_TK.shape
+    device = expert_TK.device
+    token = torch.arange(count, device=device)[:, None].expand(count, top_k).reshape(-1)
+    rank = torch.arange(top_k, device=device).expand(count, top_k).reshape(-1)
+    if tokens.mask is None:
+        selected = torch.ones_like(token, dtype=torch.bool)
+    else:
+        selected = tokens.mask[token]
+    return Assignments(token, expert_TK.reshape(-1), weight_TK.reshape(-1), rank, selected, selected)
+
+
+def count_by(index_N: Tensor, value_N: Tensor, size: int) -> Tensor:
+    """Sums of value_N by index_N, [size], in fp32 or better."""
+    value_N = at_least_fp32(value_N)
+    return torch.zeros(size, dtype=value_N.dtype, device=index_N.device).index_add(0, index_N, value_N)
+
+
+def at_least_fp32(values: Tensor) -> Tensor:
+    """values as fp32; float64 stays what it is."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def within_capacity(plan: Assignments, capacity: float, experts: int, top_k: int, tokens: Tokens) -> Assignments:
+    """Keep at most ceil(capacity * T * K / E) assignments of each expert, T counting real tokens.
+
+    First choices go before second ones, then earlier tokens before later ones. Gates are not
+    renormalised after a drop. The limit is computed in whole numbers, so that 1.1 * 10 is 11.
+    """
+    factor = Fraction(str(capacity))
+    limit = -(-(tokens.count * top_k * factor.numerator) // (experts * factor.denominator))
+    by_expert = torch.where(plan.selected, plan.expert, experts)
+    ranks = int(top_k)
+    order = torch.argsort(by_expert * ranks + plan.rank.clamp(max=ranks - 1), stable=True)
+    load = torch.zeros(experts + 1, dtype=torch.long, device=order.device).index_add(0, by_expert, torch.ones_like(by_expert))
+    place = torch.arange(order.shape[0], device=order.device) - (load.cumsum(0) - load)[by_expert[order]]
+    kept = torch.empty_like(plan.kept).index_copy(0, order, place < limit)
+    return attrs.evolve(plan, kept=plan.selected & kept)
+
+
+@attrs.define(eq=False)
+class Routing:
+    """One decision: where the tokens of one forward go, and why.
+
+    levels: from coarse to fine; empty for a router without logits. probs [T, E]: each token's
+    distribution over experts, or None.
+    """
+
+    tokens: Tokens
+    levels: tuple[Level, ...]
+    probs: Tensor | None
+    plan: Assignments
+    experts: int
+    top_k: int
+
+    @property
+    def load(self) -> Tensor:
+        """[E]: assignments of real tokens to each expert, before capacity drops any. A constant for autograd."""
+        return count_by(self.plan.expert, self.plan.selected, self.experts)
+
+    @property
+    def dropped(self) -> Tensor:
+        """[E]: assignments that capacity dropped."""
+        return count_by(self.plan.expert, self.plan.dropped, self.experts)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over real tokens of values [T] or [T, n]."""
+        return self.tokens.mean(values)
+
+    def _scattered(self, value_N: Tensor) -> Tensor:
+        """[T, E]: value_N summed at its token and expert."""
+        zeros = torch.zeros(self.tokens.x.shape[0], self.experts, dtype=value_N.dtype, device=value_N.device)
+        return zeros.index_put((self.plan.token, self.plan.expert), value_N, accumulate=True)
+
+    def gates(self) -> Tensor:
+        """[T, E]: the weight with which each expert's output enters; 0 where not chosen. Attached to the graph."""
+        return self._scattered(torch.where(self.plan.kept, self.plan.weight, 0))
+
+    def chosen(self) -> Tensor:
+        """[T, E]: 1 where a real token chose the expert, before capacity drops any."""
+        return self._scattered(at_least_fp32(self.plan.selected))
+
+    def per_sequence(self, values_TE: Tensor) -> Tensor:
+        """values_TE [T, n] in the layer's leading shape, [B, S, n]."""
+        return values_TE.view(*self.tokens.shape, values_TE.shape[-1])
+
+
+def keep_best_groups(scores_TE: Tensor, groups: int, kept: int, top_k: int) -> Tensor:
+    """Group-limited selection: -inf outside the `kept` best of `groups` equal groups of experts.
+
+    A group's score is the sum of its top K/kept scores, as in DeepSeek-V3 (2024). The mask is -inf,
+    not 0, which would beat negative scores. Ask `groups_problem` first.
+    """
+    count, experts = scores_TE.shape
+    grouped = scores_TE.view(count, groups, experts // groups)
+    best = grouped.topk(top_k // kept, dim=-1).values.sum(-1).topk(kept, dim=-1).indices
+    closed = torch.ones(count, groups, dtype=torch.bool, device=scores_TE.device).scatter(1, best, False)
+    return grouped.masked_fill(closed[..., None], -torch.inf).view(count, experts)
+
+
+def groups_problem(spec: Any, groups: int, kept: int) -> str | None:
+    """Why `keep_best_groups` can't be used with these sizes, or None."""
+    if spec.experts % groups:
+        return f"groups={groups} does not divide {spec.experts} experts"
+    if kept > groups:
+        return f"groups_kept={kept} is more than groups={groups}"
+    if spec.top_k % kept:
+        return f"top_k={spec.top_k} is not a multiple of groups_kept={kept}"
+    if kept * (spec.experts // groups) < spec.top_k:
+        return f"groups_kept={kept} of {groups} groups hold fewer than top_k={spec.top_k} experts"
+    return None
+
+
+def shares(values: Tensor, eps: float = 0.0) -> Tensor:
+    """values over their mean, [n]; all 0 where the mean is 0."""
+    return values / values.mean().clamp(min=torch.finfo(values.dtype).tiny) + eps
+
+
+def centred_log(values: Tensor, eps: float) -> Tensor:
+    """log(r + eps) minus its mean, r = values over their mean: 0 for equal values, whatever their scale."""
+    log = shares(values, eps).log()
+    return log - log.mean()

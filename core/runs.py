@@ -1,0 +1,161 @@
+"""A run's folder: config.toml, metrics.jsonl, summary.json, model.safetensors, and what reports add."""
+
+import json
+import os
+import tomllib
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import attrs
+import tomli_w
+
+from .errors import UsageError, listed
+from .options import Settings, build, option, options_of, values_of
+
+
+@attrs.define(eq=False)
+class RunConfig:
+    """What a run is told, apart from the plugins' options: the flags of `moe-engine run` and [run] of a config file."""
+
+    task: str = option("digits", help="task plugin: the data, the model and how it is measured")
+    plugins: tuple[str, ...] = option((), help="plugins to use, in this order")
+    no_plugin: tuple[str, ...] = option((), help="plugins to leave out, also default ones")
+    experts: int = option(8, help="number of experts in a layer", min=1)
+    top_k: int = option(2, help="experts that a token is sent to", min=1)
+    capacity: float | None = option(
+        None, help="an expert keeps at most ceil(C*T*K/E) of T real tokens in training; unset: drops nothing"
+    )
+    epochs: int = option(20, help="passes over the training data", min=1)
+    batch_size: int = option(64, help="samples in a step", min=1)
+    lr: float = option(0.001, help="learning rate of Adam", min=0)
+    seed: int = option(0, help="fixes every random draw", min=0)
+    device: str = option("auto", help="auto (cuda, mps, cpu: the first there is), or a device by name")
+    data_dir: str = option("data", help="folder of the data sets that are not embedded")
+    log_every: int = option(50, help="steps between two log points", min=1)
+
+
+def read_config(file: Path | None) -> tuple[dict[str, Any], Settings]:
+    """([run], [plugins.NAME]) of a TOML file; ({}, {}) without one. Raises UsageError."""
+    if file is None:
+        return {}, {}
+    try:
+        tables = tomllib.loads(file.read_text("utf-8"))
+    except OSError as error:
+        raise UsageError(f"config file {file} can't be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"config file {file} is not TOML: {error}") from error
+    if unknown := sorted(tables.keys() - {"run", "plugins"}):
+        raise UsageError(f"config file {file} has {listed(unknown)}; its tables are [run] and [plugins.NAME]")
+    run, plugins = tables.get("run", {}), tables.get("plugins", {})
+    for name, table in {"run": run, "plugins": plugins, **(plugins if isinstance(plugins, dict) else {})}.items():
+        if not isinstance(table, dict):
+            raise UsageError(f"config file {file}: '{name}' is a table of options, not {table!r}")
+    return run, plugins
+
+
+def merged(file: Mapping[str, Any], flags: Mapping[str, Any]) -> RunConfig:
+    """The run's configuration: flag over file over default. A flag of None was not given."""
+    given = {**file, **{name: value for name, value in flags.items() if value is not None}}
+    config: RunConfig = build(RunConfig, "run", given)
+    return config
+
+
+def config_toml(config: RunConfig, settings: Settings) -> str:
+    """The config file that gives the same run again."""
+    return tomli_w.dumps({"run": _written(values_of(config)), "plugins": {k: _written(v) for k, v in settings.items() if v}})
+
+
+def _written(values: Mapping[str, Any]) -> dict[str, Any]:
+    # TOML has no null: the word "none" is what options of type `X | None` read it from
+    return {key: "none" if one is None else list(one) if isinstance(one, tuple) else one for key, one in values.items()}
+
+
+def flag_names() -> dict[str, Any]:
+    """Every option of a run by name, for the command line."""
+    return dict(options_of(RunConfig))
+
+
+# -- the folder ----------------------------------------------------------------------------------
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a reader, or a crash, sees the old one or the new one, never half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def new_folder(out: Path | None, task: str) -> Path:
+    """A run's folder, which must be empty or absent; runs/TASK-TIME if none is named. Raises UsageError."""
+    folder = out or _unused(Path("runs") / f"{task}-{datetime.now():%Y%m%d-%H%M%S}")
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UsageError(f"{folder} is not an empty folder; name another one with --out")
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(f"folder {folder} can't be written: {error.strerror}; name another one with --out") from error
+    return folder
+
+
+def _unused(folder: Path) -> Path:
+    count, free = 1, folder
+    while free.exists():
+        count += 1
+        free = folder.with_name(f"{folder.name}-{count}")
+    return free
+
+
+@attrs.frozen
+class Run:
+    """A finished run as it stands on disk: what reports and `compare` read.
+
+    summary: summary.json. records: the lines of metrics.jsonl. config: config.toml, parsed. plugins:
+    name, distribution and version of each that took part.
+    """
+
+    folder: Path
+    summary: dict[str, Any]
+    records: list[dict[str, Any]]
+    config: dict[str, Any]
+
+    @property
+    def plugins(self) -> list[dict[str, str]]:
+        return self.summary.get("plugins", [])
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.folder.resolve().name
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run's folder. Raises UsageError if it is not there, not finished or damaged."""
+    if not folder.is_dir():
+        raise UsageError(f"there is no run folder {folder}")
+    try:
+        summary = json.loads((folder / "summary.json").read_text("utf-8"))
+        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+        config = tomllib.loads((folder / "config.toml").read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise UsageError(f"{folder} holds no finished run: {Path(error.filename).name} is missing") from error
+    except (OSError, ValueError) as error:
+        raise UsageError(f"run folder {folder} is damaged: {error}") from error
+    if not isinstance(summary, dict) or not all(isinstance(record, dict) for record in records):
+        raise UsageError(f"run folder {folder} is damaged: summary.json or metrics.jsonl holds no objects")
+    return Run(folder, summary, records, config)
+
+
+def dump(value: Any) -> str:
+    """JSON, on one line, without NaN or Infinity."""
+    return json.dumps(value, allow_nan=False, ensure_ascii=False)

@@ -1,0 +1,114 @@
+"""Sums by name: what metrics and controllers read. Merging two of them is addition."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from .routing import Spec, count_by
+
+SEVERITIES = ("fine", "look", "broken")
+
+
+@attrs.frozen
+class Finding:
+    """What a metric says in words. severity: 0 fine, 1 worth a look, 2 broken.
+
+    The metric named `verdict` gives a run's verdict: the name of the worst layer's finding.
+    """
+
+    name: str
+    severity: int
+    why: str
+    advice: str = ""
+
+
+class Stats:
+    """Sums over forwards of one layer, in float64 on the CPU.
+
+    tokens [1]: real tokens. load [E]: their assignments. dropped [E]: those over capacity. prob [E]:
+    summed probabilities. load.LEVEL [n]: load of a router's level. loss.TERM [1]: summed values of a
+    loss term, over `forwards` [1]. PLUGIN.NAME: what a plugin measured.
+    """
+
+    def __init__(self, spec: Spec, sums: Mapping[str, Tensor] | None = None) -> None:
+        self.spec = spec
+        self.sums = dict(sums or {})
+
+    def add(self, sums: Mapping[str, Tensor]) -> None:
+        """Add the sums of a further forward, step or process."""
+        for name, value in sums.items():
+            value = value.detach().to("cpu", torch.float64, copy=True)
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.sums[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.sums
+
+    @property
+    def tokens(self) -> float:
+        """Number of real tokens; 0 is no data."""
+        return float(self.sums["tokens"].sum()) if self.sums else 0.0
+
+    @property
+    def load(self) -> Tensor:
+        """[E]: assignments of real tokens to each expert, before capacity drops any."""
+        return self.sums["load"]
+
+    @property
+    def dropped(self) -> Tensor:
+        """[E]: assignments that capacity dropped."""
+        return self.sums["dropped"]
+
+    def of(self, plugin: str) -> dict[str, Tensor]:
+        """What one plugin measured, by its own names."""
+        return {name.removeprefix(f"{plugin}."): v for name, v in self.sums.items() if name.startswith(f"{plugin}.")}
+
+    def terms(self) -> dict[str, float]:
+        """The mean value of each loss term over the forwards, unweighted."""
+        forwards = float(self.sums["forwards"].sum()) if "forwards" in self.sums else 0.0
+        return {name: float(value.sum()) / forwards for name, value in self.of("loss").items()} if forwards else {}
+
+
+@attrs.define(eq=False)
+class Step:
+    """What a bias or a state sees of one optimizer step: sums over micro-batches and processes.
+
+    load [n]: of the bias's level. own: what its `measure` returned, summed. signal [n]: what its
+    `signal` returned, summed, or None. expert_grad [n]: mean |gradient| per unit's experts, unscaled,
+    or None if the part does not want it. within [n]: the group in which each unit competes, or None.
+    """
+
+    load: Tensor
+    own: Mapping[str, Tensor]
+    signal: Tensor | None = None
+    expert_grad: Tensor | None = None
+    within: Tensor | None = None
+
+    def relative(self, values: Tensor) -> Tensor:
+        """values [n] over the mean of those they compete with."""
+        if self.within is None:
+            return values / values.mean().clamp(min=1e-30)
+        groups = int(self.within.max()) + 1
+        sizes = count_by(self.within, torch.ones_like(values), groups)
+        means = count_by(self.within, values, groups) / sizes.clamp(min=1)
+        return values / means.clamp(min=1e-30)[self.within]
+
+
+def plain(value: Any) -> Any:
+    """A metric's answer as JSON can hold it: what is not a finite number becomes None."""
+    if isinstance(value, Finding):
+        return attrs.asdict(value)
+    if isinstance(value, Tensor):
+        return plain(value.detach().cpu().tolist())
+    if hasattr(value, "tolist"):  # numpy
+        return plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [plain(one) for one in value]
+    if isinstance(value, float) and not (float("-inf") < value < float("inf")):
+        return None
+    return value

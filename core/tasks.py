@@ -1,0 +1,126 @@
+"""Tasks: the data, model and measure of a run, and what image tasks share."""
+
+from collections.abc import Callable, Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .engine import Engine
+from .errors import UsageError
+
+Batch = tuple[Tensor, ...]
+
+
+@attrs.frozen
+class TaskSpec:
+    """What a task is told. data_dir: where its files are, or go. seed: of the run."""
+
+    data_dir: str = "data"
+    seed: int = 0
+
+
+@attrs.define(eq=False)
+class Task:
+    """Data, model and measure of one run.
+
+    train, test: columns of equal length, which batches are rows of. model: builds the model, its
+    layers by the engine. score: what a batch gives: "loss", the mean loss with its graph, and, as
+    sums over the batch, "correct" where there is an accuracy. Everything is measured on `test`.
+    perplexity: report exp(loss).
+    """
+
+    train: Batch
+    test: Batch
+    model: Callable[[Engine], nn.Module]
+    score: Callable[[nn.Module, Batch], Mapping[str, Tensor]]
+    perplexity: bool = False
+
+
+def generator(seed: int, name: str) -> torch.Generator:
+    """The random generator of one named purpose ("data order", ...) of a run."""
+    digest = sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def image_task(train: Batch, test: Batch, classes: int, dim: int, hidden: int) -> Task:
+    """Classify images: (images uint8 [N, ...], labels long [N]) for train and test."""
+    return Task(
+        train,
+        test,
+        model=lambda engine: ImageClassifier(engine, train[0], classes, dim, hidden),
+        score=_classification,
+    )
+
+
+class ImageClassifier(nn.Module):
+    """Flat pixels -> linear -> one residual MoE layer -> linear."""
+
+    def __init__(self, engine: Engine, images: Tensor, classes: int, dim: int, hidden: int) -> None:
+        super().__init__()
+        sample = images[:10_000].float()
+        self.register_buffer("mean", sample.mean())
+        self.register_buffer("std", sample.std().clamp(min=1e-6))
+        self.stem = nn.Linear(images[0].numel(), dim)
+        self.moe = engine.moe(dim, hidden, classes=classes)
+        self.head = nn.Linear(dim, classes)
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        x_BD = torch.relu(self.stem((images.flatten(1).float() - self.mean) / self.std))
+        logits: Tensor = self.head(x_BD + self.moe(x_BD, labels=labels))
+        return logits
+
+
+def _classification(model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+    images, labels = batch
+    logits = model(images, labels)
+    return {"loss": F.cross_entropy(logits, labels), "correct": (logits.detach().argmax(-1) == labels).sum()}
+
+
+def mnist_like(dataset: Callable[..., Any], name: str, sums: Mapping[str, str], data_dir: str) -> tuple[Batch, Batch]:
+    """(train, test) of a torchvision data set in MNIST's format, held against the SHA-256 sums of its four files.
+
+    What is absent is downloaded into data_dir, with progress and the publisher's checksum. Raises
+    UsageError if that fails, or if a file is damaged.
+    """
+    folder = Path(data_dir) / name / "raw"
+    if not all((folder / file).exists() for file in sums):
+        download(lambda: dataset(data_dir, download=True), name, folder)
+    for file, expected in sums.items():
+        _verify(folder / file, expected)
+    halves = [dataset(data_dir, train=train, download=False) for train in (True, False)]
+    train, test = [(half.data, half.targets.long()) for half in halves]
+    return train, test
+
+
+def download(fetch: Callable[[], Any], name: str, folder: Path) -> None:
+    """Call `fetch`, which downloads into `folder`; a failure becomes one sentence that says what to do."""
+    try:
+        fetch()
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0].rstrip(".:")
+        raise UsageError(
+            f"{name} is not in {folder}, and can't be downloaded ({reason}); "
+            "name the folder that holds it with --data-dir, or go online"
+        ) from error
+
+
+def _verify(file: Path, expected: str) -> None:
+    try:
+        found = sha256(file.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UsageError(f"data file {file} can't be read: {error.strerror}") from error
+    if found != expected:
+        raise UsageError(f"data file {file} is damaged (SHA-256 {found[:12]}..., not {expected[:12]}...); delete it and run again")
+
+
+def shuffled_split(columns: Sequence[Tensor], test_share: float, seed: int, name: str) -> tuple[Batch, Batch]:
+    """(train, test) of rows in an order drawn from the named generator."""
+    count = columns[0].shape[0]
+    order = torch.randperm(count, generator=generator(seed, name))
+    cut = count - round(count * test_share)
+    return tuple(c[order[:cut]] for c in columns), tuple(c[order[cut:]] for c in columns)

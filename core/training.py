@@ -1,0 +1,254 @@
+"""A run: build everything, train, evaluate, write the folder."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from .engine import Engine, Metrics
+from .errors import RunError, UsageError, listed, nearest
+from .options import Settings
+from .runs import Run, RunConfig, config_toml, dump, new_folder, read_run, write_atomically
+from .stats import Finding, plain
+from .tasks import Batch, Task, TaskSpec, generator
+
+PROBE_SIZE = 128  # samples of the held-out batch on which effects are measured
+EVAL_BATCH = 512
+BALANCE = ("active", "load", "cv", "gini", "entropy", "max_min", "maxvio", "dropped")  # of each layer in summary.json
+
+Listener = Callable[[dict[str, Any]], None]
+
+
+def adam(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """Adam, fused where it can be: stacked experts lose to a plain loop over experts without it."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda", "mps") for p in parameters)
+    return torch.optim.Adam(parameters, lr=lr, fused=fused)
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name; "auto" is the first of cuda, mps and cpu that there is. Raises UsageError."""
+    there = [kind for kind in ("cuda", "mps") if getattr(torch, kind).is_available()] + ["cpu"]
+    if name == "auto":
+        return torch.device(there[0])
+    kind, _, index = name.partition(":")
+    if kind not in there:
+        raise UsageError(f"there is no device '{name}' here; {nearest(kind, there)}")
+    if index and not (index.isdecimal() and int(index) < (torch.cuda.device_count() if kind == "cuda" else 1)):
+        raise UsageError(f"there is no device '{name}' here; leave the number away")
+    return torch.device(name)
+
+
+class Stopped(Exception):
+    """The run was asked to stop; its weights are saved."""
+
+
+@attrs.define(eq=False)
+class Training:
+    """One run from its configuration to its folder. Building it checks everything and writes nothing.
+
+    listener: gets each record of metrics.jsonl as it is written. stop: set it to end at the next step.
+    """
+
+    config: RunConfig
+    settings: Settings
+    out: Path | None = None
+    listener: Listener = lambda record: None
+    stop: bool = False
+    step: int = attrs.field(default=0, init=False)
+    engine: Engine = attrs.field(init=False)
+    task: Task = attrs.field(init=False)
+    device: torch.device = attrs.field(init=False)
+    model: nn.Module = attrs.field(init=False)
+    folder: Path = attrs.field(init=False)
+    _log: Any = attrs.field(init=False, default=None)
+    _started: float = attrs.field(init=False, default=0.0)
+
+    def __attrs_post_init__(self) -> None:
+        config = self.config
+        self.device = find_device(config.device)
+        shape = {"experts": config.experts, "top_k": config.top_k, "capacity": config.capacity}
+        self.engine = Engine(config.plugins, self.settings, config.no_plugin, config.task, **shape)
+        spec = TaskSpec(config.data_dir, config.seed)
+        (bound,) = [one for one in self.engine.plugins.bind("moe_task") if one.plugin == config.task]
+        self.task = bound({"spec": spec})
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(generator(config.seed, "weights").initial_seed())
+            self.model = self.task.model(self.engine).to(self.device)
+        self.engine.attach(self.model)
+        if not self.engine.layers:
+            raise UsageError(f"the model of task '{config.task}' has no MoE layer")
+        self.engine.check_learning(self._probe)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.task.train[0].shape[0] // self.config.batch_size)
+
+    @property
+    def total_steps(self) -> int:
+        return self.steps_per_epoch * self.config.epochs
+
+    # -- the run -----------------------------------------------------------------------------------
+
+    def run(self) -> Run:
+        """Train, evaluate and write the folder. Raises RunError, Stopped or UsageError."""
+        self.folder = new_folder(self.out, self.config.task)
+        resolved = attrs.evolve(self.config, device=self.device.type)
+        text = config_toml(resolved, self.engine.plugins.options())
+        write_atomically(self.folder / "config.toml", text.encode())
+        self._started = time.monotonic()
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as self._log:
+            self._train()
+            self._evaluate(self.config.epochs, final=True)
+        self._save_weights()
+        run = read_run(self.folder)
+        for bound in self.engine.plugins.bind("moe_report"):
+            bound({"run": run})
+        return run
+
+    def _train(self) -> None:
+        config, engine = self.config, self.engine
+        optimizer = adam(self.model, config.lr)
+        order = generator(config.seed, "data order")
+        seen: list[Mapping[str, Tensor]] = []
+        for epoch in range(1, config.epochs + 1):
+            self.model.train()
+            for batch in self._batches(order):
+                optimizer.zero_grad(set_to_none=True)
+                score = self.task.score(self.model, batch)
+                (score["loss"] + engine.aux_loss()).backward()  # type: ignore[no-untyped-call]
+                engine.after_backward()
+                optimizer.step()
+                engine.after_step()
+                self.step += 1
+                seen.append(_sums(score, batch))
+                if self.step % config.log_every == 0 or self.step == self.total_steps:
+                    self._check_finite(seen)
+                    self._record("train", epoch, _means(seen), engine.metrics("train", self._probe))
+                    seen = []
+                if self.stop:
+                    self._save_weights()
+                    raise Stopped
+            if epoch < config.epochs:
+                self._evaluate(epoch)
+
+    def _batches(self, order: torch.Generator) -> Iterator[Batch]:
+        rows = torch.randperm(self.task.train[0].shape[0], generator=order)
+        for chosen in rows.split(self.config.batch_size):
+            yield tuple(column.index_select(0, chosen).to(self.device) for column in self.task.train)
+
+    def _evaluate(self, epoch: int, final: bool = False) -> None:
+        self.model.eval()
+        seen = []
+        with torch.no_grad():
+            for rows in torch.arange(self.task.test[0].shape[0]).split(EVAL_BATCH):
+                batch = tuple(column.index_select(0, rows).to(self.device) for column in self.task.test)
+                seen.append(_sums(self.task.score(self.model, batch), batch))
+        means, layers = _means(seen), self.engine.metrics("eval", self._probe)
+        self._record("eval", epoch, means, layers)
+        if final:
+            summary = self._summary(means, layers)
+            write_atomically(self.folder / "summary.json", (dump(summary) + "\n").encode())
+
+    def _probe(self) -> Tensor:
+        """The task loss on a fixed held-out batch, in eval mode."""
+        training = [module for module in self.model.modules() if module.training]
+        self.model.eval()
+        batch = tuple(column[:PROBE_SIZE].to(self.device) for column in self.task.test)
+        loss = self.task.score(self.model, batch)["loss"]
+        for module in training:
+            module.training = True
+        return loss
+
+    # -- what is written ---------------------------------------------------------------------------
+
+    def _record(self, split: str, epoch: int, means: Mapping[str, float], layers: Mapping[str, Metrics]) -> None:
+        record = {
+            "split": split,
+            "step": self.step,
+            "epoch": epoch,
+            "seconds": round(time.monotonic() - self._started, 3),
+            **{name: plain(value) for name, value in means.items()},
+            "layers": {
+                layer: {name: plain(value) for name, value in metrics.items()} for layer, metrics in layers.items()
+            },
+        }
+        self._log.write(dump(record) + "\n")
+        self._log.flush()
+        self.listener(record)
+
+    def _summary(self, means: Mapping[str, float], layers: Mapping[str, Metrics]) -> dict[str, Any]:
+        findings = [
+            (finding.severity, {"layer": layer, "metric": name, **plain(finding)})
+            for layer, metrics in layers.items()
+            for name, finding in metrics.items()
+            if isinstance(finding, Finding)
+        ]
+        findings.sort(key=lambda pair: -pair[0])
+        verdicts = [finding["name"] for _, finding in findings if finding["metric"] == "verdict"]
+        return {
+            "task": self.config.task,
+            "plugins": self.engine.plugins.records(),
+            "versions": versions(),
+            "seed": self.config.seed,
+            "device": self.device.type,
+            "steps": self.step,
+            "seconds": round(time.monotonic() - self._started, 3),
+            "loss": plain(means["loss"]),
+            "accuracy": plain(means.get("accuracy")),
+            "perplexity": plain(float(torch.tensor(means["loss"]).exp())) if self.task.perplexity else None,
+            "verdict": verdicts[0] if verdicts else None,
+            "findings": [finding for _, finding in findings],
+            "layers": [_layer_summary(layer, layers.get(layer.name, {})) for layer in self.engine.layers],
+        }
+
+    def _check_finite(self, seen: list[Mapping[str, Tensor]]) -> None:
+        losses = torch.stack([sums["loss"] for sums in seen])
+        bad = (~losses.isfinite()).nonzero().flatten().tolist()
+        if bad:
+            step = self.step - len(seen) + bad[0] + 1
+            terms = [
+                f"term '{term}' of layer '{layer}'"
+                for layer, named in self.engine.last_terms().items()
+                for term, value in named.items()
+                if not float("-inf") < value < float("inf")
+            ]
+            which = f"the task loss, then {listed(terms)}," if terms else "the task loss"
+            raise RunError(f"{which} became {losses[bad[0]].item()} at step {step}; lower --lr, or a loss's weight")
+
+    def _save_weights(self) -> None:
+        from safetensors.torch import save
+
+        tensors = {name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}
+        write_atomically(self.folder / "model.safetensors", save(tensors))
+
+
+def versions() -> dict[str, str]:
+    """What a run was computed with."""
+    names = ("moe-engine", "torch", "numpy")
+    return {"python": sys.version.split()[0], **{name: metadata.version(name) for name in names}}
+
+
+def _layer_summary(layer: Any, metrics: Metrics) -> dict[str, Any]:
+    measured = {name: plain(metrics.get(name)) for name in BALANCE}
+    return {"name": layer.name, "experts": layer.spec.experts, "top_k": layer.spec.top_k, **measured}
+
+
+def _sums(score: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+    """A batch's score as sums that stay on the device."""
+    count = batch[0].shape[0]
+    sums = {name: value.detach() for name, value in score.items()}
+    return {**sums, "loss": sums["loss"] * count, "count": torch.tensor(float(count))}
+
+
+def _means(seen: list[Mapping[str, Tensor]]) -> dict[str, float]:
+    totals = {name: float(torch.stack([sums[name].double() for sums in seen]).sum()) for name in seen[0]}
+    count = totals.pop("count")
+    names = {"correct": "accuracy"}
+    return {names.get(name, name): total / count for name, total in totals.items()}

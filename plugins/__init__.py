@@ -1,0 +1,1 @@
+"""The built-in strategies: one file each, named as its entry point."""

@@ -1,0 +1,38 @@
+"""The log law of `saturation` on plain counts."""
+
+import attrs
+import torch
+
+from moe_engine import Bias, centred_log, hookimpl, option
+
+
+@attrs.define(eq=False)
+class LogLoad:
+    """A selection bias from each expert's share of the load.
+
+    s <- decay s + (1 - decay) load;  b_i = -beta (log(r_i + eps) - mean_j log(r_j + eps)), r = s / mean(s).
+    The control for `saturation`: the same law without the gradient. Equal loads give b = 0.
+
+    Source: this project.
+    """
+
+    beta: float = option(1.0, help="strength", min=0)
+    decay: float = option(0.9, help="memory of the running mean", min=0, max=1)
+    eps: float = option(1e-6, help="smallest relative load that log sees", min=1e-30)
+
+    @hookimpl
+    def moe_bias(self, spec, level):
+        return LogLoadBias(level.size, self.beta, self.decay, self.eps)
+
+
+class LogLoadBias(Bias):
+    def __init__(self, size, beta, decay, eps):
+        super().__init__()
+        self.beta, self.decay, self.eps = beta, decay, eps
+        self.expert_buffer("s", torch.zeros(size), new="mean")
+
+    def forward(self):
+        return -self.beta * centred_log(self.s, self.eps)
+
+    def after_step(self, step):
+        self.s.lerp_(step.load.to(self.s.dtype), 1 - self.decay)

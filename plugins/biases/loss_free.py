@@ -1,0 +1,37 @@
+"""Auxiliary-loss-free balancing by the sign of the load error."""
+
+import attrs
+import torch
+
+from moe_engine import Bias, hookimpl, option
+
+
+@attrs.define(eq=False)
+class LossFree:
+    """After each step the bias of an expert under the mean load goes up, of one over it goes down.
+
+    b_i <- b_i + rate sign(mean_j load_j - load_i), then centred. For selection only. `rate` is in the
+    units of the router's scores: 0.001 suits sigmoid scores, logits want 0.03 to 0.1.
+
+    Sources: Wang et al., 2024; DeepSeek-AI, 2024 (DeepSeek-V3).
+    """
+
+    rate: float = option(0.001, help="step of the bias, in units of the router's scores", min=0)
+
+    @hookimpl
+    def moe_bias(self, spec, level):
+        return SignBias(level.size, self.rate)
+
+
+class SignBias(Bias):
+    def __init__(self, size, rate):
+        super().__init__()
+        self.rate = rate
+        self.expert_buffer("b", torch.zeros(size), new="parent")
+
+    def forward(self):
+        return self.b
+
+    def after_step(self, step):
+        self.b += self.rate * torch.where(step.load.sum() > 0, torch.sign(1 - step.relative(step.load)), 0)
+        self.b -= self.b.mean()

@@ -1,0 +1,22 @@
+"""Variance of the mean gates."""
+
+import attrs
+
+from moe_engine import hookimpl, option
+
+
+@attrs.define(eq=False)
+class GateVariance:
+    """The unbiased variance over experts of E P_i, P_i expert i's mean probability.
+
+    Equal to CV^2(P) E / (E - 1): 0 at balance, E if one expert has all the mass.
+
+    Source: kennycason/srnn, 2025.
+    """
+
+    weight: float = option(0.1, help="coefficient", min=0)
+
+    @hookimpl
+    def moe_aux_loss(self, routing):
+        scaled_E = routing.experts * routing.mean(routing.probs)
+        return (scaled_E - scaled_E.mean()).square().sum() / max(routing.experts - 1, 1)

@@ -1,0 +1,24 @@
+"""The load-balancing loss of the Switch Transformer."""
+
+import attrs
+
+from moe_engine import hookimpl, option
+
+
+@attrs.define(eq=False)
+class SwitchAux:
+    """E sum_i f_i P_i: f_i expert i's share of the assignments (a constant), P_i its mean probability.
+
+    1 at balance, E / K if all tokens go to the same K experts. f counts assignments before capacity
+    drops any and is divided by K, so that the value does not depend on K (transformers' Mixtral does
+    not divide: its coefficient is this one's times 1 / K).
+
+    Source: Fedus et al., 2021, eq. 4-6.
+    """
+
+    weight: float = option(0.01, help="coefficient", min=0)
+
+    @hookimpl
+    def moe_aux_loss(self, routing):
+        f_E = routing.load / routing.load.sum().clamp(min=1)
+        return routing.experts * (f_E * routing.mean(routing.probs)).sum()

@@ -1,0 +1,22 @@
+"""Router z-loss."""
+
+import attrs
+import torch
+
+from moe_engine import hookimpl, option
+
+
+@attrs.define(eq=False)
+class ZLoss:
+    """mean_t (logsumexp_i s_ti)^2 of the raw logits s, one term for each level of the router.
+
+    Holds the logits near zero, which softmax cannot see. (ln E)^2 for zero logits; padding is left out.
+
+    Source: Zoph et al., 2022 (ST-MoE), eq. 5.
+    """
+
+    weight: float = option(0.001, help="coefficient", min=0)
+
+    @hookimpl
+    def moe_aux_loss(self, routing):
+        return {level.name: routing.mean(torch.logsumexp(level.logits, -1).square()) for level in routing.levels}

@@ -1,0 +1,41 @@
+"""How evenly the experts are used."""
+
+import math
+
+import attrs
+import torch
+
+from moe_engine import hookimpl
+
+
+@attrs.define(eq=False)
+class Balance:
+    """Measures of the load of a layer, x_i = assignments of real tokens to expert i, over all E experts.
+
+    load x / sum; cv = std / mean (population); cv2 = cv^2; gini; entropy H / ln E; max_min = max / min;
+    maxvio = max / mean - 1; active = experts with at least a tenth of the mean load; dropped = share
+    of assignments over capacity. At balance 1/E, 0, 0, 0, 1, 1, 0, E, and 0.
+
+    Source of maxvio: Wang et al., 2024, eq. 4 (on the window or data set that the numbers are of).
+    """
+
+    @hookimpl
+    def moe_metrics(self, stats):
+        x = stats.load
+        total, mean, size = x.sum(), x.mean(), x.numel()
+        f = x / total
+        cv = x.std(correction=0) / mean
+        rank = torch.arange(1, size + 1, dtype=x.dtype)
+        gini = ((2 * rank - size - 1) * x.sort().values).sum() / (size * total)
+        entropy = -torch.special.xlogy(f, f).sum() / math.log(size) if size > 1 else torch.tensor(math.nan)
+        return {
+            "load": f,
+            "active": int((x >= 0.1 * mean).sum()) if total else 0,
+            "cv": cv,
+            "cv2": cv.square(),
+            "gini": gini,
+            "entropy": entropy,
+            "max_min": x.max() / x.min(),
+            "maxvio": x.max() / mean - 1,
+            "dropped": stats.dropped.sum() / total,
+        }

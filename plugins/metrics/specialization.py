@@ -1,0 +1,46 @@
+"""Which classes go to which experts."""
+
+import attrs
+import torch
+
+from moe_engine import count_by, hookimpl
+
+
+@attrs.define(eq=False)
+class Specialization:
+    """Assignments by class and expert, and how much one tells of the other.
+
+    class_expert [C, E]: counts. mutual_information: I(c; e) / min(H(c), H(e)), less the bias
+    (C - 1)(E - 1) / (2N) of N counted assignments: 0 if independent, 1 if one fixes the other.
+    Needs labels; answers nothing for a layer without.
+    """
+
+    @hookimpl
+    def moe_measure(self, routing, layer):
+        classes, experts, labels = layer.spec.classes, routing.experts, routing.tokens.labels
+        if not classes:
+            return {}
+        if labels is None:
+            return {"class_expert": torch.zeros(classes, experts, device=routing.plan.expert.device)}
+        pair_N = labels[routing.plan.token] * experts + routing.plan.expert
+        return {"class_expert": count_by(pair_N, routing.plan.selected, classes * experts).view(classes, experts)}
+
+    @hookimpl
+    def moe_metrics(self, stats):
+        counts = stats.of("specialization").get("class_expert")
+        if counts is None or not counts.sum():
+            return {}
+        return {"class_expert": counts, "mutual_information": mutual_information(counts)}
+
+
+def mutual_information(counts):
+    """I(row; column) / min(H(row), H(column)) of a table of counts, less its bias, not below 0; nan if undefined."""
+    joint = counts / counts.sum()
+    rows, columns = joint.sum(1), joint.sum(0)
+    information = _entropy(rows) + _entropy(columns) - _entropy(joint)
+    bias = ((rows > 0).sum() - 1) * ((columns > 0).sum() - 1) / (2 * counts.sum())
+    return (information - bias).clamp(min=0) / torch.minimum(_entropy(rows), _entropy(columns))
+
+
+def _entropy(p):
+    return -torch.special.xlogy(p, p).sum()

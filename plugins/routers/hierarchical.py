@@ -1,0 +1,83 @@
+"""Two-level routing: the best groups, then the best experts inside each of them."""
+
+import attrs
+import torch
+
+from moe_engine import LevelSpec, Router, assign, hookimpl, linear_logits, option, uniform
+
+
+@attrs.define(eq=False)
+class Hierarchical:
+    """A token picks `groups_kept` groups, then K / groups_kept experts in each.
+
+    p_i = G_g(x) G_i|g(x): softmax over groups times softmax within the group of expert i. The gate is
+    that product, at each level divided by the sum over what is picked there; a level at which a token
+    picks only one keeps its raw probability, because a normalised single gate gives no gradient.
+    Groups may differ in size. Biases act on each level; losses see p over all experts.
+
+    Source: Shazeer et al., 2017, appendix B.
+    """
+
+    groups: int = option(2, help="number of groups", min=1)
+    groups_kept: int = option(1, help="groups that a token picks", min=1)
+
+    @hookimpl
+    def moe_check(self, setup):
+        spec = setup.spec
+        if self.groups_kept > self.groups:
+            return f"hierarchical.groups_kept={self.groups_kept} is more than groups={self.groups}"
+        if spec.top_k % self.groups_kept:
+            return f"top_k={spec.top_k} is not a multiple of hierarchical.groups_kept={self.groups_kept}"
+        if spec.experts // self.groups < spec.top_k // self.groups_kept:
+            return (
+                f"{self.groups} groups of {spec.experts} experts hold too few for "
+                f"{spec.top_k // self.groups_kept} picks in each; lower hierarchical.groups or raise groups_kept"
+            )
+        return None
+
+    @hookimpl
+    def moe_router(self, spec):
+        return TwoLevelRouter(spec, self.groups, self.groups_kept)
+
+
+class TwoLevelRouter(Router):
+    def __init__(self, spec, groups, groups_kept):
+        super().__init__()
+        self.top_k, self.groups_kept = spec.top_k, groups_kept
+        self.expert_param("group_rows", uniform((groups, spec.dim), spec.dim), role="logit_row", of="group")
+        self.expert_param("rows", uniform((spec.experts, spec.dim), spec.dim), role="logit_row")
+        self.expert_buffer("group_of", torch.arange(spec.experts) * groups // spec.experts, values="group")
+
+    @property
+    def levels(self):
+        picks = self.top_k // self.groups_kept
+        groups, experts = self.group_rows.shape[0], self.rows.shape[0]
+        return LevelSpec("group", groups, self.groups_kept), LevelSpec("expert", experts, picks)
+
+    def unit_of(self, level):
+        return self.group_of if level == "group" else None
+
+    def within(self, level):
+        return self.group_of if level == "expert" else None
+
+    def score(self, tokens):
+        return linear_logits(tokens.x, self.group_rows), linear_logits(tokens.x, self.rows)
+
+    def select(self, tokens, levels):
+        group, leaf = levels
+        picks = self.top_k // self.groups_kept
+        group_TG = group.biased.softmax(-1)
+        inside_GE = torch.arange(group_TG.shape[1], device=self.group_of.device)[:, None] == self.group_of
+        inside_TE = leaf.biased[:, None].masked_fill(~inside_GE, -torch.inf).softmax(-1).sum(1)  # G_i|g of its own group
+        probs_TE = group_TG[:, self.group_of] * inside_TE
+
+        best_TM = group.select_by(group.biased).topk(self.groups_kept, dim=-1).indices
+        leaf_TE = leaf.select_by(leaf.biased)
+        expert_TMP = leaf_TE[:, None].masked_fill(~inside_GE[best_TM], -torch.inf).topk(picks, dim=-1).indices
+        outer_TM = _normalised(group_TG.gather(-1, best_TM))
+        inner_TMP = _normalised(inside_TE.gather(-1, expert_TMP.flatten(1)).view_as(expert_TMP))
+        return probs_TE, assign((outer_TM[..., None] * inner_TMP).flatten(1), expert_TMP.flatten(1), tokens)
+
+
+def _normalised(gates):
+    return gates / gates.sum(-1, keepdim=True) if gates.shape[-1] > 1 else gates

@@ -1,0 +1,51 @@
+"""Top-k routing on softmax probabilities."""
+
+import attrs
+
+from moe_engine import LinearRouter, assign, groups_problem, hookimpl, keep_best_groups, option
+
+
+@attrs.define(eq=False)
+class TopK:
+    """The K experts of highest softmax probability, as in Switch and Mixtral.
+
+    p = softmax(x W); S = top-K of the biased logits; gate g_i = p_i for i in S, with `renorm`
+    divided by their sum. At K = 1 the raw probability is the gate (Switch): renormalised it would be
+    the constant 1, and the router would get no gradient.
+
+    Sources: Fedus et al., 2021 (Switch, K = 1); Jiang et al., 2024 (Mixtral, renormalised); DeepSeek-AI,
+    2024 (DeepSeek-V3, groups).
+    """
+
+    renorm: bool | None = option(None, help="divide a token's gates by their sum; unset: when K > 1")
+    groups: int = option(1, help="number of equal groups of experts", min=1)
+    groups_kept: int = option(1, help="best groups that a token may choose from", min=1)
+
+    @hookimpl
+    def moe_check(self, setup):
+        if setup.spec.top_k == 1 and self.renorm:
+            return "topk.renorm at top_k=1 makes every gate the constant 1, and the router can't learn; leave it unset"
+        return groups_problem(setup.spec, self.groups, self.groups_kept) if self.groups > 1 else None
+
+    @hookimpl
+    def moe_router(self, spec):
+        renorm = spec.top_k > 1 if self.renorm is None else self.renorm
+        return TopKRouter(spec, renorm, self.groups, self.groups_kept)
+
+
+class TopKRouter(LinearRouter):
+    def __init__(self, spec, renorm, groups, groups_kept):
+        super().__init__(spec)
+        self.renorm, self.groups, self.groups_kept = renorm, groups, groups_kept
+
+    def select(self, tokens, levels):
+        (level,) = levels
+        probs_TE = level.biased.softmax(-1)
+        scores_TE = level.select_by(level.biased)
+        if self.groups > 1:
+            scores_TE = keep_best_groups(scores_TE, self.groups, self.groups_kept, self.top_k)
+        expert_TK = scores_TE.topk(self.top_k, dim=-1).indices
+        gate_TK = probs_TE.gather(-1, expert_TK)
+        if self.renorm:
+            gate_TK = gate_TK / gate_TK.sum(-1, keepdim=True)
+        return probs_TE, assign(gate_TK, expert_TK, tokens)
