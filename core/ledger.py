@@ -42,6 +42,10 @@ class Ledger(Function):
         sums, scale, *routed = ctx.saved_tensors
         if ctx.signals is not None:
             sums = torch.cat([sums, ctx.signals(grad_TD, *routed)])
+        if torch.compiler.is_compiling():
+            # The scale arrives between forward and backward. What depends on it alone a partitioner may
+            # move into the forward, where it is stale: a term of 0 ties it to the incoming gradient.
+            scale = scale + 0 * grad_TD.flatten()[:1].nan_to_num(0, 0, 0).sum()
         return grad_TD, sums, None, scale, None, None, None, None, None
 
 

@@ -5,7 +5,7 @@ Suffixes: T tokens, E experts, K chosen a token, N assignments, n units of a lev
 """
 
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 import attrs
 import torch
@@ -86,8 +86,7 @@ class Tokens:
         return self.real(values).sum(0) / self.count.clamp(min=1)
 
 
-@attrs.frozen
-class LevelSpec:
+class LevelSpec(NamedTuple):
     """One level of a router: its name, its number of units, how many of them a token picks."""
 
     name: str

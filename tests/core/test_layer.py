@@ -1,0 +1,247 @@
+"""The layer against a plain reference, in every shape and precision it promises."""
+
+import pytest
+import torch
+from moe_engine import Engine, ModuleBank, UsageError
+from torch import nn
+
+ROUTERS = ["topk", "sigmoid_topk", "hierarchical"]
+
+
+def reference(layer, x):
+    """The same mixture, token by token: sum over the chosen experts of gate times expert."""
+    routing = layer.route(layer.tokens(x))
+    outputs_ETO = layer.experts.outputs(x.reshape(-1, x.shape[-1]))
+    y = torch.einsum("te,eto->to", routing.gates().to(x.dtype), outputs_ETO)
+    if layer.shared is not None:
+        y = y + layer.shared(x.reshape(-1, x.shape[-1]))
+    return y.view(*x.shape[:-1], -1)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "swiglu"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_output_is_the_gated_sum_of_the_chosen_experts(activation, bias):
+    layer = Engine("topk", experts=4, top_k=2, activation=activation, bias=bias, shared=1).moe(6, 10, out=5).double().eval()
+    x = torch.randn(2, 7, 6, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), reference(layer, x))
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+def test_gradients_are_those_of_finite_differences(router, top_k):
+    settings = ["hierarchical.groups=1"] if router == "hierarchical" else []
+    layer = Engine(router, settings, experts=4, top_k=top_k).moe(3, 5).double().eval()
+    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    rows = layer.router.rows
+
+    def run(x, w_in, rows_):
+        return torch.func.functional_call(layer, {"experts.w_in": w_in, "router.rows": rows_}, (x,))
+
+    inputs = (x, layer.experts.w_in.detach().clone().requires_grad_(), rows.detach().clone().requires_grad_())
+    assert torch.autograd.gradcheck(run, inputs, eps=1e-7, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(6,), (1, 6), (2, 3, 4, 6), (0, 6), (2, 0, 6)])
+@pytest.mark.parametrize("router", ROUTERS)
+def test_any_leading_shape_also_without_tokens(router, shape):
+    engine = Engine([router, "saturation", "switch_aux"], experts=4, top_k=2)
+    layer = engine.moe(6, 8, out=3)
+    x = torch.randn(shape, requires_grad=True)
+    y = layer(x)
+    (y.sum() + engine.aux_loss()).backward()
+    engine.after_backward()
+    engine.after_step()
+    assert y.shape == (*shape[:-1], 3)
+    assert x.grad.shape == x.shape
+    assert all(torch.isfinite(p.grad).all() for p in layer.parameters())
+    assert all(torch.isfinite(b).all() for b in layer.buffers())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_precision_of_the_output_is_that_of_the_input_and_routing_is_fp32(dtype):
+    layer = Engine("topk,saturation", experts=4).moe(6, 8).to(dtype)
+    y = layer(torch.randn(5, 6, dtype=dtype))
+    routing = layer.route(layer.tokens(torch.randn(5, 6, dtype=dtype)))
+    least = torch.promote_types(dtype, torch.float32)
+    assert y.dtype == dtype
+    assert [routing.levels[0].logits.dtype, routing.plan.weight.dtype] == [least, least]
+    assert layer.biases[0]["saturation"].s.dtype == torch.promote_types(torch.float32, dtype)
+
+
+def test_autocast_gives_the_autocast_type_and_fp32_gates():
+    engine = Engine("topk,switch_aux,z_loss", experts=4)
+    layer = engine.moe(6, 8)
+    x = torch.randn(5, 6)
+    exact = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+        loss = y.float().sum() + engine.aux_loss()
+    loss.backward()
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), exact, rtol=0.05, atol=0.02)
+    assert layer.router.rows.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_padding_changes_nothing(router):
+    """Pads of any content, even NaN, reach no output, gradient, loss, load or state."""
+    names = [router, "saturation", "loss_free", "switch_aux", "z_loss", "gate_variance"]
+
+    def trial(pads, capacity=1.0):
+        torch.manual_seed(0)
+        engine = Engine(names, experts=4, top_k=2, capacity=capacity)
+        layer = engine.moe(6, 8)
+        real = torch.randn(1, 5, 6)
+        x = torch.cat([pads, real], dim=1) if pads is not None else real
+        mask = torch.arange(x.shape[1])[None] >= x.shape[1] - 5
+        y = layer(x, mask if pads is not None else None)
+        (y[mask].square().sum() + engine.aux_loss()).backward()
+        engine.after_backward()
+        engine.after_step()
+        sums = {name: value for name, value in engine._take(layer, "train").sums.items()}
+        grads = [p.grad for p in layer.parameters()]
+        return y[mask], grads, sums, [b.clone() for b in layer.biases.buffers()], y[~mask]
+
+    plain = trial(None)
+    for content in (0.0, 50.0, torch.nan):
+        padded = trial(torch.full((1, 3, 6), content))
+        torch.testing.assert_close(padded[:4], plain[:4])
+        assert padded[4].abs().sum() == 0
+
+
+def test_only_padding_is_no_data():
+    engine = Engine("topk,saturation,loss_free,switch_aux,z_loss,gate_variance", experts=4)
+    layer = engine.moe(6, 8)
+    before = {name: b.clone() for name, b in layer.state_dict().items()}
+    y = layer(torch.randn(2, 6), torch.zeros(2, dtype=torch.bool))
+    (y.sum() + engine.aux_loss()).backward()
+    engine.after_backward()
+    engine.after_step()
+    assert y.abs().sum() == 0
+    assert engine.metrics() == {}
+    assert all(torch.equal(before[name], b) for name, b in layer.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("capacity", "tokens", "top_k", "experts", "limit"),
+    [(1.0, 8, 1, 4, 2), (1.25, 8, 2, 4, 5), (1.1, 10, 1, 11, 1), (0.3, 10, 1, 3, 1), (100.0, 6, 2, 4, 6)],
+)
+def test_capacity_keeps_at_most_its_share(capacity, tokens, top_k, experts, limit):
+    """Equal tokens all want the same experts; each keeps ceil(C T K / E), counted in whole numbers."""
+    engine = Engine("topk", experts=experts, top_k=top_k, capacity=capacity)
+    layer = engine.moe(3, 4)
+    with torch.no_grad():
+        layer.router.rows[:] = torch.arange(experts)[:, None].float()
+    routing = layer.route(layer.tokens(torch.ones(tokens, 3)))
+    kept_E = torch.zeros(experts, dtype=torch.long).index_add(0, routing.plan.expert, routing.plan.kept.long())
+    assert kept_E.max() == min(limit, tokens)
+    assert routing.load.sum() == tokens * top_k
+    assert routing.dropped.sum() == tokens * top_k - kept_E.sum()
+
+
+def test_capacity_takes_first_choices_first_and_then_earlier_tokens():
+    layer = Engine("topk", experts=2, top_k=2, capacity=0.5).moe(2, 4)
+    with torch.no_grad():
+        layer.router.rows[:] = torch.eye(2)
+    # tokens 0 and 2 want expert 0 first, token 1 and 3 expert 1 first; each keeps ceil(.5 * 4 * 2 / 2) = 2
+    x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
+    plan = layer.route(layer.tokens(x)).plan
+    assert plan.kept.view(4, 2).tolist() == [[True, False]] * 4
+
+
+def test_capacity_drops_nothing_in_eval_and_a_dropped_token_gives_zero():
+    layer = Engine("topk", experts=4, top_k=1, capacity=0.01).moe(3, 4)
+    x = torch.ones(8, 3)
+    assert (layer(x).abs().sum(-1) > 0).sum() <= 4
+    assert (layer.eval()(x).abs().sum(-1) > 0).all()
+
+
+def test_experts_without_tokens_get_zero_gradients():
+    layer = Engine("topk", experts=4, top_k=1).moe(3, 4)
+    layer(torch.ones(1, 3)).sum().backward()
+    used = (layer.experts.w_out.grad.abs().sum((1, 2)) > 0).sum()
+    assert used == 1
+    assert torch.isfinite(layer.experts.w_in.grad).all()
+
+
+def test_modules_of_any_kind_are_experts():
+    """Convolutional experts on flattened pictures agree with calling them one by one."""
+
+    class Conv(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(1, 1, 3, padding=1)
+
+        def forward(self, rows):
+            return self.conv(rows.view(-1, 1, 4, 4)).flatten(1)
+
+    layer = Engine("topk", top_k=2).moe(16, modules=[Conv() for _ in range(3)])
+    x = torch.randn(5, 16)
+    assert isinstance(layer.experts, ModuleBank)
+    assert layer.spec.experts == 3
+    torch.testing.assert_close(layer(x), reference(layer, x))
+
+
+def test_the_callers_tensor_is_not_changed():
+    engine = Engine("sigmoid_topk,saturation,switch_aux", experts=4)
+    layer = engine.moe(6, 8)
+    x = torch.randn(3, 6)
+    before = x.clone()
+    layer(x, torch.tensor([True, False, True]))
+    assert torch.equal(before, x)
+
+
+def test_eval_changes_no_state():
+    engine = Engine("topk,saturation,log_load,loss_free,switch_aux", experts=4)
+    layer = engine.moe(6, 8).eval()
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    layer(torch.randn(50, 6)).sum().backward()
+    engine.after_step()
+    assert all(torch.equal(before[name], value) for name, value in layer.state_dict().items())
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_equal_scores_send_tokens_everywhere(router):
+    """An all-zero router, in which every score ties, must not send all tokens to the same experts."""
+    layer = Engine(router, experts=8, top_k=2).moe(6, 8)
+    with torch.no_grad():
+        for name, parameter in layer.router.named_parameters():
+            parameter.zero_()
+            assert "rows" in name
+    for content in (0.0, 7.0):
+        load = layer.route(layer.tokens(torch.full((64, 6), content))).load
+        assert load.min() >= 8
+
+
+@pytest.mark.parametrize("scale", [50.0, -50.0, 1e4])
+def test_extreme_logits_stay_finite(scale):
+    engine = Engine("topk,saturation,switch_aux,z_loss", experts=4)
+    layer = engine.moe(6, 8)
+    x = torch.randn(9, 6) * scale
+    (layer(x).sum() + engine.aux_loss()).backward()
+    assert all(torch.isfinite(p.grad).all() for p in layer.parameters())
+
+
+def test_a_wrong_shape_or_mask_is_named():
+    layer = Engine("topk", experts=4).moe(6, 8)
+    with pytest.raises(ValueError, match=r"layer 'moe0' takes \[..., 6\], not \[2, 5\]"):
+        layer(torch.randn(2, 5))
+    with pytest.raises(ValueError, match=r"mask is \[3\], the tokens are \[2\]"):
+        layer(torch.randn(2, 6), torch.ones(3, dtype=torch.bool))
+    with pytest.raises(ValueError, match="must be bool, True = a real token"):
+        layer(torch.randn(2, 6), torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("spec", "sentence"),
+    [
+        ({"experts": 0}, "a layer needs at least one expert"),
+        ({"experts": 4, "top_k": 5}, "top_k is 5, but a token can choose 1 to 4"),
+        ({"capacity": 0.0}, "capacity is 0.0; it must be above 0"),
+        ({"activation": "tanh"}, "activation is 'tanh'"),
+        ({"expertz": 4}, "expertz"),
+    ],
+)
+def test_a_spec_that_makes_no_sense_is_refused(spec, sentence):
+    with pytest.raises(UsageError, match=sentence):
+        Engine("topk", **spec).moe(6, 8)

@@ -1,0 +1,209 @@
+"""Counts, signals and auxiliary gradients pass exactly once, whatever runs a forward twice."""
+
+import pytest
+import torch
+from moe_engine import Engine
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+PLUGINS = ["topk", "saturation", "loss_free", "switch_aux", "z_loss"]
+
+
+class Two(nn.Module):
+    """Two layers, each perhaps under activation checkpointing."""
+
+    def __init__(self, engine, wrap):
+        super().__init__()
+        self.first, self.second, self.wrap = engine.moe(6, 8), engine.moe(6, 8), wrap
+
+    def forward(self, x):
+        return self.wrap(self.second, self.wrap(self.first, x))
+
+
+def plain(layer, x):
+    return layer(x)
+
+
+def reentrant(layer, x):
+    return checkpoint(layer, x, use_reentrant=True)
+
+
+def non_reentrant(layer, x):
+    return checkpoint(layer, x, use_reentrant=False)
+
+
+def build(wrap, router="topk"):
+    torch.manual_seed(0)
+    engine = Engine([router, *PLUGINS[1:]], experts=4, top_k=2)
+    return engine, Two(engine, wrap)
+
+
+def batches():
+    random = torch.Generator().manual_seed(1)
+    return [torch.randn(9, 6, generator=random).requires_grad_() for _ in range(3)]
+
+
+def one_step(engine, model, micro_batches, scale=1.0):
+    """Everything a step leaves behind: gradients, the step's sums, and the controllers' states after it."""
+    model.zero_grad()
+    for x in micro_batches:
+        loss = (model(x).square().mean() + engine.aux_loss()) / len(micro_batches)
+        (loss * scale).backward()
+        engine.after_backward()
+    sums = [layer.book.grad.clone() for layer in engine.layers]
+    grads = [p.grad / scale for p in model.parameters()]
+    engine.after_step()
+    return grads, sums, [b for layer in engine.layers for b in layer.biases.buffers()]
+
+
+@pytest.mark.parametrize("wrap", [reentrant, non_reentrant])
+@pytest.mark.parametrize("router", ["topk", "sigmoid_topk", "hierarchical"])
+def test_checkpointing_counts_once(wrap, router):
+    expected = one_step(*build(plain, router), batches())
+    assert sum(expected[1][0][1:5]) == 3 * 9 * 2
+    torch.testing.assert_close(one_step(*build(wrap, router), batches()), expected)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("router", ["topk", "sigmoid_topk", "hierarchical"])
+def test_a_compiled_layer_counts_once_also_under_checkpointing(backend, router):
+    expected = one_step(*build(plain, router), batches())
+    for wrap in (plain, non_reentrant):
+        torch._dynamo.reset()
+        engine, model = build(wrap, router)
+        model.first.compile(fullgraph=True, backend=backend)
+        model.second.compile(fullgraph=True, backend=backend)
+        torch.testing.assert_close(one_step(engine, model, batches()), expected)
+
+
+@pytest.mark.parametrize(
+    "spec", [{"activation": "swiglu", "bias": True, "shared": 1}, {"capacity": 1.0}, {"top_k": 1}, {"top_k": 4}]
+)
+def test_a_compiled_layer_agrees_for_every_kind_of_layer(spec):
+    def trial(compiled):
+        torch.manual_seed(0)
+        engine = Engine(PLUGINS, **{"experts": 4, "top_k": 2, **spec})
+        layer = engine.moe(6, 8)
+        if compiled:
+            torch._dynamo.reset()
+            layer.compile(fullgraph=True, backend="aot_eager")
+        x = torch.randn(2, 7, 6)
+        mask = torch.arange(7).expand(2, 7) < 5
+        y = layer(x, mask)
+        (y.square().mean() + engine.aux_loss()).backward()
+        return y, [p.grad for p in layer.parameters()], layer.book.grad
+
+    torch.testing.assert_close(trial(True), trial(False))
+
+
+def test_checkpointing_inside_a_compiled_model_counts_once():
+    expected = one_step(*build(plain), batches())
+    torch._dynamo.reset()
+    engine, model = build(non_reentrant)
+    torch.testing.assert_close(one_step(engine, torch.compile(model, backend="aot_eager"), batches()), expected)
+
+
+def test_accumulation_needs_no_help_from_the_core():
+    """Three micro-batches with loss / 3 give the gradients of the mean, and one controller step on all counts."""
+    engine, model = build(plain)
+    grads, sums, _ = one_step(engine, model, batches())
+    alone = [one_step(*build(plain), [x]) for x in batches()]
+    torch.testing.assert_close(grads, [sum(parts) / 3 for parts in zip(*(one[0] for one in alone), strict=True)])
+    assert sums[0][:5].tolist() == sum(one[1][0][:5] for one in alone).tolist()
+    rate = engine.plugins.active["loss_free"].rate
+    assert (model.first.biases[0]["loss_free"].b.abs() <= 2 * rate).all()
+
+
+def test_the_losss_scale_reaches_the_auxiliary_gradient():
+    expected = one_step(*build(plain), batches())[0]
+    torch.testing.assert_close(one_step(*build(plain), batches(), scale=1024.0)[0], expected)
+
+
+def test_aux_gradient_is_the_weighted_mean_over_layers():
+    engine, model = build(plain)
+    x = torch.randn(9, 6)
+    (0 * model(x).sum() + engine.aux_loss()).backward()
+    engine.after_backward()
+    got = [p.grad.clone() for p in model.first.router.parameters()]
+    model.zero_grad()
+    routing = model.first.route(model.first.tokens(x))
+    terms = model.first.aux_terms(routing)
+    # the first layer's own terms; what reaches it through the second layer's input is added by hand
+    hidden = model.first(x)
+    second = model.second.aux_terms(model.second.route(model.second.tokens(hidden)))
+    total = sum(model.first.weight_of(n) * v for n, v in terms.items()) + sum(
+        model.second.weight_of(n) * v for n, v in second.items()
+    )
+    (total / 2).backward()
+    torch.testing.assert_close(got, [p.grad for p in model.first.router.parameters()])
+
+
+def test_grad_scaler_and_clipping():
+    """Scaled, unscaled, clipped: the step is that of plain training; a skipped step moves no state."""
+
+    def trial(scaled):
+        engine, model = build(plain)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", enabled=scaled, init_scale=1024.0)
+        for x in batches():
+            optimizer.zero_grad()
+            scaler.scale(model(x).square().mean() + engine.aux_loss()).backward()
+            engine.after_backward()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+            scaler.step(optimizer)
+            scaler.update()
+            engine.after_step()
+        return [p.detach() for p in model.parameters()], [b for layer in engine.layers for b in layer.biases.buffers()]
+
+    plain_weights, plain_states = trial(False)
+    weights, states = trial(True)
+    torch.testing.assert_close(weights, plain_weights)
+    ratio = states[0] / plain_states[0]  # the signal's scale, which the law does not see
+    torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio))
+    torch.testing.assert_close(states[1], plain_states[1])
+
+
+def test_a_skipped_step_moves_nothing_and_leaves_nothing():
+    engine, model = build(plain)
+    before = [b.clone() for layer in engine.layers for b in layer.biases.buffers()]
+    (model(batches()[0]).sum() + engine.aux_loss()).backward()
+    engine.after_backward()
+    engine.after_step(skipped=True)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.first.biases.buffers(), strict=False))
+    assert model.first.book.grad is None
+    assert engine.metrics() == {}
+
+
+def test_what_is_not_finite_reaches_no_state():
+    engine, model = build(plain)
+    (model(batches()[0]).sum() * torch.inf + engine.aux_loss()).backward()
+    engine.after_backward()
+    engine.after_step()
+    assert all(torch.isfinite(b).all() for layer in engine.layers for b in layer.biases.buffers())
+
+
+def test_a_forgotten_aux_loss_is_an_error():
+    engine, model = build(plain)
+    model(batches()[0]).sum().backward()
+    engine.after_backward()
+    with pytest.raises(RuntimeError, match="aux_loss"):
+        engine.after_step()
+
+
+def test_a_forgotten_after_backward_is_an_error():
+    engine, model = build(plain)
+    (model(batches()[0]).sum() + engine.aux_loss()).backward()
+    with pytest.raises(RuntimeError, match="after_backward"):
+        engine.after_step()
+
+
+def test_two_engines_do_not_meet():
+    (one, first), (two, second) = build(plain), build(plain)
+    (first(batches()[0]).sum() + one.aux_loss()).backward()
+    one.after_backward()
+    one.after_step()
+    two.after_step()
+    assert two.metrics() == {}
+    assert list(one.metrics()) == ["moe0", "moe1"]
+    assert second.first.router.rows.grad is None
