@@ -5,6 +5,7 @@ CPU time of one thread, so that what else the machine does, and how fast it runs
 
 import argparse
 import ctypes
+import gc
 import json
 import random
 import statistics
@@ -42,6 +43,8 @@ def ratios(
     rounds: how often a repetition goes through all calls, each time in a new order. Short calls in many
     rounds see the same drift of the machine's speed.
     """
+    gc.collect()
+    gc.freeze()  # else a collection of all that was imported falls on whoever is running
     order, shuffled = list(calls), random.Random(0)
     times: dict[str, list[float]] = {name: [] for name in calls}
     for repetition in range(-warm_ups, repetitions):

@@ -22,7 +22,7 @@ from moe_engine.training import Training
 from paired import arguments, ratios, steady, tell
 
 BAR = 1.10
-STEPS, ROUNDS, BATCH = 100, 4, 64
+STEPS, ROUNDS, BATCH = 50, 8, 64
 TASK = {"size": 28, "images": STEPS * BATCH, "test_images": 512, "dim": 128, "hidden": 128}
 
 
@@ -71,7 +71,7 @@ def check_equal(one: Training, other: Training) -> None:
 
 
 def main() -> int:
-    options = arguments("A training step of `moe-engine run` against a hand-written loop.", repetitions=15)
+    options = arguments("A training step of `moe-engine run` against a hand-written loop.", repetitions=21)
     steady()
     by_run, by_hand = training(), training()
     with tempfile.TemporaryDirectory() as folder, open(Path(folder, "metrics.jsonl"), "w") as by_run._log:

@@ -63,7 +63,7 @@ class Engine:
         self.defaults = spec
         self._layers: list[weakref.ref[MoE]] = []
         self._windows: weakref.WeakKeyDictionary[MoE, Tensor] = weakref.WeakKeyDictionary()
-        self._last: weakref.WeakKeyDictionary[MoE, dict[str, float]] = weakref.WeakKeyDictionary()
+        self._last: weakref.WeakKeyDictionary[MoE, dict[str, Tensor]] = weakref.WeakKeyDictionary()
         self._anchored = False  # aux_loss() took part in a backward of this step
         self._closed = True  # after_backward() followed the last backward
         self.plugins.check(Setup(self.plugins.active, self._spec(dim=0, hidden=0)))
@@ -197,7 +197,7 @@ class Engine:
 
     def _settle(self, layer: MoE, flat: Tensor) -> None:
         named = unflat(flat, layer.training_layout)
-        self._last[layer] = {name.removeprefix("loss."): v for name, v in named.items() if name.startswith("loss.")}  # type: ignore[misc]
+        self._last[layer] = {name.removeprefix("loss."): v for name, v in named.items() if name.startswith("loss.")}
         flat = torch.where(flat.isfinite().all(), flat, 0)  # nothing that is not finite reaches a state
         size = sum(shape.numel() for shape in layer.training_layout.values())
         if layer not in self._windows:
@@ -216,9 +216,9 @@ class Engine:
             own = {key.removeprefix(f"{name}."): v for key, v in named.items() if key.startswith(f"{name}.")}
             state.after_step(Step(named["load"], own))
 
-    def last_terms(self) -> dict[str, dict[str, float]]:
-        """The loss terms of the last step by layer, summed over its micro-batches, as they were, finite or not."""
-        return {layer.name: {k: float(v.sum()) for k, v in terms.items()} for layer, terms in self._last.items()}  # type: ignore[attr-defined]
+    def last_terms(self) -> dict[str, Tensor]:
+        """The loss terms of the last step by name and layer, [1] each, as they were, finite or not."""
+        return {f"'{term}' of layer '{layer.name}'": v for layer in self.layers for term, v in self._last.get(layer, {}).items()}
 
     # -- measuring -------------------------------------------------------------------------------
 
@@ -238,7 +238,8 @@ class Engine:
             if stats.tokens:
                 routing, effects = probed.get(layer, (None, None))
                 offer = {"stats": stats, "layer": layer, "effects": effects, "probe": routing}
-                answers[layer.name] = _merged((bound.plugin, bound(offer)) for bound in bounds)
+                own: Metrics = {f"loss.{term}": value for term, value in stats.terms().items()}
+                answers[layer.name] = _merged([("the core", own), *((bound.plugin, bound(offer)) for bound in bounds)])
         return answers
 
     def _take(self, layer: MoE, split: str) -> Stats:

@@ -12,6 +12,7 @@ import attrs
 import tomli_w
 
 from .errors import UsageError, listed
+from .manager import defaults
 from .options import Settings, build, option, options_of, values_of
 
 
@@ -19,7 +20,7 @@ from .options import Settings, build, option, options_of, values_of
 class RunConfig:
     """What a run is told, apart from the plugins' options: the flags of `moe-engine run` and [run] of a config file."""
 
-    task: str = option("digits", help="task plugin: the data, the model and how it is measured")
+    task: str = option(defaults()["task"], help="task plugin: the data, the model and how it is measured")
     plugins: tuple[str, ...] = option((), help="plugins to use, in this order")
     no_plugin: tuple[str, ...] = option((), help="plugins to leave out, also default ones")
     experts: int = option(8, help="number of experts in a layer", min=1)

@@ -117,6 +117,7 @@ class Training:
         optimizer = adam(self.model, config.lr)
         order = generator(config.seed, "data order")
         seen: list[Mapping[str, Tensor]] = []
+        terms: list[Mapping[str, Tensor]] = []
         for epoch in range(1, config.epochs + 1):
             self.model.train()
             for batch in self._batches(order):
@@ -128,10 +129,11 @@ class Training:
                 engine.after_step()
                 self.step += 1
                 seen.append(_sums(score, batch))
+                terms.append(engine.last_terms())
                 if self.step % config.log_every == 0 or self.step == self.total_steps:
-                    self._check_finite(seen)
+                    self._check_finite(seen, terms)
                     self._record("train", epoch, _means(seen), engine.metrics("train", self._probe))
-                    seen = []
+                    seen, terms = [], []
                 if self.stop:
                     self._save_weights()
                     raise Stopped
@@ -190,7 +192,7 @@ class Training:
             for name, finding in metrics.items()
             if isinstance(finding, Finding)
         ]
-        findings.sort(key=lambda pair: -pair[0])
+        findings.sort(key=lambda pair: (pair[1]["metric"] != "verdict", -pair[0]))
         verdicts = [finding["name"] for _, finding in findings if finding["metric"] == "verdict"]
         return {
             "task": self.config.task,
@@ -208,19 +210,16 @@ class Training:
             "layers": [_layer_summary(layer, layers.get(layer.name, {})) for layer in self.engine.layers],
         }
 
-    def _check_finite(self, seen: list[Mapping[str, Tensor]]) -> None:
-        losses = torch.stack([sums["loss"] for sums in seen])
-        bad = (~losses.isfinite()).nonzero().flatten().tolist()
-        if bad:
-            step = self.step - len(seen) + bad[0] + 1
-            terms = [
-                f"term '{term}' of layer '{layer}'"
-                for layer, named in self.engine.last_terms().items()
-                for term, value in named.items()
-                if not float("-inf") < value < float("inf")
-            ]
-            which = f"the task loss, then {listed(terms)}," if terms else "the task loss"
-            raise RunError(f"{which} became {losses[bad[0]].item()} at step {step}; lower --lr, or a loss's weight")
+    def _check_finite(self, seen: list[Mapping[str, Tensor]], terms: list[Mapping[str, Tensor]]) -> None:
+        """Raise RunError for the first step whose loss, or a term of it, was not finite; seen and terms are parallel."""
+        values = {"the task loss": torch.stack([sums["loss"] for sums in seen])}
+        values |= {f"the loss term {name}": torch.cat([step[name] for step in terms]) for name in terms[0]}
+        bad = {name: (~value.isfinite()).nonzero().flatten().tolist() for name, value in values.items()}
+        first = min((steps[0] for steps in bad.values() if steps), default=None)
+        if first is not None:
+            names = listed(name for name, steps in bad.items() if first in steps)
+            step = self.step - len(seen) + first + 1
+            raise RunError(f"{names} stopped being finite at step {step}; lower --lr, or a loss's weight")
 
     def _save_weights(self) -> None:
         from safetensors.torch import save

@@ -1,0 +1,46 @@
+# make demo: set up everything and train on the embedded digits.  make test: set up everything and run the tests.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help demo test test-long lint bench clean
+
+help:
+	@echo "make demo       set up everything, train on the embedded digits, write a report"
+	@echo "make test       set up everything, run the tests"
+	@echo "make test-long  the tests that take minutes (MNIST=folder adds those on real MNIST)"
+	@echo "make lint       ruff and mypy"
+	@echo "make bench      speed of the layer and of a training step"
+	@echo "make clean      remove the virtual environment and what tools left"
+
+demo: $(READY)
+	$(BIN)/moe-engine run --plugins saturation,switch_aux
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+test-long: $(READY)
+	$(BIN)/python -m pytest -m long
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p moe_engine
+
+bench: $(READY)
+	$(BIN)/python benchmarks/layer.py
+	$(BIN)/python benchmarks/step.py
+
+$(READY): setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "moe-engine needs Python 3.11 or newer: make demo PYTHON=python3.12, say" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+		{ echo "a virtual environment can't be made here: install Python's venv module (Debian: apt install python3-venv)" >&2; exit 1; }
+	@echo "Installing moe-engine and what it needs into $(VENV); PyTorch is large, so this takes minutes."
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=23" "setuptools>=77" wheel
+	$(BIN)/python -m pip install --quiet --editable ".[dev,transformers]" --config-settings editable_mode=strict
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

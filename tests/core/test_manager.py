@@ -1,0 +1,188 @@
+"""Finding, loading, checking, ordering and blaming plugins."""
+
+import ast
+from pathlib import Path
+
+import attrs
+import pytest
+import torch
+from moe_engine import Engine, Finding, PluginError, UsageError, hookimpl, option
+from moe_engine.manager import Plugins, broken, defaults, find
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_defaults_are_added_and_the_default_router_gives_way():
+    usual = defaults()
+    names = list(Plugins(["switch_aux"]).active)
+    assert names == ["switch_aux", usual["router"], *usual["metrics"], *usual["reports"]]
+    assert "topk" not in Plugins(["sigmoid_topk"]).active
+
+
+def test_order_is_the_order_typed():
+    engine = Engine("z_loss,loss_free,switch_aux,saturation")
+    assert [bound.plugin for bound in engine.plugins.bind("moe_aux_loss")] == ["z_loss", "switch_aux"]
+    assert [bound.plugin for bound in engine.plugins.bind("moe_bias")] == ["loss_free", "saturation"]
+    assert list(engine.moe(4, 4).biases[0]) == ["loss_free", "saturation"]
+    pluggys = [one.plugin_name for one in engine.plugins.manager.hook.moe_aux_loss.get_hookimpls()]
+    assert pluggys[::-1] == ["z_loss", "switch_aux"]
+
+
+def test_without_removes_defaults_and_chosen_plugins():
+    names = list(Plugins(["switch_aux", "z_loss"], without=["html", "z_loss"]).active)
+    assert "html" not in names
+    assert "z_loss" not in names
+    with pytest.raises(UsageError, match="no router is left"):
+        Plugins([], without=["topk"])
+    with pytest.raises(UsageError, match="there is no plugin 'htlm'; did you mean 'html'"):
+        Plugins([], without=["htlm"])
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        ({"moe_ruoter": hookimpl(lambda self, spec: None)}, "implements moe_ruoter, which is no hook; did you mean 'moe_router'"),
+        ({"moe_router": hookimpl(lambda self, spec, seed: None)}, "moe_router asks for 'seed', but the hook offers spec"),
+        ({"moe_router": lambda self, spec: None}, "moe_router lacks the mark @hookimpl"),
+        ({"moe_router": hookimpl(tryfirst=True)(lambda self, spec: None)}, "plugins act in the order typed"),
+    ],
+)
+def test_a_plugin_that_breaks_the_contract_is_refused_with_its_name(install, body, sentence):
+    install("router", "mine", attrs.define(eq=False)(type("Mine", (), body)))
+    with pytest.raises(PluginError, match=r"router 'mine' \(elsewhere 1\.0\)") as caught:
+        Plugins(["mine"])
+    assert sentence in str(caught.value)
+    assert sentence in broken()["mine"]
+    Plugins(["topk"])  # nobody else is disturbed
+
+
+@pytest.mark.parametrize("cls", [object(), dict, attrs.define(type("Equal", (), {}))])
+def test_what_is_no_plugin_class_is_refused(install, cls):
+    install("metric", "mine", cls)
+    with pytest.raises(PluginError, match=r"is not a class under @attrs.define\(eq=False\)"):
+        Plugins(["mine"])
+
+
+def test_a_name_of_two_distributions_is_fatal_only_when_chosen(install):
+    empty = attrs.define(eq=False)(type("Empty", (), {}))
+    install("metric", "twin", empty, "one")
+    install("metric", "twin", empty, "two")
+    Plugins(["topk"])
+    with pytest.raises(PluginError, match="offered by one .* and two .*; uninstall one"):
+        Plugins(["twin"])
+
+
+def test_two_metrics_of_one_name_are_an_error_that_names_both(install):
+    @attrs.define(eq=False)
+    class Mine:
+        @hookimpl
+        def moe_metrics(self, stats):
+            return {"cv": 0.0}
+
+    install("metric", "mine", Mine)
+    engine = Engine("mine", experts=4)
+    layer = engine.moe(3, 4).eval()
+    layer(torch.randn(5, 3))
+    with pytest.raises(PluginError, match="metric 'cv' is answered by mine and balance"):
+        engine.metrics("eval")
+
+
+def test_a_plugin_that_fails_in_a_layer_is_named(install):
+    @attrs.define(eq=False)
+    class Mine:
+        weight: float = option(1.0, help="coefficient")
+
+        @hookimpl
+        def moe_aux_loss(self, routing):
+            return routing.nothing
+
+    install("loss", "mine", Mine)
+    with pytest.raises(PluginError, match=r"loss 'mine' \(elsewhere 1.0\) in moe_aux_loss can't be used in this layer: Attr"):
+        Engine("mine", experts=4).moe(3, 4)
+
+
+@pytest.mark.parametrize(
+    ("answer", "sentence"),
+    [
+        (lambda routing: routing.load.sum(), "does not depend on the router"),
+        (lambda routing: routing.probs, r"is of shape \[4, 8\], not a scalar"),
+    ],
+)
+def test_a_loss_that_can_teach_nothing_is_refused(install, answer, sentence):
+    @attrs.define(eq=False)
+    class Mine:
+        @hookimpl
+        def moe_aux_loss(self, routing):
+            return answer(routing)
+
+    install("loss", "mine", Mine)
+    with pytest.raises(UsageError, match=f"loss 'mine' {sentence}"):
+        Engine("mine").moe(3, 4)
+
+
+def test_a_bias_that_finds_nothing_to_shift_is_refused(install):
+    @attrs.define(eq=False)
+    class Mine:
+        @hookimpl
+        def moe_bias(self, level):
+            return None
+
+    install("bias", "mine", Mine)
+    with pytest.raises(UsageError, match="bias 'mine' acts on nothing"):
+        Engine("mine").moe(3, 4)
+
+
+def test_a_router_that_cannot_learn_is_refused(install):
+    from moe_engine.plugins.routers.topk import TopKRouter
+
+    @attrs.define(eq=False)
+    class Mine:
+        @hookimpl
+        def moe_router(self, spec):
+            return TopKRouter(spec, renorm=True, groups=1, groups_kept=1)
+
+    install("router", "mine", Mine)
+    engine = Engine("mine", experts=4, top_k=1)
+    layer = engine.moe(3, 4).eval()
+    with pytest.raises(UsageError, match="layer 'moe0': the task gives the router's level 'expert' no gradient"):
+        engine.check_learning(lambda: layer(torch.randn(9, 3)).square().mean())
+
+
+def imports(path):
+    """(module, level) of every import in a file, also those inside functions."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            yield node.module or "", node.level
+        elif isinstance(node, ast.Import):
+            yield from ((alias.name, 0) for alias in node.names)
+
+
+def test_core_imports_no_plugin_and_plugins_import_no_plugin():
+    for path in (ROOT / "core").rglob("*.py"):
+        for module, level in imports(path):
+            assert not module.startswith("moe_engine"), (path, module)
+            assert level < 2 or path.parent.name == "cli", (path, module)
+    for path in (ROOT / "plugins").rglob("*.py"):
+        for module, level in imports(path):
+            assert level == 0, path
+            assert not module.startswith("moe_engine.plugins"), (path, module)
+
+
+def test_core_names_no_plugin():
+    """Not even in a string: what is usual is data, in defaults.toml."""
+    names = set(find())
+    for path in (ROOT / "core").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                assert node.value not in names, (path, node.value)
+
+
+CORE_ORDER = ("errors", "options", "routing", "stats", "parts", "dispatch", "experts", "ledger", "hookspecs", "manager", "layer", "engine")
+
+
+def test_core_imports_run_one_way():
+    for number, name in enumerate(CORE_ORDER):
+        tree = ast.parse((ROOT / "core" / f"{name}.py").read_text("utf-8"))
+        for node in tree.body:  # imports under TYPE_CHECKING are for readers alone
+            if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module in CORE_ORDER:
+                assert CORE_ORDER.index(node.module) < number, (name, node.module)

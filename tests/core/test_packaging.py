@@ -1,0 +1,86 @@
+"""setup.cfg says what the folders hold, and the wheel holds what setup.cfg says."""
+
+import configparser
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from moe_engine.manager import KINDS, PREFIX
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def setup_cfg():
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg")
+    return parser
+
+
+def lines(text):
+    return [line.strip() for line in text.strip().splitlines()]
+
+
+def test_every_package_is_listed(setup_cfg):
+    folders = {"core": "moe_engine", "plugins": "moe_engine.plugins"}
+    expected = {
+        ".".join([package, *path.parent.relative_to(ROOT / folder).parts])
+        for folder, package in folders.items()
+        for path in (ROOT / folder).rglob("__init__.py")
+    }
+    assert set(lines(setup_cfg["options"]["packages"])) == expected
+
+
+def test_every_strategy_is_an_entry_point_of_its_files_name(setup_cfg):
+    expected = {
+        f"{PREFIX}{kind}/{path.stem} = moe_engine.plugins.{kind}.{path.stem}"
+        for kind in KINDS
+        for path in (ROOT / "plugins" / kind).glob("[!_]*.py")
+    }
+    listed = {
+        f"{group}/{line.rpartition(':')[0]}"
+        for group, text in setup_cfg["options.entry_points"].items()
+        if group.startswith(PREFIX)
+        for line in lines(text)
+    }
+    assert listed == expected
+
+
+def test_every_test_folder_mirrors_a_source_folder():
+    assert {path.name for path in (ROOT / "tests").iterdir() if path.is_dir()} - {"__pycache__"} == {"core", "plugins"}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    out = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", out, ROOT]
+    subprocess.run([str(word) for word in command], check=True, capture_output=True)
+    return next(out.glob("*.whl"))
+
+
+def test_the_wheel_holds_every_source_file(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for folder, package in (("core", "moe_engine"), ("plugins", "moe_engine/plugins")):
+        for path in (ROOT / folder).rglob("*"):
+            if path.is_file() and "__pycache__" not in path.parts:
+                assert f"{package}/{path.relative_to(ROOT / folder).as_posix()}" in names
+
+
+def test_the_installed_wheel_runs(wheel, tmp_path):
+    """In a folder of its own, where neither the checkout nor its editable install can stand in for it."""
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path / "site"), str(wheel)]
+    subprocess.run(install, check=True, capture_output=True)
+    code = f"""
+import sys
+sys.path.insert(0, {str(tmp_path / "site")!r})
+from moe_engine.cli import main
+import moe_engine
+assert moe_engine.__file__.startswith({str(tmp_path)!r}), moe_engine.__file__
+sys.exit(main(["run", "--plugins", "saturation,switch_aux", "--epochs", "1", "--quiet", "--out", "out"]))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=tmp_path)
+    assert {"config.toml", "metrics.jsonl", "summary.json", "model.safetensors", "report.html", "plots"} == {
+        path.name for path in (tmp_path / "out").iterdir()
+    }

@@ -1,0 +1,155 @@
+"""Biases: their laws on paper, and that they balance what they should."""
+
+import pytest
+import torch
+from moe_engine import Engine
+
+
+def one_step(engine, layer, x, loss=lambda y: y.square().sum()):
+    layer.zero_grad()
+    (loss(layer(x)) + engine.aux_loss()).backward()
+    engine.after_backward()
+    engine.after_step()
+
+
+def bias_of(layer, name):
+    return layer.biases[0][name]
+
+
+def test_saturation_sums_gate_times_gradient_norm():
+    engine = Engine("topk,saturation", ["saturation.decay=0"], experts=4, top_k=2)
+    layer = engine.moe(6, 8)
+    x = torch.randn(9, 6)
+    y = layer(x)
+    routing = layer.route(layer.tokens(x))
+    y.retain_grad()
+    (y.square().sum() + engine.aux_loss()).backward()
+    engine.after_backward()
+    engine.after_step()
+    mass = (routing.gates() * (2 * y).norm(dim=-1)[:, None]).sum(0)
+    torch.testing.assert_close(bias_of(layer, "saturation").s, mass.detach())
+
+
+def test_saturation_is_the_centred_log_of_the_share():
+    layer = Engine("topk,saturation", ["saturation.beta=2"], experts=3).moe(6, 8)
+    bias = bias_of(layer, "saturation")
+    bias.s[:] = torch.tensor([1.0, 1.0, 1.0])
+    assert bias().tolist() == [0.0, 0.0, 0.0]
+    bias.s[:] = torch.tensor([1.0, 2.0, 4.0])
+    log2 = torch.log(torch.tensor(2.0))
+    torch.testing.assert_close(bias(), 2 * torch.stack([log2, 0 * log2, -log2]), atol=1e-5, rtol=1e-5)
+    before = bias()
+    bias.s *= 1e-9
+    torch.testing.assert_close(bias(), before, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("plugin", ["saturation", "log_load"])
+def test_an_idle_experts_bias_rises_by_beta_times_log_decay_a_step(plugin):
+    layer = Engine(f"topk,{plugin}", [f"{plugin}.decay=0.9"], experts=2, top_k=1).moe(2, 4)
+    bias = bias_of(layer, plugin)
+    bias.s[:] = torch.tensor([1.0, 1e-3])
+    before = bias()
+    bias.s *= torch.tensor([1.0, 0.9])
+    gained = (bias() - before)[1] - (bias() - before)[0]
+    torch.testing.assert_close(gained, -torch.log(torch.tensor(0.9)), atol=2e-3, rtol=0.02)
+
+
+def test_saturation_does_not_see_the_scale_of_the_loss():
+    def trial(scale):
+        torch.manual_seed(0)
+        engine = Engine("topk,saturation", experts=4)
+        layer = engine.moe(6, 8)
+        for _ in range(3):
+            one_step(engine, layer, torch.randn(9, 6), lambda y: scale * y.square().sum())
+        return bias_of(layer, "saturation")()
+
+    torch.testing.assert_close(trial(1e4), trial(1.0), atol=1e-4, rtol=1e-4)
+
+
+def test_saturation_on_weight_gradients_reads_the_mean_of_each_tensors_mean():
+    engine = Engine("topk,saturation", ["saturation.signal=weights", "saturation.decay=0"], experts=4, bias=True)
+    layer = engine.moe(6, 8)
+    one_step(engine, layer, torch.randn(9, 6))
+    tensors = [layer.experts.w_in, layer.experts.b_in, layer.experts.w_out, layer.experts.b_out]
+    expected = [torch.stack([t.grad[e].abs().mean() for t in tensors]).mean() for e in range(4)]
+    torch.testing.assert_close(bias_of(layer, "saturation").s, torch.stack(expected))
+
+
+def test_the_published_form_follows_its_formula_and_does_nothing():
+    """s <- .9 s + .1 |g|, z = logits + .5 (1 - s) in gates too; with small gradients no choice differs."""
+    engine = Engine("topk,saturation", ["saturation.form=published"], experts=4)
+    layer = engine.moe(6, 8)
+    x = torch.randn(64, 6)
+    one_step(engine, layer, x, lambda y: y.square().mean())
+    grad = layer.experts.expert_grad()
+    bias = bias_of(layer, "saturation")
+    torch.testing.assert_close(bias.s, 0.9 * 0.5 + 0.1 * grad)
+    torch.testing.assert_close(bias(), 0.5 * (1 - bias.s))
+    routing = layer.route(layer.tokens(x))
+    torch.testing.assert_close(routing.probs, (routing.levels[0].logits + bias()).softmax(-1))
+    assert routing.levels[0].bias is None
+    (_, effects), *_ = engine.probe(lambda: layer.eval()(x).square().mean()).values()
+    assert effects.biases["saturation"] == 0.0
+
+
+def test_weight_gradients_that_are_gone_are_an_error():
+    engine = Engine("topk,saturation", ["saturation.signal=weights"], experts=4)
+    layer = engine.moe(6, 8)
+    (layer(torch.randn(9, 6)).sum() + engine.aux_loss()).backward()
+    engine.after_backward()
+    layer.zero_grad()
+    with pytest.raises(RuntimeError, match="before optimizer.zero_grad"):
+        engine.after_step()
+
+
+def test_log_load_follows_the_counts():
+    engine = Engine("topk,log_load", ["log_load.decay=0.5"], experts=4)
+    layer = engine.moe(6, 8)
+    x = torch.randn(9, 6)
+    load = layer.route(layer.tokens(x)).load
+    one_step(engine, layer, x)
+    torch.testing.assert_close(bias_of(layer, "log_load").s, 0.5 * load)
+
+
+def test_loss_free_moves_by_its_rate_against_the_load():
+    engine = Engine("topk,loss_free", ["loss_free.rate=0.5"], experts=4, top_k=1)
+    layer = engine.moe(4, 8)
+    with torch.no_grad():
+        layer.router.rows[:] = torch.eye(4)
+    # loads 2, 1, 1, 0: mean 1; only the first is over and only the last is under it
+    one_step(engine, layer, torch.eye(4)[[0, 0, 1, 2]] * 5)
+    assert bias_of(layer, "loss_free").b.tolist() == [-0.5, 0.0, 0.0, 0.5]
+    one_step(engine, layer, torch.eye(4) * 50)  # even loads move nothing
+    assert bias_of(layer, "loss_free").b.tolist() == [-0.5, 0.0, 0.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("plugin", "setting"),
+    [("saturation", "beta=1"), ("saturation", "signal=weights"), ("log_load", "beta=1"), ("loss_free", "rate=0.05")],
+)
+@pytest.mark.parametrize("router", ["topk", "hierarchical"])
+def test_a_bias_balances_a_router_that_would_collapse(router, plugin, setting):
+    """A common direction in the data draws all tokens to few experts; only the bias can undo that."""
+
+    def cv(names, settings):
+        torch.manual_seed(0)
+        engine = Engine(names, settings, experts=8, top_k=1)
+        layer = engine.moe(6, 8)
+        loads = []
+        for _ in range(150):
+            x = torch.randn(128, 6) + 2.0
+            loads.append(layer.route(layer.tokens(x)).load)
+            one_step(engine, layer, x, lambda y: (y - 1).square().mean())
+        load = torch.stack(loads[-20:]).sum(0)
+        return float(load.std(correction=0) / load.mean())
+
+    assert cv([router, plugin], [f"{plugin}.{setting}"]) < 0.6 * cv([router], [])
+
+
+def test_biases_add_up_in_any_number():
+    engine = Engine("topk,loss_free,log_load,saturation", experts=4)
+    layer = engine.moe(6, 8)
+    for _ in range(3):
+        one_step(engine, layer, torch.randn(9, 6))
+    level = layer.route(layer.tokens(torch.randn(2, 6))).levels[0]
+    torch.testing.assert_close(level.bias, sum(bias() for bias in layer.biases[0].values()))

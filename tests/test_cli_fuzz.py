@@ -1,0 +1,324 @@
+"""Whatever is typed: one sentence and exit code 2 for bad input, and never a traceback.
+
+An example mixes good ingredients with one that is bad by construction. An ingredient is what is said
+of some names, by flags, by --set or in the config file; no good one speaks of a bad one's names.
+"""
+
+import contextlib
+import io
+import math
+import os
+import random
+import string
+
+import attrs
+import pytest
+import tomli_w
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from moe_engine import RunError, cli, manager
+from moe_engine.options import options_of
+from moe_engine.runs import RunConfig
+
+INSTALLED = manager.find()
+DEFAULTS = manager.defaults()
+ROUTERS, LOSSES, TASKS = (
+    sorted(name for name, found in INSTALLED.items() if found[0].kind == kind) for kind in ("router", "loss", "task")
+)
+ACTIVE = [DEFAULTS["router"], *DEFAULTS["metrics"], DEFAULTS["task"]]  # in a run that names no plugin
+OPTIONS = {
+    (plugin, name): option
+    for plugin in ACTIVE
+    for name, option in options_of(manager.load(INSTALLED[plugin][0])).items()
+}
+RUN = options_of(RunConfig)
+ACCEPTED = "the input was taken for good"
+
+
+def fuzz(examples):
+    """The settings of a test: the same examples each time, none kept on disk."""
+    slow = [HealthCheck.too_slow, HealthCheck.filter_too_much]
+    return settings(max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=slow)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick(tmp_path_factory):
+    """An empty folder to run in; installed plugins are looked up once; what is taken for good does not train."""
+
+    def run(_):
+        raise RunError(ACCEPTED)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("fuzz"))
+        patch.setattr(manager, "find", lambda: INSTALLED)
+        patch.setattr("moe_engine.training.Training.run", run)
+        yield
+
+
+def told(argv, config=None):
+    """(exit code, standard error) of the command line; config: bytes of the file c.toml for `run`."""
+    if config is not None:
+        with open("c.toml", "wb") as file:
+            file.write(config)
+        argv = [*argv, "--config", "c.toml"]
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = cli.main(argv)
+    assert not out.getvalue()
+    assert {"c.toml"}.issuperset(os.listdir())
+    return code, err.getvalue()
+
+
+def check_refused(argv, config=None):
+    """Hold a bad command line to exit code 2 and one line, which speaks of no bug."""
+    code, err = told(argv, config)
+    expected = (2, 1, True, False)
+    assert expected == (code, *shape(err)), err
+
+
+def shape(err):
+    """(number of lines, are they whole and named, do they speak of a bug)."""
+    whole = err.startswith("moe-engine: ") and err.endswith("\n")
+    return len(err.splitlines()), whole, "unexpected" in err or ACCEPTED in err
+
+
+# -- values ----------------------------------------------------------------------------------------
+
+NAME = st.text(string.ascii_lowercase + "_", min_size=1, max_size=12)
+UNKNOWN = NAME.filter(lambda name: name not in INSTALLED)
+# no NUL: an argument of a process can't hold it; no surrogates: a TOML file can't
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=12)
+DATE = st.dates() | st.datetimes() | st.times()
+NO_NUMBER = st.sampled_from([math.nan, math.inf, -math.inf])
+KINDS = {"true or false": bool, "a whole number": int, "a number": float, "a word": str, "a list of words": tuple}
+YES_NO = ("true", "yes", "on", "1", "false", "no", "off", "0")
+
+
+def is_number(text):
+    """Can Python read it as a number?"""
+    with contextlib.suppress(ValueError):
+        return math.isfinite(float(text))
+    return False
+
+
+BAD_TEXTS = {  # on the command line; any text is a word
+    bool: TEXT.filter(lambda text: text.strip().lower() not in YES_NO) | st.sampled_from(["truee", "2", "1.0", "-1"]),
+    int: TEXT.filter(lambda text: not is_number(text)) | st.sampled_from(["1.5", "1e3", "0x10", "1 2", "nan", "\u0663.5"]),
+    float: TEXT.filter(lambda text: not is_number(text)) | st.sampled_from(["1/2", "1,5", "1e999", "-inf", "nan", "0x1p3"]),
+}
+BAD_VALUES = {  # in the file
+    bool: st.floats() | st.integers(2) | st.integers(max_value=-1) | st.lists(st.booleans(), max_size=2),
+    int: st.floats() | st.booleans() | st.lists(st.integers(), max_size=2) | DATE,
+    float: NO_NUMBER | st.integers(309, 4000).map(lambda digits: 10**digits) | st.booleans() | st.lists(st.floats(), max_size=2),
+    str: st.integers() | st.floats() | st.booleans() | DATE | st.lists(TEXT, max_size=2),
+    tuple: TEXT | st.integers() | st.booleans() | st.lists(TEXT, max_size=1).map(lambda words: [*words, 3]),
+}
+
+
+def kind_of(option):
+    """The type of an option."""
+    return KINDS[option.type.removesuffix(" or none")]
+
+
+def out_of_bounds(option):
+    """Strategies for the numbers beyond an option's bounds."""
+    number = {int: st.integers, float: lambda *bounds: st.floats(*bounds, allow_nan=False)}.get(kind_of(option))
+    if option.min is not None:
+        yield number(None, option.min).filter(lambda value: value < option.min)
+    if option.max is not None:
+        yield number(option.max, None).filter(lambda value: value > option.max)
+
+
+def refused_texts(option):
+    """Texts that an option refuses."""
+    several = [BAD_TEXTS[kind_of(option)]] if kind_of(option) in BAD_TEXTS else []
+    several += [beyond.map(str) for beyond in out_of_bounds(option)]
+    return st.one_of(several).filter(lambda text: text.strip().lower() != "none")
+
+
+def refused_values(option):
+    """TOML values that an option refuses."""
+    return st.one_of(BAD_VALUES[kind_of(option)], *out_of_bounds(option))
+
+
+# -- ingredients -----------------------------------------------------------------------------------
+
+
+@attrs.frozen
+class Ingredient:
+    """What is said of some names. words: of the command line. run: in [run]. plugins: in [plugins.NAME]."""
+
+    names: frozenset
+    words: tuple = ()
+    run: dict = attrs.field(factory=dict)
+    plugins: dict = attrs.field(factory=dict)
+
+
+def flag(name, text):
+    return Ingredient(frozenset([name]), (f"--{name.replace('_', '-')}={text}",))
+
+
+def entry(name, value):
+    return Ingredient(frozenset([name]), run={name: value})
+
+
+def one_of_both(name, values):
+    """A flag, or an entry of the file."""
+    return values.flatmap(lambda value: st.sampled_from([flag(name, value), entry(name, value)]))
+
+
+def setting(plugin, name, text):
+    return Ingredient(frozenset([f"{plugin}.{name}"]), ("--set", f"{plugin}.{name}={text}"))
+
+
+def option(plugin, name, value):
+    return Ingredient(frozenset([f"{plugin}.{name}"]), plugins={plugin: {name: value}})
+
+
+def chosen(*plugins):
+    """Plugins, by flag or by entry."""
+    return st.sampled_from([flag("plugins", ",".join(plugins)), entry("plugins", list(plugins))])
+
+
+def words(*several):
+    """Words that are about no name."""
+    return Ingredient(frozenset(), several)
+
+
+GOOD = st.one_of(
+    one_of_both("experts", st.integers(2, 64)),
+    one_of_both("top_k", st.sampled_from([1, 2])),
+    one_of_both("capacity", st.sampled_from([0.5, 1.0, 1.25])),
+    one_of_both("epochs", st.integers(1, 9)),
+    one_of_both("batch_size", st.integers(1, 999)),
+    one_of_both("lr", st.floats(0, 1)),
+    one_of_both("seed", st.integers(0)),
+    one_of_both("device", st.just("cpu")),
+    one_of_both("data_dir", TEXT),
+    one_of_both("log_every", st.integers(1)),
+    st.lists(st.sampled_from(LOSSES), unique=True, min_size=1).flatmap(lambda names: chosen(*names)),
+    st.sampled_from([flag("no_plugin", "html,plots"), entry("no_plugin", ["plots"])]),
+    st.floats(0, 1).map(lambda value: setting("health", "dead", value)),
+    st.floats(0, 9).map(lambda value: option("health", "imbalance", value)),
+)
+
+NO_TASK = UNKNOWN | TEXT.map(lambda text: f"{text}?") | st.sampled_from(LOSSES)
+NO_DEVICE = (
+    TEXT.filter(lambda text: text.partition(":")[0] not in ("auto", "cpu", "cuda", "mps"))
+    | TEXT.filter(lambda text: text != "0").map(lambda text: f"cpu:{text}")
+    | TEXT.map(lambda text: f"auto:{text}")
+)
+TOO_MANY_CHOICES = st.integers(1, 50).flatmap(
+    lambda experts: st.integers(experts + 1, 99).map(lambda top_k: {"experts": experts, "top_k": top_k})
+)
+BAD = {
+    "text of a flag": st.sampled_from([name for name in RUN if kind_of(RUN[name]) in BAD_TEXTS]).flatmap(
+        lambda name: refused_texts(RUN[name]).map(lambda text: flag(name, text))
+    ),
+    "value of an entry": st.sampled_from(list(RUN)).flatmap(
+        lambda name: refused_values(RUN[name]).map(lambda value: entry(name, value))
+    ),
+    "text of a setting": st.sampled_from(list(OPTIONS)).flatmap(
+        lambda name: refused_texts(OPTIONS[name]).map(lambda text: setting(*name, text))
+    ),
+    "value of an option": st.sampled_from(list(OPTIONS)).flatmap(
+        lambda name: refused_values(OPTIONS[name]).map(lambda value: option(*name, value))
+    ),
+    "unknown flag": NAME.map(lambda name: words(f"--x{name}")) | TEXT.map(lambda text: words(f"--x{text}")),
+    "stray word": TEXT.filter(lambda text: not text.startswith("-")).map(words),
+    "unknown entry": NAME.filter(lambda name: name not in RUN).map(lambda name: entry(name, 1)),
+    "shapeless setting": TEXT.filter(lambda text: "=" not in text).map(lambda text: words("--set", text)),
+    "setting of nobody": st.tuples(UNKNOWN, NAME, TEXT).map(lambda one: setting(*one)),
+    "option of nobody": st.tuples(UNKNOWN, NAME, st.integers()).map(lambda one: option(*one)),
+    "unknown setting": st.tuples(st.sampled_from(ACTIVE), NAME, TEXT).map(lambda one: setting(one[0], f"x{one[1]}", one[2])),
+    "unknown option": st.tuples(st.sampled_from(ACTIVE), NAME).map(lambda one: option(one[0], f"x{one[1]}", 1)),
+    "unknown plugin": UNKNOWN.flatmap(lambda name: chosen(LOSSES[0], name)),
+    "plugin of odd letters": TEXT.map(lambda text: text.replace(",", "") + "?").flatmap(chosen),
+    "unknown plugin to leave out": UNKNOWN.flatmap(
+        lambda name: st.sampled_from([flag("no_plugin", name), entry("no_plugin", [name])])
+    ),
+    "plugin twice": st.sampled_from(sorted(INSTALLED)).flatmap(lambda name: chosen(name, name)),
+    "two routers": st.permutations(ROUTERS).flatmap(lambda names: chosen(*names[:2])),
+    "task as plugin": st.sampled_from(TASKS).flatmap(lambda name: chosen(LOSSES[0], name)),
+    "no task": one_of_both("task", NO_TASK),
+    "no device": one_of_both("device", NO_DEVICE),
+    "too many choices": TOO_MANY_CHOICES.map(lambda sizes: Ingredient(frozenset(sizes), run=sizes)),
+    "no router": st.sampled_from([flag("no_plugin", "html,topk"), entry("no_plugin", ["topk"])]),
+    "constant gate": st.just(Ingredient(frozenset(["top_k", "topk.renorm"]), ("--top-k=1", "--set", "topk.renorm=on"))),
+}
+
+
+def cooked(ingredients, seed):
+    """(words, config file or None) of ingredients in any order; of two about one name the first one is taken."""
+    kept, spoken = [], set()
+    for one in ingredients:
+        if spoken.isdisjoint(one.names):
+            kept.append(one)
+            spoken |= one.names
+    random.Random(seed).shuffle(kept)
+    run, plugins = {}, {}
+    for one in kept:
+        run |= one.run
+        for plugin, options in one.plugins.items():
+            plugins.setdefault(plugin, {}).update(options)
+    config = tomli_w.dumps({"run": run, "plugins": plugins}).encode() if run or plugins else None
+    return ["run", *(word for one in kept for word in one.words)], config
+
+
+# -- what must hold --------------------------------------------------------------------------------
+
+GOODS, SEED = st.lists(GOOD, max_size=4), st.integers(0, 999)
+
+
+@fuzz(60)
+@given(GOODS, SEED)
+def test_good_ingredients_alone_are_taken(goods, seed):
+    """So that below it is the bad one that is refused."""
+    expected = (1, f"moe-engine: {ACCEPTED}\n")
+    assert expected == told(*cooked(goods, seed))
+
+
+@pytest.mark.parametrize("kind", BAD)
+@fuzz(90)
+@given(st.data(), GOODS, SEED)
+def test_one_bad_ingredient_is_refused(kind, data, goods, seed):
+    """Wherever it stands, and whatever is good beside it."""
+    bad = data.draw(BAD[kind])
+    check_refused(*cooked([bad, *goods], seed))
+
+
+@fuzz(150)
+@given(TEXT, st.binary(max_size=20), st.booleans())
+def test_what_is_no_toml_is_refused(text, content, is_text):
+    """A line that begins with =, or a byte that UTF-8 does not have."""
+    check_refused(["run"], f"= {text}".encode() if is_text else b"\xff" + content)
+
+
+PROPER = "[run]\nexperts = 4\nplugins = ['z_loss']\nlr = 1e-3\ncapacity = 'none'\n[plugins.topk]\nrenorm = true\ngroups = 1\n"
+EDIT = st.tuples(st.integers(0, len(PROPER)), st.sampled_from(["", *"[]{}='\"#.,\n_-+ exnit\\"]), st.integers(0, 3))
+
+
+@fuzz(300)
+@given(st.lists(EDIT, min_size=1, max_size=4), SEED)
+@example([(0, "run = 3\n[plugins.run]\n#", len(PROPER))], 0)
+@example([(0, f"[run]\nseed = {'9' * 5000}\n#", len(PROPER))], 0)
+@example([(0, f"[run]\nplugins = {'[' * 5000}", len(PROPER))], 0)
+def test_a_mistyped_file_is_taken_or_refused(edits, seed):
+    """A few keys hit wrongly: what is still good is good, the rest is bad input."""
+    text = PROPER
+    for place, typed, gone in edits:
+        text = text[:place] + typed + text[place + gone :]
+    code, err = told(["run", f"--seed={seed}"], text.encode())
+    expected = (1, 1, True, True) if err == f"moe-engine: {ACCEPTED}\n" else (2, 1, True, False)
+    assert expected == (code, *shape(err)), err
+
+
+@fuzz(150)
+@given(TEXT.filter(lambda text: not text.startswith("-") and text not in INSTALLED), st.sampled_from(["plugins", "compare"]))
+@example("x" * 300, "compare")
+@example("", "compare")
+@example("..", "compare")
+def test_a_name_of_nothing_is_refused_by_every_command(name, command):
+    """No such plugin, no such run."""
+    check_refused([command, name])
