@@ -26,7 +26,9 @@ test-long: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy -p moe_engine
+	rm -rf build  # mypy can't follow the editable install's mapping of core/ and plugins/: it reads a copy
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target build/typed .
+	MYPYPATH=build/typed $(BIN)/mypy -p moe_engine
 
 bench: $(READY)
 	$(BIN)/python benchmarks/layer.py
@@ -39,7 +41,7 @@ $(READY): setup.cfg pyproject.toml
 		{ echo "a virtual environment can't be made here: install Python's venv module (Debian: apt install python3-venv)" >&2; exit 1; }
 	@echo "Installing moe-engine and what it needs into $(VENV); PyTorch is large, so this takes minutes."
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=23" "setuptools>=77" wheel
-	$(BIN)/python -m pip install --quiet --editable ".[dev,transformers]" --config-settings editable_mode=strict
+	$(BIN)/python -m pip install --quiet --editable ".[dev,transformers]"
 	@touch $@
 
 clean:

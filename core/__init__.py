@@ -8,29 +8,40 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .engine import Effects, Engine
-    from .errors import PluginError, RunError, UsageError
-    from .experts import ModuleBank, StackedMLP
-    from .hookspecs import hookimpl
-    from .layer import MoE
-    from .options import option
-    from .parts import Bias, Experts, LinearRouter, Part, Router, linear_logits, uniform
-    from .routing import (
-        Assignments,
-        Level,
-        LevelSpec,
-        Routing,
-        Spec,
-        Tokens,
-        assign,
-        centred_log,
-        count_by,
-        groups_problem,
-        keep_best_groups,
-    )
-    from .stats import Finding, Stats, Step
-    from .tasks import Task, TaskSpec
-    from .training import adam
+    from .engine import Effects as Effects
+    from .engine import Engine as Engine
+    from .errors import PluginError as PluginError
+    from .errors import RunError as RunError
+    from .errors import UsageError as UsageError
+    from .experts import ModuleBank as ModuleBank
+    from .experts import StackedMLP as StackedMLP
+    from .hookspecs import hookimpl as hookimpl
+    from .layer import MoE as MoE
+    from .options import option as option
+    from .parts import Bias as Bias
+    from .parts import Experts as Experts
+    from .parts import LinearRouter as LinearRouter
+    from .parts import Part as Part
+    from .parts import Router as Router
+    from .parts import linear_logits as linear_logits
+    from .parts import uniform as uniform
+    from .routing import Assignments as Assignments
+    from .routing import Level as Level
+    from .routing import LevelSpec as LevelSpec
+    from .routing import Routing as Routing
+    from .routing import Spec as Spec
+    from .routing import Tokens as Tokens
+    from .routing import assign as assign
+    from .routing import centred_log as centred_log
+    from .routing import count_by as count_by
+    from .routing import groups_problem as groups_problem
+    from .routing import keep_best_groups as keep_best_groups
+    from .stats import Finding as Finding
+    from .stats import Stats as Stats
+    from .stats import Step as Step
+    from .tasks import Task as Task
+    from .tasks import TaskSpec as TaskSpec
+    from .training import adam as adam
 
 _HOMES = {
     "engine": ("Effects", "Engine"),

@@ -15,7 +15,9 @@ def dispatch(experts: Experts, x_TD: Tensor, plan: Assignments, size: int, out: 
     """[T, out]: sum over a token's kept assignments of weight times its expert's output, in fp32 or better."""
     expert_N = torch.where(plan.kept, plan.expert, size)  # what is not kept goes to the end
     order_N = torch.argsort(expert_N, stable=True)
-    counts_E = torch.zeros(size + 1, dtype=torch.long, device=x_TD.device).index_add(0, expert_N, torch.ones_like(expert_N))
+    counts_E = torch.zeros(size + 1, dtype=torch.long, device=x_TD.device).index_add(
+        0, expert_N, torch.ones_like(expert_N)
+    )
     token_N = plan.token.index_select(0, order_N)
     out_NO = experts(x_TD.index_select(0, token_N), counts_E[:size])
     weight_N = torch.where(plan.kept, plan.weight, 0).index_select(0, order_N)
@@ -29,7 +31,7 @@ def row_counts(counts_E: Tensor) -> list[int] | Tensor:
 
 
 def grouped_linear(x_ND: Tensor, w_EDH: Tensor, b_EH: Tensor | None, counts: list[int] | Tensor) -> Tensor:
-    """[N, H]: x W + b with each row's own expert. Rows are sorted by expert; rows past the counts' sum come back as 0."""
+    """[N, H]: x W + b with each row's own expert. Rows are sorted by expert; those past the counts' sum give 0."""
     if torch.is_autocast_enabled(x_ND.device.type):
         dtype = torch.get_autocast_dtype(x_ND.device.type)
         x_ND, w_EDH, b_EH = x_ND.to(dtype), w_EDH.to(dtype), None if b_EH is None else b_EH.to(dtype)

@@ -18,7 +18,7 @@ from .layer import MoE, unflat
 from .ledger import Anchor
 from .manager import Plugins, Setup
 from .options import Settings, parse_settings
-from .parts import Bias, Part
+from .parts import Bias
 from .routing import Routing, Spec, count_by
 from .stats import Finding, Stats, Step
 
@@ -163,7 +163,7 @@ class Engine:
             leaf = leaf.to(value.device).detach().requires_grad_()
         for layer in layers:
             layer.aux_value.zero_()
-        answer: Tensor = Anchor.apply(leaf, value, self._enter, *[layer.aux_scale for layer in layers])  # type: ignore[no-untyped-call]
+        answer: Tensor = Anchor.apply(leaf, value, self._enter, *[layer.aux_scale for layer in layers])
         return answer
 
     def _enter(self) -> None:
@@ -218,7 +218,11 @@ class Engine:
 
     def last_terms(self) -> dict[str, Tensor]:
         """The loss terms of the last step by name and layer, [1] each, as they were, finite or not."""
-        return {f"'{term}' of layer '{layer.name}'": v for layer in self.layers for term, v in self._last.get(layer, {}).items()}
+        return {
+            f"'{term}' of layer '{layer.name}'": v
+            for layer in self.layers
+            for term, v in self._last.get(layer, {}).items()
+        }
 
     # -- measuring -------------------------------------------------------------------------------
 
@@ -263,7 +267,9 @@ class Engine:
         run: the model's forward on that batch in eval mode; answers the task loss.
         """
         loss, routings = self._watch(run)
-        return {layer: (routing, _effects(layer, routing, loss, len(self.layers))) for layer, routing in routings.items()}
+        return {
+            layer: (routing, _effects(layer, routing, loss, len(self.layers))) for layer, routing in routings.items()
+        }
 
     def _watch(self, run: Callable[[], Tensor]) -> tuple[Tensor, dict[MoE, Routing]]:
         layers = self.layers
@@ -290,8 +296,8 @@ class Engine:
                 able = level.logits.requires_grad and level.logits.shape[-1] > 1
                 if able and _gradient(loss, [level.logits]) < LEARNABLE * at_gates:
                     raise UsageError(
-                        f"layer '{layer.name}': the task gives the router's level '{level.name}' no gradient, so it can't "
-                        f"learn; with top_k={layer.spec.top_k} its gates must not be renormalised to a constant"
+                        f"layer '{layer.name}': the task gives the router's level '{level.name}' no gradient, so it "
+                        f"can't learn; with top_k={layer.spec.top_k} its gates must not be renormalised to a constant"
                     )
 
 
@@ -363,5 +369,9 @@ def _gradient(value: Tensor, at: Sequence[Tensor], times: Sequence[Tensor] | Non
         return 0.0
     grads = torch.autograd.grad(value, at, retain_graph=True, allow_unused=True)
     factors = times or [torch.ones(()) for _ in at]
-    parts = [(grad * by.to(grad.device)).float().square().sum() for grad, by in zip(grads, factors, strict=True) if grad is not None]
+    parts = [
+        (grad * by.to(grad.device)).float().square().sum()
+        for grad, by in zip(grads, factors, strict=True)
+        if grad is not None
+    ]
     return float(torch.stack(parts).sum().sqrt()) if parts else 0.0

@@ -60,7 +60,7 @@ class StackedMLP(Experts):
 
 
 class ModuleBank(Experts):
-    """Any modules as experts, each called with its own rows [n, D] and answering [n, out]; one without rows is not called.
+    """Any modules as experts, each called with its own rows [n, D] and answering [n, out]; not without rows.
 
     Under torch.compile the number of rows breaks the graph: fullgraph=True needs a StackedMLP.
     """
@@ -92,7 +92,7 @@ def _mean_grad(parameter: Tensor, dims: list[int] | None) -> Tensor:
 
 
 def shared_expert(spec: Spec) -> nn.Module | None:
-    """The MLP through which every token goes, as wide as `spec.shared` experts; None without one (DeepSeekMoE, 2024)."""
+    """The MLP through which every token goes, as wide as `spec.shared` experts, or None (DeepSeekMoE, 2024)."""
     if not spec.shared:
         return None
     return _Shared(spec)

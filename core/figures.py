@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .runs import Run
 
 INK = "#6b7280"  # readable on white and on near-black
-STYLE = {
+STYLE: Any = {
     "figure.facecolor": "none",
     "axes.facecolor": "none",
     "savefig.facecolor": "none",
@@ -58,7 +58,7 @@ def picture(figure: Figure, kind: str) -> bytes:
     """A figure as a file: svg and pdf are transparent, png is white."""
     out = io.BytesIO()
     with mpl.rc_context(STYLE):
-        dated = {"metadata": {"Date": None}} if kind == "svg" else {}
+        dated: Any = {"metadata": {"Date": None}} if kind == "svg" else {}
         figure.savefig(out, format=kind, dpi=110, facecolor="white" if kind == "png" else "none", **dated)
     return out.getvalue()
 
@@ -67,10 +67,9 @@ def series(run: "Run", split: str, name: str, layer: str | None = None) -> tuple
     """(steps, values) of a number over a run; of a layer's, or averaged over the layers that have it."""
     steps, values = [], []
     for record in run.records:
-        found = [record.get(name)] if layer is None else []
-        if found == [None] or layer is not None:
-            found = [m.get(name) for at, m in record["layers"].items() if layer in (None, at)]
-        found = [value for value in found if value is not None]
+        own = record.get(name) if layer is None else None
+        layers = [metrics.get(name) for at, metrics in record["layers"].items() if layer in (None, at)]
+        found: list[Any] = [value for value in ([own] if own is not None else layers) if value is not None]
         if record["split"] == split and found:
             steps.append(record["step"])
             values.append(found[0] if len(found) == 1 else float(np.mean(found)))
@@ -92,7 +91,9 @@ def curves(runs: Sequence["Run"], names: Sequence[str]) -> Figure | None:
             for number, run in enumerate(runs):
                 for split, dash, word in splits:
                     label = word if len(runs) == 1 else run.name
-                    axes.plot(*series(run, split, name), dash, color=f"C{number}", label=label, marker="o", markersize=2.5)
+                    axes.plot(
+                        *series(run, split, name), dash, color=f"C{number}", label=label, marker="o", markersize=2.5
+                    )
             if index == 0:
                 axes.legend()
     return figure
@@ -125,9 +126,13 @@ def usage(run: "Run", layer: str) -> Figure | None:
     relative_ES = share_SE.T * share_SE.shape[1]
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(5.6, max(2.4, 1.2 + 0.16 * relative_ES.shape[0])), layout="constrained")
-        axes = figure.add_subplot(title="load of each expert in training (1 = an even share)", xlabel="step", ylabel="expert")
+        axes = figure.add_subplot(
+            title="load of each expert in training (1 = an even share)", xlabel="step", ylabel="expert"
+        )
         edges = np.array([0, *steps])
-        image = axes.pcolormesh(edges, np.arange(relative_ES.shape[0] + 1), relative_ES, cmap=HEAT, vmin=0, vmax=max(2.0, relative_ES.max()))
+        image = axes.pcolormesh(
+            edges, np.arange(relative_ES.shape[0] + 1), relative_ES, cmap=HEAT, vmin=0, vmax=max(2.0, relative_ES.max())
+        )
         axes.set_yticks(np.arange(relative_ES.shape[0]) + 0.5, [str(e) for e in range(relative_ES.shape[0])])
         axes.invert_yaxis()
         axes.grid(False)
@@ -159,7 +164,9 @@ def effects(run: "Run", layer: str) -> Figure | None:
         return None
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(5.6, 3.0), layout="constrained")
-        axes = figure.add_subplot(title="effect on the router (loss: gradient over the task's; bias: share of choices)", xlabel="step")
+        axes = figure.add_subplot(
+            title="effect on the router (loss: gradient over the task's; bias: share of choices)", xlabel="step"
+        )
         axes.title.set_fontsize(8.5)
         for name in names:
             steps, values = series(run, "train", name, layer)

@@ -85,7 +85,9 @@ class MoE(nn.Module):
             raise ValueError(f"layer '{self.name}' takes [..., {self.spec.dim}], not {list(x.shape)}")
         for word, value in (("mask", mask), ("ids", ids), ("labels", labels)):
             if value is not None and value.shape != x.shape[:-1]:
-                raise ValueError(f"layer '{self.name}': {word} is {list(value.shape)}, the tokens are {list(x.shape[:-1])}")
+                raise ValueError(
+                    f"layer '{self.name}': {word} is {list(value.shape)}, the tokens are {list(x.shape[:-1])}"
+                )
         if mask is not None and mask.dtype != torch.bool:
             raise ValueError(f"layer '{self.name}': mask is {mask.dtype}; it must be bool, True = a real token")
         flat = [None if value is None else value.reshape(-1) for value in (mask, ids, labels)]
@@ -144,7 +146,7 @@ class MoE(nn.Module):
         return self.weights[term.partition(".")[0]]
 
     def _state(self, plugin: str) -> Any:
-        return self.states[plugin] if plugin in self.states else None
+        return self.states[plugin] if plugin in self.states else None  # noqa: SIM401 (no ModuleDict.get)
 
     def _bias_sums(self, routing: Routing) -> dict[str, Tensor]:
         return {
@@ -168,7 +170,7 @@ class MoE(nn.Module):
         plan = routing.plan
         weight_N = torch.where(plan.kept, plan.weight.detach(), 0)
         signals = self._signals if self.signal_sizes else None
-        entered: Tensor = Ledger.apply(  # type: ignore[no-untyped-call]
+        entered: Tensor = Ledger.apply(
             y_TO, self.book, flat, aux, self.aux_scale, plan.token, plan.expert, weight_N, signals
         )
         return entered
@@ -199,7 +201,9 @@ class MoE(nn.Module):
             sums, terms, own = self.measure(routing), self.aux_terms(routing), self._bias_sums(routing)
         for term, value in terms.items():
             if value.dim() or not (value.requires_grad or self.weight_of(term) == 0):
-                why = f"is of shape {list(value.shape)}, not a scalar" if value.dim() else "does not depend on the router"
+                why = (
+                    f"is of shape {list(value.shape)}, not a scalar" if value.dim() else "does not depend on the router"
+                )
                 raise UsageError(f"layer '{self.name}': loss '{term}' {why}; it can teach this router nothing")
         self.layout = {name: value.shape for name, value in sums.items()}
         scalars = {"forwards": torch.Size([1]), **{name: value.shape for name, value in own.items()}}
@@ -222,7 +226,7 @@ class MoE(nn.Module):
         self.register_buffer("aux_scale", torch.zeros((), device=device), persistent=False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "MoE":
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._open_book()
         return self
 

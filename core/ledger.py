@@ -21,7 +21,7 @@ class Ledger(Function):
     """y unchanged. In backward: sums and signals to the leaf `book`, the loss's scale to `aux`."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         y_TD: Tensor,
         book: Tensor,
@@ -38,7 +38,7 @@ class Ledger(Function):
         return y_TD.view_as(y_TD)
 
     @staticmethod
-    def backward(ctx: Any, grad_TD: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_TD: Tensor) -> Any:
         sums, scale, *routed = ctx.saved_tensors
         if ctx.signals is not None:
             sums = torch.cat([sums, ctx.signals(grad_TD, *routed)])
@@ -56,12 +56,12 @@ class Anchor(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, leaf: Tensor, value: Tensor, entered: Callable[[], None], *scales: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, leaf: Tensor, value: Tensor, entered: Callable[[], None], *scales: Tensor) -> Tensor:
         ctx.scales, ctx.entered = scales, entered
         return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         ctx.entered()
         for scale in ctx.scales:
             scale.data.copy_(grad / len(ctx.scales))

@@ -86,7 +86,9 @@ def load(found: Found) -> type:
     group = found.entry_point.group
     if group.removeprefix(PREFIX) not in KINDS:
         known = [PREFIX + one for one in KINDS]
-        raise PluginError(f"plugin '{found.name}' is in the unknown entry-point group '{group}'; {nearest(group, known)}")
+        raise PluginError(
+            f"plugin '{found.name}' is in the unknown entry-point group '{group}'; {nearest(group, known)}"
+        )
     try:
         cls = found.entry_point.load()
     except (Exception, SystemExit) as error:
@@ -152,7 +154,11 @@ class Plugins:
     """
 
     def __init__(
-        self, names: Iterable[str] = (), without: Iterable[str] = (), settings: Settings | None = None, task: str | None = None
+        self,
+        names: Iterable[str] = (),
+        without: Iterable[str] = (),
+        settings: Settings | None = None,
+        task: str | None = None,
     ) -> None:
         installed = find()
         self.found: dict[str, Found] = {}
@@ -193,10 +199,10 @@ class Plugins:
             if name not in self._classes:
                 if name in installed:
                     raise UsageError(f"options are set for plugin '{name}', which is not chosen; add it to --plugins")
-                raise UsageError(f"options are set for plugin '{name}', which does not exist; {nearest(name, self._classes)}")
-        return {
-            name: build(cls, self.found[name].title, settings.get(name, {})) for name, cls in self._classes.items()
-        }
+                raise UsageError(
+                    f"options are set for plugin '{name}', which does not exist; {nearest(name, self._classes)}"
+                )
+        return {name: build(cls, self.found[name].title, settings.get(name, {})) for name, cls in self._classes.items()}
 
     def override(self, settings: Settings) -> dict[str, Any]:
         """The plugins with some options changed, for one layer."""
@@ -227,7 +233,9 @@ class Plugins:
 
     def records(self) -> list[dict[str, str]]:
         """Name, distribution and version of every active plugin, for a run's record."""
-        return [{"name": one.name, "distribution": one.distribution, "version": one.version} for one in self.found.values()]
+        return [
+            {"name": one.name, "distribution": one.distribution, "version": one.version} for one in self.found.values()
+        ]
 
     def culprit(self, error: BaseException) -> str | None:
         """Which plugin an exception came out of ("loss 'x' (dist 1.0) in moe_aux_loss"), or None."""

@@ -137,7 +137,13 @@ def _convert(value: Any, kind: Any) -> Any:
     return _converter.structure(value, plain[0] if len(plain) == 1 else kind)
 
 
-_WORDS = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "a word", "tuple": "a list of words"}
+_WORDS = {
+    "bool": "true or false",
+    "int": "a whole number",
+    "float": "a number",
+    "str": "a word",
+    "tuple": "a list of words",
+}
 
 
 def _type_name(kind: Any) -> str:

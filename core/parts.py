@@ -75,7 +75,7 @@ class Part(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Part":
         before = dict(self.named_buffers())
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
             new = self.get_buffer(name)
             if old.is_floating_point() and new.element_size() < old.element_size():

@@ -42,7 +42,9 @@ class Spec:
         if self.experts < 1:
             raise UsageError(f"a layer needs at least one expert, not {self.experts}")
         if not 1 <= self.top_k <= self.experts:
-            raise UsageError(f"top_k is {self.top_k}, but a token can choose 1 to {self.experts} of {self.experts} experts")
+            raise UsageError(
+                f"top_k is {self.top_k}, but a token can choose 1 to {self.experts} of {self.experts} experts"
+            )
         if self.capacity is not None and not 0 < self.capacity < float("inf"):
             raise UsageError(f"capacity is {self.capacity}; it must be above 0, or unset to drop nothing")
         if self.activation not in ("relu", "gelu", "swiglu"):
@@ -145,10 +147,7 @@ def assign(weight_TK: Tensor, expert_TK: Tensor, tokens: Tokens) -> Assignments:
     device = expert_TK.device
     token = torch.arange(count, device=device)[:, None].expand(count, top_k).reshape(-1)
     rank = torch.arange(top_k, device=device).expand(count, top_k).reshape(-1)
-    if tokens.mask is None:
-        selected = torch.ones_like(token, dtype=torch.bool)
-    else:
-        selected = tokens.mask[token]
+    selected = torch.ones_like(token, dtype=torch.bool) if tokens.mask is None else tokens.mask[token]
     return Assignments(token, expert_TK.reshape(-1), weight_TK.reshape(-1), rank, selected, selected)
 
 
@@ -174,7 +173,9 @@ def within_capacity(plan: Assignments, capacity: float, experts: int, top_k: int
     by_expert = torch.where(plan.selected, plan.expert, experts)
     ranks = int(top_k)
     order = torch.argsort(by_expert * ranks + plan.rank.clamp(max=ranks - 1), stable=True)
-    load = torch.zeros(experts + 1, dtype=torch.long, device=order.device).index_add(0, by_expert, torch.ones_like(by_expert))
+    load = torch.zeros(experts + 1, dtype=torch.long, device=order.device).index_add(
+        0, by_expert, torch.ones_like(by_expert)
+    )
     place = torch.arange(order.shape[0], device=order.device) - (load.cumsum(0) - load)[by_expert[order]]
     kept = torch.empty_like(plan.kept).index_copy(0, order, place < limit)
     return attrs.evolve(plan, kept=plan.selected & kept)

@@ -65,7 +65,9 @@ def merged(file: Mapping[str, Any], flags: Mapping[str, Any]) -> RunConfig:
 
 def config_toml(config: RunConfig, settings: Settings) -> str:
     """The config file that gives the same run again."""
-    return tomli_w.dumps({"run": _written(values_of(config)), "plugins": {k: _written(v) for k, v in settings.items() if v}})
+    return tomli_w.dumps(
+        {"run": _written(values_of(config)), "plugins": {k: _written(v) for k, v in settings.items() if v}}
+    )
 
 
 def _written(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,7 +134,8 @@ class Run:
 
     @property
     def plugins(self) -> list[dict[str, str]]:
-        return self.summary.get("plugins", [])
+        plugins: list[dict[str, str]] = self.summary.get("plugins", [])
+        return plugins
 
     @property
     def name(self) -> str:

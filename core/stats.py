@@ -40,8 +40,8 @@ class Stats:
     def add(self, sums: Mapping[str, Tensor]) -> None:
         """Add the sums of a further forward, step or process."""
         for name, value in sums.items():
-            value = value.detach().to("cpu", torch.float64, copy=True)
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            exact = value.detach().to("cpu", torch.float64, copy=True)
+            self.sums[name] = self.sums[name] + exact if name in self.sums else exact
 
     def __getitem__(self, name: str) -> Tensor:
         return self.sums[name]

@@ -69,6 +69,9 @@ class ImageClassifier(nn.Module):
         self.moe = engine.moe(dim, hidden, classes=classes)
         self.head = nn.Linear(dim, classes)
 
+    mean: Tensor
+    std: Tensor
+
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         x_BD = torch.relu(self.stem((images.flatten(1).float() - self.mean) / self.std))
         logits: Tensor = self.head(x_BD + self.moe(x_BD, labels=labels))
@@ -115,7 +118,9 @@ def _verify(file: Path, expected: str) -> None:
     except OSError as error:
         raise UsageError(f"data file {file} can't be read: {error.strerror}") from error
     if found != expected:
-        raise UsageError(f"data file {file} is damaged (SHA-256 {found[:12]}..., not {expected[:12]}...); delete it and run again")
+        raise UsageError(
+            f"data file {file} is damaged (SHA-256 {found[:12]}..., not {expected[:12]}...); delete it and run again"
+        )
 
 
 def shuffled_split(columns: Sequence[Tensor], test_share: float, seed: int, name: str) -> tuple[Batch, Batch]:

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -123,7 +123,7 @@ class Training:
             for batch in self._batches(order):
                 optimizer.zero_grad(set_to_none=True)
                 score = self.task.score(self.model, batch)
-                (score["loss"] + engine.aux_loss()).backward()  # type: ignore[no-untyped-call]
+                (score["loss"] + engine.aux_loss()).backward()
                 engine.after_backward()
                 optimizer.step()
                 engine.after_step()
@@ -211,7 +211,7 @@ class Training:
         }
 
     def _check_finite(self, seen: list[Mapping[str, Tensor]], terms: list[Mapping[str, Tensor]]) -> None:
-        """Raise RunError for the first step whose loss, or a term of it, was not finite; seen and terms are parallel."""
+        """Raise RunError for the first step whose loss, or a term of it, was not finite."""
         values = {"the task loss": torch.stack([sums["loss"] for sums in seen])}
         values |= {f"the loss term {name}": torch.cat([step[name] for step in terms]) for name in terms[0]}
         bad = {name: (~value.isfinite()).nonzero().flatten().tolist() for name, value in values.items()}
@@ -246,7 +246,7 @@ def _sums(score: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor]:
     return {**sums, "loss": sums["loss"] * count, "count": torch.tensor(float(count))}
 
 
-def _means(seen: list[Mapping[str, Tensor]]) -> dict[str, float]:
+def _means(seen: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
     totals = {name: float(torch.stack([sums[name].double() for sums in seen]).sum()) for name in seen[0]}
     count = totals.pop("count")
     names = {"correct": "accuracy"}

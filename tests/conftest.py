@@ -6,6 +6,7 @@ from importlib import metadata
 
 import pytest
 import torch
+
 from moe_engine import manager
 
 

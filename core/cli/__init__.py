@@ -11,7 +11,7 @@ from .compare import compare
 from .plugins import plugins
 from .run import run
 
-USAGE, FAILED = 2, 1
+USAGE, FAILED, STOPPED = 2, 1, 130
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -35,30 +35,29 @@ for command in (run, plugins, compare):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; answers the exit code: 0, 2 for bad input, 1 for a run that failed, 130 or 143 if stopped."""
+    """Run the command line; answers the exit code: 0, 2 for bad input, 1 for a failed run, 130 or 143 if stopped."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         return group.main(args=words, prog_name="moe-engine", standalone_mode=False) or 0
     except click.exceptions.Exit as error:
         return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        return _say("stopped", 130)
-    except click.ClickException as error:
-        return _say(error.format_message(), USAGE)
-    except UsageError as error:
-        return _say(str(error), USAGE)
-    except RunError as error:
-        return _say(str(error), FAILED)
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output left; there is nobody to tell
         return FAILED
-    except Exception as error:
-        if "--debug" in words:
+    except (Exception, KeyboardInterrupt) as error:
+        sentence, code = _ending(error)
+        if code is None and "--debug" in words:
             raise
-        return _say(f"unexpected {type(error).__name__}: {error}; this is a bug: --debug shows where", FAILED)
+        print(f"moe-engine: {' '.join(sentence.split())}", file=sys.stderr)
+        return code or FAILED
 
 
-def _say(sentence: str, code: int) -> int:
-    one_line = " ".join(sentence.split())
-    print(f"moe-engine: {one_line}", file=sys.stderr)
-    return code
+def _ending(error: BaseException) -> tuple[str, int | None]:
+    """The sentence and the exit code of an exception; None for one that nobody foresaw."""
+    if isinstance(error, click.ClickException):
+        return error.format_message(), USAGE
+    if isinstance(error, click.Abort | KeyboardInterrupt):
+        return "stopped", STOPPED
+    if isinstance(error, UsageError | RunError):
+        return str(error), USAGE if isinstance(error, UsageError) else FAILED
+    return f"unexpected {type(error).__name__}: {error}; this is a bug: --debug shows where", None

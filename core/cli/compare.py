@@ -9,12 +9,29 @@ import click
 from ..errors import UsageError
 from ..runs import Run, read_run, write_atomically
 
-COLUMNS = ("accuracy", "perplexity", "loss", "verdict", "cv", "maxvio", "active", "entropy", "dropped", "steps", "seconds")
+COLUMNS = (
+    "accuracy",
+    "perplexity",
+    "loss",
+    "verdict",
+    "cv",
+    "maxvio",
+    "active",
+    "entropy",
+    "dropped",
+    "steps",
+    "seconds",
+)
 
 
 @click.command()
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN RUN...")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("compare.png"), help="File of the overlaid plots.  [default: compare.png]")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("compare.png"),
+    help="File of the overlaid plots.  [default: compare.png]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def compare(runs: tuple[Path, ...], out: Path, as_json: bool) -> None:
     """Set finished runs side by side: a table, and one picture with their curves laid over each other.
@@ -37,7 +54,11 @@ def compare(runs: tuple[Path, ...], out: Path, as_json: bool) -> None:
     from .progress import table
 
     shown = [column for column in COLUMNS if any(one[column] is not None for one in rows)]
-    table("", ["run", "plugins", *shown], [[one["run"], one["plugins"], *(_cell(one[column]) for column in shown)] for one in rows])
+    table(
+        "",
+        ["run", "plugins", *shown],
+        [[one["run"], one["plugins"], *(_cell(one[column]) for column in shown)] for one in rows],
+    )
     click.echo(f"picture: {out}")
 
 

@@ -44,7 +44,9 @@ def _row(found: Found) -> dict[str, Any]:
 
 
 def _table(rows: list[dict[str, Any]], check: bool) -> None:
-    widths = [max([len(str(row[key])) for row in rows] + [len(key)]) for key in ("name", "kind", "distribution", "version")]
+    widths = [
+        max([len(str(row[key])) for row in rows] + [len(key)]) for key in ("name", "kind", "distribution", "version")
+    ]
 
     def line(*cells: str) -> str:
         return "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
@@ -63,7 +65,10 @@ def _show(found: Found, cls: type, as_json: bool) -> int:
     options = list(options_of(cls).values())
     text = inspect.getdoc(cls) or ""
     if as_json:
-        listed = [{**_limits(one), "name": one.name, "type": one.type, "default": one.default, "help": one.help} for one in options]
+        listed = [
+            {**_limits(one), "name": one.name, "type": one.type, "default": one.default, "help": one.help}
+            for one in options
+        ]
         click.echo(json.dumps({**_row(found), "help": text, "options": listed}, indent=2))
         return 0
     click.echo(f"{found.name}: {found.kind} of {found.distribution} {found.version}\n\n{text}\n")
@@ -72,7 +77,13 @@ def _show(found: Found, cls: type, as_json: bool) -> int:
         return 0
     click.echo(f"Options, for --set {found.name}.OPTION=VALUE:")
     for one in options:
-        default = "none" if one.default is None else str(one.default).lower() if isinstance(one.default, bool) else one.default
+        default = (
+            "none"
+            if one.default is None
+            else str(one.default).lower()
+            if isinstance(one.default, bool)
+            else one.default
+        )
         limits = "".join(f", {key} {value}" for key, value in _limits(one).items())
         click.echo(f"  {one.name} = {default}\n      {one.help} ({one.type}{limits})")
     return 0

@@ -24,9 +24,12 @@ class Progress:
     def __enter__(self) -> "Progress":
         if not self.quiet:
             engine, config = self.training.engine, self.training.config
-            chosen = [name for name, one in engine.plugins.found.items() if one.kind not in ("metric", "report", "task")]
+            chosen = [
+                name for name, one in engine.plugins.found.items() if one.kind not in ("metric", "report", "task")
+            ]
             model = f"{config.experts} experts, top {config.top_k}"
-            self._print(f"{config.task}: {', '.join(chosen)}; {model}; {self.training.total_steps} steps on {self.training.device.type}")
+            work = f"{self.training.total_steps} steps on {self.training.device.type}"
+            self._print(f"{config.task}: {', '.join(chosen)}; {model}; {work}")
         if self.bar is not None:
             self.bar.start()
         return self
@@ -50,9 +53,12 @@ class Progress:
         console = Console(highlight=False, soft_wrap=True)
         accuracy = summary["accuracy"]
         result = f"accuracy {accuracy:.2%}" if accuracy is not None else f"loss {summary['loss']}"
-        console.print(f"{summary['verdict'] or 'no verdict'}: {result} on the test set after {summary['steps']} steps, {summary['seconds']:.0f} s")
+        work = f"{summary['steps']} steps, {summary['seconds']:.0f} s"
+        console.print(f"{summary['verdict'] or 'no verdict'}: {result} on the test set after {work}")
         for finding in summary["findings"]:
-            console.print(f"  {finding['layer']}: {finding['why']}" + (f"; {finding['advice']}" if finding["advice"] else ""))
+            console.print(
+                f"  {finding['layer']}: {finding['why']}" + (f"; {finding['advice']}" if finding["advice"] else "")
+            )
         report = run.folder / "report.html"
         console.print(f"report: {report}" if report.exists() else f"run: {run.folder}")
 

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from ..runs import dump, flag_names, merged, read_config
 if TYPE_CHECKING:
     from ..training import Training
 
+Command = Callable[..., Any]
 HELP = {name: option.help for name, option in flag_names().items()}
 SHOWN = {name: option.default for name, option in flag_names().items()}
 STOPS = {signal.SIGINT: 130, signal.SIGTERM: 143}
@@ -25,7 +27,7 @@ def _names(_: Any, __: Any, value: str | None) -> tuple[str, ...] | None:
     return None if value is None else tuple(name.strip() for name in value.split(",") if name.strip())
 
 
-def _flag(name: str, kind: Any = str, **more: Any) -> Any:
+def _flag(name: str, kind: Any = str, **more: Any) -> Callable[[Command], Command]:
     default = SHOWN[name]
     shown = "" if default in (None, ()) else f"  [default: {default}]"
     flag = "--" + name.replace("_", "-")
@@ -46,13 +48,33 @@ def _flag(name: str, kind: Any = str, **more: Any) -> Any:
 @_flag("device")
 @_flag("data_dir", metavar="FOLDER")
 @_flag("log_every", int)
-@click.option("--set", "settings", multiple=True, metavar="PLUGIN.OPTION=VALUE", help="Set an option of a plugin; may be repeated.")
-@click.option("--config", type=click.Path(path_type=Path), help="Take flags and options from a TOML file; flags and --set go before it.")
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="PLUGIN.OPTION=VALUE",
+    help="Set an option of a plugin; may be repeated.",
+)
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    help="Take flags and options from a TOML file; flags and --set go before it.",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the run.  [default: runs/TASK-TIME]")
-@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on standard output, and nothing else there.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print the summary as JSON on standard output, and nothing else there."
+)
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 @click.option("--debug", is_flag=True, help="Show the traceback of a plugin that fails.")
-def run(settings: tuple[str, ...], config: Path | None, out: Path | None, as_json: bool, quiet: bool, debug: bool, **flags: Any) -> int:
+def run(
+    settings: tuple[str, ...],
+    config: Path | None,
+    out: Path | None,
+    as_json: bool,
+    quiet: bool,
+    debug: bool,
+    **flags: Any,
+) -> int:
     """Train a Mixture-of-Experts model, watch its balance, and write a report.
 
     \b
@@ -119,4 +141,5 @@ def _blame(training: "Training", culprit: str, error: Exception, debug: bool) ->
         sys.stderr.write(text)
     log = training.folder / "run.log"
     log.write_text(text, "utf-8")
-    return RunError(f"{culprit} failed at step {training.step}: {type(error).__name__}: {error} (traceback in {log}, or use --debug)")
+    failure = f"{culprit} failed at step {training.step}: {type(error).__name__}: {error}"
+    return RunError(f"{failure} (traceback in {log}, or use --debug)")

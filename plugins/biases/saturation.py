@@ -24,7 +24,9 @@ class Saturation:
 
     form: str = option("log", help="log works; published is kept for study", choices=("log", "published"))
     signal: str | None = option(
-        None, help="gradient mass or weight gradients; unset: mass for log, weights for published", choices=("mass", "weights")
+        None,
+        help="gradient mass or weight gradients; unset: mass for log, weights for published",
+        choices=("mass", "weights"),
     )
     beta: float | None = option(None, help="strength; unset: 1 for log, 0.5 for published", min=0)
     decay: float = option(0.9, help="memory of the running mean", min=0, max=1)

@@ -16,7 +16,9 @@ class Attribution:
     Source: this project.
     """
 
-    threshold: float = option(1e-4, help="relative gradient, or share of choices, below which a term has no effect", min=0)
+    threshold: float = option(
+        1e-4, help="relative gradient, or share of choices, below which a term has no effect", min=0
+    )
 
     @hookimpl
     def moe_metrics(self, effects):

@@ -50,9 +50,12 @@ class Health:
         swing = math.sqrt(max(forward_cv**2 - chance**2 * forwards, 0.0))
         if top_k < size and effective <= few:
             why = f"the load of {size} experts is worth {effective:.1f} of them (limit {few:.1f})"
-            return Finding("collapsed", 2, why, "add a balancing plugin, such as switch_aux or saturation, or raise its strength")
+            return Finding(
+                "collapsed", 2, why, "add a balancing plugin, such as switch_aux or saturation, or raise its strength"
+            )
         if dead:
-            why = f"{len(dead)} of {size} experts get under {self.dead:g} of the mean load: {', '.join(map(str, dead[:8]))}"
+            named = ", ".join(map(str, dead[:8]))
+            why = f"{len(dead)} of {size} experts get under {self.dead:g} of the mean load: {named}"
             return Finding("dead experts", 2, why, "add a balancing plugin, raise its strength, or use fewer experts")
         if cv > max(self.imbalance, 2 * chance):
             why = f"cv of the load is {cv:.2f} (limit {self.imbalance:g})"
@@ -60,4 +63,6 @@ class Health:
         if swing > self.swing and swing > 2 * cv:
             why = f"single forwards have cv {swing:.2f} beyond chance (limit {self.swing:g}), the whole {cv:.2f}"
             return Finding("oscillating", 1, why, "lower the balancing plugin's step or strength, or shuffle the data")
-        return Finding("healthy", 0, f"cv of the load is {cv:.2f} (limit {self.imbalance:g}), all {size} experts are active")
+        return Finding(
+            "healthy", 0, f"cv of the load is {cv:.2f} (limit {self.imbalance:g}), all {size} experts are active"
+        )

@@ -29,7 +29,11 @@ class Html:
         from moe_engine.figures import of_run, picture
 
         pictures = [
-            {"caption": CAPTIONS[name.split(" ")[0]], "layer": " ".join(name.split(" ")[1:]), "svg": _svg(picture(figure, "svg"), index)}
+            {
+                "caption": CAPTIONS[name.split(" ")[0]],
+                "layer": " ".join(name.split(" ")[1:]),
+                "svg": _svg(picture(figure, "svg"), index),
+            }
             for index, (name, figure) in enumerate(of_run(run).items())
         ]
         page = Environment(loader=PackageLoader(__package__, ""), autoescape=True).get_template("report.html.jinja")
@@ -45,7 +49,7 @@ def _svg(content, index):
     text = text[text.index("<svg") :]
     for mark in ('id="', 'xlink:href="#', 'href="#', "url(#"):
         text = text.replace(mark, f"{mark}f{index}-")
-    return Markup(text.replace(f"xlink:href=\"#f{index}-f{index}-", f"xlink:href=\"#f{index}-"))
+    return Markup(text.replace(f'xlink:href="#f{index}-f{index}-', f'xlink:href="#f{index}-'))
 
 
 def _last(run):

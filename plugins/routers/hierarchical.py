@@ -68,7 +68,9 @@ class TwoLevelRouter(Router):
         picks = self.top_k // self.groups_kept
         group_TG = group.biased.softmax(-1)
         inside_GE = torch.arange(group_TG.shape[1], device=self.group_of.device)[:, None] == self.group_of
-        inside_TE = leaf.biased[:, None].masked_fill(~inside_GE, -torch.inf).softmax(-1).sum(1)  # G_i|g of its own group
+        inside_TE = (
+            leaf.biased[:, None].masked_fill(~inside_GE, -torch.inf).softmax(-1).sum(1)
+        )  # G_i|g of its own group
         probs_TE = group_TG[:, self.group_of] * inside_TE
 
         best_TM = group.select_by(group.biased).topk(self.groups_kept, dim=-1).indices

@@ -7,12 +7,13 @@ from pathlib import Path
 import attrs
 import pytest
 import torch
+from torch import nn
+
 from moe_engine import Bias, Engine, Experts, Finding, LevelSpec, Part, Router, UsageError, assign, hookimpl, option
 from moe_engine.hookspecs import HOOKS
 from moe_engine.runs import RunConfig
 from moe_engine.tasks import image_task
 from moe_engine.training import Training
-from torch import nn
 
 ROOT = Path(__file__).parents[2]
 
@@ -157,7 +158,11 @@ class Stateful:
 
     @hookimpl
     def moe_metrics(self, stats, layer, effects, probe):
-        return {"twice": stats["stateful.twice"], "probed": 0.0 if probe is None else 1.0, "say": Finding("said", 1, "because")}
+        return {
+            "twice": stats["stateful.twice"],
+            "probed": 0.0 if probe is None else 1.0,
+            "say": Finding("said", 1, "because"),
+        }
 
 
 def stateful(install):

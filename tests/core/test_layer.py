@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from moe_engine import Engine, ModuleBank, UsageError
 from torch import nn
+
+from moe_engine import Engine, ModuleBank, UsageError
 
 ROUTERS = ["topk", "sigmoid_topk", "hierarchical"]
 
@@ -21,7 +22,9 @@ def reference(layer, x):
 @pytest.mark.parametrize("activation", ["relu", "gelu", "swiglu"])
 @pytest.mark.parametrize("bias", [False, True])
 def test_output_is_the_gated_sum_of_the_chosen_experts(activation, bias):
-    layer = Engine("topk", experts=4, top_k=2, activation=activation, bias=bias, shared=1).moe(6, 10, out=5).double().eval()
+    layer = (
+        Engine("topk", experts=4, top_k=2, activation=activation, bias=bias, shared=1).moe(6, 10, out=5).double().eval()
+    )
     x = torch.randn(2, 7, 6, dtype=torch.float64)
     torch.testing.assert_close(layer(x), reference(layer, x))
 

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from moe_engine import Engine
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from moe_engine import Engine
 
 PLUGINS = ["topk", "saturation", "loss_free", "switch_aux", "z_loss"]
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import attrs
 import pytest
 import torch
-from moe_engine import Engine, Finding, PluginError, UsageError, hookimpl, option
+
+from moe_engine import Engine, PluginError, UsageError, hookimpl, option
 from moe_engine.manager import Plugins, broken, defaults, find
 
 ROOT = Path(__file__).parents[2]
@@ -41,8 +42,14 @@ def test_without_removes_defaults_and_chosen_plugins():
 @pytest.mark.parametrize(
     ("body", "sentence"),
     [
-        ({"moe_ruoter": hookimpl(lambda self, spec: None)}, "implements moe_ruoter, which is no hook; did you mean 'moe_router'"),
-        ({"moe_router": hookimpl(lambda self, spec, seed: None)}, "moe_router asks for 'seed', but the hook offers spec"),
+        (
+            {"moe_ruoter": hookimpl(lambda self, spec: None)},
+            "implements moe_ruoter, which is no hook; did you mean 'moe_router'",
+        ),
+        (
+            {"moe_router": hookimpl(lambda self, spec, seed: None)},
+            "moe_router asks for 'seed', but the hook offers spec",
+        ),
         ({"moe_router": lambda self, spec: None}, "moe_router lacks the mark @hookimpl"),
         ({"moe_router": hookimpl(tryfirst=True)(lambda self, spec: None)}, "plugins act in the order typed"),
     ],
@@ -97,7 +104,9 @@ def test_a_plugin_that_fails_in_a_layer_is_named(install):
             return routing.nothing
 
     install("loss", "mine", Mine)
-    with pytest.raises(PluginError, match=r"loss 'mine' \(elsewhere 1.0\) in moe_aux_loss can't be used in this layer: Attr"):
+    with pytest.raises(
+        PluginError, match=r"loss 'mine' \(elsewhere 1.0\) in moe_aux_loss can't be used in this layer: Attr"
+    ):
         Engine("mine", experts=4).moe(3, 4)
 
 
@@ -177,7 +186,20 @@ def test_core_names_no_plugin():
                 assert node.value not in names, (path, node.value)
 
 
-CORE_ORDER = ("errors", "options", "routing", "stats", "parts", "dispatch", "experts", "ledger", "hookspecs", "manager", "layer", "engine")
+CORE_ORDER = (
+    "errors",
+    "options",
+    "routing",
+    "stats",
+    "parts",
+    "dispatch",
+    "experts",
+    "ledger",
+    "hookspecs",
+    "manager",
+    "layer",
+    "engine",
+)
 
 
 def test_core_imports_run_one_way():

@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
 from moe_engine.manager import KINDS, PREFIX
 
 ROOT = Path(__file__).parents[2]
@@ -55,7 +56,18 @@ def test_every_test_folder_mirrors_a_source_folder():
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     out = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", out, ROOT]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        out,
+        ROOT,
+    ]
     subprocess.run([str(word) for word in command], check=True, capture_output=True)
     return next(out.glob("*.whl"))
 
@@ -70,7 +82,17 @@ def test_the_wheel_holds_every_source_file(wheel):
 
 def test_the_installed_wheel_runs(wheel, tmp_path):
     """In a folder of its own, where neither the checkout nor its editable install can stand in for it."""
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path / "site"), str(wheel)]
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--target",
+        str(tmp_path / "site"),
+        str(wheel),
+    ]
     subprocess.run(install, check=True, capture_output=True)
     code = f"""
 import sys

@@ -8,6 +8,7 @@ import attrs
 import pytest
 import safetensors.torch
 import torch
+
 from moe_engine import Engine, RunError, hookimpl
 from moe_engine.runs import RunConfig, read_config, read_run
 from moe_engine.training import Stopped, Training, adam
@@ -48,7 +49,19 @@ def test_summary_holds_what_was_measured_on_the_test_set(tmp_path):
     summary = json.loads((run.folder / "summary.json").read_text())
     last = [record for record in run.records if record["split"] == "eval"][-1]
     assert list(summary)[:11] == [
-        *("task", "plugins", "versions", "seed", "device", "steps", "seconds", "loss", "accuracy", "perplexity", "verdict")
+        *(
+            "task",
+            "plugins",
+            "versions",
+            "seed",
+            "device",
+            "steps",
+            "seconds",
+            "loss",
+            "accuracy",
+            "perplexity",
+            "verdict",
+        )
     ]
     assert [summary["loss"], summary["accuracy"]] == [last["loss"], last["accuracy"]]
     assert summary["perplexity"] is None
@@ -115,7 +128,9 @@ def test_a_loss_that_is_not_finite_names_step_and_term(tmp_path, install):
             return routing.probs.sum() * (torch.inf if self.steps == 10 else 0.0)  # one is the rehearsal's
 
     install("loss", "explodes", Explodes)
-    with pytest.raises(RunError, match="^the loss term 'explodes' of layer 'moe' stopped being finite at step 9; lower"):
+    with pytest.raises(
+        RunError, match="^the loss term 'explodes' of layer 'moe' stopped being finite at step 9; lower"
+    ):
         train(tmp_path / "run", plugins=("explodes",))
 
 
@@ -139,4 +154,6 @@ def test_read_run_gives_back_the_configuration(tmp_path):
     again = read_run(run.folder)
     assert again.config == tomllib.loads((run.folder / "config.toml").read_text())
     assert again.config["plugins"]["saturation"]["form"] == "log"
-    assert [plugin["name"] for plugin in again.plugins] == list(Engine("saturation,switch_aux", without=["plots", "html"], task="blobs").plugins.active)
+    assert [plugin["name"] for plugin in again.plugins] == list(
+        Engine("saturation,switch_aux", without=["plots", "html"], task="blobs").plugins.active
+    )

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from moe_engine import Engine
 
 

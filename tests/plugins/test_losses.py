@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from moe_engine import Engine
 
 E = 4

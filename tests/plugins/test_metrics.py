@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from moe_engine import Engine, Spec, Stats
 from moe_engine.plugins.metrics.attribution import Attribution
 from moe_engine.plugins.metrics.balance import Balance
@@ -13,8 +14,24 @@ from moe_engine.plugins.metrics.specialization import mutual_information
 # Published routing counts and the values (population statistics over all experts) that follow from them:
 # cv, cv2, gini, entropy, max_min, maxvio
 GOLDEN = {
-    "train 1": ([209087, 197354, 235068, 239956, 252595, 208220], 0.088946, 0.007911, 0.049343, 0.997795, 1.279908, 0.129101),
-    "train 2": ([246614, 197009, 219858, 225933, 250620, 205966], 0.087162, 0.007597, 0.049043, 0.997879, 1.272125, 0.117177),
+    "train 1": (
+        [209087, 197354, 235068, 239956, 252595, 208220],
+        0.088946,
+        0.007911,
+        0.049343,
+        0.997795,
+        1.279908,
+        0.129101,
+    ),
+    "train 2": (
+        [246614, 197009, 219858, 225933, 250620, 205966],
+        0.087162,
+        0.007597,
+        0.049043,
+        0.997879,
+        1.272125,
+        0.117177,
+    ),
     "validation 1": ([5688, 4629, 4600, 5676, 5516, 4611], 0.099563, 0.009913, 0.051660, 0.997232, 1.236522, 0.110937),
     "validation 2": ([5538, 4318, 5339, 4762, 6003, 4760], 0.110005, 0.012101, 0.061502, 0.996630, 1.390227, 0.172461),
     "flat usage": (
@@ -26,7 +43,11 @@ GOLDEN = {
 
 def balance(load, dropped=None):
     load = torch.tensor(load, dtype=torch.float64)
-    sums = {"tokens": load.sum().view(1), "load": load, "dropped": torch.zeros_like(load) if dropped is None else dropped}
+    sums = {
+        "tokens": load.sum().view(1),
+        "load": load,
+        "dropped": torch.zeros_like(load) if dropped is None else dropped,
+    }
     return Balance().moe_metrics(Stats(Spec(1, 1, experts=len(load), top_k=1), sums))
 
 
@@ -72,7 +93,9 @@ def test_mutual_information_takes_its_own_bias_off():
     pairs = torch.randint(100, (400,))
     counts = torch.bincount(pairs, minlength=100).view(10, 10).double()
     joint = counts / counts.sum()
-    naive = float((joint * (joint / (joint.sum(1, keepdim=True) * joint.sum(0))).log()).nan_to_num().sum() / math.log(10))
+    naive = float(
+        (joint * (joint / (joint.sum(1, keepdim=True) * joint.sum(0))).log()).nan_to_num().sum() / math.log(10)
+    )
     assert naive > 0.04
     assert float(mutual_information(counts)) < 0.02
 
@@ -146,7 +169,9 @@ def test_effects_are_the_gradients_at_the_logits():
     expected = torch.autograd.grad(aux, logits)[0].norm()
     assert effects.losses == {"switch_aux": pytest.approx(float(expected))}
     free = logits.topk(2).indices
-    moved = sum(len(set(a.tolist()) - set(b.tolist())) for a, b in zip(routing.plan.expert.view(30, 2), free, strict=True))
+    moved = sum(
+        len(set(a.tolist()) - set(b.tolist())) for a, b in zip(routing.plan.expert.view(30, 2), free, strict=True)
+    )
     assert effects.biases == {"loss_free": pytest.approx(moved / 60)}
     assert moved > 0
 

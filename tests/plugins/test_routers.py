@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from moe_engine import Engine, UsageError
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
@@ -24,7 +25,9 @@ def gates(*args, **more):
 
 def test_topk_renormalises_for_two_and_keeps_the_raw_probability_for_one():
     p = LOGITS[0].softmax(-1)
-    torch.testing.assert_close(gates("topk", LOGITS, top_k=2), torch.stack([p[0], p[1], 0 * p[0], 0 * p[0]]) / (p[0] + p[1]))
+    torch.testing.assert_close(
+        gates("topk", LOGITS, top_k=2), torch.stack([p[0], p[1], 0 * p[0], 0 * p[0]]) / (p[0] + p[1])
+    )
     torch.testing.assert_close(gates("topk", LOGITS, top_k=1), torch.stack([p[0], 0 * p[0], 0 * p[0], 0 * p[0]]))
     torch.testing.assert_close(gates("topk", LOGITS, ["topk.renorm=false"], top_k=2)[:2], p[:2])
     torch.testing.assert_close(gates("topk", LOGITS, top_k=4), p)
@@ -113,7 +116,12 @@ def test_hierarchical_biases_act_on_each_level_and_compete_inside_a_group():
     engine.after_backward()
     engine.after_step()
     assert layer.biases[0]["loss_free"].b.tolist() == [-1.0, 1.0]
-    assert layer.biases[1]["loss_free"].b.tolist() == [-1.5, 0.5, 0.5, 0.5]  # group 2 had no load: up by one, then centred
+    assert layer.biases[1]["loss_free"].b.tolist() == [
+        -1.5,
+        0.5,
+        0.5,
+        0.5,
+    ]  # group 2 had no load: up by one, then centred
 
 
 @pytest.mark.parametrize(
@@ -137,7 +145,9 @@ def test_topk_refuses_to_renormalise_a_single_gate():
 @pytest.mark.parametrize("router", ["topk", "sigmoid_topk", "hierarchical"])
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 def test_the_router_learns_from_the_task_for_every_k(router, top_k):
-    engine = Engine(router, ["hierarchical.groups=2"] if router == "hierarchical" and top_k < 3 else [], experts=8, top_k=top_k)
+    engine = Engine(
+        router, ["hierarchical.groups=2"] if router == "hierarchical" and top_k < 3 else [], experts=8, top_k=top_k
+    )
     layer = engine.moe(6, 8)
     x = torch.randn(32, 6)
     engine.check_learning(lambda: layer.eval()(x).square().mean())
