@@ -36,7 +36,7 @@ def seconds(call: Callable[[], None]) -> float:
 
 
 def ratios(
-    calls: Mapping[str, Callable[[], None]], base: str, repetitions: int, rounds: int = 1, warm_ups: int = 2
+    calls: Mapping[str, Callable[[], None]], base: str, repetitions: int, rounds: int = 1, warm_ups: int = 3
 ) -> dict[str, dict[str, Any]]:
     """Of each call but `base`: the median over repetitions of its time over base's, with quartiles.
 

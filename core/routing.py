@@ -166,7 +166,8 @@ def within_capacity(plan: Assignments, capacity: float, experts: int, top_k: int
     """Keep at most ceil(capacity * T * K / E) assignments of each expert, T counting real tokens.
 
     First choices go before second ones, then earlier tokens before later ones. Gates are not
-    renormalised after a drop. The limit is computed in whole numbers, so that 1.1 * 10 is 11.
+    renormalised after a drop. The limit is computed in whole numbers: in floating
+    point 1.1 * 100 / 10 is above 11, and its ceiling 12.
     """
     factor = Fraction(str(capacity))
     limit = -(-(tokens.count * top_k * factor.numerator) // (experts * factor.denominator))

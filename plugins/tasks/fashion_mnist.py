@@ -17,7 +17,7 @@ SHA256 = {
 class FashionMnist:
     """70,000 pictures of clothes, 28 x 28, in torchvision's files under --data-dir (Xiao et al., 2017)."""
 
-    dim: int = option(128, help="width of the model", min=1)
+    dim: int = option(256, help="width of the model", min=1)
     hidden: int = option(128, help="hidden width of an expert", min=1)
 
     @hookimpl

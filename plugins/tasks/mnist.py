@@ -17,7 +17,7 @@ SHA256 = {
 class Mnist:
     """70,000 handwritten digits of 28 x 28 pixels, in torchvision's files under --data-dir (LeCun et al., 1998)."""
 
-    dim: int = option(128, help="width of the model", min=1)
+    dim: int = option(256, help="width of the model", min=1)
     hidden: int = option(128, help="hidden width of an expert", min=1)
 
     @hookimpl

@@ -127,7 +127,7 @@ def test_only_padding_is_no_data():
 
 @pytest.mark.parametrize(
     ("capacity", "tokens", "top_k", "experts", "limit"),
-    [(1.0, 8, 1, 4, 2), (1.25, 8, 2, 4, 5), (1.1, 10, 1, 11, 1), (0.3, 10, 1, 3, 1), (100.0, 6, 2, 4, 6)],
+    [(1.0, 8, 1, 4, 2), (1.25, 8, 2, 4, 5), (1.1, 50, 2, 10, 11), (0.3, 10, 1, 3, 1), (100.0, 6, 2, 4, 6)],
 )
 def test_capacity_keeps_at_most_its_share(capacity, tokens, top_k, experts, limit):
     """Equal tokens all want the same experts; each keeps ceil(C T K / E), counted in whole numbers."""

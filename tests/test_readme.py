@@ -1,0 +1,54 @@
+"""What README.md shows, runs."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from moe_engine.cli import main
+from moe_engine.manager import KINDS
+
+README = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
+
+
+def named(language, first_line):
+    return next(block for block in blocks(language) if block.startswith(first_line))
+
+
+def test_the_plugins_on_the_page_run(install, tmp_path, monkeypatch):
+    module = {}
+    exec(named("python", "# my_moe_plugins.py"), module)
+    project = tomllib.loads(named("toml", "# pyproject.toml"))["project"]
+    for group, points in project["entry-points"].items():
+        for name, target in points.items():
+            install(KINDS[group.removeprefix("moe_engine.")], name, module[target.partition(":")[2]])
+    monkeypatch.chdir(tmp_path)
+    command = next(line for line in blocks("sh")[-1].splitlines() if "coin.noise" in line).split()[1:]
+    assert main([*command, "--epochs", "2", "--out", "run", "--quiet"]) == 0
+    assert '"top_share"' in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+def test_the_loop_on_the_page_runs(capsys):
+    exec(named("python", "import torch\nfrom moe_engine import Engine"), {})
+    assert "Finding(name='healthy'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "line", [line for block in blocks("sh") for line in block.splitlines() if "moe-engine run" in line]
+)
+def test_every_flag_on_the_page_exists(line, capsys):
+    main(["run", "--help"])
+    known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+    assert set(re.findall(r"--[a-z-]+", line)) <= known
+
+
+def test_every_plugin_on_the_page_is_installed(capsys):
+    main(["plugins"])
+    listed = {line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]}
+    table = README[README.index("## Built in") : README.index("## A plugin on one page")]
+    assert set(re.findall(r"`(\w+)`", table)) == listed
