@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 help:
 	@echo "make demo       set up everything, train on the embedded digits, write a report"
 	@echo "make test       set up everything, run the tests"
-	@echo "make test-long  the tests that take minutes (MNIST=folder adds those on real MNIST)"
+	@echo "make test-long  the tests that take minutes (DATA=folder: of MNIST, Fashion-MNIST and CIFAR-10)"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      speed of the layer and of a training step"
 	@echo "make clean      remove the virtual environment and what tools left"

@@ -557,13 +557,14 @@ def test_a_picture_that_cannot_be_written_is_refused(refusal, here, finished, ou
     assert expected == refusal("compare", finished, "--out", out)
 
 
-def test_a_run_in_a_folder_with_brackets_keeps_its_name(call, here, finished):
+def test_a_run_in_a_folder_with_brackets_keeps_its_name(call, here, finished, monkeypatch):
     """The table's cells are no markup."""
+    monkeypatch.setenv("COLUMNS", "250")
     shutil.copytree(finished, here / "a[red]b")
     code, out, _ = call("compare", "a[red]b", "--json")
     expected = (0, ["a[red]b"])
     assert expected == (code, [row["run"] for row in json.loads(out)])
-    assert "a[red]b" in "".join(call("compare", "a[red]b")[1].split())
+    assert " a[red]b " in call("compare", "a[red]b")[1]
 
 
 # -- a run that fails later ------------------------------------------------------------------------
@@ -584,29 +585,29 @@ def later(call, *argv):
 
 def test_a_loss_that_is_not_finite_ends_the_run_at_its_step(call):
     """The sentence names the step and what to lower."""
-    expected = r"the task loss became (nan|-?inf) at step [1-9]\d*; lower --lr, or a loss's weight"
-    assert re.fullmatch(expected, later(call, "--lr", "1e30"))
+    expected = "the task loss stopped being finite at step 2; lower --lr, or a loss's weight"
+    assert expected == later(call, "--lr", "1e30")
 
 
 def test_a_term_that_is_not_finite_is_named_with_its_layer(call):
     """The step is the first one that failed, not the one at which it was found."""
     sentence = later(call, "--lr", "1e30", "--plugins", "z_loss,switch_aux")
-    assert "term 'z_loss.expert' of layer 'moe'" in sentence
-    assert re.search(r"at step [1-5]; ", sentence)
+    assert "the loss term 'z_loss.expert' of layer 'moe'" in sentence
+    assert " at step 2; lower --lr" in sentence
 
 
 def test_a_loss_that_is_first_seen_not_finite_on_the_test_set_is_no_bug(call):
     """An evaluation may come before the log point that finds it; progress is shown all the same."""
     argv = ("run", "--no-plugin", "plots,html", "--epochs", "2", "--lr", "1e30", "--log-every", "1000")
     last = failed(call, *argv).splitlines()[-1]
-    assert re.fullmatch(r"moe-engine: the task loss became \S+ at step \d+; .*", last), last
+    assert last.startswith("moe-engine: the task loss stopped being finite at step 2; ")
 
 
 NUMBERS = itertools.count()
 
 
 @pytest.fixture
-def install(tmp_path, monkeypatch):
+def distribution(tmp_path, monkeypatch):
     """Install a distribution of plugins, {name: (group, body of its class)}, all in one module."""
 
     def make(**plugins):
@@ -655,9 +656,9 @@ LATER = {
 
 
 @pytest.mark.parametrize(("group", "kind", "body"), LATER.values(), ids=LATER)
-def test_a_plugin_that_raises_in_a_run_is_named(call, install, group, kind, body):
+def test_a_plugin_that_raises_in_a_run_is_named(call, distribution, group, kind, body):
     """Kind, plugin, distribution, hook, step and error in one sentence; the traceback is in the run's log."""
-    install(fragile=(group, body))
+    distribution(fragile=(group, body))
     sentence = later(call, "--plugins", "fragile", "--out", "out")
     named = re.match(rf"{kind} 'fragile' \(fragile 1\.0\) in (moe_\w+) failed at step \d+: \w+: ", sentence)
     assert named and f"def {named[1]}(" in body
@@ -665,27 +666,27 @@ def test_a_plugin_that_raises_in_a_run_is_named(call, install, group, kind, body
     assert "Traceback (most recent call last)" in Path("out/run.log").read_text("utf-8")
 
 
-def test_debug_shows_the_traceback_of_a_plugin_that_raises(call, install):
+def test_debug_shows_the_traceback_of_a_plugin_that_raises(call, distribution):
     """Before the same sentence, with the same exit code."""
-    install(fragile=LATER["metrics"][::2])
+    distribution(fragile=LATER["metrics"][::2])
     err = failed(call, *QUICK, "--plugins", "fragile", "--debug")
     assert err.startswith("Traceback (most recent call last)") and "raise ValueError('why')" in err
     assert err.splitlines()[-1].startswith("moe-engine: metric 'fragile' (fragile 1.0) in moe_metrics failed at step ")
 
 
 @pytest.mark.parametrize("order", ["first,second", "second,first"])
-def test_of_two_plugins_in_one_file_the_one_that_raised_is_named(call, install, order):
+def test_of_two_plugins_in_one_file_the_one_that_raised_is_named(call, distribution, order):
     """A file may hold several plugins: who raised is told by the code that ran, not by its file."""
-    install(
+    distribution(
         first=("metrics", hook("moe_metrics(self, stats)", "raise ValueError('why')")),
         second=("metrics", hook("moe_metrics(self, stats)", "return {'second': 1.0}")),
     )
     assert later(call, "--plugins", order).startswith("metric 'first' (fragile 1.0) in moe_metrics failed")
 
 
-def test_two_plugins_with_one_metric_are_both_named(call, install):
+def test_two_plugins_with_one_metric_are_both_named(call, distribution):
     """Found before the run has a folder: exit code 2; found after: 1."""
-    install(fragile=("metrics", hook("moe_metrics(self, stats)", "return {'cv': 1.0}")))
+    distribution(fragile=("metrics", hook("moe_metrics(self, stats)", "return {'cv': 1.0}")))
     code, out, err = call(*QUICK, "--plugins", "fragile", "--out", "out")
     names = ["cv", "fragile", "balance"]
     assert names == [name for name in names if name in sentence_of(err)] and not out
@@ -709,9 +710,9 @@ ANSWERS = {
 
 
 @pytest.mark.parametrize(("group", "body"), ANSWERS.values(), ids=ANSWERS)
-def test_a_plugin_with_a_senseless_answer_is_named(call, install, group, body):
+def test_a_plugin_with_a_senseless_answer_is_named(call, distribution, group, body):
     """Refused before there is a folder, or failed in it; never a bug of the core."""
-    install(fragile=(group, body))
+    distribution(fragile=(group, body))
     code, out, err = call(*QUICK, "--plugins", "fragile", "--out", "out")
     sentence = sentence_of(err)
     assert "'fragile'" in sentence and "this is a bug" not in sentence and not out
@@ -732,9 +733,9 @@ EARLY = {
 
 
 @pytest.mark.parametrize("body", EARLY.values(), ids=EARLY)
-def test_a_plugin_that_cannot_be_used_is_refused_by_name(refusal, install, body):
+def test_a_plugin_that_cannot_be_used_is_refused_by_name(refusal, distribution, body):
     """Before anything is written: exit code 2."""
-    install(fragile=("losses", body))
+    distribution(fragile=("losses", body))
     assert "loss 'fragile'" in refusal(*QUICK, "--plugins", "fragile")
 
 
@@ -746,15 +747,15 @@ TASK_BODIES = {
 
 
 @pytest.mark.parametrize("body", TASK_BODIES.values(), ids=TASK_BODIES)
-def test_a_task_that_cannot_be_used_is_refused_by_name(refusal, install, body):
+def test_a_task_that_cannot_be_used_is_refused_by_name(refusal, distribution, body):
     """A task is a plugin like any other."""
-    install(fragile=("tasks", body))
+    distribution(fragile=("tasks", body))
     assert "task 'fragile'" in refusal(*QUICK, "--task", "fragile")
 
 
-def test_a_plugin_without_any_hook_is_refused_by_name(refusal, install):
+def test_a_plugin_without_any_hook_is_refused_by_name(refusal, distribution):
     """A chosen plugin that acts on nothing is an error."""
-    install(fragile=("losses", "    weight: float = option(1.0, help='coefficient')\n"))
+    distribution(fragile=("losses", "    weight: float = option(1.0, help='coefficient')\n"))
     assert "fragile" in refusal(*QUICK, "--plugins", "fragile")
 
 

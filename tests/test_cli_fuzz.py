@@ -149,12 +149,13 @@ def refused_values(option):
 
 @attrs.frozen
 class Ingredient:
-    """What is said of some names. words: of the command line. run: in [run]. plugins: in [plugins.NAME]."""
+    """What is said of some names. words: of the command line. run, plugins, tables: of the file."""
 
     names: frozenset
     words: tuple = ()
     run: dict = attrs.field(factory=dict)
     plugins: dict = attrs.field(factory=dict)
+    tables: dict = attrs.field(factory=dict)
 
 
 def flag(name, text):
@@ -176,6 +177,11 @@ def setting(plugin, name, text):
 
 def option(plugin, name, value):
     return Ingredient(frozenset([f"{plugin}.{name}"]), plugins={plugin: {name: value}})
+
+
+def table(name, value):
+    """Something beside [run] and [plugins], or in their place."""
+    return Ingredient(frozenset([name]), tables={name: value})
 
 
 def chosen(*plugins):
@@ -231,6 +237,8 @@ BAD = {
     "unknown flag": NAME.map(lambda name: words(f"--x{name}")) | TEXT.map(lambda text: words(f"--x{text}")),
     "stray word": TEXT.filter(lambda text: not text.startswith("-")).map(words),
     "unknown entry": NAME.filter(lambda name: name not in RUN).map(lambda name: entry(name, 1)),
+    "unknown table": st.tuples(NO_OPTION, st.integers() | st.just({}) | TEXT).map(lambda one: table(*one)),
+    "no table": st.tuples(st.sampled_from(["run", "plugins"]), st.integers() | TEXT).map(lambda one: table(*one)),
     "shapeless setting": TEXT.filter(lambda text: "=" not in text).map(lambda text: words("--set", text)),
     "setting of nobody": st.tuples(UNKNOWN, NAME, TEXT).map(lambda one: setting(*one)),
     "option of nobody": st.tuples(UNKNOWN, NAME, st.integers()).map(lambda one: option(*one)),
@@ -260,13 +268,15 @@ def cooked(ingredients, seed):
             kept.append(one)
             spoken |= one.names
     random.Random(seed).shuffle(kept)
-    run, plugins = {}, {}
+    run, plugins, tables = {}, {}, {}
     for one in kept:
         run |= one.run
+        tables |= one.tables
         for plugin, options in one.plugins.items():
             plugins.setdefault(plugin, {}).update(options)
-    config = tomli_w.dumps({"run": run, "plugins": plugins}).encode() if run or plugins else None
-    return ["run", "--quiet", *(word for one in kept for word in one.words)], config
+    config = {name: entries for name, entries in (("run", run), ("plugins", plugins)) if entries} | tables
+    text = tomli_w.dumps(config).encode() if config else None
+    return ["run", "--quiet", *(word for one in kept for word in one.words)], text
 
 
 # -- what must hold --------------------------------------------------------------------------------
@@ -283,7 +293,7 @@ def test_good_ingredients_alone_are_taken(goods, seed):
 
 
 @pytest.mark.parametrize("kind", BAD)
-@fuzz(90)
+@fuzz(110)
 @given(st.data(), GOODS, SEED)
 def test_one_bad_ingredient_is_refused(kind, data, goods, seed):
     """Wherever it stands, and whatever is good beside it."""

@@ -3,6 +3,7 @@
 import tarfile
 from hashlib import md5
 from pathlib import Path
+from zipfile import BadZipFile
 
 import attrs
 import numpy as np
@@ -42,36 +43,41 @@ class Cifar10:
         archive = home / "cifar10.npz"
         if not all((home / FOLDER / name).exists() for name in MD5) and not archive.exists():
             _fetch(home)
-        rows = _from_npz(archive) if archive.exists() else _from_binary(home / FOLDER)
-        train, test = _batch(rows[:50_000]), _batch(rows[50_000:])
+        read = _from_npz if archive.exists() else _from_binary
+        train, test = read(archive if archive.exists() else home / FOLDER)
         return image_task(train, test, 10, self.dim, self.hidden)
 
 
-def _batch(rows):
-    return torch.from_numpy(rows[:, 1:].reshape(-1, 3, 32, 32)), torch.from_numpy(rows[:, 0].astype(np.int64))
-
-
 def _from_binary(folder):
-    return _verified([np.frombuffer((folder / name).read_bytes(), np.uint8) for name in MD5], folder)
+    return _verified([np.fromfile(folder / name, np.uint8) for name in MD5], folder)
 
 
 def _from_npz(archive):
     try:
         with np.load(archive, allow_pickle=False) as arrays:
-            images = np.concatenate([arrays["x_train"], arrays["x_test"]]).transpose(0, 3, 1, 2).reshape(60_000, 3072)
-            labels = np.concatenate([arrays["y_train"].ravel(), arrays["y_test"].ravel()])
-    except (OSError, ValueError, KeyError) as error:
+            train, test = (_rows(arrays[f"x_{half}"], arrays[f"y_{half}"]) for half in ("train", "test"))
+            return _verified([batch.ravel() for batch in (*np.split(train, 5), test)], archive)
+    except (OSError, ValueError, KeyError, BadZipFile) as error:
         raise UsageError(f"data file {archive} is damaged ({error}); delete it and run again") from error
-    rows = np.concatenate([labels.astype(np.uint8)[:, None], images], axis=1)
-    return _verified([half.ravel() for half in np.split(rows, 6)], archive)
+
+
+def _rows(images, labels):
+    """[N, 3073]: label, then the R, G and B planes, as in the official binary format."""
+    planes = images.transpose(0, 3, 1, 2).reshape(len(images), -1)
+    return np.concatenate([labels.astype(np.uint8).reshape(-1, 1), planes], axis=1)
 
 
 def _verified(batches, source):
-    """[60000, 3073] rows of label, then R, G and B planes: the official binary format."""
+    """(train, test) of the bytes of the six official files, which must have the official checksums."""
     for batch, (name, expected) in zip(batches, MD5.items(), strict=True):
         if md5(batch.tobytes(), usedforsecurity=False).hexdigest() != expected:
             raise UsageError(f"{name} of {source} is damaged; delete {source} and run again")
-    return np.concatenate(batches).reshape(-1, 3073)
+    return _batch(np.concatenate(batches[:-1])), _batch(batches[-1])
+
+
+def _batch(data):
+    rows = data.reshape(-1, 3073)
+    return torch.from_numpy(rows[:, 1:].reshape(-1, 3, 32, 32)), torch.from_numpy(rows[:, 0].astype(np.int64))
 
 
 def _fetch(home):
