@@ -12,13 +12,13 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from .errors import PluginError, UsageError, listed
+from .errors import PluginError, RunError, UsageError, listed
 from .experts import ModuleBank, StackedMLP
 from .layer import MoE, unflat
 from .ledger import Anchor
 from .manager import Plugins, Setup
 from .options import Settings, parse_settings
-from .parts import Bias
+from .parts import Bias, Experts, Part, Router
 from .routing import Routing, Spec, count_by
 from .stats import Finding, Stats, Step
 
@@ -96,7 +96,8 @@ class Engine:
             raise
         except Exception as error:
             if (culprit := self.plugins.culprit(error)) is None:
-                raise
+                (bound,) = self.plugins.bind("moe_router", plugins)
+                culprit = f"router '{bound.plugin}'"
             raise PluginError(f"{culprit} can't be used in this layer: {type(error).__name__}: {error}") from error
         self._layers.append(weakref.ref(layer))
         return layer
@@ -108,16 +109,21 @@ class Engine:
             raise UsageError(f"a layer can't be built: {error}") from error
 
     def _build(self, spec: Spec, plugins: Mapping[str, Any], modules: Sequence[nn.Module] | None, name: str) -> MoE:
-        def ask(hook: str, **offer: Any) -> list[tuple[str, Any]]:
-            answers = [(bound.plugin, bound(offer)) for bound in self.plugins.bind(hook, plugins)]
+        def ask(hook: str, kind: Any, **offer: Any) -> list[tuple[str, Any]]:
+            bounds = self.plugins.bind(hook, plugins)
+            answers = [(bound.plugin, self.plugins.ask(bound, kind, offer)) for bound in bounds]
             return [(plugin, answer) for plugin, answer in answers if answer is not None]
 
-        router = ask("moe_router", spec=spec)[0][1]
-        biases: list[dict[str, Bias]] = [dict(ask("moe_bias", spec=spec, level=level)) for level in router.levels]
+        ((_, router),) = ask("moe_router", Router, spec=spec)
+        biases: list[dict[str, Bias]] = [
+            dict(ask("moe_bias", Bias | None, spec=spec, level=level)) for level in router.levels
+        ]
         if modules is not None:
             experts: Any = ModuleBank(modules, spec.out_dim)
         else:
-            experts = next((answer for _, answer in ask("moe_experts", spec=spec)), None) or StackedMLP(spec)
+            experts = next((answer for _, answer in ask("moe_experts", Experts | None, spec=spec)), None) or StackedMLP(
+                spec
+            )
         used = {plugin for level in biases for plugin in level}
         for bound in self.plugins.bind("moe_bias", plugins):
             if bound.plugin not in used:
@@ -127,7 +133,7 @@ class Engine:
             router,
             biases,
             experts,
-            states=dict(ask("moe_state", spec=spec)),
+            states=dict(ask("moe_state", Part | None, spec=spec)),
             losses=self.plugins.bind("moe_aux_loss", plugins),
             measures=self.plugins.bind("moe_measure", plugins),
             weights={plugin: float(getattr(instance, "weight", 1.0)) for plugin, instance in plugins.items()},
@@ -309,9 +315,15 @@ def _merged(answers: Iterable[tuple[str, Metrics]]) -> Metrics:
     merged: Metrics = {}
     owner: dict[str, str] = {}
     for plugin, answer in answers:
+        if not isinstance(answer, Mapping):
+            raise RunError(f"metric '{plugin}' answers {answer!r}, not numbers by name")
         for name, value in answer.items():
+            if not isinstance(value, float | int | list | str | Tensor | Finding | None) and not hasattr(
+                value, "tolist"
+            ):
+                raise RunError(f"metric '{plugin}' answers {value!r} as '{name}', which is no number")
             if name in owner:
-                raise PluginError(f"metric '{name}' is answered by {listed([owner[name], plugin])}; rename one")
+                raise RunError(f"metric '{name}' is answered by {listed([owner[name], plugin])}; rename one")
             owner[name] = plugin
             merged[name] = value
     return merged

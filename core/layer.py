@@ -129,6 +129,10 @@ class MoE(nn.Module):
             sums["prob"] = tokens.real(routing.probs.detach()).sum(0)
         for bound in self.measures:
             answer = bound({"routing": routing, "layer": self, "state": self._state(bound.plugin)})
+            if not isinstance(answer, Mapping) or not all(isinstance(value, Tensor) for value in answer.values()):
+                raise UsageError(
+                    f"layer '{self.name}': moe_measure of '{bound.plugin}' answers {answer!r}, not tensors by name"
+                )
             sums.update({f"{bound.plugin}.{name}": value.detach() for name, value in answer.items()})
         return sums
 
@@ -200,6 +204,8 @@ class MoE(nn.Module):
             _check_plan(self.name, routing.plan)
             sums, terms, own = self.measure(routing), self.aux_terms(routing), self._bias_sums(routing)
         for term, value in terms.items():
+            if not isinstance(value, Tensor):
+                raise UsageError(f"layer '{self.name}': loss '{term}' is {value!r}, not a scalar")
             if value.dim() or not (value.requires_grad or self.weight_of(term) == 0):
                 why = (
                     f"is of shape {list(value.shape)}, not a scalar" if value.dim() else "does not depend on the router"

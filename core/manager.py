@@ -98,6 +98,8 @@ def load(found: Found) -> type:
     for name in dir(cls):
         if name.startswith("moe_") or _marks(cls, name) is not None:
             _check_hook(origin, cls, name)
+    if not any(_marks(cls, name) is not None for name in HOOKS):
+        raise PluginError(f"{origin} implements no hook")
     return cls
 
 
@@ -223,9 +225,24 @@ class Plugins:
 
     def check(self, setup: Setup) -> None:
         """Ask every plugin whether this mix makes sense; all objections are one UsageError."""
-        said = [bound({"setup": setup}) for bound in self.bind("moe_check", setup.plugins)]
+        said = [self.ask(bound, str | None, {"setup": setup}) for bound in self.bind("moe_check", setup.plugins)]
         if objections := [sentence for sentence in said if sentence]:
             raise UsageError("; ".join(objections))
+
+    def ask(self, bound: Bound, kind: Any, offer: Mapping[str, Any]) -> Any:
+        """A plugin's answer, which must be an instance of `kind`. Raises PluginError, naming plugin and hook."""
+        one, hook = self.found[bound.plugin], bound.function.__name__
+        origin = f"{one.title} ({one.distribution} {one.version})"
+        try:
+            answer = bound(offer)
+        except UsageError:
+            raise
+        except Exception as error:
+            raise PluginError(f"{origin} fails in {hook}: {type(error).__name__}: {error}") from error
+        if not isinstance(answer, kind):
+            name = getattr(kind, "__name__", str(kind).replace("moe_engine.parts.", ""))
+            raise PluginError(f"{origin}: {hook} answers {answer!r}, which is no {name}")
+        return answer
 
     def options(self) -> Settings:
         """Every option of every active plugin, as set."""
@@ -239,13 +256,16 @@ class Plugins:
 
     def culprit(self, error: BaseException) -> str | None:
         """Which plugin an exception came out of ("loss 'x' (dist 1.0) in moe_aux_loss"), or None."""
-        files = {inspect.getfile(type(plugin)): self.found[name] for name, plugin in self.active.items()}
-        blamed, trace = None, error.__traceback__
+        names = {type(plugin): name for name, plugin in self.active.items()}
+        files = {inspect.getfile(cls): name for cls, name in names.items()}
+        blamed, sure, trace = None, False, error.__traceback__
         while trace is not None:
             code = trace.tb_frame.f_code
-            if (found := files.get(code.co_filename)) is not None:
+            own = names.get(type(trace.tb_frame.f_locals.get("self")))  # one file may hold several plugins
+            name = own or (None if sure else files.get(code.co_filename))
+            if name is not None:
                 where = code.co_name if blamed is None or not blamed[1].startswith("moe_") else blamed[1]
-                blamed = (found, where)
+                blamed, sure = (self.found[name], where), sure or own is not None
             trace = trace.tb_next
         return f"{blamed[0].title} ({blamed[0].distribution} {blamed[0].version}) in {blamed[1]}" if blamed else None
 

@@ -96,12 +96,17 @@ def changed(plugin: Any, title: str, given: Mapping[str, Any]) -> Any:
 def _checked(title: str, make: Any) -> Any:
     try:
         return make()
-    except (ValueError, TypeError) as error:
+    except UsageError:
+        raise
+    except Exception as error:
         raise UsageError(f"{title}: {str(error.args[0]) if error.args else error}") from error
 
 
 def _structured(cls: type, title: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    fields = {field.name: field for field in _fields(cls)}
+    try:
+        fields = {field.name: field for field in _fields(cls)}
+    except UsageError as error:
+        raise UsageError(f"{title}: {error}") from error
     values = {}
     for name, value in given.items():
         if name not in fields:
@@ -109,13 +114,16 @@ def _structured(cls: type, title: str, given: Mapping[str, Any]) -> dict[str, An
         kind = fields[name].type
         try:
             values[name] = None if _optional(kind) and _is_none(value) else _convert(value, kind)
-        except (ValueError, TypeError, cattrs.errors.StructureHandlerNotFoundError) as error:
+        except (ValueError, TypeError, OverflowError, cattrs.errors.StructureHandlerNotFoundError) as error:
             raise UsageError(f"{title}: option '{name}' is {_type_name(kind)}; {value!r} is not") from error
     return values
 
 
 def _fields(cls: type) -> list[Any]:
-    attrs.resolve_types(cls)
+    try:
+        attrs.resolve_types(cls)
+    except Exception as error:
+        raise UsageError(f"the type of an option can't be read: {error}") from error
     return [field for field in attrs.fields(cls) if "help" in field.metadata]
 
 

@@ -45,8 +45,8 @@ class Spec:
             raise UsageError(
                 f"top_k is {self.top_k}, but a token can choose 1 to {self.experts} of {self.experts} experts"
             )
-        if self.capacity is not None and not 0 < self.capacity < float("inf"):
-            raise UsageError(f"capacity is {self.capacity}; it must be above 0, or unset to drop nothing")
+        if self.capacity is not None and not 1e-6 <= self.capacity <= 1e6:
+            raise UsageError(f"capacity is {self.capacity}; it must be 1e-6 to 1e6, or unset to drop nothing")
         if self.activation not in ("relu", "gelu", "swiglu"):
             raise UsageError(f"activation is '{self.activation}'; there is relu, gelu and swiglu")
 
@@ -169,7 +169,7 @@ def within_capacity(plan: Assignments, capacity: float, experts: int, top_k: int
     renormalised after a drop. The limit is computed in whole numbers: in floating
     point 1.1 * 100 / 10 is above 11, and its ceiling 12.
     """
-    factor = Fraction(str(capacity))
+    factor = Fraction(str(capacity)).limit_denominator(10**6)  # int64 holds it times T * K
     limit = -(-(tokens.count * top_k * factor.numerator) // (experts * factor.denominator))
     by_expert = torch.where(plan.selected, plan.expert, experts)
     ranks = int(top_k)

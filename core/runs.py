@@ -45,12 +45,12 @@ def read_config(file: Path | None) -> tuple[dict[str, Any], Settings]:
         tables = tomllib.loads(file.read_text("utf-8"))
     except OSError as error:
         raise UsageError(f"config file {file} can't be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also of too many digits, which is no TOMLDecodeError
         raise UsageError(f"config file {file} is not TOML: {error}") from error
     if unknown := sorted(tables.keys() - {"run", "plugins"}):
         raise UsageError(f"config file {file} has {listed(unknown)}; its tables are [run] and [plugins.NAME]")
     run, plugins = tables.get("run", {}), tables.get("plugins", {})
-    for name, table in {"run": run, "plugins": plugins, **(plugins if isinstance(plugins, dict) else {})}.items():
+    for name, table in [("run", run), ("plugins", plugins), *(plugins.items() if isinstance(plugins, dict) else ())]:
         if not isinstance(table, dict):
             raise UsageError(f"config file {file}: '{name}' is a table of options, not {table!r}")
     return run, plugins
@@ -145,19 +145,38 @@ class Run:
 
 def read_run(folder: Path) -> Run:
     """Read a run's folder. Raises UsageError if it is not there, not finished or damaged."""
-    if not folder.is_dir():
-        raise UsageError(f"there is no run folder {folder}")
     try:
+        if not folder.is_dir():
+            raise UsageError(f"there is no run folder {folder}")
         summary = json.loads((folder / "summary.json").read_text("utf-8"))
         records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
         config = tomllib.loads((folder / "config.toml").read_text("utf-8"))
     except FileNotFoundError as error:
         raise UsageError(f"{folder} holds no finished run: {Path(error.filename).name} is missing") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"run folder {folder} is damaged: {error}") from error
-    if not isinstance(summary, dict) or not all(isinstance(record, dict) for record in records):
-        raise UsageError(f"run folder {folder} is damaged: summary.json or metrics.jsonl holds no objects")
+    if problem := _problem(summary, records, config):
+        raise UsageError(f"run folder {folder} is damaged: {problem}")
     return Run(folder, summary, records, config)
+
+
+def _problem(summary: Any, records: list[Any], config: dict[str, Any]) -> str | None:
+    """What is wrong with the shape of a run's files, or None."""
+    if not isinstance(summary, dict) or not _objects(summary.get("layers")) or "loss" not in summary:
+        return "summary.json is no summary"
+    if not records or not all(isinstance(r, dict) and {"split", "step", "layers"} <= r.keys() for r in records):
+        return "metrics.jsonl holds no records"
+    if not all(isinstance(record["layers"], dict) for record in records):
+        return "metrics.jsonl holds no records"
+    run = config.get("run", {})
+    typed = run.get("plugins", []) if isinstance(run, dict) else None
+    if not isinstance(typed, list) or not all(isinstance(name, str) for name in typed):
+        return "config.toml has no [run]"
+    return None
+
+
+def _objects(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, dict) for value in values)
 
 
 def dump(value: Any) -> str:

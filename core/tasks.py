@@ -1,5 +1,6 @@
 """Tasks: the data, model and measure of a run, and what image tasks share."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -58,22 +59,19 @@ def image_task(train: Batch, test: Batch, classes: int, dim: int, hidden: int) -
 
 
 class ImageClassifier(nn.Module):
-    """Flat pixels -> linear -> one residual MoE layer -> linear."""
+    """Flat pixels, 0 to 1 -> linear -> one residual MoE layer -> linear."""
 
     def __init__(self, engine: Engine, images: Tensor, classes: int, dim: int, hidden: int) -> None:
         super().__init__()
-        sample = images[:10_000].float()
-        self.register_buffer("mean", sample.mean())
-        self.register_buffer("std", sample.std().clamp(min=1e-6))
+        self.register_buffer("brightest", images.max().float().clamp(min=1))
         self.stem = nn.Linear(images[0].numel(), dim)
         self.moe = engine.moe(dim, hidden, classes=classes)
         self.head = nn.Linear(dim, classes)
 
-    mean: Tensor
-    std: Tensor
+    brightest: Tensor
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        x_BD = torch.relu(self.stem((images.flatten(1).float() - self.mean) / self.std))
+        x_BD = torch.relu(self.stem(images.flatten(1) / self.brightest))
         logits: Tensor = self.head(x_BD + self.moe(x_BD, labels=labels))
         return logits
 
@@ -91,7 +89,7 @@ def mnist_like(dataset: Callable[..., Any], name: str, sums: Mapping[str, str], 
     UsageError if that fails, or if a file is damaged.
     """
     folder = Path(data_dir) / name / "raw"
-    if not all((folder / file).exists() for file in sums):
+    if not all(os.path.exists(folder / file) for file in sums):
         download(lambda: dataset(data_dir, download=True), name, folder)
     for file, expected in sums.items():
         _verify(folder / file, expected)

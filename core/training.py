@@ -40,7 +40,7 @@ def find_device(name: str) -> torch.device:
     kind, _, index = name.partition(":")
     if kind not in there:
         raise UsageError(f"there is no device '{name}' here; {nearest(kind, there)}")
-    if index and not (index.isdecimal() and int(index) < (torch.cuda.device_count() if kind == "cuda" else 1)):
+    if name != kind and index not in map(str, range(torch.cuda.device_count() if kind == "cuda" else 1)):
         raise UsageError(f"there is no device '{name}' here; leave the number away")
     return torch.device(name)
 
@@ -76,11 +76,18 @@ class Training:
         shape = {"experts": config.experts, "top_k": config.top_k, "capacity": config.capacity}
         self.engine = Engine(config.plugins, self.settings, config.no_plugin, config.task, **shape)
         spec = TaskSpec(config.data_dir, config.seed)
-        (bound,) = [one for one in self.engine.plugins.bind("moe_task") if one.plugin == config.task]
-        self.task = bound({"spec": spec})
+        bounds = [one for one in self.engine.plugins.bind("moe_task") if one.plugin == config.task]
+        if not bounds:
+            raise UsageError(f"task '{config.task}' is left out by --no-plugin, or implements no moe_task")
+        self.task = self.engine.plugins.ask(bounds[0], Task, {"spec": spec})
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(generator(config.seed, "weights").initial_seed())
-            self.model = self.task.model(self.engine).to(self.device)
+            try:
+                self.model = self.task.model(self.engine).to(self.device)
+            except UsageError:
+                raise
+            except Exception as error:
+                raise UsageError(f"the model of task '{config.task}' can't be built: {error}") from error
         self.engine.attach(self.model)
         if not self.engine.layers:
             raise UsageError(f"the model of task '{config.task}' has no MoE layer")
@@ -99,7 +106,7 @@ class Training:
     def run(self) -> Run:
         """Train, evaluate and write the folder. Raises RunError, Stopped or UsageError."""
         self.folder = new_folder(self.out, self.config.task)
-        resolved = attrs.evolve(self.config, device=self.device.type)
+        resolved = attrs.evolve(self.config, device=str(self.device))
         text = config_toml(resolved, self.engine.plugins.options())
         write_atomically(self.folder / "config.toml", text.encode())
         self._started = time.monotonic()
@@ -107,6 +114,8 @@ class Training:
             self._train()
             self._evaluate(self.config.epochs, final=True)
         self._save_weights()
+        if self.stop:
+            raise Stopped
         run = read_run(self.folder)
         for bound in self.engine.plugins.bind("moe_report"):
             bound({"run": run})
@@ -142,7 +151,7 @@ class Training:
 
     def _batches(self, order: torch.Generator) -> Iterator[Batch]:
         rows = torch.randperm(self.task.train[0].shape[0], generator=order)
-        for chosen in rows.split(self.config.batch_size):
+        for chosen in rows.split(min(self.config.batch_size, len(rows))):
             yield tuple(column.index_select(0, chosen).to(self.device) for column in self.task.train)
 
     def _evaluate(self, epoch: int, final: bool = False) -> None:

@@ -168,7 +168,7 @@ RUN_OPTIONS = {
     "nan": (["--lr", "nan"], "run: option 'lr' is a number; nan is not"),
     "inf": (["--lr", "1e999"], "run: option 'lr' is a number; inf is not"),
     "capacity nan": (["--capacity", "nan"], "run: option 'capacity' is a number or none; nan is not"),
-    "capacity 0": (["--capacity", "0"], "capacity is 0.0; it must be above 0, or unset to drop nothing"),
+    "capacity 0": (["--capacity", "0"], "capacity is 0.0; it must be 1e-6 to 1e6, or unset to drop nothing"),
     "k over e": (["--experts", "4", "--top-k", "5"], "top_k is 5, but a token can choose 1 to 4 of 4 experts"),
 }
 

@@ -14,9 +14,12 @@ from .run import run
 USAGE, FAILED, STOPPED = 2, 1, 130
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
 @click.version_option(metadata.version("moe-engine"), prog_name="moe-engine")
-def group() -> None:
+@click.pass_context
+def group(context: click.Context) -> None:
     """A Mixture-of-Experts engine in which every strategy is a plugin.
 
     \b
@@ -28,6 +31,8 @@ def group() -> None:
     Set two runs side by side:
         moe-engine compare runs/A runs/B
     """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 for command in (run, plugins, compare):
@@ -38,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; answers the exit code: 0, 2 for bad input, 1 for a failed run, 130 or 143 if stopped."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        return group.main(args=words, prog_name="moe-engine", standalone_mode=False) or 0
+        with group.make_context("moe-engine", words) as context:  # group.main takes EOFError and EPIPE for its own
+            return group.invoke(context) or 0
     except click.exceptions.Exit as error:
         return error.exit_code
     except BrokenPipeError:

@@ -55,7 +55,6 @@ def compare(runs: tuple[Path, ...], out: Path, as_json: bool) -> None:
 
     shown = [column for column in COLUMNS if any(one[column] is not None for one in rows)]
     table(
-        "",
         ["run", "plugins", *shown],
         [[one["run"], one["plugins"], *(_cell(one[column]) for column in shown)] for one in rows],
     )

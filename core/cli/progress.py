@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import rich.progress
 from rich.console import Console, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from ..runs import Run
@@ -17,7 +18,7 @@ class Progress:
 
     def __init__(self, training: "Training", quiet: bool) -> None:
         self.training, self.quiet = training, quiet
-        self.console = Console(stderr=True)
+        self.console = Console(stderr=True, markup=False, emoji=False)
         self.bar = _Bar(training, self.console) if self.console.is_terminal and not quiet else None
         self.latest: dict[str, dict[str, Any]] = {}
 
@@ -50,7 +51,7 @@ class Progress:
     def finish(self, run: "Run") -> None:
         """The result, on standard output."""
         summary = run.summary
-        console = Console(highlight=False, soft_wrap=True)
+        console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
         accuracy = summary["accuracy"]
         result = f"accuracy {accuracy:.2%}" if accuracy is not None else f"loss {summary['loss']}"
         work = f"{summary['steps']} steps, {summary['seconds']:.0f} s"
@@ -93,7 +94,7 @@ def _facts(record: dict[str, Any] | None, other: dict[str, Any] | None = None) -
     record = record or other
     if record is None:
         return ""
-    facts = [f"loss {record['loss']:.4f}"]
+    facts = ["loss not finite" if record["loss"] is None else f"loss {record['loss']:.4f}"]
     source = other if other is not None and other.get("accuracy") is not None else record
     if source.get("accuracy") is not None:
         facts.append(f"{'test ' if source is not record else ''}accuracy {source['accuracy']:.2%}")
@@ -105,11 +106,13 @@ def _facts(record: dict[str, Any] | None, other: dict[str, Any] | None = None) -
     return "  ".join(facts)
 
 
-def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """Print a table on standard output."""
-    drawn = Table(title=title, title_justify="left")
+def table(columns: list[str], rows: list[list[str]]) -> None:
+    """Print a table on standard output, folded to a terminal's width; in a file no line is folded."""
+    drawn = Table()
     for index, column in enumerate(columns):
         drawn.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
-        drawn.add_row(*row)
-    Console(width=None).print(drawn)
+        drawn.add_row(*(Text(cell) for cell in row))
+    terminal = Console()
+    console = terminal if terminal.is_terminal else Console(width=10_000)
+    console.print(drawn)

@@ -120,7 +120,7 @@ def _follow(training: "Training", as_json: bool, quiet: bool, debug: bool) -> in
     except Stopped:
         click.echo(f"moe-engine: stopped at step {training.step}; the weights are in {training.folder}", err=True)
         return STOPS[signal.Signals(got[0])]
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         culprit = training.engine.plugins.culprit(error)
         if culprit is None:
             raise
@@ -135,7 +135,7 @@ def _follow(training: "Training", as_json: bool, quiet: bool, debug: bool) -> in
     return 0
 
 
-def _blame(training: "Training", culprit: str, error: Exception, debug: bool) -> RunError:
+def _blame(training: "Training", culprit: str, error: BaseException, debug: bool) -> RunError:
     text = "".join(traceback.format_exception(error))
     if debug:
         sys.stderr.write(text)

@@ -1,9 +1,11 @@
 """CIFAR-10."""
 
+import os
 import tarfile
 from hashlib import md5
 from pathlib import Path
-from zipfile import BadZipFile
+from zipfile import BadZipFile, is_zipfile
+from zlib import error as ZlibError
 
 import attrs
 import numpy as np
@@ -41,10 +43,10 @@ class Cifar10:
     def moe_task(self, spec):
         home = Path(spec.data_dir)
         archive = home / "cifar10.npz"
-        if not all((home / FOLDER / name).exists() for name in MD5) and not archive.exists():
+        if not all(os.path.exists(home / FOLDER / name) for name in MD5) and not os.path.exists(archive):
             _fetch(home)
-        read = _from_npz if archive.exists() else _from_binary
-        train, test = read(archive if archive.exists() else home / FOLDER)
+        zipped = os.path.exists(archive)
+        train, test = _from_npz(archive) if zipped else _from_binary(home / FOLDER)
         return image_task(train, test, 10, self.dim, self.hidden)
 
 
@@ -54,10 +56,12 @@ def _from_binary(folder):
 
 def _from_npz(archive):
     try:
-        with np.load(archive, allow_pickle=False) as arrays:
+        if not is_zipfile(archive):
+            raise BadZipFile("it is no .npz")
+        with open(archive, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             train, test = (_rows(arrays[f"x_{half}"], arrays[f"y_{half}"]) for half in ("train", "test"))
             return _verified([batch.ravel() for batch in (*np.split(train, 5), test)], archive)
-    except (OSError, ValueError, KeyError, BadZipFile) as error:
+    except (OSError, ValueError, KeyError, BadZipFile, ZlibError) as error:
         raise UsageError(f"data file {archive} is damaged ({error}); delete it and run again") from error
 
 

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+
 from moe_engine.cli import main
 from moe_engine.manager import KINDS, find
 
@@ -145,7 +146,9 @@ def test_the_report_stands_alone(tmp_path):
     verdict = json.loads((tmp_path / "run" / "summary.json").read_text())["verdict"]
     assert page.index(f">{verdict}</div>") < page.index("<svg")
     assert page.count("<svg") == page.count("</svg>") == 6
-    outside = [part for part in page.split('href="')[1:] + page.split('src="')[1:] if not part.startswith("#")]
+    outside = [
+        part for part in page.split('href="')[1:] + page.split('src="')[1:] if not part.startswith(("#", "data:"))
+    ]
     assert outside == []
     ids = [part.split('"')[0] for part in page.split('id="')[1:]]
     assert len(ids) == len(set(ids))

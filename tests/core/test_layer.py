@@ -127,7 +127,14 @@ def test_only_padding_is_no_data():
 
 @pytest.mark.parametrize(
     ("capacity", "tokens", "top_k", "experts", "limit"),
-    [(1.0, 8, 1, 4, 2), (1.25, 8, 2, 4, 5), (1.1, 50, 2, 10, 11), (0.3, 10, 1, 3, 1), (100.0, 6, 2, 4, 6)],
+    [
+        (1.0, 8, 1, 4, 2),
+        (1.25, 8, 2, 4, 5),
+        (1.1, 50, 2, 10, 11),
+        (0.3, 10, 1, 3, 1),
+        (100.0, 6, 2, 4, 6),
+        (1 / 3, 9, 2, 4, 2),
+    ],
 )
 def test_capacity_keeps_at_most_its_share(capacity, tokens, top_k, experts, limit):
     """Equal tokens all want the same experts; each keeps ceil(C T K / E), counted in whole numbers."""
@@ -240,7 +247,7 @@ def test_a_wrong_shape_or_mask_is_named():
     [
         ({"experts": 0}, "a layer needs at least one expert"),
         ({"experts": 4, "top_k": 5}, "top_k is 5, but a token can choose 1 to 4"),
-        ({"capacity": 0.0}, "capacity is 0.0; it must be above 0"),
+        ({"capacity": 0.0}, "capacity is 0.0; it must be 1e-6 to 1e6"),
         ({"activation": "tanh"}, "activation is 'tanh'"),
         ({"expertz": 4}, "expertz"),
     ],

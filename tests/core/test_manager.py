@@ -7,7 +7,7 @@ import attrs
 import pytest
 import torch
 
-from moe_engine import Engine, PluginError, UsageError, hookimpl, option
+from moe_engine import Engine, PluginError, RunError, UsageError, hookimpl, option
 from moe_engine.manager import Plugins, broken, defaults, find
 
 ROOT = Path(__file__).parents[2]
@@ -90,7 +90,7 @@ def test_two_metrics_of_one_name_are_an_error_that_names_both(install):
     engine = Engine("mine", experts=4)
     layer = engine.moe(3, 4).eval()
     layer(torch.randn(5, 3))
-    with pytest.raises(PluginError, match="metric 'cv' is answered by mine and balance"):
+    with pytest.raises(RunError, match="metric 'cv' is answered by mine and balance"):
         engine.metrics("eval")
 
 

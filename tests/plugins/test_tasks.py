@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from moe_engine import Engine, TaskSpec, UsageError
 from moe_engine.plugins.tasks import cifar10
 from moe_engine.plugins.tasks.blobs import Blobs
