@@ -48,30 +48,28 @@ def generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def image_task(train: Batch, test: Batch, classes: int, dim: int, hidden: int) -> Task:
-    """Classify images: (images uint8 [N, ...], labels long [N]) for train and test."""
+def image_task(train: Batch, test: Batch, classes: int, dim: int, hidden: int, scale: float = 255.0) -> Task:
+    """Classify images: (images uint8 [N, ...], labels long [N]) for train and test; pixels are divided by scale."""
     return Task(
         train,
         test,
-        model=lambda engine: ImageClassifier(engine, train[0], classes, dim, hidden),
+        model=lambda engine: ImageClassifier(engine, train[0][0].numel(), classes, dim, hidden, scale),
         score=_classification,
     )
 
 
 class ImageClassifier(nn.Module):
-    """Flat pixels, 0 to 1 -> linear -> one residual MoE layer -> linear."""
+    """Flat pixels over scale -> linear -> one residual MoE layer -> linear."""
 
-    def __init__(self, engine: Engine, images: Tensor, classes: int, dim: int, hidden: int) -> None:
+    def __init__(self, engine: Engine, pixels: int, classes: int, dim: int, hidden: int, scale: float) -> None:
         super().__init__()
-        self.register_buffer("brightest", images.max().float().clamp(min=1))
-        self.stem = nn.Linear(images[0].numel(), dim)
+        self.scale = scale
+        self.stem = nn.Linear(pixels, dim)
         self.moe = engine.moe(dim, hidden, classes=classes)
         self.head = nn.Linear(dim, classes)
 
-    brightest: Tensor
-
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        x_BD = torch.relu(self.stem(images.flatten(1) / self.brightest))
+        x_BD = torch.relu(self.stem(images.flatten(1) / self.scale))
         logits: Tensor = self.head(x_BD + self.moe(x_BD, labels=labels))
         return logits
 

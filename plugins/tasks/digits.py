@@ -28,4 +28,4 @@ class Digits:
         rows = torch.from_numpy(np.loadtxt(gzip.decompress(packed).decode("ascii").splitlines(), delimiter=",")).long()
         # the split is part of the task: it must not change with a run's seed
         train, test = shuffled_split((rows[:, :-1].to(torch.uint8), rows[:, -1]), 0.2, 0, "digits split")
-        return image_task(train, test, 10, self.dim, self.hidden)
+        return image_task(train, test, 10, self.dim, self.hidden, scale=1)
