@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .engine import Effects as Effects
+    from .effects import Effects as Effects
     from .engine import Engine as Engine
     from .errors import PluginError as PluginError
     from .errors import RunError as RunError
@@ -44,7 +44,8 @@ if TYPE_CHECKING:
     from .training import adam as adam
 
 _HOMES = {
-    "engine": ("Effects", "Engine"),
+    "effects": ("Effects",),
+    "engine": ("Engine",),
     "errors": ("PluginError", "RunError", "UsageError"),
     "experts": ("ModuleBank", "StackedMLP"),
     "hookspecs": ("hookimpl",),

@@ -8,10 +8,10 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import attrs
 import torch
 from torch import Tensor, nn
 
+from .effects import Effects, check_learning, effects_of, watch
 from .errors import PluginError, RunError, UsageError, listed
 from .experts import ModuleBank, StackedMLP
 from .layer import MoE, unflat
@@ -22,24 +22,7 @@ from .parts import Bias, Experts, Part, Router
 from .routing import Routing, Spec, count_by
 from .stats import Finding, Stats, Step
 
-Probe = Routing  # a layer's routing of a fixed held-out batch
-
 Metrics = dict[str, float | Tensor | Finding]
-
-LEARNABLE = 1e-5  # the least share of the output's gradient that must reach a router's logits
-
-
-@attrs.frozen
-class Effects:
-    """How much each term moves one layer's router, on the probe batch.
-
-    task: norm of the task loss's gradient at the raw logits. losses: the same of each weighted loss
-    term. biases: by plugin, the share of choices that differ without it.
-    """
-
-    task: float
-    losses: Mapping[str, float]
-    biases: Mapping[str, float]
 
 
 class Engine:
@@ -272,39 +255,16 @@ class Engine:
 
         run: the model's forward on that batch in eval mode; answers the task loss.
         """
-        loss, routings = self._watch(run)
-        return {
-            layer: (routing, _effects(layer, routing, loss, len(self.layers))) for layer, routing in routings.items()
-        }
-
-    def _watch(self, run: Callable[[], Tensor]) -> tuple[Tensor, dict[MoE, Routing]]:
-        layers = self.layers
-        for layer in layers:
-            layer.watched = []
-        try:
-            with torch.enable_grad():
-                loss = run()
-            return loss, {layer: layer.watched[-1] for layer in layers if layer.watched}
-        finally:
-            for layer in layers:
-                layer.watched = None
+        loss, routings = watch(self.layers, run)
+        count = len(self.layers)
+        return {layer: (routing, effects_of(layer, routing, loss, count)) for layer, routing in routings.items()}
 
     def check_learning(self, run: Callable[[], Tensor]) -> None:
         """Raise UsageError if the task gives some level of a router no gradient: it would never learn.
 
         run: as for `probe`. A gate that is renormalised to a constant is the common reason.
         """
-        loss, routings = self._watch(run)
-        for layer, routing in routings.items():
-            gate_N = routing.plan.weight
-            at_gates = _gradient(loss, [gate_N], [gate_N.detach()]) if gate_N.requires_grad else 1.0
-            for level in routing.levels:
-                able = level.logits.requires_grad and level.logits.shape[-1] > 1
-                if able and _gradient(loss, [level.logits]) < LEARNABLE * at_gates:
-                    raise UsageError(
-                        f"layer '{layer.name}': the task gives the router's level '{level.name}' no gradient, so it "
-                        f"can't learn; with top_k={layer.spec.top_k} its gates must not be renormalised to a constant"
-                    )
+        check_learning(*watch(self.layers, run))
 
 
 def _settings(given: Iterable[str] | Settings) -> Settings:
@@ -357,33 +317,3 @@ def _step(
     sizes = count_by(unit_of, torch.ones_like(load_E), size).clamp(min=1)
     grad = None if grad_E is None else count_by(unit_of, grad_E, size) / sizes
     return Step(count_by(unit_of, load_E, size), own, signal, grad, within)
-
-
-def _effects(layer: MoE, routing: Routing, loss: Tensor, layers: int) -> Effects:
-    logits = [level.logits for level in routing.levels if level.logits.requires_grad]
-    terms = layer.aux_terms(routing) if logits else {}
-    losses = {name: _gradient(layer.weight_of(name) / layers * value, logits) for name, value in terms.items()}
-    plugins = dict.fromkeys(name for biases in layer.bias_levels() for name in biases)
-    return Effects(_gradient(loss, logits), losses, {name: _moved(layer, routing, name) for name in plugins})
-
-
-@torch.no_grad()
-def _moved(layer: MoE, routing: Routing, plugin: str) -> float:
-    """The share of choices that differ without one plugin's biases."""
-    chosen_TE = routing.chosen()
-    without = layer.decide(routing.tokens, [level.logits for level in routing.levels], without=plugin)
-    return float((chosen_TE - without.chosen()).clamp(min=0).sum() / chosen_TE.sum().clamp(min=1))
-
-
-def _gradient(value: Tensor, at: Sequence[Tensor], times: Sequence[Tensor] | None = None) -> float:
-    """The norm of value's gradient at some tensors, multiplied elementwise with `times`."""
-    if not at or not value.requires_grad:
-        return 0.0
-    grads = torch.autograd.grad(value, at, retain_graph=True, allow_unused=True)
-    factors = times or [torch.ones(()) for _ in at]
-    parts = [
-        (grad * by.to(grad.device)).float().square().sum()
-        for grad, by in zip(grads, factors, strict=True)
-        if grad is not None
-    ]
-    return float(torch.stack(parts).sum().sqrt()) if parts else 0.0

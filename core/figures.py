@@ -104,16 +104,16 @@ def balance(run: "Run", layer: str) -> Figure | None:
     lines = {name: series(run, "train", name, layer) for name in ("cv", "gini", "maxvio", "active")}
     if not lines["cv"][0]:
         return None
+    experts = next(one["experts"] for one in run.summary["layers"] if one["name"] == layer)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(5.6, 3.4), layout="constrained")
         axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
         for name in ("cv", "gini", "maxvio"):
             axes.plot(*lines[name], label=name, marker="o", markersize=2.5)
-        axes.set(title="balance in training (0 = even)", ylim=(0, None))
+        axes.set(title=f"balance in training (0 = even), and active experts of {experts}", ylim=(0, None))
         axes.legend(ncols=3)
-        experts = next(one["experts"] for one in run.summary["layers"] if one["name"] == layer)
         below.step(*lines["active"], where="post", color=INK)
-        below.set(xlabel="step", ylabel=f"active of {experts}", ylim=(0, experts * 1.1))
+        below.set(xlabel="step", ylabel="active", ylim=(0, experts * 1.1))
     return figure
 
 

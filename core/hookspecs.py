@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from .engine import Effects, Probe
+    from .effects import Effects
     from .layer import MoE
     from .manager import Setup
     from .parts import Bias, Experts, Part, Router
@@ -87,7 +87,7 @@ def moe_measure(routing: "Routing", layer: "MoE", state: "Part | None") -> "Mapp
 
 @hookspec
 def moe_metrics(  # type: ignore[empty-body]
-    stats: "Stats", layer: "MoE", effects: "Effects | None", probe: "Probe | None"
+    stats: "Stats", layer: "MoE", effects: "Effects | None", probe: "Routing | None"
 ) -> "Mapping[str, float | Tensor | Finding]":
     """Answer numbers, arrays or findings by name, for one layer at a log point.
 

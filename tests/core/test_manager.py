@@ -198,6 +198,7 @@ CORE_ORDER = (
     "hookspecs",
     "manager",
     "layer",
+    "effects",
     "engine",
 )
 

@@ -1,0 +1,83 @@
+"""What moves a router: gradients and choices on one held-out batch."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import attrs
+import torch
+from torch import Tensor
+
+from .errors import UsageError
+from .layer import MoE
+from .routing import Routing
+
+LEARNABLE = 1e-5  # the least share of the gates' gradient that must reach a router's logits
+
+
+@attrs.frozen
+class Effects:
+    """How much each term moves one layer's router, on the probe batch.
+
+    task: norm of the task loss's gradient at the raw logits. losses: the same of each weighted loss
+    term. biases: by plugin, the share of choices that differ without it.
+    """
+
+    task: float
+    losses: Mapping[str, float]
+    biases: Mapping[str, float]
+
+
+def watch(layers: Sequence[MoE], run: Callable[[], Tensor]) -> tuple[Tensor, dict[MoE, Routing]]:
+    """Run a forward with its graph, uncounted: (the task loss that it answers, the routing of each layer)."""
+    for layer in layers:
+        layer.watched = []
+    try:
+        with torch.enable_grad():
+            loss = run()
+        return loss, {layer: layer.watched[-1] for layer in layers if layer.watched}
+    finally:
+        for layer in layers:
+            layer.watched = None
+
+
+def effects_of(layer: MoE, routing: Routing, loss: Tensor, layers: int) -> Effects:
+    """The effects on one of a model's layers, given its routing and the task loss of the same forward."""
+    logits = [level.logits for level in routing.levels if level.logits.requires_grad]
+    terms = layer.aux_terms(routing) if logits else {}
+    losses = {name: _norm(_gradients(layer.weight_of(name) / layers * term, logits)) for name, term in terms.items()}
+    plugins = dict.fromkeys(name for biases in layer.bias_levels() for name in biases)
+    return Effects(_norm(_gradients(loss, logits)), losses, {name: _moved(layer, routing, name) for name in plugins})
+
+
+def check_learning(loss: Tensor, routings: Mapping[MoE, Routing]) -> None:
+    """Raise UsageError if some level of a router gets no gradient from the loss, though the gates get one."""
+    for layer, routing in routings.items():
+        gate_N = routing.plan.weight
+        at_gates = _norm([g * gate_N.detach() for g in _gradients(loss, [gate_N])]) if gate_N.requires_grad else 1.0
+        for level in routing.levels:
+            able = level.logits.requires_grad and level.logits.shape[-1] > 1
+            if able and _norm(_gradients(loss, [level.logits])) < LEARNABLE * at_gates:
+                raise UsageError(
+                    f"layer '{layer.name}': the task gives the router's level '{level.name}' no gradient, so it "
+                    f"can't learn; with top_k={layer.spec.top_k} its gates must not be renormalised to a constant"
+                )
+
+
+@torch.no_grad()
+def _moved(layer: MoE, routing: Routing, plugin: str) -> float:
+    """The share of choices that differ without one plugin's biases."""
+    chosen_TE = routing.chosen()
+    without = layer.decide(routing.tokens, [level.logits for level in routing.levels], without=plugin)
+    return float((chosen_TE - without.chosen()).clamp(min=0).sum() / chosen_TE.sum().clamp(min=1))
+
+
+def _gradients(value: Tensor, at: Sequence[Tensor]) -> list[Tensor]:
+    """value's gradients at some tensors, without those that it does not depend on."""
+    if not at or not value.requires_grad:
+        return []
+    grads = torch.autograd.grad(value, at, retain_graph=True, allow_unused=True)
+    return [grad for grad in grads if grad is not None]
+
+
+def _norm(grads: Sequence[Tensor]) -> float:
+    """The norm of all of them together."""
+    return float(sum((grad.float().square().sum() for grad in grads), torch.zeros(())).sqrt())
