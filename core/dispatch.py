@@ -8,16 +8,14 @@ import torch
 from torch import Tensor
 
 from .parts import Experts
-from .routing import Assignments, at_least_fp32
+from .routing import Assignments, at_least_fp32, rows_of
 
 
 def dispatch(experts: Experts, x_TD: Tensor, plan: Assignments, size: int, out: int) -> Tensor:
     """[T, out]: sum over a token's kept assignments of weight times its expert's output, in fp32 or better."""
     expert_N = torch.where(plan.kept, plan.expert, size)  # what is not kept goes to the end
     order_N = torch.argsort(expert_N, stable=True)
-    counts_E = torch.zeros(size + 1, dtype=torch.long, device=x_TD.device).index_add(
-        0, expert_N, torch.ones_like(expert_N)
-    )
+    counts_E = rows_of(expert_N, size + 1)
     token_N = plan.token.index_select(0, order_N)
     out_NO = experts(x_TD.index_select(0, token_N), counts_E[:size])
     weight_N = torch.where(plan.kept, plan.weight, 0).index_select(0, order_N)

@@ -31,7 +31,8 @@ def watch(layers: Sequence[MoE], run: Callable[[], Tensor]) -> tuple[Tensor, dic
     for layer in layers:
         layer.watched = []
     try:
-        with torch.enable_grad():
+        # eagerly: from a compiled graph's logits no path leads to the loss
+        with torch.compiler.set_stance("force_eager"), torch.enable_grad():
             loss = run()
         return loss, {layer: layer.watched[-1] for layer in layers if layer.watched}
     finally:
@@ -41,6 +42,15 @@ def watch(layers: Sequence[MoE], run: Callable[[], Tensor]) -> tuple[Tensor, dic
 
 def effects_of(layer: MoE, routing: Routing, loss: Tensor, layers: int) -> Effects:
     """The effects on one of a model's layers, given its routing and the task loss of the same forward."""
+    was_training = layer.training
+    layer.eval()  # a router that is noisy in training would differ from itself
+    try:
+        return _effects(layer, routing, loss, layers)
+    finally:
+        layer.train(was_training)
+
+
+def _effects(layer: MoE, routing: Routing, loss: Tensor, layers: int) -> Effects:
     logits = [level.logits for level in routing.levels if level.logits.requires_grad]
     terms = layer.aux_terms(routing) if logits else {}
     losses = {name: _norm(_gradients(layer.weight_of(name) / layers * term, logits)) for name, term in terms.items()}
@@ -54,7 +64,9 @@ def check_learning(loss: Tensor, routings: Mapping[MoE, Routing]) -> None:
         gate_N = routing.plan.weight
         at_gates = _norm([g * gate_N.detach() for g in _gradients(loss, [gate_N])]) if gate_N.requires_grad else 1.0
         for level in routing.levels:
-            able = level.logits.requires_grad and level.logits.shape[-1] > 1
+            within = layer.router.within(level.name)
+            competing = int(within.bincount().max()) if within is not None else level.logits.shape[-1]
+            able = level.logits.requires_grad and competing > 1
             if able and _norm(_gradients(loss, [level.logits])) < LEARNABLE * at_gates:
                 raise UsageError(
                     f"layer '{layer.name}': the task gives the router's level '{level.name}' no gradient, so it "

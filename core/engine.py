@@ -6,7 +6,7 @@ micro-batch; then unscale, clip, optimizer.step(); engine.after_step(skipped=Fal
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from .options import Settings, parse_settings
 from .parts import Bias, Experts, Part, Router
 from .routing import Routing, Spec, count_by
 from .stats import Finding, Stats, Step
+
+if TYPE_CHECKING:
+    from .tasks import TaskSpec
 
 Metrics = dict[str, float | Tensor | Finding]
 
@@ -49,7 +52,10 @@ class Engine:
         self._last: weakref.WeakKeyDictionary[MoE, dict[str, Tensor]] = weakref.WeakKeyDictionary()
         self._anchored = False  # aux_loss() took part in a backward of this step
         self._closed = True  # after_backward() followed the last backward
-        self.plugins.check(Setup(self.plugins.active, self._spec(dim=0, hidden=0)))
+
+    def check(self, task: "TaskSpec") -> None:
+        """Ask every plugin whether this mix makes sense, before anything is built. Raises UsageError."""
+        self.plugins.check(Setup(self.plugins.active, self._spec(dim=0, hidden=0), task))
 
     # -- layers ----------------------------------------------------------------------------------
 
@@ -70,18 +76,22 @@ class Engine:
         """
         if modules is not None:
             spec["experts"] = len(modules)
+        name = name or f"moe{len(self._layers)}"
+        if any(layer.name == name for layer in self.layers):
+            raise UsageError(f"there is a layer '{name}' already; give this one another name")
         layer_spec = self._spec(dim=dim, hidden=hidden, **spec)
+        if dim < 1 or (hidden < 1 and (modules is None or layer_spec.shared)):
+            raise UsageError(f"a layer of dim={dim} and hidden={hidden} is empty; both must be at least 1")
         plugins = self.plugins.override(_settings(settings))
         self.plugins.check(Setup(plugins, layer_spec))
         try:
-            layer = self._build(layer_spec, plugins, modules, name or f"moe{len(self._layers)}")
+            layer = self._build(layer_spec, plugins, modules, name)
         except UsageError:
             raise
         except Exception as error:
-            if (culprit := self.plugins.culprit(error)) is None:
-                (bound,) = self.plugins.bind("moe_router", plugins)
-                culprit = f"router '{bound.plugin}'"
-            raise PluginError(f"{culprit} can't be used in this layer: {type(error).__name__}: {error}") from error
+            (router,) = (bound.plugin for bound in self.plugins.bind("moe_router", plugins))
+            who = self.plugins.culprit(error) or f"layer '{name}' with router '{router}'"
+            raise PluginError(f"{who} can't be built: {type(error).__name__}: {error}") from error
         self._layers.append(weakref.ref(layer))
         return layer
 
@@ -101,12 +111,8 @@ class Engine:
         biases: list[dict[str, Bias]] = [
             dict(ask("moe_bias", Bias | None, spec=spec, level=level)) for level in router.levels
         ]
-        if modules is not None:
-            experts: Any = ModuleBank(modules, spec.out_dim)
-        else:
-            experts = next((answer for _, answer in ask("moe_experts", Experts | None, spec=spec)), None) or StackedMLP(
-                spec
-            )
+        experts: Any = ModuleBank(modules, spec.out_dim) if modules is not None else self._experts(spec, plugins)
+        weights = {plugin: float(getattr(instance, "weight", 1.0)) for plugin, instance in plugins.items()}
         used = {plugin for level in biases for plugin in level}
         for bound in self.plugins.bind("moe_bias", plugins):
             if bound.plugin not in used:
@@ -117,15 +123,23 @@ class Engine:
             biases,
             experts,
             states=dict(ask("moe_state", Part | None, spec=spec)),
-            losses=self.plugins.bind("moe_aux_loss", plugins),
+            losses=[bound for bound in self.plugins.bind("moe_aux_loss", plugins) if weights[bound.plugin]],
             measures=self.plugins.bind("moe_measure", plugins),
-            weights={plugin: float(getattr(instance, "weight", 1.0)) for plugin, instance in plugins.items()},
+            weights=weights,
             name=name,
         )
         return layer
 
+    def _experts(self, spec: Spec, plugins: Mapping[str, Any]) -> Experts:
+        """The bank that the first plugin answers; a stacked MLP if none does."""
+        for bound in self.plugins.bind("moe_experts", plugins):
+            bank: Experts | None = self.plugins.ask(bound, Experts | None, {"spec": spec})
+            if bank is not None:
+                return bank
+        return StackedMLP(spec)
+
     def attach(self, model: nn.Module) -> "Engine":
-        """Take every MoE layer in `model`, also a deep-copied or loaded one, and name it by its place."""
+        """Own every MoE layer in `model`, also a deep-copied one, and no other; name each by its place."""
         found = [(name, module) for name, module in model.named_modules() if isinstance(module, MoE)]
         for name, layer in found:
             layer.name = name or layer.name
@@ -140,16 +154,13 @@ class Engine:
     # -- around a step ---------------------------------------------------------------------------
 
     def aux_loss(self) -> Tensor:
-        """The weighted auxiliary loss of the last forward, averaged over layers; add it to the task loss.
+        """The weighted auxiliary loss of the forwards since the last call, averaged over layers.
 
-        Its backward is what lets the layers inject their gradients, scaled as the whole loss is.
+        Add it to the task loss. Its backward is what lets the layers inject their gradients, scaled as the whole loss is.
         """
         layers = self.layers
-        leaf = torch.zeros((), requires_grad=True)
-        value = torch.zeros(())
-        if layers:
-            value = torch.stack([layer.aux_value.to(layers[0].aux_value.device) for layer in layers]).mean()
-            leaf = leaf.to(value.device).detach().requires_grad_()
+        value = torch.stack([layer.aux_value for layer in layers]).mean() if layers else torch.zeros(())
+        leaf = torch.zeros((), device=value.device, requires_grad=True)
         for layer in layers:
             layer.aux_value.zero_()
         answer: Tensor = Anchor.apply(leaf, value, self._enter, *[layer.aux_scale for layer in layers])
@@ -161,7 +172,7 @@ class Engine:
     def after_backward(self) -> None:
         """Call after each micro-batch's backward."""
         for layer in self.layers:
-            layer.aux_scale.zero_()
+            layer.aux_scale.data.zero_()  # .data: another forward's backward may still be to come
             layer.aux_value.zero_()
         self._closed = True
 
@@ -172,15 +183,21 @@ class Engine:
         skipped: the optimizer did not step (GradScaler found inf): the step's sums are thrown away.
         Raises RuntimeError if `aux_loss()` took part in no backward, or `after_backward()` was not called.
         """
-        stepped = [layer for layer in self.layers if layer.book.grad is not None]
-        if any(layer.losses for layer in stepped) and not self._anchored:
+        booked = [layer for layer in self.layers if layer.book.grad is not None]
+        if any(layer.losses for layer in booked) and not self._anchored:
             raise RuntimeError("engine.aux_loss() entered no loss: use (loss + engine.aux_loss()).backward()")
+        if self._anchored and self.layers and not booked:
+            raise RuntimeError(
+                "engine.aux_loss() entered a loss, but no layer did: engine.attach(model) finds the layers"
+            )
         if not self._closed:
             raise RuntimeError("call engine.after_backward() after each backward, before engine.after_step()")
         self._anchored = False
-        for layer in stepped:
-            sums = _over_processes(layer.book.grad)
+        # all processes must reduce the same layers, also those that one of them did not use
+        for layer in self.layers if _distributed() else booked:
+            sums = torch.zeros_like(layer.book) if layer.book.grad is None else layer.book.grad.detach()
             layer.book.grad = None
+            _over_processes(sums)
             if not skipped:
                 self._settle(layer, sums)
 
@@ -220,34 +237,36 @@ class Engine:
 
         split: "train" (steps) or "eval" (forwards in eval mode). probe: runs the model on a fixed
         held-out batch in eval mode and answers the task loss; without it `effects` and `probe` are
-        None. A layer without data is left out.
+        None. A layer without data is left out. Where there are several processes, all must call it.
         """
+        if split not in ("train", "eval"):
+            raise ValueError(f"split is 'train' or 'eval', not {split!r}")
         bounds = self.plugins.bind("moe_metrics")
         asked = {name for bound in bounds for name in bound.arguments}
         probed = self.probe(probe) if probe is not None and asked & {"effects", "probe"} else {}
         answers: dict[str, Metrics] = {}
         for layer in self.layers:
             stats = self._take(layer, split)
-            if stats.tokens:
+            if stats is not None and stats.tokens:
                 routing, effects = probed.get(layer, (None, None))
                 offer = {"stats": stats, "layer": layer, "effects": effects, "probe": routing}
                 own: Metrics = {f"loss.{term}": value for term, value in stats.terms().items()}
                 answers[layer.name] = _merged([("the core", own), *((bound.plugin, bound(offer)) for bound in bounds)])
         return answers
 
-    def _take(self, layer: MoE, split: str) -> Stats:
-        """The sums of one split so far, which begin again at zero."""
-        stats = Stats(layer.spec)
+    def _take(self, layer: MoE, split: str) -> Stats | None:
+        """The sums of one split so far, which begin again at zero; None where there are none."""
         if split == "eval":
-            stats.add(unflat(layer.seen, layer.layout))
+            stats = Stats(layer.spec, unflat(_over_processes(layer.seen.clone()), layer.layout))
             layer.seen.zero_()
         elif layer in self._windows:
-            stats.add(unflat(self._windows.pop(layer), layer.training_layout))
-        if stats.sums:
-            for level in layer.router.levels:
-                unit_of = layer.router.unit_of(level.name)
-                load = stats.load if unit_of is None else count_by(unit_of.cpu(), stats.load, level.size)
-                stats.sums[f"load.{level.name}"] = load
+            stats = Stats(layer.spec, unflat(self._windows.pop(layer), layer.training_layout))
+        else:
+            return None
+        for level in layer.router.levels:
+            unit_of = layer.router.unit_of(level.name)
+            load = stats.load if unit_of is None else count_by(unit_of.cpu(), stats.load, level.size)
+            stats.sums[f"load.{level.name}"] = load
         return stats
 
     def probe(self, run: Callable[[], Tensor]) -> dict[MoE, tuple[Routing, Effects]]:
@@ -255,7 +274,7 @@ class Engine:
 
         run: the model's forward on that batch in eval mode; answers the task loss.
         """
-        loss, routings = watch(self.layers, run)
+        loss, routings = self._watch(run)
         count = len(self.layers)
         return {layer: (routing, effects_of(layer, routing, loss, count)) for layer, routing in routings.items()}
 
@@ -264,7 +283,15 @@ class Engine:
 
         run: as for `probe`. A gate that is renormalised to a constant is the common reason.
         """
-        check_learning(*watch(self.layers, run))
+        check_learning(*self._watch(run))
+
+    def _watch(self, run: Callable[[], Tensor]) -> tuple[Tensor, dict[MoE, Routing]]:
+        try:
+            return watch(self.layers, run)
+        except Exception as error:
+            if (culprit := self.plugins.culprit(error)) is None:
+                raise
+            raise PluginError(f"{culprit} failed on a held-out batch: {type(error).__name__}: {error}") from error
 
 
 def _settings(given: Iterable[str] | Settings) -> Settings:
@@ -289,11 +316,15 @@ def _merged(answers: Iterable[tuple[str, Metrics]]) -> Metrics:
     return merged
 
 
-def _over_processes(sums: Any) -> Tensor:
-    total: Tensor = sums.detach()
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(total)
-    return total
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _over_processes(sums: Tensor) -> Tensor:
+    """Sums of all processes, in place."""
+    if _distributed():
+        torch.distributed.all_reduce(sums)
+    return sums
 
 
 def _signals(layer: MoE, flat: Tensor) -> dict[tuple[int, str], Tensor]:
@@ -302,9 +333,11 @@ def _signals(layer: MoE, flat: Tensor) -> dict[tuple[int, str], Tensor]:
 
 
 def _expert_grad(layer: MoE) -> Tensor:
-    if all(parameter.grad is None for parameter in layer.experts.parameters()):
+    learning = [parameter for parameter in layer.experts.parameters() if parameter.requires_grad]
+    if learning and all(parameter.grad is None for parameter in learning):
         raise RuntimeError("a bias needs the experts' gradients: call engine.after_step() before optimizer.zero_grad()")
-    return layer.experts.expert_grad()
+    grad_E = layer.experts.expert_grad()
+    return torch.where(grad_E.isfinite().all(), grad_E, 0)
 
 
 def _step(

@@ -82,7 +82,12 @@ class ModuleBank(Experts):
         return torch.stack([expert(x_SD) for expert in self.bank])
 
     def expert_grad(self) -> Tensor:
-        return torch.stack([torch.stack([_mean_grad(p, None) for p in one.parameters()]).mean() for one in self.bank])
+        return torch.stack([_mean_of([_mean_grad(p, None) for p in one.parameters()]) for one in self.bank])
+
+
+def _mean_of(means: list[Tensor]) -> Tensor:
+    """Their mean; 0 for a module without parameters."""
+    return torch.stack(means).mean() if means else torch.zeros(())
 
 
 def _mean_grad(parameter: Tensor, dims: list[int] | None) -> Tensor:

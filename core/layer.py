@@ -90,11 +90,11 @@ class MoE(nn.Module):
                 )
         if mask is not None and mask.dtype != torch.bool:
             raise ValueError(f"layer '{self.name}': mask is {mask.dtype}; it must be bool, True = a real token")
-        flat = [None if value is None else value.reshape(-1) for value in (mask, ids, labels)]
-        x_TD = x.reshape(-1, x.shape[-1])
-        if flat[0] is not None:
-            x_TD = torch.where(flat[0][:, None], x_TD, 0)  # even NaN at a pad must reach nobody
-        return Tokens(x_TD, tuple(x.shape[:-1]), *flat)
+        tokens = Tokens(x.reshape(-1, x.shape[-1]), tuple(x.shape[:-1]), None if mask is None else mask.reshape(-1))
+        tokens.x = tokens.real(tokens.x)  # even NaN at a pad must reach nobody
+        tokens.ids = None if ids is None else tokens.real(ids.reshape(-1))
+        tokens.labels = None if labels is None else tokens.real(labels.reshape(-1))
+        return tokens
 
     def route(self, tokens: Tokens, without: str | None = None) -> Routing:
         """Decide where tokens go; `without`: leave one plugin's biases out."""
@@ -116,7 +116,7 @@ class MoE(nn.Module):
             levels.append(Level(level.name, raw_Tn, biased_Tn, selection_n))
         probs_TE, plan = self.router.select(tokens, tuple(levels))
         if self.spec.capacity is not None and self.training:
-            plan = within_capacity(plan, self.spec.capacity, self.spec.experts, self.spec.top_k, tokens)
+            plan = within_capacity(plan, self.spec, tokens)
         return Routing(tokens, tuple(levels), probs_TE, plan, self.spec.experts, self.spec.top_k)
 
     # -- sums ------------------------------------------------------------------------------------
@@ -164,10 +164,11 @@ class MoE(nn.Module):
         """Pass a training forward's output through the ledger."""
         with torch.autocast(y_TO.device.type, enabled=False):
             terms = self.aux_terms(routing)
-            sums = {**self.measure(routing), "forwards": torch.ones(1, device=y_TO.device), **self._bias_sums(routing)}
+            some = (routing.tokens.count > 0).float().view(1)  # a forward without a token is no data
+            sums = {**self.measure(routing), "forwards": some, **self._bias_sums(routing)}
             sums.update({f"loss.{name}": value.detach().view(1) for name, value in terms.items()})
             flat = _flat(sums, self.training_layout)
-            aux = torch.zeros((), device=y_TO.device)
+            aux = torch.zeros((), dtype=torch.float32, device=y_TO.device)
             for name, value in terms.items():
                 aux = aux + self.weight_of(name) * value
         self.aux_value.add_(aux.detach())
@@ -185,7 +186,7 @@ class MoE(nn.Module):
             unit_of = self.router.unit_of(self.router.levels[index].name)
             unit_N = expert_N if unit_of is None else unit_of[expert_N]
             bias = self.biases[index][name]  # type: ignore[index]
-            found.append(bias.signal(grad_TD, token_N, unit_N, weight_N).to(self.book.dtype).view(-1))
+            found.append(bias.signal(grad_TD, token_N, unit_N, weight_N).float().view(-1))
         return torch.cat(found)
 
     # -- building --------------------------------------------------------------------------------
@@ -206,34 +207,54 @@ class MoE(nn.Module):
         for term, value in terms.items():
             if not isinstance(value, Tensor):
                 raise UsageError(f"layer '{self.name}': loss '{term}' is {value!r}, not a scalar")
-            if value.dim() or not (value.requires_grad or self.weight_of(term) == 0):
+            if value.dim() or not value.requires_grad:
                 why = (
                     f"is of shape {list(value.shape)}, not a scalar" if value.dim() else "does not depend on the router"
                 )
                 raise UsageError(f"layer '{self.name}': loss '{term}' {why}; it can teach this router nothing")
         self.layout = {name: value.shape for name, value in sums.items()}
-        scalars = {"forwards": torch.Size([1]), **{name: value.shape for name, value in own.items()}}
-        self.training_layout = {**self.layout, **scalars, **{f"loss.{name}": torch.Size([1]) for name in terms}}
+        one = torch.Size([1])
+        self.training_layout = {**self.layout, "forwards": one, **{name: value.shape for name, value in own.items()}}
+        self.training_layout |= {f"loss.{name}": one for name in terms}
         self.signal_sizes = {
             (index, name): level.size
             for index, (level, biases) in enumerate(zip(self.router.levels, self.biases, strict=True))
             for name, bias in biases.items()  # type: ignore[operator]
             if bias.wants_signal
         }
+        self._rehearse_experts(routing)
+
+    @torch.no_grad()
+    def _rehearse_experts(self, routing: Routing) -> None:
+        """The same for experts and signals, which leaves running statistics of the experts' modules alone."""
+        tokens, plan, spec = routing.tokens, routing.plan, self.spec
+        training = [module for module in self.experts.modules() if module.training]
+        self.experts.eval()
+        y_TO = dispatch(self.experts, tokens.x, plan, spec.experts, spec.out_dim)
+        for module in training:
+            module.training = True
+        if self.signal_sizes:
+            found = self._signals(torch.zeros_like(y_TO), plan.token, plan.expert, plan.weight)
+            if found.shape[0] != sum(self.signal_sizes.values()):
+                raise UsageError(f"layer '{self.name}': a bias's signal is not one number for each unit of its level")
 
     def _open_book(self) -> None:
         """The leaf whose gradient is the step's sums, and its companions; fp32 whatever the layer is cast to."""
         device = next(self.parameters(), torch.empty(0)).device
         size = _numel(self.training_layout) + sum(self.signal_sizes.values())
-        wide = torch.float32 if device.type == "mps" else torch.float64  # fp32 stops counting at 2^24
-        self.register_buffer("book", torch.zeros(size, device=device, requires_grad=True), persistent=False)
-        self.register_buffer("seen", torch.zeros(_numel(self.layout), dtype=wide, device=device), persistent=False)
-        self.register_buffer("aux_value", torch.zeros((), device=device), persistent=False)
-        self.register_buffer("aux_scale", torch.zeros((), device=device), persistent=False)
+        fp32: Any = {"dtype": torch.float32, "device": device}
+        self.register_buffer("book", torch.zeros(size, requires_grad=True, **fp32), persistent=False)
+        self.register_buffer("aux_value", torch.zeros((), **fp32), persistent=False)
+        self.register_buffer("aux_scale", torch.zeros((), **fp32), persistent=False)
+        # no buffer, because DDP would overwrite it with the first process's; fp32 would stop counting at 2^24
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        self.seen = torch.zeros(_numel(self.layout), dtype=wide, device=device)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "MoE":
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        seen = self.seen
         self._open_book()
+        self.seen.copy_(seen)
         return self
 
     def bias_levels(self) -> list[dict[str, Bias]]:

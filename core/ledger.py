@@ -35,7 +35,9 @@ class Ledger(Function):
     ) -> Tensor:
         ctx.save_for_backward(sums, scale, token_N, expert_N, weight_N)
         ctx.signals = signals
-        return y_TD.view_as(y_TD)
+        # a copy, not a view: AOTAutograd replays an output that aliases an input outside the graph, and with it
+        # the whole Function would be lost; nor may anybody write into a custom Function's view
+        return y_TD.clone()
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> Any:

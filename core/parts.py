@@ -10,7 +10,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from .routing import Assignments, Level, LevelSpec, Tokens
+from .routing import Assignments, Level, LevelSpec, Tokens, at_least_fp32
 
 if TYPE_CHECKING:
     from .stats import Step
@@ -67,20 +67,19 @@ class Part(nn.Module):
         values: str | None = None,
     ) -> None:
         """Register a saved buffer with an expert axis."""
-        self.register_buffer(name, tensor)
+        self.register_buffer(name, at_least_fp32(tensor) if tensor.is_floating_point() else tensor)
         self.axes[name] = Axis(axis, of, "state", None, new, values)
 
     def after_step(self, step: "Step") -> None:
         """Called once per optimizer step that was not skipped, under no_grad; this is where state may move."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Part":
-        before = dict(self.named_buffers())
+        before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
             new = self.get_buffer(name)
             if old.is_floating_point() and new.element_size() < old.element_size():
-                home, _, leaf = name.rpartition(".")
-                setattr(self.get_submodule(home), leaf, old.to(new.device))  # a step of 1e-3 is lost in bf16
+                setattr(self, name, old.to(new.device))  # a step of 1e-3 is lost in bf16
         return self
 
 

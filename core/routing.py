@@ -39,6 +39,10 @@ class Spec:
     causal: bool = False
 
     def __attrs_post_init__(self) -> None:
+        for name in ("dim", "hidden", "out", "experts", "top_k", "shared"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise UsageError(f"{name} of a layer is a whole number from 0, not {value!r}")
         if self.experts < 1:
             raise UsageError(f"a layer needs at least one expert, not {self.experts}")
         if not 1 <= self.top_k <= self.experts:
@@ -117,7 +121,8 @@ class Level:
         scores = scores.detach() if self.bias is None else scores.detach() + self.bias
         tokens, units = scores.shape
         turn = (torch.arange(tokens + units, device=scores.device) % units).to(scores.dtype)
-        return scores - (scores.abs() + 1) * turn.unfold(0, units, 1)[:tokens] * 2**-22
+        size = torch.where(scores.isfinite(), scores.abs() + 1, 0)  # -inf may mask a unit
+        return scores - size * turn.unfold(0, units, 1)[:tokens] * 2**-22
 
 
 @attrs.define(eq=False)
@@ -162,24 +167,27 @@ def at_least_fp32(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.float()
 
 
-def within_capacity(plan: Assignments, capacity: float, experts: int, top_k: int, tokens: Tokens) -> Assignments:
+def within_capacity(plan: Assignments, spec: Spec, tokens: Tokens) -> Assignments:
     """Keep at most ceil(capacity * T * K / E) assignments of each expert, T counting real tokens.
 
-    First choices go before second ones, then earlier tokens before later ones. Gates are not
-    renormalised after a drop. The limit is computed in whole numbers: in floating
-    point 1.1 * 100 / 10 is above 11, and its ceiling 12.
+    First choices go before second ones, then earlier tokens before later ones; in a causal layer only
+    the latter, so that no token's fate depends on a later one's choice. Gates are not renormalised after a
+    drop. The limit is computed in whole numbers: in floating point 1.1 * 100 / 10 is above 11, and its ceiling 12.
     """
-    factor = Fraction(str(capacity)).limit_denominator(10**6)  # int64 holds it times T * K
-    limit = -(-(tokens.count * top_k * factor.numerator) // (experts * factor.denominator))
-    by_expert = torch.where(plan.selected, plan.expert, experts)
-    ranks = int(top_k)
-    order = torch.argsort(by_expert * ranks + plan.rank.clamp(max=ranks - 1), stable=True)
-    load = torch.zeros(experts + 1, dtype=torch.long, device=order.device).index_add(
-        0, by_expert, torch.ones_like(by_expert)
-    )
+    factor = Fraction(str(spec.capacity)).limit_denominator(10**6)  # int64 holds it times T * K
+    limit = -(-(tokens.count * spec.top_k * factor.numerator) // (spec.experts * factor.denominator))
+    by_expert = torch.where(plan.selected, plan.expert, spec.experts)
+    key = by_expert if spec.causal else by_expert * spec.top_k + plan.rank.clamp(max=spec.top_k - 1)
+    order = torch.argsort(key, stable=True)
+    load = rows_of(by_expert, spec.experts + 1)
     place = torch.arange(order.shape[0], device=order.device) - (load.cumsum(0) - load)[by_expert[order]]
     kept = torch.empty_like(plan.kept).index_copy(0, order, place < limit)
     return attrs.evolve(plan, kept=plan.selected & kept)
+
+
+def rows_of(index_N: Tensor, size: int) -> Tensor:
+    """[size] whole numbers: how often each index occurs."""
+    return torch.zeros(size, dtype=torch.long, device=index_N.device).index_add(0, index_N, torch.ones_like(index_N))
 
 
 @attrs.define(eq=False)
@@ -232,8 +240,9 @@ class Routing:
 def keep_best_groups(scores_TE: Tensor, groups: int, kept: int, top_k: int) -> Tensor:
     """Group-limited selection: -inf outside the `kept` best of `groups` equal groups of experts.
 
-    A group's score is the sum of its top K/kept scores, as in DeepSeek-V3 (2024). The mask is -inf,
-    not 0, which would beat negative scores. Ask `groups_problem` first.
+    A group's score is the sum of its top K/kept scores (DeepSeek-V3, 2024, in whose setting that is 2;
+    transformers sums 2 whatever K/kept is). The mask is -inf, not 0, which would beat negative scores.
+    Ask `groups_problem` first.
     """
     count, experts = scores_TE.shape
     grouped = scores_TE.view(count, groups, experts // groups)
@@ -243,7 +252,7 @@ def keep_best_groups(scores_TE: Tensor, groups: int, kept: int, top_k: int) -> T
 
 
 def groups_problem(spec: Any, groups: int, kept: int) -> str | None:
-    """Why `keep_best_groups` can't be used with these sizes, or None."""
+    """Why `keep_best_groups` can't be used with these sizes, or None; one group is no limit."""
     if spec.experts % groups:
         return f"groups={groups} does not divide {spec.experts} experts"
     if kept > groups:
@@ -255,12 +264,7 @@ def groups_problem(spec: Any, groups: int, kept: int) -> str | None:
     return None
 
 
-def shares(values: Tensor, eps: float = 0.0) -> Tensor:
-    """values over their mean, [n]; all 0 where the mean is 0."""
-    return values / values.mean().clamp(min=torch.finfo(values.dtype).tiny) + eps
-
-
 def centred_log(values: Tensor, eps: float) -> Tensor:
     """log(r + eps) minus its mean, r = values over their mean: 0 for equal values, whatever their scale."""
-    log = shares(values, eps).log()
+    log = (values / values.mean().clamp(min=torch.finfo(values.dtype).tiny) + eps).log()
     return log - log.mean()

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from .routing import Spec, count_by
 
-SEVERITIES = ("fine", "look", "broken")
-
 
 @attrs.frozen
 class Finding:
@@ -33,26 +31,17 @@ class Stats:
     loss term, over `forwards` [1]. PLUGIN.NAME: what a plugin measured.
     """
 
-    def __init__(self, spec: Spec, sums: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(self, spec: Spec, sums: Mapping[str, Tensor]) -> None:
         self.spec = spec
-        self.sums = dict(sums or {})
-
-    def add(self, sums: Mapping[str, Tensor]) -> None:
-        """Add the sums of a further forward, step or process."""
-        for name, value in sums.items():
-            exact = value.detach().to("cpu", torch.float64, copy=True)
-            self.sums[name] = self.sums[name] + exact if name in self.sums else exact
+        self.sums = {name: value.detach().cpu().to(torch.float64, copy=True) for name, value in sums.items()}
 
     def __getitem__(self, name: str) -> Tensor:
         return self.sums[name]
 
-    def __contains__(self, name: str) -> bool:
-        return name in self.sums
-
     @property
     def tokens(self) -> float:
         """Number of real tokens; 0 is no data."""
-        return float(self.sums["tokens"].sum()) if self.sums else 0.0
+        return float(self.sums["tokens"].sum())
 
     @property
     def load(self) -> Tensor:

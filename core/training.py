@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,17 @@ def find_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+@contextmanager
+def _deterministic(device: torch.device) -> Iterator[None]:
+    """On a GPU sums are added up in any order unless torch is told not to; the CPU keeps its order."""
+    before, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(before or device.type == "cuda", warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn)
+
+
 class Stopped(Exception):
     """The run was asked to stop; its weights are saved."""
 
@@ -76,6 +88,7 @@ class Training:
         shape = {"experts": config.experts, "top_k": config.top_k, "capacity": config.capacity}
         self.engine = Engine(config.plugins, self.settings, config.no_plugin, config.task, **shape)
         spec = TaskSpec(config.data_dir, config.seed)
+        self.engine.check(spec)
         bounds = [one for one in self.engine.plugins.bind("moe_task") if one.plugin == config.task]
         if not bounds:
             raise UsageError(f"task '{config.task}' is left out by --no-plugin, or implements no moe_task")
@@ -105,6 +118,11 @@ class Training:
 
     def run(self) -> Run:
         """Train, evaluate and write the folder. Raises RunError, Stopped or UsageError."""
+        with torch.random.fork_rng(devices=[]), _deterministic(self.device):
+            torch.manual_seed(generator(self.config.seed, "training").initial_seed())  # what plugins and models draw
+            return self._run()
+
+    def _run(self) -> Run:
         self.folder = new_folder(self.out, self.config.task)
         resolved = attrs.evolve(self.config, device=str(self.device))
         text = config_toml(resolved, self.engine.plugins.options())
@@ -256,7 +274,7 @@ def _sums(score: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor]:
 
 
 def _means(seen: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
-    totals = {name: float(torch.stack([sums[name].double() for sums in seen]).sum()) for name in seen[0]}
+    totals = {name: float(torch.stack([sums[name] for sums in seen]).cpu().double().sum()) for name in seen[0]}
     count = totals.pop("count")
     names = {"correct": "accuracy"}
     return {names.get(name, name): total / count for name, total in totals.items()}

@@ -12,7 +12,7 @@ import click
 
 from ..errors import RunError
 from ..options import Settings, parse_settings
-from ..runs import dump, flag_names, merged, read_config
+from ..runs import dump, flag_names, merged, read_config, write_atomically
 
 if TYPE_CHECKING:
     from ..training import Training
@@ -140,6 +140,6 @@ def _blame(training: "Training", culprit: str, error: BaseException, debug: bool
     if debug:
         sys.stderr.write(text)
     log = training.folder / "run.log"
-    log.write_text(text, "utf-8")
+    write_atomically(log, text.encode())
     failure = f"{culprit} failed at step {training.step}: {type(error).__name__}: {error}"
     return RunError(f"{failure} (traceback in {log}, or use --debug)")

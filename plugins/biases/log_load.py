@@ -35,4 +35,5 @@ class LogLoadBias(Bias):
         return -self.beta * centred_log(self.s, self.eps)
 
     def after_step(self, step):
-        self.s.lerp_(step.load.to(self.s.dtype), 1 - self.decay)
+        some = (step.load.sum() > 0).to(self.s.dtype)  # no data moves nothing
+        self.s.lerp_(step.load.to(self.s.dtype), (1 - self.decay) * some)

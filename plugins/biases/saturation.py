@@ -14,7 +14,7 @@ class Saturation:
     r = s / mean(s). It is added for selection only; gates stay unbiased. m_i is the gradient mass
     sum_t g_ti |dL/dy_t| (signal=mass), or the mean |gradient| of the expert's weights (signal=weights).
     Equal gradients give b = 0; the scale of the loss does not matter; an idle expert's bias rises by
-    beta |ln decay| a step.
+    beta |ln decay| a step against the others'.
 
     published: z = logits + beta (1 - s) in gates and selection, s from 0.5 on mean |gradient|. Kept for
     study: with gradients near 1e-4, s is near 0 for all, so that all get the same bias, which does nothing.
@@ -62,7 +62,8 @@ class LogBias(Bias):
 
     def after_step(self, step):
         m = step.signal if self.wants_signal else step.expert_grad
-        self.s.lerp_(m.to(self.s.dtype), 1 - self.decay)
+        some = (m.sum() > 0).to(self.s.dtype)  # no data moves nothing
+        self.s.lerp_(m.to(self.s.dtype), (1 - self.decay) * some)
 
 
 class PublishedBias(Bias):

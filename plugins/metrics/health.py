@@ -12,7 +12,8 @@ from moe_engine import Finding, hookimpl, option
 class Health:
     """One named verdict on a layer's balance, with the threshold it rests on and advice.
 
-    collapsed: the load's effective number of experts exp(H) is at most max(1.25 K, E / 4).
+    collapsed: the load's effective number of experts exp(H) is at most max(1.25 K, E / 4), nor more than
+    (K + E) / 2.
     dead experts: some expert has less than `dead` of the mean load. imbalanced: cv above `imbalance`
     and above twice what chance gives, sqrt(E / (T K)). oscillating: single forwards are imbalanced by
     more than `swing` beyond chance, and more than twice as much as the whole. healthy: none of these.
@@ -27,7 +28,7 @@ class Health:
     def moe_measure(self, routing):
         load = routing.load
         cv = load.std(correction=0) / load.mean().clamp(min=1e-30)
-        return {"cv": cv.view(1), "forwards": torch.ones_like(cv).view(1)}
+        return {"cv": cv.view(1), "forwards": (load.sum() > 0).float().view(1)}
 
     @hookimpl
     def moe_metrics(self, stats):
@@ -44,7 +45,7 @@ class Health:
         f = load / load.sum()
         cv = float(load.std(correction=0) / mean)
         effective = float((-torch.special.xlogy(f, f).sum()).exp())
-        few = max(1.25 * top_k, size / 4)
+        few = min(max(1.25 * top_k, size / 4), (top_k + size) / 2)
         dead = (load < self.dead * mean).nonzero().flatten().tolist()
         chance = math.sqrt(size / (tokens * top_k))
         swing = math.sqrt(max(forward_cv**2 - chance**2 * forwards, 0.0))

@@ -10,9 +10,9 @@ from moe_engine import count_by, hookimpl
 class Specialization:
     """Assignments by class and expert, and how much one tells of the other.
 
-    class_expert [C, E]: counts. mutual_information: I(c; e) / min(H(c), H(e)), less the bias
-    (C - 1)(E - 1) / (2N) of N counted assignments: 0 if independent, 1 if one fixes the other.
-    Needs labels; answers nothing for a layer without.
+    class_expert [C, E]: counts. mutual_information: I(c; e) / min(H(c), H(e)), I less the bias
+    (C - 1)(E - 1) / (2N) of N counted assignments, C and E those that occur: 0 if independent, 1 if
+    one fixes the other. Needs labels (0 to C - 1, others are not counted); nothing for a layer without.
     """
 
     @hookimpl
@@ -22,8 +22,10 @@ class Specialization:
             return {}
         if labels is None:
             return {"class_expert": torch.zeros(classes, experts, device=routing.plan.expert.device)}
-        pair_N = labels[routing.plan.token] * experts + routing.plan.expert
-        return {"class_expert": count_by(pair_N, routing.plan.selected, classes * experts).view(classes, experts)}
+        label_N = labels[routing.plan.token]
+        known_N = routing.plan.selected & (label_N >= 0) & (label_N < classes)  # -100 and the like: no label
+        pair_N = label_N.clamp(0, classes - 1) * experts + routing.plan.expert
+        return {"class_expert": count_by(pair_N, known_N, classes * experts).view(classes, experts)}
 
     @hookimpl
     def moe_metrics(self, stats):

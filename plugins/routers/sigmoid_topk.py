@@ -1,6 +1,7 @@
 """Top-k routing on sigmoid scores."""
 
 import attrs
+from torch.nn.functional import logsigmoid
 
 from moe_engine import LinearRouter, assign, groups_problem, hookimpl, keep_best_groups, option
 
@@ -22,7 +23,7 @@ class SigmoidTopK:
 
     @hookimpl
     def moe_check(self, setup):
-        return groups_problem(setup.spec, self.groups, self.groups_kept) if self.groups > 1 else None
+        return groups_problem(setup.spec, self.groups, self.groups_kept)
 
     @hookimpl
     def moe_router(self, spec):
@@ -36,13 +37,11 @@ class SigmoidRouter(LinearRouter):
 
     def select(self, tokens, levels):
         (level,) = levels
-        a_TE = level.biased.sigmoid()
-        scores_TE = level.select_by(a_TE)
+        log_a_TE = logsigmoid(level.biased)  # quotients of a are softmaxes of log a: exact where a itself is 0
+        scores_TE = level.select_by(log_a_TE.exp())
         if self.groups > 1:
             scores_TE = keep_best_groups(scores_TE, self.groups, self.groups_kept, self.top_k)
         expert_TK = scores_TE.topk(self.top_k, dim=-1).indices
-        gate_TK = a_TE.gather(-1, expert_TK)
-        if self.top_k > 1:
-            gate_TK = gate_TK / (gate_TK.sum(-1, keepdim=True) + 1e-20)
-        probs_TE = a_TE / (a_TE.sum(-1, keepdim=True) + 1e-20)
-        return probs_TE, assign(self.scale * gate_TK, expert_TK, tokens)
+        log_TK = log_a_TE.gather(-1, expert_TK)
+        gate_TK = log_TK.softmax(-1) if self.top_k > 1 else log_TK.exp()
+        return log_a_TE.softmax(-1), assign(self.scale * gate_TK, expert_TK, tokens)

@@ -25,7 +25,7 @@ class TopK:
     def moe_check(self, setup):
         if setup.spec.top_k == 1 and self.renorm:
             return "topk.renorm at top_k=1 makes every gate the constant 1, and the router can't learn; leave it unset"
-        return groups_problem(setup.spec, self.groups, self.groups_kept) if self.groups > 1 else None
+        return groups_problem(setup.spec, self.groups, self.groups_kept)
 
     @hookimpl
     def moe_router(self, spec):

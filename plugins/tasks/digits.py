@@ -13,7 +13,7 @@ from moe_engine.tasks import image_task, shuffled_split
 
 @attrs.define(eq=False)
 class Digits:
-    """1797 handwritten digits of 8 x 8 pixels, 0 to 16 each; every fifth one is for testing.
+    """1797 handwritten digits of 8 x 8 pixels, 0 to 16 each; a fifth of them, drawn once for all, is for testing.
 
     "Optical Recognition of Handwritten Digits", test set: E. Alpaydin and C. Kaynak, 1998, UCI Machine
     Learning Repository, doi 10.24432/C50P49, CC BY 4.0; the file is the one that scikit-learn ships.

@@ -244,6 +244,6 @@ class CheckPlugin:
 def test_hook_moe_check(install):
     install("metric", "aaa", CheckPlugin)
     install("metric", "bbb", CheckPlugin)
-    Engine("aaa,bbb", experts=3)
+    Engine("aaa,bbb", experts=3).moe(3, 4)
     with pytest.raises(UsageError, match="aaa takes 3 experts; aaa takes 2 experts"):
-        Engine("aaa,bbb", ["bbb.limit=2"], experts=4)
+        Engine("aaa,bbb", ["bbb.limit=2"], experts=4).moe(3, 4)

@@ -255,3 +255,84 @@ def test_a_wrong_shape_or_mask_is_named():
 def test_a_spec_that_makes_no_sense_is_refused(spec, sentence):
     with pytest.raises(UsageError, match=sentence):
         Engine("topk", **spec).moe(6, 8)
+
+
+@pytest.mark.parametrize(
+    ("spec", "sentence"),
+    [
+        ({"dim": 6}, "dim=6 and hidden=0 is empty"),
+        ({"dim": 6, "hidden": 4, "shared": -1}, "shared of a layer is a whole number from 0, not -1"),
+        ({"dim": 6, "hidden": 4, "experts": "8"}, "experts of a layer is a whole number from 0, not '8'"),
+        ({"dim": 6, "modules": [nn.Linear(5, 5), nn.Linear(5, 5)]}, "layer 'moe0' with router 'topk' can't be built"),
+        ({"dim": 6, "hidden": 4, "name": "taken"}, "there is a layer 'taken' already"),
+    ],
+)
+def test_sizes_that_make_no_layer_are_refused(spec, sentence):
+    engine = Engine("topk")
+    taken = engine.moe(6, 4, name="taken") if "name" in spec else None
+    with pytest.raises(UsageError, match=sentence):
+        engine.moe(**spec)
+    assert taken is None or taken.name == "taken"
+
+
+def test_a_causal_layer_drops_no_token_for_a_later_one():
+    """Tokens 0 and 1 choose expert 0 second, token 2 first; with room for two, token 2 must lose."""
+    x = torch.tensor([[1.0, 2.0, 0.0], [1.0, 2.0, 0.0], [2.0, 0.0, 1.0]])
+
+    def kept(causal):
+        layer = Engine("topk", experts=3, top_k=2, capacity=1.0, causal=causal).moe(3, 4)
+        with torch.no_grad():
+            layer.router.rows[:] = torch.eye(3)
+        plan = layer.route(layer.tokens(x)).plan
+        return [bool(k) for k, e in zip(plan.kept, plan.expert, strict=True) if e == 0]
+
+    assert kept(causal=True) == [True, True, False]
+    assert kept(causal=False) == [True, False, True]
+
+
+def test_labels_that_are_no_class_are_not_counted():
+    engine = Engine("topk", experts=4, top_k=1)
+    layer = engine.moe(4, 8, classes=3).eval()
+    labels = torch.tensor([0, 2, -100, 7, -1])
+    layer(torch.randn(5, 4), torch.tensor([True, True, True, True, False]), labels=labels)
+    assert engine.metrics("eval")["moe0"]["class_expert"].sum(1).tolist() == [1, 0, 1]
+
+
+def test_a_forward_without_a_token_dilutes_no_mean():
+    engine = Engine("topk,switch_aux", experts=4)
+    layer = engine.moe(6, 8)
+    x = torch.randn(9, 6)
+    for mask in (None, torch.zeros(9, dtype=torch.bool)):
+        (layer(x, mask).sum() + engine.aux_loss()).backward()
+        engine.after_backward()
+    engine.after_step()
+    routing = layer.route(layer.tokens(x))
+    expected = float(layer.aux_terms(routing)["switch_aux"])
+    assert engine.metrics()["moe0"]["loss.switch_aux"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_masked_score_stays_masked_in_select_by():
+    layer = Engine("topk", experts=3, top_k=2).moe(6, 4)
+    level = layer.route(layer.tokens(torch.randn(50, 6))).levels[0]
+    scores = torch.randn(50, 3).index_fill(1, torch.tensor([0]), -torch.inf)
+    assert (level.select_by(scores).topk(2).indices != 0).all()
+
+
+def test_moving_a_layer_keeps_what_it_has_seen():
+    engine = Engine("topk", experts=4)
+    layer = engine.moe(6, 8).eval()
+    layer(torch.randn(301, 6))
+    layer.to(torch.bfloat16)
+    assert engine._take(layer, "eval").tokens == 301
+
+
+def test_modules_keep_their_own_precision_rules():
+    """A bank's BatchNorm follows `.to(bf16)`; only what a part declares is held at fp32."""
+    engine = Engine("topk,saturation", ["saturation.signal=weights"], top_k=1)
+    modules = [nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), nn.Identity(), nn.Linear(4, 4)]
+    layer = engine.moe(4, modules=modules).to(torch.bfloat16)
+    (layer(torch.randn(9, 4, dtype=torch.bfloat16)).float().square().sum() + engine.aux_loss()).backward()
+    engine.after_backward()
+    engine.after_step()
+    assert layer.biases[0]["saturation"].s.dtype == torch.float32
+    assert layer.biases[0]["saturation"].s[1] == 0

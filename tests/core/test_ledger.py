@@ -1,5 +1,7 @@
 """Counts, signals and auxiliary gradients pass exactly once, whatever runs a forward twice."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -208,3 +210,108 @@ def test_two_engines_do_not_meet():
     assert two.metrics() == {}
     assert list(one.metrics()) == ["moe0", "moe1"]
     assert second.first.router.rows.grad is None
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_layer_that_breaks_the_graph_counts_and_injects_too(backend):
+    """The Ledger then stands at the start of a graph of its own."""
+
+    def trial(compiled):
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        engine = Engine(PLUGINS, top_k=2)
+        layer = engine.moe(6, modules=[nn.Linear(6, 6) for _ in range(3)])
+        run = torch.compile(layer, backend=backend) if compiled else layer
+        (run(torch.randn(9, 6)).square().sum() + engine.aux_loss()).backward()
+        engine.after_backward()
+        return layer.router.rows.grad, layer.book.grad
+
+    torch.testing.assert_close(trial(True), trial(False))
+
+
+def test_the_output_may_be_changed_in_place():
+    engine, model = build(plain)
+    y = model(torch.randn(5, 6))
+    y += 1
+    (torch.relu_(y).sum() + engine.aux_loss()).backward()
+    assert model.second.book.grad is not None
+
+
+def test_two_forwards_may_come_before_two_backwards():
+    engine, model = build(plain)
+    one, two = batches()[:2]
+    first = model(one).square().mean() + engine.aux_loss()
+    second = model(two).square().mean() + engine.aux_loss()
+    for loss in (first, second):
+        loss.backward()
+        engine.after_backward()
+    got = [p.grad.clone() for p in model.parameters()], [layer.book.grad.clone() for layer in engine.layers]
+    engine, model = build(plain)
+    for x in (one, two):
+        (model(x).square().mean() + engine.aux_loss()).backward()
+        engine.after_backward()
+    torch.testing.assert_close(
+        got, ([p.grad for p in model.parameters()], [layer.book.grad for layer in engine.layers])
+    )
+
+
+@pytest.mark.parametrize("setting", ["form=published", "signal=weights"])
+def test_a_gradient_that_is_not_finite_reaches_no_state(setting):
+    engine = Engine("topk,saturation", [f"saturation.{setting}"], experts=4)
+    layer = engine.moe(4, 8)
+    (layer(torch.randn(9, 4)).sum() * torch.nan + engine.aux_loss()).backward()
+    engine.after_backward()
+    engine.after_step()
+    assert layer.biases[0]["saturation"].s.isfinite().all()
+
+
+def test_counts_and_states_are_exact_whatever_the_default_precision():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        engine = Engine("topk,saturation,loss_free,switch_aux", experts=4, top_k=1)
+        layer = engine.moe(6, 8)
+        (layer(torch.randn(1001, 6)).sum() + engine.aux_loss()).backward()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert layer.book.grad[0] == 1001
+    assert {b.dtype for b in layer.biases.buffers()} == {torch.float32}
+
+
+def test_a_copy_that_nobody_attached_is_an_error():
+    engine, model = build(plain)
+    other = copy.deepcopy(model)
+    (other(batches()[0]).sum() + engine.aux_loss()).backward()
+    engine.after_backward()
+    with pytest.raises(RuntimeError, match="engine.attach"):
+        engine.after_step()
+    engine.attach(other)
+    (other(batches()[0]).sum() + engine.aux_loss()).backward()
+    engine.after_backward()
+    engine.after_step()
+    assert list(engine.metrics()) == ["first", "second"]
+
+
+def _process(rank, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    engine, model = build(plain)
+    parallel = nn.parallel.DistributedDataParallel(model)
+    random = torch.Generator().manual_seed(rank)
+    for step in range(3):
+        x = torch.randn(4 + rank + step, 6, generator=random)
+        (parallel(x).square().mean() + engine.aux_loss()).backward()
+        engine.after_backward()
+        engine.after_step()
+    tokens = engine._take(model.first, "train").tokens
+    model.eval()(torch.randn(3 + rank, 6))
+    seen = engine._take(model.first, "eval").tokens
+    states = [b for b in model.first.biases.buffers()]
+    torch.save([tokens, seen, *states], f"{folder}/{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_sum_their_counts_and_keep_equal_states(tmp_path):
+    torch.multiprocessing.spawn(_process, args=(str(tmp_path),), nprocs=2)
+    one, two = (torch.load(tmp_path / str(rank), weights_only=True) for rank in range(2))
+    assert one[:2] == two[:2] == [(4 + 5 + 6) + (5 + 6 + 7), 3 + 4]
+    torch.testing.assert_close(one[2:], two[2:], rtol=0, atol=0)

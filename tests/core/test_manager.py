@@ -104,9 +104,7 @@ def test_a_plugin_that_fails_in_a_layer_is_named(install):
             return routing.nothing
 
     install("loss", "mine", Mine)
-    with pytest.raises(
-        PluginError, match=r"loss 'mine' \(elsewhere 1.0\) in moe_aux_loss can't be used in this layer: Attr"
-    ):
+    with pytest.raises(PluginError, match=r"loss 'mine' \(elsewhere 1.0\) in moe_aux_loss can't be built: Attr"):
         Engine("mine", experts=4).moe(3, 4)
 
 

@@ -35,6 +35,18 @@ def test_the_same_seed_gives_the_same_bits(tmp_path):
     assert without_time(one.records) != without_time(other.records)
 
 
+def test_the_seed_fixes_what_plugins_draw_too(tmp_path, install):
+    @attrs.define(eq=False)
+    class Draws:
+        @hookimpl
+        def moe_aux_loss(self, routing):
+            return routing.probs.square().sum() * torch.rand(())
+
+    install("loss", "draws", Draws)
+    one, two = (train(tmp_path / name, plugins=("draws",))[0] for name in ("one", "two"))
+    assert without_time(one.records) == without_time(two.records)
+
+
 def test_rerunning_config_toml_gives_the_same_run(tmp_path):
     one, _ = train(tmp_path / "one", capacity=1.5, lr=0.002)
     flags, settings = read_config(one.folder / "config.toml")

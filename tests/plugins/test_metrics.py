@@ -2,6 +2,7 @@
 
 import math
 
+import attrs
 import pytest
 import torch
 
@@ -193,3 +194,51 @@ def test_specialization_counts_classes_by_expert():
     layer(torch.eye(4)[[0, 0, 1, 3]], labels=torch.tensor([0, 0, 1, 1]))
     table = engine.metrics("eval")["moe0"]["class_expert"]
     assert table.tolist() == [[2, 0, 0, 0], [0, 1, 0, 1]]
+
+
+@pytest.mark.parametrize(("experts", "top_k"), [(8, 7), (5, 4), (4, 3), (2, 1)])
+def test_an_even_load_is_healthy_for_every_k(experts, top_k):
+    assert judge([100] * experts, top_k).name == "healthy"
+
+
+def test_a_probe_of_a_compiled_model_sees_what_the_eager_one_sees():
+    engine = Engine("topk,switch_aux,saturation", experts=4)
+    layer = engine.moe(6, 8).eval()
+    x = torch.randn(30, 6)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="aot_eager")
+    ((_, eager),) = engine.probe(lambda: layer(x).square().mean()).values()
+    ((_, traced),) = engine.probe(lambda: compiled(x).square().mean()).values()
+    assert eager == traced
+    assert eager.task > 0
+
+
+def test_a_router_that_is_noisy_in_training_is_compared_with_itself(install):
+    from moe_engine import LinearRouter, assign, hookimpl
+
+    class Noisy(LinearRouter):
+        def select(self, tokens, levels):
+            scores = levels[0].select_by(levels[0].biased)
+            chosen = (scores + self.training * torch.randn_like(scores)).topk(self.top_k).indices
+            probs = levels[0].biased.softmax(-1)
+            return probs, assign(probs.gather(-1, chosen), chosen, tokens)
+
+    @attrs.define(eq=False)
+    class Plugin:
+        @hookimpl
+        def moe_router(self, spec):
+            return Noisy(spec)
+
+    install("router", "noisy", Plugin)
+    engine = Engine("noisy,saturation", ["saturation.beta=0"], experts=8)
+    layer = engine.moe(6, 8)
+
+    def held_out():
+        layer.eval()
+        loss = layer(torch.randn(200, 6)).square().mean()
+        layer.train()
+        return loss
+
+    ((_, effects),) = engine.probe(held_out).values()
+    assert effects.biases == {"saturation": 0.0}
+    assert layer.training

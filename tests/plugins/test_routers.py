@@ -69,7 +69,7 @@ def test_groups_limit_the_choice_also_among_negative_scores(router):
 @pytest.mark.parametrize("router", ["topk", "sigmoid_topk"])
 def test_groups_that_do_not_fit_are_refused(router, groups, kept, sentence):
     with pytest.raises(UsageError, match=sentence):
-        Engine(router, [f"{router}.groups={groups}", f"{router}.groups_kept={kept}"], experts=8, top_k=2)
+        Engine(router, [f"{router}.groups={groups}", f"{router}.groups_kept={kept}"], experts=8, top_k=2).moe(6, 4)
 
 
 def hierarchical(logits_group, logits_leaf, settings, **spec):
@@ -134,12 +134,12 @@ def test_hierarchical_biases_act_on_each_level_and_compete_inside_a_group():
 )
 def test_hierarchical_shapes_that_do_not_fit_are_refused(settings, spec, sentence):
     with pytest.raises(UsageError, match=sentence):
-        Engine("hierarchical", settings, experts=8, **spec)
+        Engine("hierarchical", settings, experts=8, **spec).moe(6, 4)
 
 
 def test_topk_refuses_to_renormalise_a_single_gate():
     with pytest.raises(UsageError, match="topk.renorm at top_k=1"):
-        Engine("topk", ["topk.renorm=true"], top_k=1)
+        Engine("topk", ["topk.renorm=true"], top_k=1).moe(6, 4)
 
 
 @pytest.mark.parametrize("router", ["topk", "sigmoid_topk", "hierarchical"])
@@ -155,3 +155,17 @@ def test_the_router_learns_from_the_task_for_every_k(router, top_k):
         layer.zero_grad()
         layer.train()(x).square().mean().backward()
         assert rows.grad.norm() > 1e-6, name
+
+
+def test_hierarchical_groups_of_one_expert_can_be_learnt():
+    """Inside such a group there is nothing to choose, so that no gradient is no fault."""
+    engine = Engine("hierarchical", ["hierarchical.groups=4", "hierarchical.groups_kept=2"], experts=4, top_k=2)
+    layer = engine.moe(6, 8).eval()
+    engine.check_learning(lambda: layer(torch.randn(32, 6)).square().mean())
+
+
+def test_sigmoid_scores_far_below_zero_still_make_a_distribution():
+    """With an epsilon in the quotient a router could make every balance loss 0 by lowering its logits."""
+    routing = route("sigmoid_topk,switch_aux", torch.full((5, 4), -110.0), top_k=2)
+    torch.testing.assert_close(routing.probs.sum(-1), torch.ones(5))
+    torch.testing.assert_close(routing.gates().sum(-1), torch.ones(5))
