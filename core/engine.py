@@ -156,7 +156,7 @@ class Engine:
     def aux_loss(self) -> Tensor:
         """The weighted auxiliary loss of the forwards since the last call, averaged over layers.
 
-        Add it to the task loss. Its backward is what lets the layers inject their gradients, scaled as the whole loss is.
+        Add it to the task loss. Its backward lets the layers inject their gradients, scaled as the whole loss is.
         """
         layers = self.layers
         value = torch.stack([layer.aux_value for layer in layers]).mean() if layers else torch.zeros(())

@@ -212,6 +212,7 @@ def test_two_engines_do_not_meet():
     assert second.first.router.rows.grad is None
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # Dynamo's own look at what it resumes with
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_layer_that_breaks_the_graph_counts_and_injects_too(backend):
     """The Ledger then stands at the start of a graph of its own."""
