@@ -122,7 +122,7 @@ def test_the_demo_learns_the_digits_with_no_dead_expert(tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("task", "least"), [("mnist", 0.97), ("fashion_mnist", 0.84), ("cifar10", 0.45)])
+@pytest.mark.parametrize(("task", "least"), [("mnist", 0.97), ("fashion_mnist", 0.84), ("cifar10", 0.40)])
 def test_real_images(tmp_path, task, least):
     """Three epochs on the data sets under $DATA; the bar is met with every expert active."""
     data = os.environ.get("DATA")
