@@ -72,6 +72,7 @@ class _Bar(rich.progress.Progress):
 
     def __init__(self, training: "Training", console: Console) -> None:
         self.training = training
+        self.only: rich.progress.TaskID | None = None  # rich draws once before there is a task
         super().__init__(
             rich.progress.BarColumn(24),
             rich.progress.MofNCompleteColumn(),
@@ -82,11 +83,13 @@ class _Bar(rich.progress.Progress):
         self.only = self.add_task("", total=training.total_steps)
 
     def get_renderables(self) -> Iterable[RenderableType]:
-        self.update(self.only, completed=self.training.step)
+        if self.only is not None:
+            self.update(self.only, completed=self.training.step)
         yield from super().get_renderables()
 
     def say(self, facts: str) -> None:
-        self.update(self.only, description=facts)
+        if self.only is not None:
+            self.update(self.only, description=facts)
 
 
 def _facts(record: dict[str, Any] | None, other: dict[str, Any] | None = None) -> str:

@@ -1,6 +1,8 @@
 """What the command line answers when all is well."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 
@@ -39,6 +41,29 @@ def test_plain_lines_tell_progress(capsys):
     assert lines[1].startswith("step      4/8  train  loss ")
     assert all(word in lines[1] for word in ("accuracy", "cv", "maxvio", "active"))
     assert "report: run/report.html" in out
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_a_terminal_gets_a_live_bar():
+    """With loss, accuracy, cv, maxvio and active experts, which the plain lines would repeat."""
+    ours, theirs = os.openpty()
+    command = [sys.executable, "-c", "import sys; from moe_engine.cli import main; sys.exit(main(sys.argv[1:]))"]
+    words = ["run", *QUICK, "--out", "run", "--log-every", "4", "--no-plugin", "plots,html"]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "160"}
+    with subprocess.Popen([*command, *words], stdout=subprocess.DEVNULL, stderr=theirs, env=environment) as process:
+        os.close(theirs)
+        seen = b""
+        try:
+            while piece := os.read(ours, 65536):
+                seen += piece
+        except OSError:  # what Linux says at the end of a pseudo-terminal
+            seen += b""
+    os.close(ours)
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", seen.decode())
+    assert process.returncode == 0, text
+    last = text.strip().splitlines()[-1]
+    assert all(word in last for word in ("8/8", "loss", "test accuracy", "cv", "maxvio", "active")), last
+    assert "train  loss" not in text
 
 
 def test_quiet_shows_no_progress(capsys):

@@ -336,3 +336,10 @@ def test_modules_keep_their_own_precision_rules():
     engine.after_step()
     assert layer.biases[0]["saturation"].s.dtype == torch.float32
     assert layer.biases[0]["saturation"].s[1] == 0
+
+
+def test_a_router_may_read_token_ids_and_sees_zeros_at_padding():
+    layer = Engine("topk", experts=4).moe(6, 8, vocab=100)
+    ids, mask = torch.tensor([[5, 99, 7]]), torch.tensor([[True, False, True]])
+    assert layer.tokens(torch.randn(1, 3, 6), mask, ids).ids.tolist() == [5, 0, 7]
+    assert layer(torch.randn(1, 3, 6), mask, ids).shape == (1, 3, 6)
