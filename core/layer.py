@@ -12,7 +12,7 @@ from .experts import shared_expert
 from .ledger import Ledger
 from .manager import Bound
 from .parts import Bias, Experts, Part, Router
-from .routing import Assignments, Level, Routing, Spec, Tokens, at_least_fp32, within_capacity
+from .routing import Assignments, Level, Routing, Spec, Tokens, within_capacity
 
 Layout = dict[str, torch.Size]  # what a flat vector of sums holds, in order
 
@@ -204,14 +204,7 @@ class MoE(nn.Module):
             routing = self.route(tokens)
             _check_plan(self.name, routing.plan)
             sums, terms, own = self.measure(routing), self.aux_terms(routing), self._bias_sums(routing)
-        for term, value in terms.items():
-            if not isinstance(value, Tensor):
-                raise UsageError(f"layer '{self.name}': loss '{term}' is {value!r}, not a scalar")
-            if value.dim() or not value.requires_grad:
-                why = (
-                    f"is of shape {list(value.shape)}, not a scalar" if value.dim() else "does not depend on the router"
-                )
-                raise UsageError(f"layer '{self.name}': loss '{term}' {why}; it can teach this router nothing")
+        _check_terms(self.name, terms)
         self.layout = {name: value.shape for name, value in sums.items()}
         one = torch.Size([1])
         self.training_layout = {**self.layout, "forwards": one, **{name: value.shape for name, value in own.items()}}
@@ -274,7 +267,7 @@ def _flat(sums: Mapping[str, Tensor], layout: Layout) -> Tensor:
     if sums.keys() != layout.keys():
         changed = sorted(sums.keys() ^ layout.keys())
         raise ValueError(f"measured names must be the same in every forward; {changed} came or went")
-    return torch.cat([at_least_fp32(value).reshape(-1) for value in sums.values()]).float()
+    return torch.cat([value.float().reshape(-1) for value in sums.values()])
 
 
 def unflat(flat: Tensor, layout: Layout) -> dict[str, Tensor]:
@@ -293,3 +286,16 @@ def _numel(layout: Layout) -> int:
 def _check_plan(name: str, plan: Any) -> None:
     if not isinstance(plan, Assignments):
         raise UsageError(f"layer '{name}': its router's select answered {type(plan).__name__}, not Assignments")
+
+
+def _check_terms(name: str, terms: Mapping[str, Any]) -> None:
+    for term, value in terms.items():
+        if not isinstance(value, Tensor):
+            why = f"is {value!r}, not a scalar"
+        elif value.dim():
+            why = f"is of shape {list(value.shape)}, not a scalar"
+        elif not value.requires_grad:
+            why = "does not depend on the router"
+        else:
+            continue
+        raise UsageError(f"layer '{name}': loss '{term}' {why}; it can teach this router nothing")

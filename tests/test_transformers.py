@@ -79,7 +79,7 @@ def inputs(*shape):
     return torch.randn(*shape, DIM, generator=torch.Generator().manual_seed(1)).requires_grad_()
 
 
-def close(ours, theirs):
+def assert_close(ours, theirs):
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
@@ -103,7 +103,7 @@ def test_output(pair):
     """[B, S, D] in, the block's output out."""
     layer, block = pair()
     x = inputs(3, 20)
-    close(layer(x), block(x))
+    assert_close(layer(x), block(x))
 
 
 @PAIRS
@@ -113,7 +113,7 @@ def test_gradients_of_input_and_router(pair):
     x = inputs(3, 20)
     ours = gradients(layer, x, [layer.router.rows])
     theirs = gradients(block, x, [block.gate.weight])
-    close(ours, theirs)
+    assert_close(ours, theirs)
     assert theirs[1].abs().sum() > 1
 
 
@@ -124,8 +124,8 @@ def test_gradients_of_experts(pair):
     x = inputs(3, 20)
     _, w_in, w_out = gradients(layer, x, [layer.experts.w_in, layer.experts.w_out])
     _, gate_up, down = gradients(block, x, [block.experts.gate_up_proj, block.experts.down_proj])
-    close(w_in.mT, gate_up)
-    close(w_out.mT, down)
+    assert_close(w_in.mT, gate_up)
+    assert_close(w_out.mT, down)
 
 
 def test_gradients_of_shared_expert():
@@ -134,8 +134,8 @@ def test_gradients_of_shared_expert():
     x, shared = inputs(3, 20), block.shared_experts
     _, enter, leave = gradients(layer, x, [layer.shared.enter.weight, layer.shared.leave.weight])
     _, gate, up, down = gradients(block, x, [m.weight for m in (shared.gate_proj, shared.up_proj, shared.down_proj)])
-    close(enter, torch.cat([gate, up]))
-    close(leave, down)
+    assert_close(enter, torch.cat([gate, up]))
+    assert_close(leave, down)
 
 
 def test_selection_bias_moves_deepseeks_choice():
@@ -152,7 +152,7 @@ def test_load_loss_leaves_padding_out(theirs):
     layer, x = build("topk,switch_aux", top_k=2), inputs(3, 20)
     mask = torch.arange(20) < torch.tensor([20, 7, 13])[:, None]
     logits = F.linear(x.flatten(0, 1), layer.router.rows)
-    close(2 * switch_aux(layer, x, mask), theirs.load_balancing_loss_func((logits,), EXPERTS, 2, mask.long()))
+    assert_close(2 * switch_aux(layer, x, mask), theirs.load_balancing_loss_func((logits,), EXPERTS, 2, mask.long()))
 
 
 def test_load_loss_teaches_the_router_the_same():
@@ -163,7 +163,7 @@ def test_load_loss_teaches_the_router_the_same():
     (layer(x).sum() + engine.aux_loss()).backward()
     logits = F.linear(x.detach().flatten(0, 1), block.gate.weight)
     (block(x.detach()).sum() + 0.1 * mixtral.load_balancing_loss_func((logits,), EXPERTS, 2)).backward()
-    close(layer.router.rows.grad, block.gate.weight.grad)
+    assert_close(layer.router.rows.grad, block.gate.weight.grad)
 
 
 # -- what is not, and is meant not to be ---------------------------------------------------------------
@@ -175,7 +175,7 @@ def test_differs_load_loss_by_factor_k(theirs, top_k):
     """Theirs does not divide the load by K: for one layer it is K times `switch_aux`."""
     layer, x = build("topk,switch_aux", top_k=top_k), inputs(3, 20)
     logits = F.linear(x.flatten(0, 1), layer.router.rows)
-    close(top_k * switch_aux(layer, x), theirs.load_balancing_loss_func((logits,), EXPERTS, top_k))
+    assert_close(top_k * switch_aux(layer, x), theirs.load_balancing_loss_func((logits,), EXPERTS, top_k))
 
 
 def test_differs_load_loss_per_layer():
@@ -189,8 +189,8 @@ def test_differs_load_loss_per_layer():
     for index, layer in enumerate(layers):
         layer.router.rows.data = 100 * F.one_hot(torch.tensor(index), 4).float()[:, None].expand(4, DIM)
     logits = tuple(F.linear(x, layer.router.rows) for layer in layers)
-    close(mixtral.load_balancing_loss_func(logits, 4, 1), torch.tensor(1.0))
-    close(torch.stack([switch_aux(layer, x) for layer in layers]).mean(), torch.tensor(4.0))
+    assert_close(mixtral.load_balancing_loss_func(logits, 4, 1), torch.tensor(1.0))
+    assert_close(torch.stack([switch_aux(layer, x) for layer in layers]).mean(), torch.tensor(4.0))
 
 
 def test_differs_single_gate():

@@ -212,6 +212,18 @@ def test_two_engines_do_not_meet():
     assert second.first.router.rows.grad is None
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_layer_counts_in_evaluation(backend):
+    torch._dynamo.reset()
+    engine, model = build(plain)
+    model.eval()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    with torch.no_grad():
+        for x in batches():
+            compiled(x)
+    assert engine._take(model.first, "eval").tokens == 27
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # Dynamo's own look at what it resumes with
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_layer_that_breaks_the_graph_counts_and_injects_too(backend):
