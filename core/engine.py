@@ -112,6 +112,11 @@ class Engine:
             dict(ask("moe_bias", Bias | None, spec=spec, level=level)) for level in router.levels
         ]
         experts: Any = ModuleBank(modules, spec.out_dim) if modules is not None else self._experts(spec, plugins)
+        for level, answers in zip(router.levels, biases, strict=True):
+            for plugin, bias in answers.items():
+                if (shape := list(bias().shape)) != [level.size]:
+                    why = f"its forward answers {shape}, but level '{level.name}' has {level.size} units"
+                    raise PluginError(f"bias '{plugin}' can't be used: {why}")
         weights = {plugin: float(getattr(instance, "weight", 1.0)) for plugin, instance in plugins.items()}
         used = {plugin for level in biases for plugin in level}
         for bound in self.plugins.bind("moe_bias", plugins):

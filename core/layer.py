@@ -291,11 +291,11 @@ def _check_plan(name: str, plan: Any) -> None:
 def _check_terms(name: str, terms: Mapping[str, Any]) -> None:
     for term, value in terms.items():
         if not isinstance(value, Tensor):
-            why = f"is {value!r}, not a scalar"
+            why = f"is {value!r}, not a tensor"
         elif value.dim():
-            why = f"is of shape {list(value.shape)}, not a scalar"
+            why = f"is of shape {list(value.shape)}, not a scalar; take a mean, say routing.mean(...)"
         elif not value.requires_grad:
-            why = "does not depend on the router"
+            why = "does not depend on the router; it can teach this router nothing"
         else:
             continue
-        raise UsageError(f"layer '{name}': loss '{term}' {why}; it can teach this router nothing")
+        raise UsageError(f"layer '{name}': loss '{term}' {why}")

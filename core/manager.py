@@ -117,7 +117,10 @@ def _check_hook(origin: str, cls: type, name: str) -> None:
     if any(marks[one] for one in ("wrapper", "hookwrapper", "tryfirst", "trylast")):
         raise PluginError(f"{origin}: {name} asks for a place in the order; plugins act in the order typed")
     offered = inspect.signature(HOOKS[name]).parameters
-    for argument in list(inspect.signature(getattr(cls, name)).parameters)[1:]:
+    own, *asked = [*inspect.signature(getattr(cls, name)).parameters, None]
+    if own != "self":
+        raise PluginError(f"{origin}: the first argument of {name} must be self")
+    for argument in asked[:-1]:
         if argument not in offered:
             raise PluginError(f"{origin}: {name} asks for '{argument}', but the hook offers {listed(offered)}")
 

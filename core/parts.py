@@ -4,7 +4,7 @@ A part never goes through attrs: one validated field on an nn.Module hides all i
 """
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import attrs
 import torch
@@ -52,7 +52,9 @@ class Part(nn.Module):
         fresh: Callable[..., Tensor] | None = None,
         of: str = "expert",
     ) -> None:
-        """Register a parameter with an expert axis."""
+        """Register a parameter with an expert axis. Raises ValueError for a role that does not exist."""
+        if role not in get_args(Role):
+            raise ValueError(f"a tensor's role is one of {', '.join(get_args(Role))}, not {role!r}")
         self.register_parameter(name, nn.Parameter(tensor))
         self.axes[name] = Axis(axis, of, role, fresh)
 

@@ -138,6 +138,11 @@ class Run:
         return plugins
 
     @property
+    def typed(self) -> str:
+        """The plugins as they were typed."""
+        return ",".join(self.config.get("run", {}).get("plugins", [])) or "defaults"
+
+    @property
     def name(self) -> str:
         """The folder's name."""
         return self.folder.resolve().name

@@ -262,8 +262,11 @@ def versions() -> dict[str, str]:
 
 
 def _layer_summary(layer: Any, metrics: Metrics) -> dict[str, Any]:
+    """The numbers that every layer has, null where no plugin answers them, then every other number."""
     measured = {name: plain(metrics.get(name)) for name in BALANCE}
-    return {"name": layer.name, "experts": layer.spec.experts, "top_k": layer.spec.top_k, **measured}
+    others = {name: plain(value) for name, value in metrics.items() if name not in BALANCE}
+    numbers = {name: value for name, value in others.items() if value is None or isinstance(value, int | float)}
+    return {"name": layer.name, "experts": layer.spec.experts, "top_k": layer.spec.top_k, **measured, **numbers}
 
 
 def _sums(score: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor]:

@@ -796,7 +796,7 @@ def test_an_interrupt_before_the_first_step_is_one_line(call, monkeypatch):
 
 
 def test_a_bug_is_one_line_too(call, monkeypatch):
-    """What nobody foresaw exits 1 and says how to see more; --debug lets it through."""
+    """What nobody foresaw exits 1 and says how to see more; --debug shows it."""
 
     def surprise(*_, **__):
         raise LookupError("surprise")
@@ -804,5 +804,7 @@ def test_a_bug_is_one_line_too(call, monkeypatch):
     monkeypatch.setattr("moe_engine.training.Training", surprise)
     expected = (1, "", "moe-engine: unexpected LookupError: surprise; this is a bug: --debug shows where\n")
     assert expected == call(*QUICK)
-    with pytest.raises(LookupError):
-        main([*QUICK, "--debug"])
+    code, _, err = call(*QUICK, "--debug")
+    assert code == 1
+    assert "Traceback" in err
+    assert err.endswith(expected[2])

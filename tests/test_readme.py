@@ -4,8 +4,11 @@ import re
 import tomllib
 from pathlib import Path
 
+import attrs
 import pytest
+import torch
 
+from moe_engine import Engine, hookimpl
 from moe_engine.cli import main
 from moe_engine.manager import KINDS
 
@@ -30,7 +33,26 @@ def test_the_plugins_on_the_page_run(install, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command = next(line for line in blocks("sh")[-1].splitlines() if "coin.noise" in line).split()[1:]
     assert main([*command, "--epochs", "2", "--out", "run", "--quiet"]) == 0
-    assert '"top_share"' in (tmp_path / "run" / "metrics.jsonl").read_text()
+    for file in ("metrics.jsonl", "summary.json", "report.html"):
+        assert "top_share" in (tmp_path / "run" / file).read_text().split("[run]")[0]
+
+
+def test_the_parts_in_the_hooks_documentation_work(install):
+    page = (Path(__file__).parents[1] / "docs" / "hooks.md").read_text("utf-8")
+    parts = {}
+    exec("import torch\nfrom moe_engine import *", parts)
+    for block in re.findall(r"^```python\n(.*?)^```", page, re.M | re.S):
+        exec(block, parts)
+    router = {"moe_router": hookimpl(lambda self, spec: parts["Plain"](spec))}
+    bias = {"moe_bias": hookimpl(lambda self, spec, level: parts["Nudge"](level.size))}
+    install("router", "plain", attrs.define(eq=False)(type("PlainPlugin", (), router)))
+    install("bias", "nudge", attrs.define(eq=False)(type("NudgePlugin", (), bias)))
+    engine = Engine("plain,nudge", experts=4)
+    layer = engine.moe(6, 8)
+    layer(torch.randn(9, 6)).sum().backward()
+    engine.after_backward()
+    engine.after_step()
+    assert layer.biases[0]["nudge"].b.abs().sum() > 0
 
 
 def test_the_loop_on_the_page_runs(capsys):

@@ -1,12 +1,13 @@
 """The command line: `moe-engine run | plugins | compare`. Nothing here imports torch before it must."""
 
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib import metadata
 
 import click
 
-from ..errors import RunError, UsageError
+from ..errors import PluginError, RunError, UsageError
 from .compare import compare
 from .plugins import plugins
 from .run import run
@@ -52,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
     except (Exception, KeyboardInterrupt) as error:
         sentence, code = _ending(error)
-        if code is None and "--debug" in words:
-            raise
+        if "--debug" in words and (code is None or isinstance(error, PluginError)):
+            traceback.print_exception(error)
         print(f"moe-engine: {' '.join(sentence.split())}", file=sys.stderr)
         return code or FAILED
 

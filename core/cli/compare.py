@@ -22,6 +22,11 @@ COLUMNS = (
     "steps",
     "seconds",
 )
+# what every run has and the table leaves out; any other number, as a metric of yours, gets a column
+USUAL = {
+    *COLUMNS,
+    *("name", "experts", "top_k", "load", "cv2", "gini", "max_min", "mutual_information", "router_gradient"),
+}
 
 
 @click.command()
@@ -40,6 +45,9 @@ def compare(runs: tuple[Path, ...], out: Path, as_json: bool) -> None:
     """
     read = [read_run(folder) for folder in runs]
     rows = [row(run) for run in read]
+    more = sorted({name for run in read for layer in run.summary["layers"] for name in layer} - USUAL)
+    for line, run in zip(rows, read, strict=True):
+        line.update({name: _of(run, name) for name in more if not name.startswith("effect.")})
     if out.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise UsageError(f"the picture's name {out} must end in .png, .svg or .pdf")
     from ..figures import overlaid, picture
@@ -53,7 +61,7 @@ def compare(runs: tuple[Path, ...], out: Path, as_json: bool) -> None:
         return
     from .progress import table
 
-    shown = [column for column in COLUMNS if any(one[column] is not None for one in rows)]
+    shown = [name for name in [*rows[0]][2:] if any(one[name] is not None for one in rows)]
     table(
         ["run", "plugins", *shown],
         [[one["run"], one["plugins"], *(_cell(one[column]) for column in shown)] for one in rows],
@@ -63,16 +71,15 @@ def compare(runs: tuple[Path, ...], out: Path, as_json: bool) -> None:
 
 def row(run: Run) -> dict[str, Any]:
     """One run's line: its summary's numbers, those of layers averaged."""
-    layers = run.summary.get("layers", [])
+    return {"run": run.name, "plugins": run.typed, **{name: _of(run, name) for name in COLUMNS}}
 
-    def of(name: str) -> Any:
-        if name in run.summary:
-            return run.summary[name]
-        values = [layer[name] for layer in layers if layer.get(name) is not None]
-        return sum(values) / len(values) if values else None
 
-    typed = run.config.get("run", {}).get("plugins", [])
-    return {"run": run.name, "plugins": ",".join(typed) or "(defaults)", **{name: of(name) for name in COLUMNS}}
+def _of(run: Run, name: str) -> Any:
+    """A number of the run, or the mean over its layers of a number of theirs."""
+    if name in run.summary:
+        return run.summary[name]
+    values = [layer[name] for layer in run.summary["layers"] if layer.get(name) is not None]
+    return sum(values) / len(values) if values else None
 
 
 def _cell(value: Any) -> str:

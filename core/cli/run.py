@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import RunError
+from ..manager import Plugins, find
 from ..options import Settings, parse_settings
 from ..runs import dump, flag_names, merged, read_config, write_atomically
 
@@ -58,7 +59,7 @@ def _flag(name: str, kind: Any = str, **more: Any) -> Callable[[Command], Comman
 @click.option(
     "--config",
     type=click.Path(path_type=Path),
-    help="Take flags and options from a TOML file; flags and --set go before it.",
+    help="Take flags and options from a TOML file; flags and --set override it.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the run.  [default: runs/TASK-TIME]")
 @click.option(
@@ -90,6 +91,11 @@ def run(
     """
     file_flags, file_settings = read_config(config)
     run_config = merged(file_flags, flags)
+    if any(flags[name] is not None for name in ("plugins", "no_plugin", "task")):
+        # the file's options of plugins that a flag took away are not meant for this run
+        active = Plugins(run_config.plugins, run_config.no_plugin, task=run_config.task).active
+        gone = find().keys() - active.keys()
+        file_settings = {name: table for name, table in file_settings.items() if name not in gone}
     own: Settings = {name: dict(table) for name, table in file_settings.items()}
     for plugin, table in parse_settings(settings).items():
         own.setdefault(plugin, {}).update(table)

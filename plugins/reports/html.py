@@ -38,7 +38,7 @@ class Html:
         ]
         page = Environment(loader=PackageLoader(__package__, ""), autoescape=True).get_template("report.html.jinja")
         config = (run.folder / "config.toml").read_text("utf-8")
-        text = page.render(run=run, summary=run.summary, pictures=pictures, config=config, last=_last(run))
+        text = page.render(run=run, summary=run.summary, pictures=pictures, config=config)
         write_atomically(run.folder / "report.html", text.encode())
         return ["report.html"]
 
@@ -50,9 +50,3 @@ def _svg(content, index):
     for mark in ('id="', 'xlink:href="#', 'href="#', "url(#"):
         text = text.replace(mark, f"{mark}f{index}-")
     return Markup(text.replace(f'xlink:href="#f{index}-f{index}-', f'xlink:href="#f{index}-'))
-
-
-def _last(run):
-    """The last record of the test set, by layer."""
-    records = [record for record in run.records if record["split"] == "eval"]
-    return records[-1]["layers"] if records else {}
