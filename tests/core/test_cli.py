@@ -93,6 +93,28 @@ def test_flag_goes_before_set_before_file_before_default(tmp_path):
     assert "top_k = 2" in text
 
 
+def test_a_flag_that_takes_a_plugin_away_takes_its_options_in_the_file_away_too(tmp_path, capsys):
+    run("one", "--plugins", "saturation,switch_aux")
+    run("two", "--config", "one/config.toml", "--plugins", "sigmoid_topk")
+    assert "saturation" not in (tmp_path / "two" / "config.toml").read_text()
+    capsys.readouterr()
+    (tmp_path / "c.toml").write_text("[plugins.saturatoin]\nbeta = 1.0\n")
+    assert main(["run", "--config", "c.toml", "--plugins", "topk"]) == 2
+    assert "plugin 'saturatoin', which does not exist" in capsys.readouterr().err
+
+
+def test_compare_has_a_column_for_any_other_number(capsys, tmp_path):
+    run("one")
+    summary = json.loads((tmp_path / "one" / "summary.json").read_text())
+    summary["layers"][0]["mine"] = 0.25
+    (tmp_path / "one" / "summary.json").write_text(json.dumps(summary))
+    capsys.readouterr()
+    assert main(["compare", "one"]) == 0
+    out = capsys.readouterr().out
+    assert "mine" in out
+    assert "0.25" in out
+
+
 def test_plugins_lists_by_metadata(capsys):
     assert main(["plugins", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)

@@ -7,7 +7,7 @@ import attrs
 import pytest
 import torch
 
-from moe_engine import Engine, PluginError, RunError, UsageError, hookimpl, option
+from moe_engine import Bias, Engine, Part, PluginError, RunError, UsageError, hookimpl, option
 from moe_engine.manager import Plugins, broken, defaults, find
 
 ROOT = Path(__file__).parents[2]
@@ -51,6 +51,7 @@ def test_without_removes_defaults_and_chosen_plugins():
             "moe_router asks for 'seed', but the hook offers spec",
         ),
         ({"moe_router": lambda self, spec: None}, "moe_router lacks the mark @hookimpl"),
+        ({"moe_router": hookimpl(lambda spec: None)}, "the first argument of moe_router must be self"),
         ({"moe_router": hookimpl(tryfirst=True)(lambda self, spec: None)}, "plugins act in the order typed"),
     ],
 )
@@ -137,6 +138,27 @@ def test_a_bias_that_finds_nothing_to_shift_is_refused(install):
     install("bias", "mine", Mine)
     with pytest.raises(UsageError, match="bias 'mine' acts on nothing"):
         Engine("mine").moe(3, 4)
+
+
+def test_a_bias_of_the_wrong_size_is_refused_with_its_own_name(install):
+    class Three(Bias):
+        def forward(self):
+            return torch.zeros(3)
+
+    @attrs.define(eq=False)
+    class Mine:
+        @hookimpl
+        def moe_bias(self, level):
+            return Three()
+
+    install("bias", "mine", Mine)
+    with pytest.raises(PluginError, match=r"bias 'mine' .* answers \[3\], but level 'expert' has 8 units"):
+        Engine("mine").moe(3, 4)
+
+
+def test_a_role_that_does_not_exist_is_refused():
+    with pytest.raises(ValueError, match="role is one of in, output, logit_row, logit_bias, state, not 'row'"):
+        Part().expert_param("rows", torch.zeros(3), role="row")
 
 
 def test_a_router_that_cannot_learn_is_refused(install):
