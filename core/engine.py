@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .effects import Effects, check_learning, effects_of, watch
 from .errors import PluginError, RunError, UsageError, listed
 from .experts import ModuleBank, StackedMLP
-from .layer import MoE, unflat
+from .layer import MoE, numel, unflat
 from .ledger import Anchor
 from .manager import Plugins, Setup
 from .options import Settings, parse_settings
@@ -210,7 +210,7 @@ class Engine:
         named = unflat(flat, layer.training_layout)
         self._last[layer] = {name.removeprefix("loss."): v for name, v in named.items() if name.startswith("loss.")}
         flat = torch.where(flat.isfinite().all(), flat, 0)  # nothing that is not finite reaches a state
-        size = sum(shape.numel() for shape in layer.training_layout.values())
+        size = numel(layer.training_layout)
         if layer not in self._windows:
             self._windows[layer] = torch.zeros(size, dtype=layer.seen.dtype, device=flat.device)
         self._windows[layer] += flat[:size]

@@ -90,7 +90,9 @@ def curves(runs: Sequence["Run"], names: Sequence[str]) -> Figure | None:
             axes = figure.add_subplot(rows, columns, index + 1, title=name, xlabel="step")
             for number, run in enumerate(runs):
                 for split, dash, word in splits:
-                    label = word if len(runs) == 1 else f"{run.name}: {run.typed}"
+                    label = (
+                        word if len(runs) == 1 else f"{run.name}: {run.typed}".replace("$", r"\$")
+                    )  # a name is no formula
                     axes.plot(
                         *series(run, split, name), dash, color=f"C{number}", label=label, marker="o", markersize=2.5
                     )

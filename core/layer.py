@@ -234,14 +234,14 @@ class MoE(nn.Module):
     def _open_book(self) -> None:
         """The leaf whose gradient is the step's sums, and its companions; fp32 whatever the layer is cast to."""
         device = next(self.parameters(), torch.empty(0)).device
-        size = _numel(self.training_layout) + sum(self.signal_sizes.values())
+        size = numel(self.training_layout) + sum(self.signal_sizes.values())
         fp32: Any = {"dtype": torch.float32, "device": device}
         self.register_buffer("book", torch.zeros(size, requires_grad=True, **fp32), persistent=False)
         self.register_buffer("aux_value", torch.zeros((), **fp32), persistent=False)
         self.register_buffer("aux_scale", torch.zeros((), **fp32), persistent=False)
         # no buffer, because DDP would overwrite it with the first process's; fp32 would stop counting at 2^24
         wide = torch.float32 if device.type == "mps" else torch.float64
-        self.seen = torch.zeros(_numel(self.layout), dtype=wide, device=device)
+        self.seen = torch.zeros(numel(self.layout), dtype=wide, device=device)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "MoE":
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -279,7 +279,8 @@ def unflat(flat: Tensor, layout: Layout) -> dict[str, Tensor]:
     return sums
 
 
-def _numel(layout: Layout) -> int:
+def numel(layout: Layout) -> int:
+    """The length of the flat vector of a layout."""
     return sum(shape.numel() for shape in layout.values())
 
 

@@ -27,7 +27,7 @@ Listener = Callable[[dict[str, Any]], None]
 
 
 def adam(model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """Adam, fused where it can be: stacked experts lose to a plain loop over experts without it."""
+    """Adam, fused where it can be: one pass over each stacked weight and its moments."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda", "mps") for p in parameters)
     return torch.optim.Adam(parameters, lr=lr, fused=fused)

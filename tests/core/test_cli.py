@@ -186,6 +186,12 @@ def test_compare_sets_runs_side_by_side(capsys, tmp_path):
     assert (tmp_path / "other.svg").exists()
 
 
+def test_a_name_that_looks_like_a_formula_is_only_a_name(tmp_path):
+    run(r"$\frac$")
+    run("other")
+    assert main(["compare", r"$\frac$", "other", "--json"]) == 0
+
+
 def test_the_report_stands_alone(tmp_path):
     """One page: verdict first, no address of anything outside, every picture inside, balanced markup."""
     assert main(["run", *QUICK, "--plugins", "saturation,switch_aux", "--quiet", "--out", "run"]) == 0
