@@ -15,11 +15,16 @@ if TYPE_CHECKING:
     from .errors import UsageError as UsageError
     from .experts import ModuleBank as ModuleBank
     from .experts import StackedMLP as StackedMLP
+    from .growth import Grown as Grown
+    from .growth import Growth as Growth
+    from .growth import NewExpert as NewExpert
+    from .history import History as History
     from .hookspecs import hookimpl as hookimpl
     from .layer import MoE as MoE
     from .options import option as option
     from .parts import Bias as Bias
     from .parts import Experts as Experts
+    from .parts import GroupLimitedRouter as GroupLimitedRouter
     from .parts import LinearRouter as LinearRouter
     from .parts import Part as Part
     from .parts import Router as Router
@@ -48,10 +53,12 @@ _HOMES = {
     "engine": ("Engine",),
     "errors": ("PluginError", "RunError", "UsageError"),
     "experts": ("ModuleBank", "StackedMLP"),
+    "growth": ("Grown", "Growth", "NewExpert"),
+    "history": ("History",),
     "hookspecs": ("hookimpl",),
     "layer": ("MoE",),
     "options": ("option",),
-    "parts": ("Bias", "Experts", "LinearRouter", "Part", "Router", "linear_logits", "uniform"),
+    "parts": ("Bias", "Experts", "GroupLimitedRouter", "LinearRouter", "Part", "Router", "linear_logits", "uniform"),
     "routing": (
         *("Assignments", "Level", "LevelSpec", "Routing", "Spec", "Tokens"),
         *("assign", "centred_log", "count_by", "groups_problem", "keep_best_groups"),

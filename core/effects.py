@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .errors import UsageError
 from .layer import MoE
-from .routing import Routing
+from .routing import Routing, Tokens
 
 LEARNABLE = 1e-5  # the least share of the gates' gradient that must reach a router's logits
 
@@ -38,6 +38,23 @@ def watch(layers: Sequence[MoE], run: Callable[[], Tensor]) -> tuple[Tensor, dic
     finally:
         for layer in layers:
             layer.watched = None
+
+
+@torch.no_grad()
+def output_on(layer: MoE, tokens: Tokens) -> Tensor:
+    """A layer's output on given tokens, in eval mode, uncounted."""
+
+    def shaped(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values.view(*tokens.shape, *values.shape[1:])
+
+    was_training, layer.watched = layer.training, []
+    layer.eval()
+    try:
+        x = tokens.x.detach().view(*tokens.shape, -1)
+        return layer(x, shaped(tokens.mask), shaped(tokens.ids), shaped(tokens.labels)).detach()
+    finally:
+        layer.watched = None
+        layer.train(was_training)
 
 
 def effects_of(layer: MoE, routing: Routing, loss: Tensor, layers: int) -> Effects:

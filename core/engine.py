@@ -1,31 +1,41 @@
 """The engine: builds layers from plugins, and owns the order of events around a training step.
 
 Sequence: forward; (task_loss + engine.aux_loss()).backward(); engine.after_backward() for each
-micro-batch; then unscale, clip, optimizer.step(); engine.after_step(skipped=False) once.
+micro-batch; then unscale, clip, optimizer.step(); engine.after_step(skipped=False) once. Growth comes
+after that: optimizer.zero_grad(), then engine.grow() for what engine.due() answers.
 """
 
+import copy
+import math
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import attrs
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from .effects import Effects, check_learning, effects_of, watch
-from .errors import PluginError, RunError, UsageError, listed
+from .effects import Effects, check_learning, effects_of, output_on, watch
+from .errors import PluginError, RunError, UsageError, listed, nearest
 from .experts import ModuleBank, StackedMLP
+from .growth import Growth, Grown, NewExpert, agreed, all_or_nothing, commit, stage
+from .history import History
 from .layer import MoE, numel, unflat
 from .ledger import Anchor
 from .manager import Plugins, Setup
 from .options import Settings, parse_settings
+from .seeds import generator
 from .parts import Bias, Experts, Part, Router
-from .routing import Routing, Spec, count_by
+from .routing import Routing, Spec, Tokens, count_by
 from .stats import Finding, Stats, Step
 
 if TYPE_CHECKING:
     from .tasks import TaskSpec
 
 Metrics = dict[str, float | Tensor | Finding]
+EXACT = 1e-5  # the largest relative change of a layer's output that still counts as none
 
 
 class Engine:
@@ -33,7 +43,10 @@ class Engine:
 
     plugins: names in the order typed, comma-separated or as a list. settings: "plugin.option=value"
     texts, or nested dicts. without: names of default plugins to leave out. task: name of a task
-    plugin. spec: defaults of every layer (experts, top_k, capacity, ...). Raises UsageError.
+    plugin. seed: fixes what new experts draw. spec: defaults of every layer (experts, top_k, capacity, ...).
+    Raises UsageError.
+
+    step: optimizer steps so far. growths: what has grown, oldest first.
     """
 
     def __init__(
@@ -42,14 +55,17 @@ class Engine:
         settings: Iterable[str] | Settings = (),
         without: Iterable[str] = (),
         task: str | None = None,
+        seed: int = 0,
         **spec: Any,
     ) -> None:
         names = [name.strip() for name in plugins.split(",") if name.strip()] if isinstance(plugins, str) else plugins
         self.plugins = Plugins(names, without, _settings(settings), task)
-        self.defaults = spec
+        self.defaults, self.seed = spec, seed
+        self.step = 0
+        self.growths: list[Grown] = []
+        self.memory: dict[str, dict[str, float]] = {}  # of each trigger
+        self._triggers = self.plugins.bind("moe_growth")
         self._layers: list[weakref.ref[MoE]] = []
-        self._windows: weakref.WeakKeyDictionary[MoE, Tensor] = weakref.WeakKeyDictionary()
-        self._last: weakref.WeakKeyDictionary[MoE, dict[str, Tensor]] = weakref.WeakKeyDictionary()
         self._anchored = False  # aux_loss() took part in a backward of this step
         self._closed = True  # after_backward() followed the last backward
 
@@ -79,13 +95,14 @@ class Engine:
         name = name or f"moe{len(self._layers)}"
         if any(layer.name == name for layer in self.layers):
             raise UsageError(f"there is a layer '{name}' already; give this one another name")
+        settings = _settings(settings)
         layer_spec = self._spec(dim=dim, hidden=hidden, **spec)
         if dim < 1 or (hidden < 1 and (modules is None or layer_spec.shared)):
             raise UsageError(f"a layer of dim={dim} and hidden={hidden} is empty; both must be at least 1")
-        plugins = self.plugins.override(_settings(settings))
+        plugins = self.plugins.override(settings)
         self.plugins.check(Setup(plugins, layer_spec))
         try:
-            layer = self._build(layer_spec, plugins, modules, name)
+            layer = self._build(layer_spec, plugins, modules, settings, name)
         except UsageError:
             raise
         except Exception as error:
@@ -101,7 +118,14 @@ class Engine:
         except TypeError as error:
             raise UsageError(f"a layer can't be built: {error}") from error
 
-    def _build(self, spec: Spec, plugins: Mapping[str, Any], modules: Sequence[nn.Module] | None, name: str) -> MoE:
+    def _build(
+        self,
+        spec: Spec,
+        plugins: Mapping[str, Any],
+        modules: Sequence[nn.Module] | None,
+        settings: Settings,
+        name: str,
+    ) -> MoE:
         def ask(hook: str, kind: Any, **offer: Any) -> list[tuple[str, Any]]:
             bounds = self.plugins.bind(hook, plugins)
             answers = [(bound.plugin, self.plugins.ask(bound, kind, offer)) for bound in bounds]
@@ -131,6 +155,7 @@ class Engine:
             losses=[bound for bound in self.plugins.bind("moe_aux_loss", plugins) if weights[bound.plugin]],
             measures=self.plugins.bind("moe_measure", plugins),
             weights=weights,
+            settings=settings,
             name=name,
         )
         return layer
@@ -150,6 +175,16 @@ class Engine:
             layer.name = name or layer.name
         self._layers = [weakref.ref(layer) for _, layer in found]
         return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Engine":
+        """A copy with the same plugins; it owns the copies of the layers that are made along with it, or none."""
+        twin = copy.copy(self)
+        memo[id(self)] = twin
+        twin.plugins = copy.deepcopy(self.plugins, memo)
+        twin._triggers = twin.plugins.bind("moe_growth")
+        twin.growths, twin.memory = list(self.growths), copy.deepcopy(self.memory)
+        twin._layers = [weakref.ref(copy.deepcopy(layer, memo)) for layer in self.layers]
+        return twin
 
     @property
     def layers(self) -> list[MoE]:
@@ -205,15 +240,19 @@ class Engine:
             _over_processes(sums)
             if not skipped:
                 self._settle(layer, sums)
+        self.step += not skipped
 
     def _settle(self, layer: MoE, flat: Tensor) -> None:
         named = unflat(flat, layer.training_layout)
-        self._last[layer] = {name.removeprefix("loss."): v for name, v in named.items() if name.startswith("loss.")}
+        layer.last_terms = {name.removeprefix("loss."): v for name, v in named.items() if name.startswith("loss.")}
         flat = torch.where(flat.isfinite().all(), flat, 0)  # nothing that is not finite reaches a state
         size = numel(layer.training_layout)
-        if layer not in self._windows:
-            self._windows[layer] = torch.zeros(size, dtype=layer.seen.dtype, device=flat.device)
-        self._windows[layer] += flat[:size]
+        if layer.window is None:
+            layer.window = torch.zeros(size, dtype=layer.seen.dtype, device=flat.device)
+        layer.window += flat[:size]
+        if self._triggers:
+            load_E = unflat(flat, layer.training_layout)["load"].to(layer.seen.dtype)
+            layer.recent = load_E if layer.recent is None else layer.recent + load_E
         named, signals = unflat(flat, layer.training_layout), _signals(layer, flat[size:])
         grad_E = None
         for index, level in enumerate(layer.router.levels):
@@ -232,8 +271,137 @@ class Engine:
         return {
             f"'{term}' of layer '{layer.name}'": v
             for layer in self.layers
-            for term, v in self._last.get(layer, {}).items()
+            for term, v in layer.last_terms.items()
         }
+
+    # -- growth ----------------------------------------------------------------------------------
+
+    def due(self, loss: Tensor | float, eval_loss: Tensor | float | None = None) -> list[Growth]:
+        """What the triggers want to grow now, for `grow`; ask once after each `after_step`.
+
+        loss: the task's of this step. eval_loss: of an evaluation, where there was one since the last
+        call. Both are averaged over processes, so that all decide alike.
+        """
+        if not self._triggers or not self.layers:
+            return []
+        losses = [_over_all(value) for value in (loss, *(() if eval_loss is None else (eval_loss,)))]
+        if not all(map(math.isfinite, losses)):
+            return []
+        history = History(self.step, losses[0], losses[1] if len(losses) > 1 else None, self.layers, self.growths)
+        wanted: list[Growth] = []
+        for bound in self._triggers:  # all of them: each keeps its own account of every step
+            answer = bound({"history": history, "memory": self.memory.setdefault(bound.plugin, {})})
+            several = [answer] if isinstance(answer, Growth) else list(answer or ())
+            if not all(isinstance(one, Growth) for one in several):
+                raise UsageError(f"moe_growth of '{bound.plugin}' answers {answer!r}, not a Growth, several, or None")
+            wanted = wanted or [attrs.evolve(one, why=f"{bound.plugin}: {one.why}") for one in several]
+        return wanted
+
+    def grow(
+        self,
+        growth: Growth,
+        optimizers: Optimizer | Iterable[Optimizer] = (),
+        followers: nn.Module | Iterable[nn.Module] = (),
+        probe: Callable[[], Tensor] | None = None,
+    ) -> Grown:
+        """Grow, remove or replace experts of a layer, its optimizers' state with them: all of it or nothing.
+
+        Parameters stay the same objects, so that optimizers, schedulers and lists of them stay true.
+        optimizers: every one that holds the layer's parameters. followers: models with a copy of the
+        layer, as an average of the weights, which grow alike; and a DistributedDataParallel, which is
+        to be built anew afterwards. probe: as in `metrics`; on it the change of the layer and of the loss
+        are measured. Where there are several processes, all must call it. Raises UsageError if it
+        makes no sense, or would leave a living holder of the parameters behind.
+        """
+        optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+        followers = [followers] if isinstance(followers, nn.Module) else list(followers)
+        layer = self._named(growth.layer)
+        copies = [m for f in followers for m in f.modules() if _is_copy(m, layer)]
+        device = layer.book.device
+        random = generator(self.seed, f"growth {len(self.growths)}")
+        with all_or_nothing([layer, *copies], optimizers):
+            with agreed(growth, device):
+                self._check_growth(layer, growth, probe)
+                before = self._look(layer, probe)
+                staged = stage(layer, copies, growth, self._sources(layer), random, optimizers, followers)
+                plan = staged.plans["expert"]
+                grown = attrs.evolve(layer.spec, experts=len(plan.origins))
+                self.plugins.check(Setup(self.plugins.override(layer.settings), grown))
+                self._check_exact(layer, growth, staged.source)
+            with agreed(growth, device):
+                size = layer.spec.experts
+                commit(staged, [layer, *copies])
+                after = self._look(layer, probe, before)
+                change = _change(before, after)
+                if growth.require_exact and not (change is not None and change <= EXACT):
+                    raise UsageError(f"growth of layer '{layer.name}' changed its output by {change}; nothing was done")
+                if "torch._dynamo" in sys.modules:
+                    torch.compiler.reset()  # after eight sizes a compiled model would silently run eagerly
+            record = Grown(
+                step=self.step,
+                layer=layer.name,
+                of=growth.of,
+                before=size,
+                after=layer.spec.experts,
+                rows=tuple(None if at in plan.newcomers else old for at, old in enumerate(plan.origins)),
+                parents=tuple(plan.origins[at] for at in plan.newcomers),
+                drop=tuple(sorted(set(range(size)) - plan.kept.keys())),
+                source=staged.source,
+                why=growth.why,
+                change=change,
+                loss_before=before and before.loss,
+                loss_after=after and after.loss,
+            )
+            self.growths.append(record)
+        return record
+
+    def _named(self, name: str) -> MoE:
+        layers = {layer.name: layer for layer in self.layers}
+        if name not in layers:
+            raise UsageError(f"there is no layer '{name}' to grow; {nearest(name, layers)}")
+        return layers[name]
+
+    def _sources(self, layer: MoE) -> Callable[[Mapping[str, Any]], tuple[str, NewExpert]]:
+        bounds = self.plugins.bind("moe_new_expert", self.plugins.override(layer.settings))
+
+        def ask(offer: Mapping[str, Any]) -> tuple[str, NewExpert]:
+            for bound in bounds:
+                new = bound(offer)
+                if isinstance(new, NewExpert):
+                    return bound.plugin, new
+                if new is not None:
+                    raise UsageError(f"moe_new_expert of '{bound.plugin}' answers {new!r}, which is no NewExpert")
+            asked = listed(bound.plugin for bound in bounds) or "no plugin"
+            raise UsageError(f"nobody makes a new expert of layer '{layer.name}' (asked: {asked}); add a source")
+
+        return ask
+
+    def _check_growth(self, layer: MoE, growth: Growth, probe: Any) -> None:
+        if growth.require_exact and probe is None:
+            raise UsageError("require_exact needs a probe, on which the change is measured")
+        if self._anchored:
+            raise UsageError(f"layer '{layer.name}' can't grow in the middle of a step; call engine.after_step() before")
+        mine = {id(parameter) for parameter in layer.parameters()}
+        for other in self.layers:
+            if other is not layer and any(id(parameter) in mine for parameter in other.parameters()):
+                raise UsageError(f"layer '{layer.name}' shares weights with '{other.name}', which would not grow with it")
+
+    def _check_exact(self, layer: MoE, growth: Growth, source: str | None) -> None:
+        if growth.require_exact and source not in layer.router.keeps_function:
+            (router,) = (bound.plugin for bound in self.plugins.bind("moe_router"))
+            how = f"source '{source}' can't keep" if source else "removal can't keep"
+            raise UsageError(f"{how} what a layer with router '{router}' computes; leave require_exact away")
+
+    def _look(self, layer: MoE, probe: Callable[[], Tensor] | None, same: "_Look | None" = None) -> "_Look | None":
+        """The layer on the probe batch; with `same`, on the very tokens of that look."""
+        if probe is None:
+            return None
+        loss, routings = self._watch(probe)
+        if same:
+            tokens = same.tokens
+        else:
+            tokens = attrs.evolve(seen.tokens, x=seen.tokens.x.detach()) if (seen := routings.get(layer)) else None
+        return _Look(float(loss.detach()), tokens, None if tokens is None else output_on(layer, tokens))
 
     # -- measuring -------------------------------------------------------------------------------
 
@@ -264,8 +432,9 @@ class Engine:
         if split == "eval":
             stats = Stats(layer.spec, unflat(_over_processes(layer.seen.clone()), layer.layout))
             layer.seen.zero_()
-        elif layer in self._windows:
-            stats = Stats(layer.spec, unflat(self._windows.pop(layer), layer.training_layout))
+        elif layer.window is not None:
+            stats = Stats(layer.spec, unflat(layer.window, layer.training_layout))
+            layer.window = None
         else:
             return None
         for level in layer.router.levels:
@@ -290,6 +459,28 @@ class Engine:
         """
         check_learning(*self._watch(run))
 
+    # -- saving ----------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What goes on where it stopped beside the weights: steps, growths, triggers' memories, sums so far."""
+        sums = {layer.name: {n: getattr(layer, n) for n in ("window", "recent", "seen")} for layer in self.layers}
+        growths = [attrs.asdict(one) for one in self.growths]
+        return {"step": self.step, "growths": growths, "memory": copy.deepcopy(self.memory), "layers": sums}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict`; load the model before, which brings the number of experts. Raises UsageError."""
+        layers = {layer.name: layer for layer in self.layers}
+        if layers.keys() != state["layers"].keys():
+            raise UsageError(f"the state is of layers {listed(state['layers'])}, but there are {listed(layers)}")
+        for name, sums in state["layers"].items():
+            for which, value in sums.items():
+                old = layers[name].seen if which == "seen" else None
+                if old is not None and value.shape != old.shape:
+                    raise UsageError(f"the state of layer '{name}' is of other plugins or experts; load the model before")
+                setattr(layers[name], which, value if value is None else value.to(layers[name].seen))
+        self.step, self.memory = state["step"], copy.deepcopy(dict(state["memory"]))
+        self.growths = [Grown(**one) for one in state["growths"]]
+
     def _watch(self, run: Callable[[], Tensor]) -> tuple[Tensor, dict[MoE, Routing]]:
         try:
             return watch(self.layers, run)
@@ -297,6 +488,33 @@ class Engine:
             if (culprit := self.plugins.culprit(error)) is None:
                 raise
             raise PluginError(f"{culprit} failed on a held-out batch: {type(error).__name__}: {error}") from error
+
+
+@attrs.frozen
+class _Look:
+    loss: float
+    tokens: Tokens | None
+    output: Tensor | None
+
+
+def _change(before: _Look | None, after: _Look | None) -> float | None:
+    """|y' - y| / |y|."""
+    if before is None or after is None or before.output is None or after.output is None:
+        return None
+    y = before.output.double()
+    return float((after.output.double() - y).norm() / y.norm().clamp(min=1e-300))
+
+
+def _is_copy(module: nn.Module, layer: MoE) -> bool:
+    return isinstance(module, MoE) and module is not layer and module.lineage == layer.lineage
+
+
+def _over_all(value: Tensor | float) -> float:
+    """The mean over processes."""
+    if not _distributed():
+        return float(value)
+    mean = torch.as_tensor(value).detach().double().reshape(1)
+    return float(_over_processes(mean)) / torch.distributed.get_world_size()
 
 
 def _settings(given: Iterable[str] | Settings) -> Settings:

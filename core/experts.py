@@ -31,13 +31,13 @@ class StackedMLP(Experts):
         self.activation = spec.activation
         count, dim, hidden, out = spec.experts, spec.dim, spec.hidden, spec.out_dim
         wide = 2 * hidden if spec.activation == "swiglu" else hidden
-        self.expert_param("w_in", uniform((count, dim, wide), dim), role="in")
-        self.expert_param("w_out", uniform((count, hidden, out), hidden), role="output")
+        self.expert_param("w_in", (count, dim, wide), fresh=uniform(dim), role="in")
+        self.expert_param("w_out", (count, hidden, out), fresh=uniform(hidden), role="output")
         self.b_in: Tensor | None
         self.b_out: Tensor | None
         if spec.bias:
-            self.expert_param("b_in", uniform((count, wide), dim), role="in")
-            self.expert_param("b_out", uniform((count, out), hidden), role="output")
+            self.expert_param("b_in", (count, wide), fresh=uniform(dim), role="in")
+            self.expert_param("b_out", (count, out), fresh=uniform(hidden), role="output")
         else:
             self.b_in = self.b_out = None
 

@@ -76,6 +76,42 @@ def series(run: "Run", split: str, name: str, layer: str | None = None) -> tuple
     return steps, values
 
 
+def growths(run: "Run", layer: str | None = None) -> list[dict[str, Any]]:
+    """What grew in a run, or in one of its layers, oldest first."""
+    events = [record["growth"] for record in run.records if record["split"] == "growth"]
+    return [one for one in events if layer in (None, one["layer"])]
+
+
+def lives(run: "Run", layer: str) -> tuple[list[tuple[int, dict[int, float]]], dict[int, int], dict[int, int]]:
+    """(step and load share by identity at each log point, step of birth, step of death) of a layer's experts.
+
+    An expert's index may change when others are removed; its identity, the order of birth, does not.
+    """
+    alive: list[int] = []
+    loads, born, dead = [], {}, {}
+    for record in run.records:
+        if record["split"] == "growth" and record["growth"]["layer"] == layer:
+            growth, step = record["growth"], record["step"]
+            alive = alive or list(range(growth["before"]))
+            dead.update({alive[old]: step for old in growth["drop"]})
+            count = max([*alive, *born, *dead]) + 1
+            fresh = iter(range(count, count + len(growth["rows"])))
+            alive = [alive[old] if old is not None else next(fresh) for old in growth["rows"]]
+            born.update({one: step for one in alive if one >= count})
+        load = record["layers"].get(layer, {}).get("load") if record["split"] == "train" else None
+        if load:
+            alive = alive or list(range(len(load)))
+            loads.append((record["step"], {one: share or 0.0 for one, share in zip(alive, load, strict=True)}))
+    return loads, born, dead
+
+
+def _mark(axes: Any, run: "Run", layer: str | None = None) -> None:
+    """A line at every step at which something grew."""
+    for index, step in enumerate(sorted({one["step"] for one in growths(run, layer)})):
+        label = "growth" if index == 0 else "_"  # matplotlib leaves out of a legend what begins with _
+        axes.axvline(step, color="C3", alpha=0.6, linewidth=0.8, linestyle=":", zorder=0, label=label)
+
+
 def curves(runs: Sequence["Run"], names: Sequence[str]) -> Figure | None:
     """One panel a number. One run: training and test; several: the test set alone."""
     splits = (("train", "--", "training"), ("eval", "-", "test")) if len(runs) == 1 else (("eval", "-", ""),)
@@ -96,6 +132,8 @@ def curves(runs: Sequence["Run"], names: Sequence[str]) -> Figure | None:
                     axes.plot(
                         *series(run, split, name), dash, color=f"C{number}", label=label, marker="o", markersize=2.5
                     )
+            if len(runs) == 1:
+                _mark(axes, runs[0])
             if index == 0:
                 axes.legend()
     return figure
@@ -107,35 +145,51 @@ def balance(run: "Run", layer: str) -> Figure | None:
     if not lines["cv"][0]:
         return None
     experts = next(one["experts"] for one in run.summary["layers"] if one["name"] == layer)
+    sizes = [(record["step"], len(record["layers"][layer]["load"])) for record in _with_load(run, layer)]
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(5.6, 3.4), layout="constrained")
         axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
         for name in ("cv", "gini", "maxvio"):
             axes.plot(*lines[name], label=name, marker="o", markersize=2.5)
         axes.set(title=f"balance in training (0 = even), and active experts of {experts}", ylim=(0, None))
-        axes.legend(ncols=3)
-        below.step(*lines["active"], where="post", color=INK)
-        below.set(xlabel="step", ylabel="active", ylim=(0, experts * 1.1))
+        if growths(run, layer):
+            below.step(*zip(*sizes, strict=True), where="pre", color=INK, alpha=0.5, linestyle="--", label="experts")
+        below.step(*lines["active"], where="pre", color=INK)
+        below.set(xlabel="step", ylabel="active", ylim=(0, max(size for _, size in sizes) * 1.1))
+        for each in (axes, below):
+            _mark(each, run, layer)
+        axes.legend(ncols=4)
     return figure
 
 
+def _with_load(run: "Run", layer: str) -> list[dict[str, Any]]:
+    return [record for record in run.records if record["split"] == "train" and record["layers"].get(layer, {}).get("load")]
+
+
 def usage(run: "Run", layer: str) -> Figure | None:
-    """Share of the load of each expert over training, as a heatmap; 1 = an even share."""
-    steps, loads = series(run, "train", "load", layer)
-    if not steps:
+    """Share of the load of each expert over training, as a heatmap; 1 = an even share. Births and deaths are marked."""
+    loads, born, dead = lives(run, layer)
+    if not loads:
         return None
-    share_SE = np.array([[value or 0.0 for value in load] for load in loads])
-    relative_ES = share_SE.T * share_SE.shape[1]
+    experts = 1 + max([one for _, load in loads for one in load] + [*born, *dead])
+    relative_ES = np.full((experts, len(loads)), np.nan)
+    for at, (_, load) in enumerate(loads):
+        relative_ES[list(load), at] = np.array(list(load.values())) * len(load)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(5.6, max(2.4, 1.2 + 0.16 * relative_ES.shape[0])), layout="constrained")
+        figure = Figure(figsize=(5.6, max(2.4, 1.2 + 0.16 * experts)), layout="constrained")
         axes = figure.add_subplot(
             title="load of each expert in training (1 = an even share)", xlabel="step", ylabel="expert"
         )
-        edges = np.array([0, *steps])
-        image = axes.pcolormesh(
-            edges, np.arange(relative_ES.shape[0] + 1), relative_ES, cmap=HEAT, vmin=0, vmax=max(2.0, relative_ES.max())
-        )
-        axes.set_yticks(np.arange(relative_ES.shape[0]) + 0.5, [str(e) for e in range(relative_ES.shape[0])])
+        edges = np.array([0, *(step for step, _ in loads)])
+        top = max(2.0, float(np.nanmax(relative_ES)))
+        image = axes.pcolormesh(edges, np.arange(experts + 1), relative_ES, cmap=HEAT, vmin=0, vmax=top)
+        for which, mark, word in ((born, ">", "born"), (dead, "X", "removed")):
+            if which:
+                heights = [one + 0.5 for one in which]
+                axes.scatter(list(which.values()), heights, marker=mark, s=24, color="C3", label=word, zorder=3)
+        if born or dead:
+            axes.legend(loc="lower left", ncols=2)
+        axes.set_yticks(np.arange(experts) + 0.5, [str(e) for e in range(experts)])
         axes.invert_yaxis()
         axes.grid(False)
         figure.colorbar(image)
@@ -174,5 +228,6 @@ def effects(run: "Run", layer: str) -> Figure | None:
             steps, values = series(run, "train", name, layer)
             axes.plot(steps, np.maximum(values, 1e-9), label=name.removeprefix("effect."), marker="o", markersize=2.5)
         axes.set(yscale="log")
+        _mark(axes, run, layer)
         axes.legend()
     return figure

@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
-    from torch import Tensor
+    from torch import Generator, Tensor
 
     from .effects import Effects
+    from .growth import Growth, NewExpert
+    from .history import History
     from .layer import MoE
     from .manager import Setup
     from .parts import Bias, Experts, Part, Router
@@ -96,6 +98,36 @@ def moe_metrics(  # type: ignore[empty-body]
     loss term and each bias moves the router, `probe` holds the layer's routing of a fixed held-out
     batch; both are made only if an implementation names them, and are None where no batch was given.
     Two plugins that answer the same name are an error.
+    """
+
+
+@hookspec
+def moe_growth(history: "History", memory: "dict[str, float]") -> "Growth | Sequence[Growth] | None":
+    """Answer what is to become of the experts now: a growth, several (of different layers), or None.
+
+    Called after each optimizer step; a trigger keeps its own interval. `history` has step, loss,
+    eval_loss, layers, growths, since_growth and busiest(layer). `memory` is this plugin's own: numbers by
+    name, empty at first, which a checkpoint saves; what a trigger keeps anywhere else is lost when a
+    run resumes. All triggers are asked, the first answer in the order typed is taken. Where there are
+    several processes, all of them must answer the same: what `history` gives is the same in each.
+    """
+
+
+@hookspec(firstresult=True)
+def moe_new_expert(
+    parent: "Mapping[str, Tensor] | None",
+    growth: "Growth",
+    index: int,
+    fresh: "Mapping[str, Tensor]",
+    roles: "Mapping[str, str]",
+    generator: "Generator",
+) -> "NewExpert | None":
+    """Answer the weights of an expert that is being born, or None.
+
+    All tensors are one expert's rows by "part.tensor", copies on the CPU: `parent` those of the expert
+    that it descends from, if any, as earlier newcomers of the same growth left them; `fresh` newly drawn
+    ones. `roles` says what each is (in, output, logit_row, logit_bias, state), `index` which expert it
+    will be. Draw from `generator` only. The first answer in the order typed is taken.
     """
 
 

@@ -1,8 +1,10 @@
 """The layer: score -> biases -> selection -> capacity -> dispatch -> experts -> combine."""
 
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import attrs
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +13,8 @@ from .errors import UsageError
 from .experts import shared_expert
 from .ledger import Ledger
 from .manager import Bound
+from .optimizers import forget_old_shapes
+from .options import Settings
 from .parts import Bias, Experts, Part, Router
 from .routing import Assignments, Level, Routing, Spec, Tokens, within_capacity
 
@@ -35,10 +39,12 @@ class MoE(nn.Module):
         losses: Sequence[Bound],
         measures: Sequence[Bound],
         weights: Mapping[str, float],
+        settings: Settings,
         name: str,
     ) -> None:
         super().__init__()
-        self.spec, self.name = spec, name
+        self.spec, self.settings, self.name = spec, settings, name
+        self.lineage = uuid.uuid4().hex  # a copy has the same one, so that growth finds it
         self.router = router
         self.biases = nn.ModuleList(nn.ModuleDict(dict(level)) for level in biases)
         self.experts = experts
@@ -49,8 +55,21 @@ class MoE(nn.Module):
         self.layout: Layout = {}  # sums of every forward; in training, more: `training_layout`
         self.training_layout: Layout = {}
         self.signal_sizes: dict[tuple[int, str], int] = {}
+        self.window: Tensor | None = None  # sums of the steps since the last log point, by training_layout
+        self.recent: Tensor | None = None  # [E]: load since the last growth, where a trigger asks for it
+        self.last_terms: dict[str, Tensor] = {}  # the loss terms of the last step
+        for level, own in zip(router.levels, biases, strict=True):
+            for bias in own.values():  # a bias declares the units of its level, whatever they are
+                bias.axes = {
+                    tensor: attrs.evolve(axis, of=level.name) if axis.of == "expert" else axis
+                    for tensor, axis in bias.axes.items()
+                }
+        self.sizes = self._sizes()
+        if self.sizes["expert"] != spec.experts:
+            raise UsageError(f"layer '{name}': its parts are for {self.sizes['expert']} experts, not {spec.experts}")
         self._rehearse()
         self._open_book()
+        self.register_load_state_dict_post_hook(_after_load)
 
     book: Tensor
     seen: Tensor
@@ -197,7 +216,7 @@ class MoE(nn.Module):
         with torch.enable_grad(), torch.random.fork_rng(devices=[]):
             zeros = torch.zeros(4, dtype=torch.long, device=device)
             tokens = self.tokens(
-                torch.randn(4, spec.dim, device=device),
+                torch.randn(4, spec.dim).to(device),
                 ids=zeros if spec.vocab else None,
                 labels=zeros if spec.classes else None,
             )
@@ -250,6 +269,34 @@ class MoE(nn.Module):
         self.seen.copy_(seen)
         return self
 
+    # -- growing ---------------------------------------------------------------------------------
+
+    def parts(self) -> Iterator[tuple[str, Part]]:
+        """Every part by its place: "router", "experts", "biases.0.NAME", "states.NAME"."""
+        for where, module in self.named_modules():
+            if isinstance(module, Part):
+                yield where, module
+
+    def _sizes(self) -> dict[str, int]:
+        """The size of each population, on which all parts must agree."""
+        found: dict[str, tuple[int, str]] = {}
+        for where, part in self.parts():
+            for name, axis in part.axes.items():
+                size = getattr(part, name).shape[axis.axis]
+                first, who = found.setdefault(axis.of, (size, f"{where}.{name}"))
+                if size != first:
+                    odd = f"{where}.{name} is for {size} units of '{axis.of}', {who} for {first}"
+                    raise UsageError(f"layer '{self.name}': {odd}")
+        return {"expert": self.spec.experts, **{of: size for of, (size, _) in found.items()}}
+
+    def refit(self) -> None:
+        """Take over the sizes that the tensors of the parts have now. Sums so far are dropped."""
+        self.sizes = self._sizes()
+        self.spec = attrs.evolve(self.spec, experts=self.sizes["expert"])
+        self.window = self.recent = None
+        self._rehearse()
+        self._open_book()
+
     def bias_levels(self) -> list[dict[str, Bias]]:
         """The biases of each level by plugin, in the order typed."""
         return [dict(level.items()) for level in self.biases]  # type: ignore[operator]
@@ -282,6 +329,13 @@ def unflat(flat: Tensor, layout: Layout) -> dict[str, Tensor]:
 def numel(layout: Layout) -> int:
     """The length of the flat vector of a layout."""
     return sum(shape.numel() for shape in layout.values())
+
+
+def _after_load(layer: MoE, _: Any) -> None:
+    """The tensors that were loaded may be of another number of experts."""
+    if layer._sizes() != layer.sizes:
+        layer.refit()
+        forget_old_shapes(layer.parameters())
 
 
 def _check_plan(name: str, plan: Any) -> None:

@@ -3,6 +3,7 @@
 Nothing here imports torch, and nothing is imported of a plugin that was not asked for.
 """
 
+import copy
 import inspect
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
@@ -178,9 +179,21 @@ class Plugins:
             self._add(_task(task, installed))
         self._add_defaults(installed)
         self.active = self._configured(settings or {}, installed)
+        self._register()
+
+    def _register(self) -> None:
         # pluggy answers last-in first-out: registered backwards, its order is the order typed too
         for name in reversed(self.active):
             self.manager.register(self.active[name], name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Plugins":
+        twin = copy.copy(self)
+        memo[id(self)] = twin
+        twin.active = copy.deepcopy(self.active, memo)
+        twin.manager = pluggy.PluginManager("moe_engine")  # it holds modules, which can't be copied
+        twin.manager.add_hookspecs(hookspecs)
+        twin._register()
+        return twin
 
     def _add(self, found: Found) -> None:
         if found.name not in self._classes and not self.manager.is_blocked(found.name):
@@ -196,6 +209,8 @@ class Plugins:
             self._add(pick(usual["router"], installed))
         if not routers and usual["router"] not in self._classes:
             raise UsageError("no router is left; name one with --plugins")
+        if not any(_marks(cls, "moe_new_expert") is not None for cls in self._classes.values()):
+            self._add(pick(usual["source"], installed))
         for name in (*usual["metrics"], *usual["reports"]):
             self._add(pick(name, installed))
 

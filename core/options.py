@@ -150,14 +150,19 @@ _WORDS = {
     "int": "a whole number",
     "float": "a number",
     "str": "a word",
-    "tuple": "a list of words",
+    "tuple[str, ...]": "a list of words",
+    "tuple[int, ...]": "a list of whole numbers",
 }
 
 
 def _type_name(kind: Any) -> str:
     """A type in words."""
-    names = ["none" if one is type(None) else getattr(one, "__name__", str(one)) for one in _members(kind)]
+    names = ["none" if one is type(None) else _name(one) for one in _members(kind)]
     return " or ".join(_WORDS.get(name, name) for name in names)
+
+
+def _name(kind: Any) -> str:
+    return str(kind) if typing.get_origin(kind) else getattr(kind, "__name__", str(kind))
 
 
 def _bool(value: Any, _: Any) -> bool:
@@ -196,7 +201,17 @@ def _words(value: Any, _: Any) -> tuple[str, ...]:
     return tuple(value)
 
 
+def _numbers(value: Any, _: Any) -> tuple[int, ...]:
+    """A list of whole numbers, or a text with commas between them, as --set gives it."""
+    if isinstance(value, int | str):
+        value = [one for one in str(value).split(",") if one.strip()]
+    if not isinstance(value, list | tuple):
+        raise ValueError(value)
+    return tuple(_int(one, None) for one in value)
+
+
 _converter = cattrs.Converter(detailed_validation=False)
 for _kind, _hook in ((bool, _bool), (int, _int), (float, _float), (str, _str)):
     _converter.register_structure_hook(_kind, _hook)
 _converter.register_structure_hook_func(lambda kind: kind == tuple[str, ...], _words)
+_converter.register_structure_hook_func(lambda kind: kind == tuple[int, ...], _numbers)

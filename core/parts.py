@@ -1,20 +1,25 @@
 """Parts of a layer: modules whose tensors declare where their expert axis is.
 
-A part never goes through attrs: one validated field on an nn.Module hides all its parameters.
+From that declaration follow growth, removal, the optimizer's share in both, and loading a checkpoint
+of another number of experts. A part never goes through attrs: one validated field on an nn.Module
+hides all its parameters.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import attrs
 import torch
 from torch import Tensor, nn
 
-from .routing import Assignments, Level, LevelSpec, Tokens, at_least_fp32
+from .errors import UsageError
+from .routing import Assignments, Level, LevelSpec, Tokens, at_least_fp32, keep_best_groups
 
 if TYPE_CHECKING:
     from .stats import Step
 
+Fresh = Callable[..., Tensor]  # (shape, generator=None) -> a newly drawn tensor
 Role = Literal["in", "output", "logit_row", "logit_bias", "state"]
 
 
@@ -22,40 +27,40 @@ Role = Literal["in", "output", "logit_row", "logit_bias", "state"]
 class Axis:
     """What one tensor says of its expert axis.
 
-    axis: which dimension. of: the population along it, "expert" or "group". role: what the tensor
-    does. fresh: draws a newcomer's row from (shape, generator). new: what a newcomer's row of a
-    buffer starts as: "parent", "mean", "zero" or a number. values: the population that the tensor's integers name.
+    axis: which dimension. of: the population along it, "expert" or the name of a router's level. role:
+    what the tensor does. fresh: draws a newcomer's row from (shape, generator). new: what a newcomer's
+    row of a buffer starts as: "parent", "mean", "zero" or a number. values: the population whose units
+    the tensor's integers name.
     """
 
     axis: int = 0
     of: str = "expert"
     role: Role = "state"
-    fresh: Callable[..., Tensor] | None = None
+    fresh: Fresh | None = None
     new: str | float = "parent"
     values: str | None = None
 
 
 class Part(nn.Module):
-    """A piece of a layer with tensors of its own. Floating-point buffers stay in fp32 or better through `.to()`."""
+    """A piece of a layer with tensors of its own. Floating-point buffers stay in fp32 or better through `.to()`.
+
+    Sizes must be read off the tensors, never kept: growth changes them.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.axes: dict[str, Axis] = {}
 
     def expert_param(
-        self,
-        name: str,
-        tensor: Tensor,
-        *,
-        role: Role,
-        axis: int = 0,
-        fresh: Callable[..., Tensor] | None = None,
-        of: str = "expert",
+        self, name: str, shape: tuple[int, ...], *, fresh: Fresh, role: Role, axis: int = 0, of: str = "expert"
     ) -> None:
-        """Register a parameter with an expert axis. Raises ValueError for a role that does not exist."""
+        """Register a parameter with an expert axis, drawn by fresh(shape), as a newcomer's row will be.
+
+        Raises ValueError for a role that does not exist.
+        """
         if role not in get_args(Role):
             raise ValueError(f"a tensor's role is one of {', '.join(get_args(Role))}, not {role!r}")
-        self.register_parameter(name, nn.Parameter(tensor))
+        self.register_parameter(name, nn.Parameter(fresh(shape)))
         self.axes[name] = Axis(axis, of, role, fresh)
 
     def expert_buffer(
@@ -69,8 +74,29 @@ class Part(nn.Module):
         values: str | None = None,
     ) -> None:
         """Register a saved buffer with an expert axis."""
+        if isinstance(new, str) and new not in ("parent", "mean", "zero"):
+            raise ValueError(f"a newcomer's row starts as 'parent', 'mean', 'zero' or a number, not {new!r}")
         self.register_buffer(name, at_least_fp32(tensor) if tensor.is_floating_point() else tensor)
         self.axes[name] = Axis(axis, of, "state", None, new, values)
+
+    def settle(self, staged: dict[str, Tensor]) -> None:
+        """Called inside a growth, before it happens: change staged tensors in place where rows hang together.
+
+        staged: this part's tensors by name, as they will be. Raises UsageError where such a growth makes no sense.
+        """
+
+    def put(self, name: str, value: Tensor) -> None:
+        """Give a declared tensor another value of any size; a parameter stays the same object."""
+        if name not in self._parameters:
+            self._buffers[name] = value
+            return
+        parameter = self._parameters[name]
+        assert parameter is not None
+        # A detour through another dtype: only then autograd forgets the accumulator of the old shape,
+        # which a loss that somebody still holds keeps alive.
+        other = torch.float32 if value.dtype == torch.float64 else torch.float64
+        parameter.data = torch.empty(0, dtype=other, device=value.device)
+        parameter.data = value
 
     def after_step(self, step: "Step") -> None:
         """Called once per optimizer step that was not skipped, under no_grad; this is where state may move."""
@@ -84,9 +110,25 @@ class Part(nn.Module):
                 setattr(self, name, old.to(new.device))  # a step of 1e-3 is lost in bf16
         return self
 
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        """Take the size of what is loaded: a checkpoint may hold another number of experts."""
+        for name, axis in self.axes.items():
+            own, given = getattr(self, name), state_dict.get(prefix + name)
+            if isinstance(given, Tensor) and given.dim() == own.dim() and given.shape != own.shape:
+                shape = list(own.shape)
+                shape[axis.axis] = given.shape[axis.axis]
+                if shape == list(given.shape):
+                    self.put(name, own.new_zeros(shape))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
 
 class Router(Part):
-    """Scores tokens and decides where they go."""
+    """Scores tokens and decides where they go.
+
+    keeps_function: the sources of new experts, by name, with which the layer's output stays as it was.
+    """
+
+    keeps_function: tuple[str, ...] = ()
 
     @property
     def levels(self) -> tuple[LevelSpec, ...]:
@@ -116,7 +158,7 @@ class LinearRouter(Router):
     def __init__(self, spec: Any) -> None:
         super().__init__()
         self.top_k = spec.top_k
-        self.expert_param("rows", uniform((spec.experts, spec.dim), spec.dim), role="logit_row")
+        self.expert_param("rows", (spec.experts, spec.dim), fresh=uniform(spec.dim), role="logit_row")
 
     rows: Tensor
 
@@ -126,6 +168,24 @@ class LinearRouter(Router):
 
     def score(self, tokens: Tokens) -> tuple[Tensor, ...]:
         return (linear_logits(tokens.x, self.rows),)
+
+
+class GroupLimitedRouter(LinearRouter):
+    """A linear router whose tokens choose inside the best `groups_kept` of `groups` equal groups of experts."""
+
+    def __init__(self, spec: Any, groups: int, groups_kept: int) -> None:
+        super().__init__(spec)
+        self.groups, self.groups_kept = groups, groups_kept
+
+    def limited(self, scores_TE: Tensor) -> Tensor:
+        """scores_TE, with -inf outside of each token's best groups."""
+        if self.groups == 1:
+            return scores_TE
+        return keep_best_groups(scores_TE, self.groups, self.groups_kept, self.top_k)
+
+    def settle(self, staged: dict[str, Tensor]) -> None:
+        if self.groups > 1 and staged["rows"].shape != self.rows.shape:
+            raise UsageError("the router's groups are cut by position, so growth would cut them anew; use groups=1")
 
 
 class Bias(Part):
@@ -164,10 +224,13 @@ class Experts(Part):
         raise NotImplementedError
 
 
-def uniform(shape: tuple[int, ...], fan_in: int) -> Tensor:
-    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), as nn.Linear draws its weights."""
-    bound = fan_in**-0.5
-    return torch.empty(shape).uniform_(-bound, bound)
+def uniform(fan_in: int) -> Fresh:
+    """Draws U(-1/sqrt(fan_in), 1/sqrt(fan_in)), as nn.Linear draws its weights."""
+    return partial(_uniform, fan_in**-0.5)
+
+
+def _uniform(bound: float, shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
 
 def linear_logits(x_TD: Tensor, rows_nD: Tensor) -> Tensor:

@@ -1,12 +1,14 @@
-"""A run's folder: config.toml, metrics.jsonl, summary.json, model.safetensors, and what reports add."""
+"""A run's folder: config.toml, metrics.jsonl, checkpoints/, summary.json, model.safetensors, and what reports add."""
 
+import fcntl
 import json
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import attrs
 import tomli_w
@@ -35,6 +37,7 @@ class RunConfig:
     device: str = option("auto", help="auto (cuda, mps, cpu: the first there is), or a device by name")
     data_dir: str = option("data", help="folder of the data sets that are not embedded")
     log_every: int = option(50, help="steps between two log points", min=1)
+    checkpoint_every: int = option(500, help="steps between two checkpoints; there is one after each epoch too", min=1)
 
 
 def read_config(file: Path | None) -> tuple[dict[str, Any], Settings]:
@@ -111,6 +114,34 @@ def new_folder(out: Path | None, task: str) -> Path:
     return folder
 
 
+def old_folder(folder: Path) -> tuple[RunConfig, Settings]:
+    """The configuration of a run that was begun in this folder, to be resumed. Raises UsageError."""
+    if not folder.is_dir():
+        raise UsageError(f"there is no run folder {folder}")
+    if not (folder / "config.toml").exists():
+        raise UsageError(f"{folder} holds no config.toml, so no run was begun in it")
+    flags, settings = read_config(folder / "config.toml")
+    for leftover in (*folder.glob(".*.tmp"), *folder.glob("checkpoints/.*.tmp")):
+        leftover.unlink(missing_ok=True)  # of a write that was killed
+    return merged(flags, {}), settings
+
+
+@contextmanager
+def record_file(folder: Path) -> Iterator[IO[bytes]]:
+    """metrics.jsonl, open for reading and appending by this process alone. Raises UsageError."""
+    path = folder / "metrics.jsonl"
+    try:
+        file = open(path, "a+b")
+    except OSError as error:
+        raise UsageError(f"{path} can't be written: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UsageError(f"another process is writing {folder}; wait for it, or stop it") from error
+        yield file
+
+
 def _unused(folder: Path) -> Path:
     count, free = 1, folder
     while free.exists():
@@ -157,7 +188,9 @@ def read_run(folder: Path) -> Run:
         records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
         config = tomllib.loads((folder / "config.toml").read_text("utf-8"))
     except FileNotFoundError as error:
-        raise UsageError(f"{folder} holds no finished run: {Path(error.filename).name} is missing") from error
+        begun = (folder / "config.toml").exists() and (folder / "metrics.jsonl").exists()
+        advice = f"; moe-engine resume {folder} goes on with it" if begun else ""
+        raise UsageError(f"{folder} holds no finished run: {Path(error.filename).name} is missing{advice}") from error
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"run folder {folder} is damaged: {error}") from error
     if problem := _problem(summary, records, config):

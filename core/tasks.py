@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from .engine import Engine
 from .errors import UsageError
+from .seeds import generator
 
 Batch = tuple[Tensor, ...]
 
@@ -40,12 +41,6 @@ class Task:
     model: Callable[[Engine], nn.Module]
     score: Callable[[nn.Module, Batch], Mapping[str, Tensor]]
     perplexity: bool = False
-
-
-def generator(seed: int, name: str) -> torch.Generator:
-    """The random generator of one named purpose ("data order", ...) of a run."""
-    digest = sha256(f"{seed}/{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def image_task(train: Batch, test: Batch, classes: int, dim: int, hidden: int, scale: float = 255.0) -> Task:

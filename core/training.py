@@ -1,27 +1,35 @@
 """A run: build everything, train, evaluate, write the folder."""
 
+import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import attrs
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from .checkpoints import Checkpoints
 from .engine import Engine, Metrics
 from .errors import RunError, UsageError, listed, nearest
 from .options import Settings
-from .runs import Run, RunConfig, config_toml, dump, new_folder, read_run, write_atomically
+from .runs import Run, RunConfig, config_toml, dump, new_folder, read_run, record_file, write_atomically
+from .seeds import generator, own_random_state, random_state, set_random_state
 from .stats import Finding, plain
-from .tasks import Batch, Task, TaskSpec, generator
+from .tasks import Batch, Task, TaskSpec
 
 PROBE_SIZE = 128  # samples of the held-out batch on which effects are measured
 EVAL_BATCH = 512
 BALANCE = ("active", "load", "cv", "gini", "entropy", "max_min", "maxvio", "dropped")  # of each layer in summary.json
+
+# what the loop itself must remember to go on, beside model, optimizer and engine
+LOOP = ("step", "epoch", "batch", "best", "_epoch_order", "_seen", "_terms", "_eval_loss")
 
 Listener = Callable[[dict[str, Any]], None]
 
@@ -58,35 +66,48 @@ def _deterministic(device: torch.device) -> Iterator[None]:
 
 
 class Stopped(Exception):
-    """The run was asked to stop; its weights are saved."""
+    """The run was asked to stop; a checkpoint is written."""
 
 
 @attrs.define(eq=False)
 class Training:
     """One run from its configuration to its folder. Building it checks everything and writes nothing.
 
-    listener: gets each record of metrics.jsonl as it is written. stop: set it to end at the next step.
+    out: the run's folder; with `resumed`, that of a run which was begun, and goes on from its newest
+    checkpoint. listener: gets each record of metrics.jsonl as it is written. say: gets remarks.
+    stop: set it to end at the next step.
     """
 
     config: RunConfig
     settings: Settings
     out: Path | None = None
+    resumed: bool = False
     listener: Listener = lambda record: None
+    say: Callable[[str], None] = lambda remark: None
     stop: bool = False
     step: int = attrs.field(default=0, init=False)
+    epoch: int = attrs.field(default=1, init=False)
+    batch: int = attrs.field(default=0, init=False)  # batches of this epoch that are done
+    best: float = attrs.field(default=math.inf, init=False)  # the lowest test loss
     engine: Engine = attrs.field(init=False)
     task: Task = attrs.field(init=False)
     device: torch.device = attrs.field(init=False)
     model: nn.Module = attrs.field(init=False)
+    optimizer: torch.optim.Optimizer = attrs.field(init=False)
     folder: Path = attrs.field(init=False)
-    _log: Any = attrs.field(init=False, default=None)
+    _order: torch.Generator = attrs.field(init=False)
+    _epoch_order: Tensor = attrs.field(init=False)  # the state of `_order` when this epoch began
+    _seen: list[Mapping[str, Tensor]] = attrs.field(factory=list, init=False)  # scores since the last log point
+    _terms: list[Mapping[str, Tensor]] = attrs.field(factory=list, init=False)
+    _eval_loss: float | None = attrs.field(default=None, init=False)  # of an evaluation that no trigger saw yet
+    _log: IO[bytes] = attrs.field(init=False)
     _started: float = attrs.field(init=False, default=0.0)
 
     def __attrs_post_init__(self) -> None:
         config = self.config
         self.device = find_device(config.device)
         shape = {"experts": config.experts, "top_k": config.top_k, "capacity": config.capacity}
-        self.engine = Engine(config.plugins, self.settings, config.no_plugin, config.task, **shape)
+        self.engine = Engine(config.plugins, self.settings, config.no_plugin, config.task, config.seed, **shape)
         spec = TaskSpec(config.data_dir, config.seed)
         self.engine.check(spec)
         bounds = [one for one in self.engine.plugins.bind("moe_task") if one.plugin == config.task]
@@ -118,20 +139,28 @@ class Training:
 
     def run(self) -> Run:
         """Train, evaluate and write the folder. Raises RunError, Stopped or UsageError."""
-        with torch.random.fork_rng(devices=[]), _deterministic(self.device):
-            torch.manual_seed(generator(self.config.seed, "training").initial_seed())  # what plugins and models draw
+        seed = generator(self.config.seed, "training").initial_seed()  # what plugins and models draw
+        with own_random_state(seed), _deterministic(self.device):
             return self._run()
 
     def _run(self) -> Run:
-        self.folder = new_folder(self.out, self.config.task)
-        resolved = attrs.evolve(self.config, device=str(self.device))
-        text = config_toml(resolved, self.engine.plugins.options())
-        write_atomically(self.folder / "config.toml", text.encode())
         self._started = time.monotonic()
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as self._log:
+        self.optimizer = adam(self.model, self.config.lr)
+        self._order = generator(self.config.seed, "data order")
+        self._epoch_order = self._order.get_state()
+        if self.resumed:
+            assert self.out is not None
+            self.folder = self.out
+        else:
+            self.folder = new_folder(self.out, self.config.task)
+            resolved = attrs.evolve(self.config, device=str(self.device))
+            text = config_toml(resolved, self.engine.plugins.options())
+            write_atomically(self.folder / "config.toml", text.encode())
+        with record_file(self.folder) as self._log:
+            if self.resumed:
+                self._restore()
             self._train()
-            self._evaluate(self.config.epochs, final=True)
-        self._save_weights()
+            self._finish()
         if self.stop:
             raise Stopped
         run = read_run(self.folder)
@@ -140,39 +169,115 @@ class Training:
         return run
 
     def _train(self) -> None:
-        config, engine = self.config, self.engine
-        optimizer = adam(self.model, config.lr)
-        order = generator(config.seed, "data order")
-        seen: list[Mapping[str, Tensor]] = []
-        terms: list[Mapping[str, Tensor]] = []
-        for epoch in range(1, config.epochs + 1):
+        for epoch in range(self.epoch, self.config.epochs + 1):
+            self.epoch = epoch
             self.model.train()
-            for batch in self._batches(order):
-                optimizer.zero_grad(set_to_none=True)
-                score = self.task.score(self.model, batch)
-                (score["loss"] + engine.aux_loss()).backward()
-                engine.after_backward()
-                optimizer.step()
-                engine.after_step()
-                self.step += 1
-                seen.append(_sums(score, batch))
-                terms.append(engine.last_terms())
-                if self.step % config.log_every == 0 or self.step == self.total_steps:
-                    self._check_finite(seen, terms)
-                    self._record("train", epoch, _means(seen), engine.metrics("train", self._probe))
-                    seen, terms = [], []
+            for batch in self._batches():
+                loss = self._learn(batch)
+                if self.step % self.config.log_every == 0 or self.step == self.total_steps:
+                    self._log_window()
+                self._grow(loss)
+                if self.stop or self.step % self.config.checkpoint_every == 0:
+                    self._save()
                 if self.stop:
-                    self._save_weights()
                     raise Stopped
-            if epoch < config.epochs:
-                self._evaluate(epoch)
+            better = epoch < self.config.epochs and self._evaluate(epoch)
+            self.epoch, self.batch, self._epoch_order = epoch + 1, 0, self._order.get_state()
+            self._save(better)
+            if self.stop:
+                raise Stopped
 
-    def _batches(self, order: torch.Generator) -> Iterator[Batch]:
-        rows = torch.randperm(self.task.train[0].shape[0], generator=order)
-        for chosen in rows.split(min(self.config.batch_size, len(rows))):
+    def _learn(self, batch: Batch) -> Tensor:
+        """One step; answers the task's loss."""
+        self.optimizer.zero_grad()
+        score = self.task.score(self.model, batch)
+        (score["loss"] + self.engine.aux_loss()).backward()
+        self.engine.after_backward()
+        self.optimizer.step()
+        self.engine.after_step()
+        self.step, self.batch = self.step + 1, self.batch + 1
+        self._seen.append(_sums(score, batch))
+        self._terms.append(self.engine.last_terms())
+        return score["loss"].detach()
+
+    def _grow(self, loss: Tensor) -> None:
+        """Do what the triggers want, with a log point before: a window is of one number of experts."""
+        wanted = self.engine.due(loss, self._eval_loss)
+        self._eval_loss = None
+        if not wanted:
+            return
+        if self._seen:
+            self._log_window()
+        self.optimizer.zero_grad()
+        for growth in wanted:
+            try:
+                grown = self.engine.grow(growth, self.optimizer, probe=self._probe)
+            except UsageError as error:
+                raise RunError(f"growth at step {self.step}: {error}") from error
+            event = {"split": "growth", "step": self.step, "epoch": self.epoch, "layers": {}}
+            self._write({**event, "growth": plain(attrs.asdict(grown))})
+
+    def _finish(self) -> None:
+        """The last evaluation, the summary and the weights."""
+        better = self._evaluate(self.config.epochs, final=True)
+        if better:
+            self._save(better)
+        tensors = {name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}
+        write_atomically(self.folder / "model.safetensors", safetensors.torch.save(tensors))
+
+    # -- stopping and going on -------------------------------------------------------------------------
+
+    def _save(self, best: bool = False) -> None:
+        """Write a checkpoint: all that the run needs to go on as if it had never stopped."""
+        self._log.flush()
+        os.fsync(self._log.fileno())
+        tree = {
+            "versions": versions(),
+            "plugins": self.engine.plugins.records(),
+            "seconds": self._seconds(),
+            "records": self._log.tell(),
+            "draws": random_state(),
+            "loop": {name: getattr(self, name) for name in LOOP},
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "engine": self.engine.state_dict(),
+        }
+        Checkpoints(self.folder / "checkpoints").write(self.step, tree, best)
+
+    def _restore(self) -> None:
+        """Go on from the newest checkpoint that is whole; from the start if there is none."""
+        tree = Checkpoints(self.folder / "checkpoints").newest(self.say)
+        if tree is None:
+            self.say("there is no checkpoint yet; beginning anew")
+            self._log.truncate(0)
+            return
+        if self._log.seek(0, os.SEEK_END) < tree["records"]:
+            raise UsageError(f"{self.folder / 'metrics.jsonl'} is damaged: it is shorter than its checkpoint says")
+        if (tree["versions"], tree["plugins"]) != (versions(), self.engine.plugins.records()):
+            self.say("the run was begun with other versions, so its numbers may differ from here on")
+        self._log.truncate(tree["records"])
+        self.model.load_state_dict(tree["model"])
+        self.optimizer.load_state_dict(tree["optimizer"])
+        self.engine.load_state_dict(tree["engine"])
+        for name, value in tree["loop"].items():
+            setattr(self, name, value)
+        self._order.set_state(self._epoch_order)
+        self._started -= tree["seconds"]
+        set_random_state(tree["draws"])
+
+    def _seconds(self) -> float:
+        return round(time.monotonic() - self._started, 3)
+
+    # -- the data ------------------------------------------------------------------------------------
+
+    def _batches(self) -> Iterator[Batch]:
+        """The batches of this epoch that are still to come."""
+        rows = torch.randperm(self.task.train[0].shape[0], generator=self._order)
+        for chosen in rows.split(min(self.config.batch_size, len(rows)))[self.batch :]:
             yield tuple(column.index_select(0, chosen).to(self.device) for column in self.task.train)
 
-    def _evaluate(self, epoch: int, final: bool = False) -> None:
+    def _evaluate(self, epoch: int, final: bool = False) -> bool:
+        """Measure on the test set; answers whether the loss is the lowest so far."""
         self.model.eval()
         seen = []
         with torch.no_grad():
@@ -184,6 +289,9 @@ class Training:
         if final:
             summary = self._summary(means, layers)
             write_atomically(self.folder / "summary.json", (dump(summary) + "\n").encode())
+        self._eval_loss, better = means["loss"], means["loss"] < self.best
+        self.best = min(self.best, means["loss"])
+        return better
 
     def _probe(self) -> Tensor:
         """The task loss on a fixed held-out batch, in eval mode."""
@@ -197,18 +305,19 @@ class Training:
 
     # -- what is written ---------------------------------------------------------------------------
 
+    def _log_window(self) -> None:
+        """A record of the steps since the last log point."""
+        self._check_finite(self._seen, self._terms)
+        self._record("train", self.epoch, _means(self._seen), self.engine.metrics("train", self._probe))
+        self._seen, self._terms = [], []
+
     def _record(self, split: str, epoch: int, means: Mapping[str, float], layers: Mapping[str, Metrics]) -> None:
-        record = {
-            "split": split,
-            "step": self.step,
-            "epoch": epoch,
-            "seconds": round(time.monotonic() - self._started, 3),
-            **{name: plain(value) for name, value in means.items()},
-            "layers": {
-                layer: {name: plain(value) for name, value in metrics.items()} for layer, metrics in layers.items()
-            },
-        }
-        self._log.write(dump(record) + "\n")
+        numbers = {layer: {name: plain(value) for name, value in own.items()} for layer, own in layers.items()}
+        head = {"split": split, "step": self.step, "epoch": epoch}
+        self._write({**head, **{name: plain(value) for name, value in means.items()}, "layers": numbers})
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self._log.write((dump(record) + "\n").encode())
         self._log.flush()
         self.listener(record)
 
@@ -228,13 +337,14 @@ class Training:
             "seed": self.config.seed,
             "device": self.device.type,
             "steps": self.step,
-            "seconds": round(time.monotonic() - self._started, 3),
+            "seconds": self._seconds(),
             "loss": plain(means["loss"]),
             "accuracy": plain(means.get("accuracy")),
             "perplexity": plain(float(torch.tensor(means["loss"]).exp())) if self.task.perplexity else None,
             "verdict": verdicts[0] if verdicts else None,
             "findings": [finding for _, finding in findings],
             "layers": [_layer_summary(layer, layers.get(layer.name, {})) for layer in self.engine.layers],
+            "growths": [plain(attrs.asdict(grown)) for grown in self.engine.growths],
         }
 
     def _check_finite(self, seen: list[Mapping[str, Tensor]], terms: list[Mapping[str, Tensor]]) -> None:
@@ -247,12 +357,6 @@ class Training:
             names = listed(name for name, steps in bad.items() if first in steps)
             step = self.step - len(seen) + first + 1
             raise RunError(f"{names} stopped being finite at step {step}; lower --lr, or a loss's weight")
-
-    def _save_weights(self) -> None:
-        from safetensors.torch import save
-
-        tensors = {name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}
-        write_atomically(self.folder / "model.safetensors", save(tensors))
 
 
 def versions() -> dict[str, str]:

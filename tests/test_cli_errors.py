@@ -511,7 +511,8 @@ def test_a_run_folder_with_an_impossible_name_is_refused(refusal):
 def test_an_unfinished_run_is_refused_by_what_is_missing(refusal, copied, name):
     """A run that was stopped has no summary."""
     (copied / name).unlink()
-    expected = f"{copied} holds no finished run: {name} is missing"
+    advice = "" if name in ("config.toml", "metrics.jsonl") else f"; moe-engine resume {copied} goes on with it"
+    expected = f"{copied} holds no finished run: {name} is missing{advice}"
     assert expected == refusal("compare", copied)
 
 
@@ -766,7 +767,7 @@ COMMAND = (sys.executable, "-c", "import sys; from moe_engine.cli import main; s
 
 @pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_stops_the_run_after_its_weights_are_saved(here, number, code):
+def test_a_signal_stops_the_run_after_a_checkpoint(here, number, code):
     """One sentence, the code of the signal, and no traceback."""
     argv = ("run", "--epochs", "100000", "--log-every", "1", "--no-plugin", "plots,html", "--out", "out")
     with subprocess.Popen([*COMMAND, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -779,8 +780,8 @@ def test_a_signal_stops_the_run_after_its_weights_are_saved(here, number, code):
             process.kill()
     last = err.splitlines()[-1]
     assert (code, "") == (process.returncode, out)
-    assert re.fullmatch(r"moe-engine: stopped at step [1-9]\d*; the weights are in out", last)
-    assert ("Traceback" in err, (here / "out" / "model.safetensors").exists()) == (False, True)
+    assert re.fullmatch(r"moe-engine: stopped at step [1-9]\d* of \d+; go on with: moe-engine resume out", last)
+    assert ("Traceback" in err, len(list((here / "out" / "checkpoints").iterdir()))) == (False, 1)
 
 
 def test_an_interrupt_before_the_first_step_is_one_line(call, monkeypatch):

@@ -53,6 +53,14 @@ def test_the_parts_in_the_hooks_documentation_work(install):
     engine.after_backward()
     engine.after_step()
     assert layer.biases[0]["nudge"].b.abs().sum() > 0
+    for kind, name, cls in (("growth", "hundred", "EveryHundred"), ("source", "half", "HalfNew")):
+        install(kind, name, attrs.define(eq=False)(parts[cls]))
+    engine = Engine("plain,nudge,hundred,half", experts=4)
+    layer = engine.moe(6, 8)
+    wanted = [engine.due(0.0) for _ in range(100)]
+    assert wanted[:99] == [[]] * 99
+    engine.grow(*wanted[99])
+    assert layer.spec.experts == 5
 
 
 def test_the_loop_on_the_page_runs(capsys):

@@ -1,4 +1,4 @@
-"""The command line: `moe-engine run | plugins | compare`. Nothing here imports torch before it must."""
+"""The command line: `moe-engine run | resume | plugins | compare`. Nothing here imports torch before it must."""
 
 import sys
 import traceback
@@ -10,6 +10,7 @@ import click
 from ..errors import PluginError, RunError, UsageError
 from .compare import compare
 from .plugins import plugins
+from .resume import resume
 from .run import run
 
 USAGE, FAILED, STOPPED = 2, 1, 130
@@ -29,6 +30,10 @@ def group(context: click.Context) -> None:
     See what there is to choose from, and what one plugin can be told:
         moe-engine plugins
         moe-engine plugins saturation
+    Go on with a run that was stopped:
+        moe-engine resume runs/A
+    Grow from 2 experts to 16 whenever the loss stops falling:
+        moe-engine run --plugins saturation,switch_aux,loss_plateau --experts 2
     Set two runs side by side:
         moe-engine compare runs/A runs/B
     """
@@ -36,7 +41,7 @@ def group(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (run, plugins, compare):
+for command in (run, resume, plugins, compare):
     group.add_command(command)
 
 

@@ -26,7 +26,9 @@ class Progress:
         if not self.quiet:
             engine, config = self.training.engine, self.training.config
             chosen = [
-                name for name, one in engine.plugins.found.items() if one.kind not in ("metric", "report", "task")
+                name
+                for name, one in engine.plugins.found.items()
+                if name in config.plugins or one.kind not in ("metric", "report", "task", "source")
             ]
             model = f"{config.experts} experts, top {config.top_k}"
             work = f"{self.training.total_steps} steps on {self.training.device.type}"
@@ -41,12 +43,20 @@ class Progress:
 
     def show(self, record: dict[str, Any]) -> None:
         """Take one record of metrics.jsonl."""
+        if record["split"] == "growth":
+            self.say(f"step {record['step']}: {event(record['growth'])}")
+            return
         self.latest[record["split"]] = record
         if self.bar is not None:
             self.bar.say(_facts(self.latest.get("train"), self.latest.get("eval")))
         elif not self.quiet:
             words = "test " if record["split"] == "eval" else "train"
             self._print(f"step {record['step']:>6}/{self.training.total_steps}  {words}  {_facts(record)}")
+
+    def say(self, remark: str) -> None:
+        """A remark, above the bar where there is one."""
+        if not self.quiet:
+            (self.bar.console if self.bar is not None else self.console).print(remark, highlight=False, soft_wrap=True)
 
     def finish(self, run: "Run") -> None:
         """The result, on standard output."""
@@ -107,6 +117,13 @@ def _facts(record: dict[str, Any] | None, other: dict[str, Any] | None = None) -
         if values:
             facts.append(f"{name} {sum(values) / len(values):.{digits}f}")
     return "  ".join(facts)
+
+
+def event(growth: dict[str, Any]) -> str:
+    """A growth in words."""
+    moved = "" if growth["change"] is None else f", output changed by {growth['change']:.1%}"
+    source = f" ({growth['source']})" if growth["source"] else ""
+    return f"{growth['layer']} went from {growth['before']} to {growth['after']} experts{source}{moved}; {growth['why']}"
 
 
 def table(columns: list[str], rows: list[list[str]]) -> None:

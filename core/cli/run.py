@@ -1,27 +1,19 @@
 """`moe-engine run`."""
 
-import os
-import signal
-import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from ..errors import RunError
 from ..manager import Plugins, find
 from ..options import Settings, parse_settings
-from ..runs import dump, flag_names, merged, read_config, write_atomically
-
-if TYPE_CHECKING:
-    from ..training import Training
+from ..runs import flag_names, merged, read_config
+from .follow import follow
 
 Command = Callable[..., Any]
 HELP = {name: option.help for name, option in flag_names().items()}
 SHOWN = {name: option.default for name, option in flag_names().items()}
-STOPS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
 def _names(_: Any, __: Any, value: str | None) -> tuple[str, ...] | None:
@@ -49,6 +41,7 @@ def _flag(name: str, kind: Any = str, **more: Any) -> Callable[[Command], Comman
 @_flag("device")
 @_flag("data_dir", metavar="FOLDER")
 @_flag("log_every", int)
+@_flag("checkpoint_every", int)
 @click.option(
     "--set",
     "settings",
@@ -86,8 +79,8 @@ def run(
     The same run again, with another seed:
         moe-engine run --config runs/digits-.../config.toml --seed 1
 
-    The folder gets config.toml, metrics.jsonl, summary.json, model.safetensors, plots and report.html.
-    Ctrl-C ends the run after the current step and saves the weights.
+    The folder gets config.toml, metrics.jsonl, checkpoints, summary.json, model.safetensors, plots and
+    report.html. Ctrl-C ends the run after the current step; `moe-engine resume RUN` goes on with it.
     """
     file_flags, file_settings = read_config(config)
     run_config = merged(file_flags, flags)
@@ -100,52 +93,6 @@ def run(
     for plugin, table in parse_settings(settings).items():
         own.setdefault(plugin, {}).update(table)
 
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # same seed, same bits on a GPU; must precede CUDA
     from ..training import Training
 
-    return _follow(Training(run_config, own, out), as_json, quiet, debug)
-
-
-def _follow(training: "Training", as_json: bool, quiet: bool, debug: bool) -> int:
-    """Run it under a progress display; answer the exit code."""
-    from ..training import Stopped
-    from .progress import Progress
-
-    got: list[int] = []
-
-    def stop(number: int, _: Any) -> None:
-        got.append(number)
-        training.stop = True
-        signal.signal(number, signal.SIG_DFL)  # a second one ends at once
-
-    before = {number: signal.signal(number, stop) for number in STOPS}
-    try:
-        with Progress(training, quiet) as progress:
-            training.listener = progress.show
-            finished = training.run()
-    except Stopped:
-        click.echo(f"moe-engine: stopped at step {training.step}; the weights are in {training.folder}", err=True)
-        return STOPS[signal.Signals(got[0])]
-    except (Exception, SystemExit) as error:
-        culprit = training.engine.plugins.culprit(error)
-        if culprit is None:
-            raise
-        raise _blame(training, culprit, error, debug) from error
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if as_json:
-        click.echo(dump(finished.summary))
-    else:
-        progress.finish(finished)
-    return 0
-
-
-def _blame(training: "Training", culprit: str, error: BaseException, debug: bool) -> RunError:
-    text = "".join(traceback.format_exception(error))
-    if debug:
-        sys.stderr.write(text)
-    log = training.folder / "run.log"
-    write_atomically(log, text.encode())
-    failure = f"{culprit} failed at step {training.step}: {type(error).__name__}: {error}"
-    return RunError(f"{failure} (traceback in {log}, or use --debug)")
+    return follow(Training(run_config, own, out), as_json, quiet, debug)

@@ -32,6 +32,9 @@ class SignBias(Bias):
     def forward(self):
         return self.b
 
+    def settle(self, staged):
+        staged["b"] -= staged["b"].mean()
+
     def after_step(self, step):
         self.b += self.rate * torch.where(step.load.sum() > 0, torch.sign(1 - step.relative(step.load)), 0)
         self.b -= self.b.mean()

@@ -3,7 +3,7 @@
 import attrs
 import torch
 
-from moe_engine import LevelSpec, Router, assign, hookimpl, linear_logits, option, uniform
+from moe_engine import LevelSpec, Router, UsageError, assign, hookimpl, linear_logits, option, uniform
 
 
 @attrs.define(eq=False)
@@ -44,9 +44,16 @@ class TwoLevelRouter(Router):
     def __init__(self, spec, groups, groups_kept):
         super().__init__()
         self.top_k, self.groups_kept = spec.top_k, groups_kept
-        self.expert_param("group_rows", uniform((groups, spec.dim), spec.dim), role="logit_row", of="group")
-        self.expert_param("rows", uniform((spec.experts, spec.dim), spec.dim), role="logit_row")
+        fresh = uniform(spec.dim)
+        self.expert_param("group_rows", (groups, spec.dim), fresh=fresh, role="logit_row", of="group")
+        self.expert_param("rows", (spec.experts, spec.dim), fresh=fresh, role="logit_row")
         self.expert_buffer("group_of", torch.arange(spec.experts) * groups // spec.experts, values="group")
+
+    def settle(self, staged):
+        sizes = staged["group_of"].bincount(minlength=len(staged.get("group_rows", self.group_rows)))
+        picks = self.top_k // self.groups_kept
+        if len(sizes) < self.groups_kept or sizes.min() < picks:
+            raise UsageError(f"{self.groups_kept} groups of at least {picks} experts each must remain")
 
     @property
     def levels(self):

@@ -3,7 +3,7 @@
 import attrs
 from torch.nn.functional import logsigmoid
 
-from moe_engine import LinearRouter, assign, groups_problem, hookimpl, keep_best_groups, option
+from moe_engine import GroupLimitedRouter, assign, groups_problem, hookimpl, option
 
 
 @attrs.define(eq=False)
@@ -30,17 +30,15 @@ class SigmoidTopK:
         return SigmoidRouter(spec, self.scale, self.groups, self.groups_kept)
 
 
-class SigmoidRouter(LinearRouter):
+class SigmoidRouter(GroupLimitedRouter):
     def __init__(self, spec, scale, groups, groups_kept):
-        super().__init__(spec)
-        self.scale, self.groups, self.groups_kept = scale, groups, groups_kept
+        super().__init__(spec, groups, groups_kept)
+        self.scale = scale
 
     def select(self, tokens, levels):
         (level,) = levels
         log_a_TE = logsigmoid(level.biased)  # quotients of a are softmaxes of log a: exact where a itself is 0
-        scores_TE = level.select_by(log_a_TE.exp())
-        if self.groups > 1:
-            scores_TE = keep_best_groups(scores_TE, self.groups, self.groups_kept, self.top_k)
+        scores_TE = self.limited(level.select_by(log_a_TE.exp()))
         expert_TK = scores_TE.topk(self.top_k, dim=-1).indices
         log_TK = log_a_TE.gather(-1, expert_TK)
         gate_TK = log_TK.softmax(-1) if self.top_k > 1 else log_TK.exp()

@@ -2,7 +2,7 @@
 
 import attrs
 
-from moe_engine import LinearRouter, assign, groups_problem, hookimpl, keep_best_groups, option
+from moe_engine import GroupLimitedRouter, assign, groups_problem, hookimpl, option
 
 
 @attrs.define(eq=False)
@@ -33,17 +33,15 @@ class TopK:
         return TopKRouter(spec, renorm, self.groups, self.groups_kept)
 
 
-class TopKRouter(LinearRouter):
+class TopKRouter(GroupLimitedRouter):
     def __init__(self, spec, renorm, groups, groups_kept):
-        super().__init__(spec)
-        self.renorm, self.groups, self.groups_kept = renorm, groups, groups_kept
+        super().__init__(spec, groups, groups_kept)
+        self.renorm = renorm
 
     def select(self, tokens, levels):
         (level,) = levels
         probs_TE = level.biased.softmax(-1)
-        scores_TE = level.select_by(level.biased)
-        if self.groups > 1:
-            scores_TE = keep_best_groups(scores_TE, self.groups, self.groups_kept, self.top_k)
+        scores_TE = self.limited(level.select_by(level.biased))
         expert_TK = scores_TE.topk(self.top_k, dim=-1).indices
         gate_TK = probs_TE.gather(-1, expert_TK)
         if self.renorm:

@@ -35,12 +35,16 @@ def test_every_hook_has_a_test():
     assert tests == set(HOOKS)
 
 
+def normal(shape, generator=None):
+    return torch.randn(shape, generator=generator)
+
+
 class EveryOther(Router):
     """Token t goes to expert t mod E; the gate learns."""
 
     def __init__(self, spec):
         super().__init__()
-        self.expert_param("rows", torch.randn(spec.experts, spec.dim), role="logit_row")
+        self.expert_param("rows", (spec.experts, spec.dim), fresh=normal, role="logit_row")
 
     @property
     def levels(self):
@@ -109,7 +113,7 @@ class Constant(Experts):
 
     def __init__(self, spec):
         super().__init__()
-        self.expert_param("value", torch.arange(float(spec.experts)), role="output")
+        self.expert_param("value", (spec.experts,), fresh=lambda shape: torch.arange(float(*shape)), role="output")
         self.out = spec.out_dim
 
     def forward(self, x_ND, counts_E):

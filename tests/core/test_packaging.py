@@ -103,6 +103,5 @@ assert moe_engine.__file__.startswith({str(tmp_path)!r}), moe_engine.__file__
 sys.exit(main(["run", "--plugins", "saturation,switch_aux", "--epochs", "1", "--quiet", "--out", "out"]))
 """
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=tmp_path)
-    assert {"config.toml", "metrics.jsonl", "summary.json", "model.safetensors", "report.html", "plots"} == {
-        path.name for path in (tmp_path / "out").iterdir()
-    }
+    files = {"config.toml", "metrics.jsonl", "summary.json", "model.safetensors", "report.html", "plots", "checkpoints"}
+    assert files == {path.name for path in (tmp_path / "out").iterdir()}

@@ -1,0 +1,64 @@
+"""Follow a run to its end: progress, signals, exit codes. What `run` and `resume` share."""
+
+import os
+import signal
+import sys
+import traceback
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import RunError
+from ..runs import dump, write_atomically
+
+if TYPE_CHECKING:
+    from ..training import Training
+
+STOPS = {signal.SIGINT: 130, signal.SIGTERM: 143}
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # same seed, same bits on a GPU; must precede CUDA
+
+
+def follow(training: "Training", as_json: bool, quiet: bool, debug: bool) -> int:
+    """Run it under a progress display; answer the exit code."""
+    from ..training import Stopped
+    from .progress import Progress
+
+    got: list[int] = []
+
+    def stop(number: int, _: Any) -> None:
+        got.append(number)
+        training.stop = True
+        signal.signal(number, signal.SIG_DFL)  # a second one ends at once
+
+    before = {number: signal.signal(number, stop) for number in STOPS}
+    try:
+        with Progress(training, quiet) as progress:
+            training.listener, training.say = progress.show, progress.say
+            finished = training.run()
+    except Stopped:
+        again = f"go on with: moe-engine resume {training.folder}"
+        click.echo(f"moe-engine: stopped at step {training.step} of {training.total_steps}; {again}", err=True)
+        return STOPS[signal.Signals(got[0])]
+    except (Exception, SystemExit) as error:
+        culprit = training.engine.plugins.culprit(error)
+        if culprit is None:
+            raise
+        raise _blame(training, culprit, error, debug) from error
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if as_json:
+        click.echo(dump(finished.summary))
+    else:
+        progress.finish(finished)
+    return 0
+
+
+def _blame(training: "Training", culprit: str, error: BaseException, debug: bool) -> RunError:
+    text = "".join(traceback.format_exception(error))
+    if debug:
+        sys.stderr.write(text)
+    log = training.folder / "run.log"
+    write_atomically(log, text.encode())
+    failure = f"{culprit} failed at step {training.step}: {type(error).__name__}: {error}"
+    return RunError(f"{failure} (traceback in {log}, or use --debug)")

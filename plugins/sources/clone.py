@@ -1,0 +1,38 @@
+"""New experts that are noisy copies of others."""
+
+import attrs
+import torch
+
+from moe_engine import NewExpert, hookimpl, option
+
+
+@attrs.define(eq=False)
+class Clone:
+    """A newcomer is its parent, with noise on the expert's weights: W' = W + noise std(W) N(0, 1), w' = w.
+
+    The router row is an exact copy, so that both start with the same tokens; the noise parts them.
+    Optimizer moments are copied too, so that the first step is as large as the parent's.
+
+    Source: Komatsuzaki et al., 2022 (sparse upcycling), for one expert of a sparse layer.
+    """
+
+    noise: float = option(0.01, help="standard deviation of the noise, over that of each weight tensor", min=0)
+
+    @hookimpl
+    def moe_check(self, setup):
+        if self.noise == 0:
+            return "clone.noise=0 makes twins that get the same gradients and never part; set it above 0"
+        return None
+
+    @hookimpl
+    def moe_new_expert(self, parent, fresh, roles, generator):
+        if parent is None:
+            return NewExpert(fresh)
+        return NewExpert(
+            {name: row + self._noise(row, roles[name], generator) for name, row in parent.items()}, moments="copy"
+        )
+
+    def _noise(self, row, role, generator):
+        if role not in ("in", "output") or row.numel() < 2:
+            return torch.zeros_like(row)
+        return self.noise * row.std() * torch.randn(row.shape, generator=generator).to(row.dtype)

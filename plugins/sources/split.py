@@ -1,0 +1,35 @@
+"""New experts by parting one in two."""
+
+import attrs
+import torch
+
+from moe_engine import NewExpert, hookimpl, option
+
+
+@attrs.define(eq=False)
+class Split:
+    """Parent and newcomer part in opposite directions: W' = W + d, W <- W - d, d = delta std(W) N(0, 1).
+
+    Router rows part too, so that the two share the parent's tokens between them. Opposite noise cancels
+    to first order where both are chosen. Optimizer moments are copied; the parent keeps its own.
+
+    Source: Chen et al., 2016 (Net2Net), for symmetry breaking by opposite noise this project.
+    """
+
+    delta: float = option(0.05, help="standard deviation of the step apart, over that of each tensor", min=1e-6)
+
+    @hookimpl
+    def moe_new_expert(self, parent, fresh, generator):
+        if parent is None:
+            return NewExpert(fresh)
+        step = {name: self._step(row, generator) for name, row in parent.items()}
+        return NewExpert(
+            {name: row + step[name] for name, row in parent.items()},
+            parent_values={name: row - step[name] for name, row in parent.items()},
+            moments="copy",
+        )
+
+    def _step(self, row, generator):
+        if row.numel() < 2:
+            return torch.zeros_like(row)
+        return self.delta * row.std() * torch.randn(row.shape, generator=generator).to(row.dtype)
