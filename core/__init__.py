@@ -8,6 +8,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .checkpoints import load as load
+    from .checkpoints import save as save
     from .effects import Effects as Effects
     from .engine import Engine as Engine
     from .errors import PluginError as PluginError
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
     from .training import adam as adam
 
 _HOMES = {
+    "checkpoints": ("load", "save"),
     "effects": ("Effects",),
     "engine": ("Engine",),
     "errors": ("PluginError", "RunError", "UsageError"),

@@ -74,13 +74,11 @@ def _check_shapes(path: str | Path, name: str, optimizer: torch.optim.Optimizer,
 # -- trees and files -------------------------------------------------------------------------------
 
 
-def write_tree(path: Path, tree: Any) -> bytes:
-    """Write a tree into a file, atomically; answers its bytes."""
+def write_tree(path: Path, tree: Any) -> None:
+    """Write a tree into a file, atomically."""
     tensors: dict[str, Tensor] = {}
     text = json.dumps(_packed(tree, "", tensors), allow_nan=False)
-    content = to_bytes(tensors, {"tree": text, "sha256": _checksum(text, tensors)})
-    write_atomically(path, content)
-    return content
+    write_atomically(path, to_bytes(tensors, {"tree": text, "sha256": _checksum(text, tensors)}))
 
 
 def read_tree(path: Path) -> Any:
@@ -153,14 +151,17 @@ class Checkpoints:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def write(self, step: int, tree: Any, best: bool) -> None:
+    def write(self, step: int, tree: Any) -> None:
         """Write the checkpoint of a step, then remove all but the last two."""
         self.folder.mkdir(exist_ok=True)
-        content = write_tree(self.folder / f"step-{step:08}.safetensors", tree)
-        if best:
-            write_atomically(self.folder / "best.safetensors", content)
+        write_tree(self.folder / f"step-{step:08}.safetensors", tree)
         for old in self._files()[:-2]:
             old.unlink()
+
+    def write_best(self, tree: Any) -> None:
+        """Write best.safetensors."""
+        self.folder.mkdir(exist_ok=True)
+        write_tree(self.folder / "best.safetensors", tree)
 
     def newest(self, say: Callable[[str], None]) -> Any:
         """The tree of the newest checkpoint that is whole, or None; `say` is told of each that is damaged."""

@@ -511,10 +511,8 @@ def _is_copy(module: nn.Module, layer: MoE) -> bool:
 
 def _over_all(value: Tensor | float) -> float:
     """The mean over processes."""
-    if not _distributed():
-        return float(value)
     mean = torch.as_tensor(value).detach().double().reshape(1)
-    return float(_over_processes(mean)) / torch.distributed.get_world_size()
+    return float(_over_processes(mean)) / (torch.distributed.get_world_size() if _distributed() else 1)
 
 
 def _settings(given: Iterable[str] | Settings) -> Settings:

@@ -98,11 +98,10 @@ def refuse_holders(
     An optimizer with state of the old shape kills the process at its next step if it is fused; a DDP
     that is not built anew lets its processes drift apart without a word.
     """
-    found = _forgotten(layer, parameters, optimizers, followers)
-    if found:
-        gc.collect()  # a dead one may still be waiting in a cycle
-        found = _forgotten(layer, parameters, optimizers, followers)
-    for one in found:
+    if not _forgotten(layer, parameters, optimizers, followers):
+        return
+    gc.collect()  # a dead one may still be waiting in a cycle
+    for one in _forgotten(layer, parameters, optimizers, followers):
         kind = type(one).__name__
         if isinstance(one, Optimizer):
             raise UsageError(f"a live {kind} holds this layer's weights; pass it to grow(..., optimizers=...)")

@@ -37,7 +37,7 @@ class RunConfig:
     device: str = option("auto", help="auto (cuda, mps, cpu: the first there is), or a device by name")
     data_dir: str = option("data", help="folder of the data sets that are not embedded")
     log_every: int = option(50, help="steps between two log points", min=1)
-    checkpoint_every: int = option(500, help="steps between two checkpoints; there is one after each epoch too", min=1)
+    checkpoint_every: int = option(500, help="steps between two checkpoints, from which a run is resumed", min=1)
 
 
 def read_config(file: Path | None) -> tuple[dict[str, Any], Settings]:

@@ -181,11 +181,10 @@ class Training:
                     self._save()
                 if self.stop:
                     raise Stopped
-            better = epoch < self.config.epochs and self._evaluate(epoch)
+            if epoch < self.config.epochs:
+                self._evaluate(epoch)
             self.epoch, self.batch, self._epoch_order = epoch + 1, 0, self._order.get_state()
-            self._save(better)
-            if self.stop:
-                raise Stopped
+        self._save()
 
     def _learn(self, batch: Batch) -> Tensor:
         """One step; answers the task's loss."""
@@ -219,19 +218,20 @@ class Training:
 
     def _finish(self) -> None:
         """The last evaluation, the summary and the weights."""
-        better = self._evaluate(self.config.epochs, final=True)
-        if better:
-            self._save(better)
+        self._evaluate(self.config.epochs, final=True)
         tensors = {name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}
         write_atomically(self.folder / "model.safetensors", safetensors.torch.save(tensors))
 
     # -- stopping and going on -------------------------------------------------------------------------
 
-    def _save(self, best: bool = False) -> None:
-        """Write a checkpoint: all that the run needs to go on as if it had never stopped."""
+    def _save(self) -> None:
+        self._checkpoints.write(self.step, self._state())
+
+    def _state(self) -> dict[str, Any]:
+        """All that the run needs to go on as if it had never stopped."""
         self._log.flush()
         os.fsync(self._log.fileno())
-        tree = {
+        return {
             "versions": versions(),
             "plugins": self.engine.plugins.records(),
             "seconds": self._seconds(),
@@ -242,11 +242,10 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
             "engine": self.engine.state_dict(),
         }
-        Checkpoints(self.folder / "checkpoints").write(self.step, tree, best)
 
     def _restore(self) -> None:
         """Go on from the newest checkpoint that is whole; from the start if there is none."""
-        tree = Checkpoints(self.folder / "checkpoints").newest(self.say)
+        tree = self._checkpoints.newest(self.say)
         if tree is None:
             self.say("there is no checkpoint yet; beginning anew")
             self._log.truncate(0)
@@ -265,6 +264,10 @@ class Training:
         self._started -= tree["seconds"]
         set_random_state(tree["draws"])
 
+    @property
+    def _checkpoints(self) -> Checkpoints:
+        return Checkpoints(self.folder / "checkpoints")
+
     def _seconds(self) -> float:
         return round(time.monotonic() - self._started, 3)
 
@@ -276,8 +279,8 @@ class Training:
         for chosen in rows.split(min(self.config.batch_size, len(rows)))[self.batch :]:
             yield tuple(column.index_select(0, chosen).to(self.device) for column in self.task.train)
 
-    def _evaluate(self, epoch: int, final: bool = False) -> bool:
-        """Measure on the test set; answers whether the loss is the lowest so far."""
+    def _evaluate(self, epoch: int, final: bool = False) -> None:
+        """Measure on the test set."""
         self.model.eval()
         seen = []
         with torch.no_grad():
@@ -289,9 +292,10 @@ class Training:
         if final:
             summary = self._summary(means, layers)
             write_atomically(self.folder / "summary.json", (dump(summary) + "\n").encode())
-        self._eval_loss, better = means["loss"], means["loss"] < self.best
-        self.best = min(self.best, means["loss"])
-        return better
+        self._eval_loss = means["loss"]
+        if means["loss"] < self.best:
+            self.best = means["loss"]
+            self._checkpoints.write_best(self._state())
 
     def _probe(self) -> Tensor:
         """The task loss on a fixed held-out batch, in eval mode."""

@@ -1,0 +1,352 @@
+"""Saving and loading: any state, atomically, with a checksum; and resuming a run as if it had never stopped."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import attrs
+import pytest
+import torch
+from torch import nn
+
+from moe_engine import Engine, Growth, UsageError, adam, hookimpl, load, save
+from moe_engine.checkpoints import Checkpoints, read_tree, write_tree
+from moe_engine.cli import main
+from moe_engine.runs import RunConfig, old_folder
+from moe_engine.training import Stopped, Training
+
+# -- trees and files -----------------------------------------------------------------------------------
+
+TREE = {
+    "plain": [1, 2.5, None, True, "text", float("inf")],
+    "numbers": {0: {"exp_avg": torch.arange(6.0).view(2, 3), "step": torch.tensor(3.0)}, 1: {}},
+    "tuple": (1, (2, torch.tensor([True, False]))),
+    "types": [torch.ones(2, dtype=kind) for kind in (torch.bfloat16, torch.float64, torch.uint8, torch.int64)],
+    "empty": torch.empty(0, 4),
+    "a.b": torch.zeros(1),
+    "a": {"b": torch.ones(1)},
+    "$": "a key of ours",
+}
+
+
+def equal(one, two):
+    if isinstance(one, torch.Tensor):
+        return one.dtype == two.dtype and torch.equal(one, two)
+    if isinstance(one, dict):
+        return list(one) == list(two) and all(equal(value, two[key]) for key, value in one.items())
+    if isinstance(one, list | tuple):
+        return type(one) is type(two) and len(one) == len(two) and all(map(equal, one, two))
+    return type(one) is type(two) and one == two
+
+
+def test_a_tree_comes_back_as_it_was(tmp_path):
+    write_tree(tmp_path / "x", TREE)
+    assert equal(read_tree(tmp_path / "x"), TREE)
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_what_can_not_be_saved_is_named(tmp_path):
+    with pytest.raises(TypeError, match="plain values; a.0.f is a function|lists and dicts; a.0.f is a function"):
+        write_tree(tmp_path / "x", {"a": [{"f": equal}]})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("where", range(0, 100, 9))
+def test_a_damaged_file_is_refused(tmp_path, where):
+    """Any byte of it; also half of it, and nothing of it."""
+    write_tree(tmp_path / "x", {"w": torch.randn(40), "steps": [1, 2, 3]})
+    content = (tmp_path / "x").read_bytes()
+    at = where * len(content) // 100
+    (tmp_path / "x").write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+    with pytest.raises(UsageError, match="x is damaged"):
+        read_tree(tmp_path / "x")
+    (tmp_path / "x").write_bytes(content[:at])
+    with pytest.raises(UsageError, match="x is damaged"):
+        read_tree(tmp_path / "x")
+
+
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    with pytest.raises(UsageError, match="there is no checkpoint"):
+        read_tree(tmp_path / "x")
+    save_file({"w": torch.zeros(2)}, tmp_path / "x")
+    with pytest.raises(UsageError, match="is damaged: its checksum is wrong"):
+        read_tree(tmp_path / "x")
+
+
+def test_the_last_two_and_the_best_are_kept(tmp_path):
+    kept = Checkpoints(tmp_path / "c")
+    for step in range(5):
+        kept.write(step, {"step": step})
+    kept.write_best({"step": 1})
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == [
+        *("best.safetensors", "step-00000003.safetensors", "step-00000004.safetensors")
+    ]
+    assert read_tree(tmp_path / "c" / "best.safetensors") == {"step": 1}
+    said = []
+    assert kept.newest(said.append) == {"step": 4}
+    (tmp_path / "c" / "step-00000004.safetensors").write_bytes(b"half")
+    assert kept.newest(said.append) == {"step": 3}
+    assert len(said) == 1
+    assert "step-00000004.safetensors is damaged" in said[0]
+
+
+# -- objects -------------------------------------------------------------------------------------------
+
+
+def build(experts=3):
+    torch.manual_seed(0)
+    engine = Engine("saturation,loss_free,switch_aux,loss_plateau,clone", experts=experts, top_k=2)
+    model = nn.Sequential(nn.Linear(3, 6), engine.moe(6, 5, name="moe"), nn.Linear(6, 1))
+    optimizer = adam(model, 1e-2)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.5)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=2)
+    return {"engine": engine, "model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
+
+
+def steps(rig, seed, count=4):
+    random, losses = torch.Generator().manual_seed(seed), []
+    for _ in range(count):
+        x = torch.randn(16, 3, generator=random)
+        loss = (rig["model"](x) - x.sum(1, keepdim=True)).square().mean()
+        rig["scaler"].scale(loss + rig["engine"].aux_loss()).backward()
+        rig["engine"].after_backward()
+        rig["scaler"].step(rig["optimizer"])
+        rig["scaler"].update()
+        rig["engine"].after_step()
+        rig["optimizer"].zero_grad()
+        rig["schedule"].step()
+        rig["engine"].due(loss)
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def test_save_and_load_go_on_as_if_nothing_had_been(tmp_path):
+    rig = build()
+    steps(rig, 0)
+    rig["engine"].grow(Growth("moe", (1,)), rig["optimizer"])
+    steps(rig, 1)
+    save(tmp_path / "state", **rig)
+    more = steps(rig, 2)
+    other = build()
+    load(tmp_path / "state", **other)
+    assert steps(other, 2) == more
+    assert equal(other["engine"].state_dict(), rig["engine"].state_dict())
+    assert other["engine"].step == 12
+    assert [one.after for one in other["engine"].growths] == [4]
+    assert other["engine"].memory["loss_plateau"]["steps"] > 0
+    assert equal(other["optimizer"].state_dict(), rig["optimizer"].state_dict())
+
+
+def test_loading_is_refused_before_anything_changes(tmp_path):
+    rig, other = build(), build()
+    steps(rig, 0)
+    rig["engine"].grow(Growth("moe", (1,)), rig["optimizer"])
+    save(tmp_path / "state", model=rig["model"], optimizer=rig["optimizer"])
+    with pytest.raises(UsageError, match="state holds model and optimizer, but no engine"):
+        load(tmp_path / "state", model=other["model"], engine=other["engine"])
+    assert other["model"][1].spec.experts == 3
+    with pytest.raises(UsageError, match=r"'optimizer' keeps 'exp_avg' of shape \[4, 6\].*; load its model with it"):
+        load(tmp_path / "state", optimizer=other["optimizer"])
+    with pytest.raises(UsageError, match="another number of parameters"):
+        load(tmp_path / "state", optimizer=torch.optim.Adam(other["model"][0].parameters()))
+    save(tmp_path / "engine", engine=Engine("topk"))
+    with pytest.raises(UsageError, match="of layers none, but there are moe|of layers .*but there"):
+        load(tmp_path / "engine", engine=other["engine"])
+
+
+# -- runs ------------------------------------------------------------------------------------------------
+
+RUN = {
+    "task": "blobs",
+    "plugins": ("saturation", "switch_aux", "schedule", "split", "noise"),
+    "experts": 2,
+    "epochs": 3,
+    "log_every": 7,
+    "checkpoint_every": 10,
+    "no_plugin": ("plots", "html"),
+}
+SETTINGS = {"blobs": {"images": 700, "test_images": 200}, "schedule": {"every": 6, "max_experts": 5}}
+
+
+@pytest.fixture(autouse=True)
+def noise(install):
+    """A loss that draws from the process's random state: resuming must bring that back too."""
+
+    @attrs.define(eq=False)
+    class Noise:
+        @hookimpl
+        def moe_aux_loss(self, routing):
+            return routing.probs.square().mean() * torch.rand(()).item()
+
+    install("loss", "noise", Noise)
+
+
+def whole(folder, **more):
+    Training(RunConfig(**{**RUN, **more}), SETTINGS, folder).run()
+    return folder
+
+
+def go_on(folder):
+    """Resume with stops again and again until it is finished."""
+    said = []
+    Training(*old_folder(folder), folder, resumed=True, say=said.append).run()
+    return said
+
+
+def ends(folder):
+    """What must be the same, bit for bit."""
+    summary = json.loads((folder / "summary.json").read_text())
+    del summary["seconds"]
+    files = [(folder / name).read_bytes() for name in ("metrics.jsonl", "model.safetensors")]
+    best = read_tree(folder / "checkpoints" / "best.safetensors")
+    return summary, files, best["loop"]["step"]
+
+
+def stopped(folder, at, **more):
+    training = Training(RunConfig(**{**RUN, **more}), SETTINGS, folder)
+    after_step = training.engine.after_step
+
+    def after(skipped=False):
+        after_step(skipped)
+        training.stop = training.engine.step >= at
+
+    training.engine.after_step = after
+    with pytest.raises(Stopped):
+        training.run()
+    return training
+
+
+@pytest.mark.parametrize("at", [1, 6, 10, 11, 22, 30, 33])
+def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, at):
+    """Inside a window, at a log point, at a growth, at the end of an epoch, in the last step."""
+    stopped(tmp_path / "cut", at)
+    assert go_on(tmp_path / "cut") == []
+    assert ends(tmp_path / "cut") == ends(whole(tmp_path / "whole"))
+
+
+def test_a_run_without_a_checkpoint_begins_anew(tmp_path):
+    stopped(tmp_path / "cut", 4)
+    for path in (tmp_path / "cut" / "checkpoints").iterdir():
+        path.unlink()
+    assert go_on(tmp_path / "cut") == ["there is no checkpoint yet; beginning anew"]
+    assert ends(tmp_path / "cut") == ends(whole(tmp_path / "whole"))
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path):
+    stopped(tmp_path / "cut", 25)
+    newest = tmp_path / "cut" / "checkpoints" / "step-00000025.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-10])
+    (said,) = go_on(tmp_path / "cut")
+    assert said.startswith(f"{newest} is damaged")
+    assert said.endswith("going on from the one before")
+    assert ends(tmp_path / "cut") == ends(whole(tmp_path / "whole"))
+
+
+def test_a_finished_run_makes_its_end_again(tmp_path):
+    before = ends(whole(tmp_path / "whole"))
+    (tmp_path / "whole" / "summary.json").unlink()
+    assert go_on(tmp_path / "whole") == []
+    assert ends(tmp_path / "whole") == before
+
+
+def test_records_that_are_lost_are_an_error(tmp_path):
+    stopped(tmp_path / "cut", 25)
+    (tmp_path / "cut" / "metrics.jsonl").write_bytes(b"{}\n")
+    with pytest.raises(UsageError, match="metrics.jsonl is damaged: it is shorter than its checkpoint says"):
+        go_on(tmp_path / "cut")
+
+
+def test_other_versions_are_said(tmp_path, monkeypatch):
+    stopped(tmp_path / "cut", 25)
+    monkeypatch.setattr("moe_engine.training.versions", lambda: {"torch": "0"})
+    assert go_on(tmp_path / "cut") == ["the run was begun with other versions, so its numbers may differ from here on"]
+
+
+def test_two_processes_can_not_write_one_run(tmp_path):
+    stopped(tmp_path / "cut", 4)
+    with open(tmp_path / "cut" / "metrics.jsonl", "ab") as file:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UsageError, match="another process is writing"):
+            go_on(tmp_path / "cut")
+
+
+def test_checkpoints_change_no_number(tmp_path):
+    often = whole(tmp_path / "often", checkpoint_every=1)
+    assert ends(often) == ends(whole(tmp_path / "never", checkpoint_every=10_000))
+
+
+# -- the command line ----------------------------------------------------------------------------------
+
+QUICK = ["--task", "blobs", "--set", "blobs.images=2000", "--epochs", "4", "--experts", "2", "--checkpoint-every", "9"]
+QUICK += ["--plugins", "saturation,switch_aux,schedule", "--set", "schedule.every=11", "--no-plugin", "plots,html", "--quiet"]
+COMMAND = [sys.executable, "-c", "import sys; from moe_engine.cli import main; sys.exit(main())"]
+
+
+def test_resume_says_what_is_wrong(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    for argv, sentence in (
+        (["resume", "nowhere"], "there is no run folder nowhere"),
+        (["resume", "empty"], "empty holds no config.toml, so no run was begun in it"),
+    ):
+        assert main(argv) == 2
+        assert capsys.readouterr().err == f"moe-engine: {sentence}\n"
+
+
+def kill_at(folder, delay, number):
+    """Run in a process of its own, killed after a while; answers whether it was."""
+    words = ["resume", str(folder)] if (folder / "config.toml").exists() else ["run", *QUICK, "--out", str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen([*COMMAND, *words], env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        while process.poll() is None and not (folder / "metrics.jsonl").exists():
+            time.sleep(0.005)
+        time.sleep(delay)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+    assert b"Traceback" not in said
+    return process.returncode != 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
+def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(tmp_path):
+    assert main(["run", *QUICK, "--out", str(tmp_path / "whole")]) == 0
+    folder, killed = tmp_path / "cut", 0
+    for number, delay in ((signal.SIGKILL, 0.2), (signal.SIGTERM, 0.15), (signal.SIGKILL, 0.25), (signal.SIGINT, 0.1)):
+        killed += kill_at(folder, delay, number)
+    assert killed
+    assert main(["resume", str(folder), "--quiet"]) == 0
+    assert ends(folder) == ends(tmp_path / "whole")
+
+
+@pytest.mark.long
+@pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
+def test_thirty_kills_at_random_moments_have_thirty_equal_ends(tmp_path):
+    """Each of 30 runs on the digits is killed once, at any moment, also inside saving and inside growth."""
+    import random
+
+    digits = ["run", "--plugins", "saturation,switch_aux,schedule", "--experts", "2", "--set", "schedule.every=30"]
+    digits += ["--checkpoint-every", "5", "--quiet", "--no-plugin", "plots,html", "--out"]
+    assert main([*digits, str(tmp_path / "whole")]) == 0
+    expected, draws, killed = ends(tmp_path / "whole"), random.Random(0), []
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for number in range(30):
+        folder = tmp_path / f"cut{number}"
+        how = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)[number % 3]
+        with subprocess.Popen([*COMMAND, *digits, str(folder)], env=environment, stderr=subprocess.DEVNULL) as process:
+            while process.poll() is None and not (folder / "metrics.jsonl").exists():
+                time.sleep(0.005)
+            time.sleep(draws.uniform(0, 4))
+            process.send_signal(how)
+            process.wait(60)
+        killed.append(process.returncode)
+        assert main(["resume", str(folder), "--quiet"]) == 0
+        assert ends(folder) == expected, (number, how)
+    print(f"return codes of the killed: {killed}")
+    assert sum(code != 0 for code in killed) >= 20
