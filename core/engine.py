@@ -268,11 +268,7 @@ class Engine:
 
     def last_terms(self) -> dict[str, Tensor]:
         """The loss terms of the last step by name and layer, [1] each, as they were, finite or not."""
-        return {
-            f"'{term}' of layer '{layer.name}'": v
-            for layer in self.layers
-            for term, v in layer.last_terms.items()
-        }
+        return {f"'{term}' of layer '{layer.name}'": v for layer in self.layers for term, v in layer.last_terms.items()}
 
     # -- growth ----------------------------------------------------------------------------------
 
@@ -380,11 +376,15 @@ class Engine:
         if growth.require_exact and probe is None:
             raise UsageError("require_exact needs a probe, on which the change is measured")
         if self._anchored:
-            raise UsageError(f"layer '{layer.name}' can't grow in the middle of a step; call engine.after_step() before")
+            raise UsageError(
+                f"layer '{layer.name}' can't grow in the middle of a step; call engine.after_step() before"
+            )
         mine = {id(parameter) for parameter in layer.parameters()}
         for other in self.layers:
             if other is not layer and any(id(parameter) in mine for parameter in other.parameters()):
-                raise UsageError(f"layer '{layer.name}' shares weights with '{other.name}', which would not grow with it")
+                raise UsageError(
+                    f"layer '{layer.name}' shares weights with '{other.name}', which would not grow with it"
+                )
 
     def _check_exact(self, layer: MoE, growth: Growth, source: str | None) -> None:
         if growth.require_exact and source not in layer.router.keeps_function:
@@ -476,7 +476,9 @@ class Engine:
             for which, value in sums.items():
                 old = layers[name].seen if which == "seen" else None
                 if old is not None and value.shape != old.shape:
-                    raise UsageError(f"the state of layer '{name}' is of other plugins or experts; load the model before")
+                    raise UsageError(
+                        f"the state of layer '{name}' is of other plugins or experts; load the model before"
+                    )
                 setattr(layers[name], which, value if value is None else value.to(layers[name].seen))
         self.step, self.memory = state["step"], copy.deepcopy(dict(state["memory"]))
         self.growths = [Grown(**one) for one in state["growths"]]

@@ -163,7 +163,9 @@ def balance(run: "Run", layer: str) -> Figure | None:
 
 
 def _with_load(run: "Run", layer: str) -> list[dict[str, Any]]:
-    return [record for record in run.records if record["split"] == "train" and record["layers"].get(layer, {}).get("load")]
+    return [
+        record for record in run.records if record["split"] == "train" and record["layers"].get(layer, {}).get("load")
+    ]
 
 
 def usage(run: "Run", layer: str) -> Figure | None:

@@ -125,7 +125,9 @@ def plans_of(layer: MoE, growth: Growth) -> dict[str, Plan]:
         raise UsageError(f"a new {growth.of} of layer '{layer.name}' needs a parent, whose experts it starts from")
     members = [(unit_of == unit).nonzero().flatten().tolist() for unit in range(layer.sizes[growth.of])]
     born = [
-        (expert, home) for parent, home in zip(growth.parents, plan.newcomers, strict=True) for expert in members[parent]
+        (expert, home)
+        for parent, home in zip(growth.parents, plan.newcomers, strict=True)
+        for expert in members[parent]
     ]
     drop = [expert for unit in growth.drop for expert in members[unit]]
     experts = _plan(layer.name, "expert", layer.sizes["expert"], [expert for expert, _ in born], drop)
@@ -218,7 +220,9 @@ def _refuse_unable(layer: MoE, declared: Iterable[tuple[str, Part, str, Axis]]) 
         if parametrize.is_parametrized(part):
             raise UsageError(f"{who}: {where} is parametrised; remove the parametrisation before")
         if type(tensor) not in (nn.Parameter, Tensor) or tensor.is_inference():
-            raise UsageError(f"{who}: {where} is a {type(tensor).__name__} that can't be resized (sharded, or inference)")
+            raise UsageError(
+                f"{who}: {where} is a {type(tensor).__name__} that can't be resized (sharded, or inference)"
+            )
         if tensor.grad is not None:
             raise UsageError(f"{who}: {where} has a gradient; call optimizer.zero_grad() before")
 
@@ -261,14 +265,14 @@ def _fresh_row(tensor: Tensor, axis: Axis, generator: torch.Generator) -> Tensor
     return row.detach().to("cpu", tensor.dtype)
 
 
-def _check_rows(
-    source: str, whose: str, rows: Mapping[str, Tensor], fresh: Rows, all_of_them: bool = False
-) -> None:
+def _check_rows(source: str, whose: str, rows: Mapping[str, Tensor], fresh: Rows, all_of_them: bool = False) -> None:
     if all_of_them and (missing := sorted(fresh.keys() - rows.keys())):
         raise UsageError(f"source '{source}' gives a newcomer no {listed(missing)}")
     for where, row in rows.items():
         if where not in fresh:
-            raise UsageError(f"source '{source}' gives a row{whose} '{where}', which is none of {listed(sorted(fresh))}")
+            raise UsageError(
+                f"source '{source}' gives a row{whose} '{where}', which is none of {listed(sorted(fresh))}"
+            )
         if row.shape != fresh[where].shape:
             wanted, found = list(fresh[where].shape), list(row.shape)
             raise UsageError(f"source '{source}': the row{whose} '{where}' is {found}; it must be {wanted}")

@@ -42,7 +42,11 @@ def staged_state(
     """
     staged = {}
     for key, state in optimizer.state[parameter].items():
-        if not isinstance(state, Tensor) or state.dim() == 0 or _kept_whole(optimizer, name, key, state, parameter, axis):
+        if (
+            not isinstance(state, Tensor)
+            or state.dim() == 0
+            or _kept_whole(optimizer, name, key, state, parameter, axis)
+        ):
             staged[key] = state
             continue
         new = reindex(state, axis, origins)
@@ -123,7 +127,9 @@ def _forgotten(
             return id(groups) not in known and any(id(p) in wanted for group in groups for p in group["params"])
         return any(getattr(module, "lineage", None) == lineage for module in one.modules())
 
-    return [one for one in live(Optimizer, DistributedDataParallel, AveragedModel) if id(one) not in known and holds(one)]
+    return [
+        one for one in live(Optimizer, DistributedDataParallel, AveragedModel) if id(one) not in known and holds(one)
+    ]
 
 
 def live(*kinds: type) -> list[Any]:

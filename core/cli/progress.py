@@ -123,7 +123,9 @@ def event(growth: dict[str, Any]) -> str:
     """A growth in words."""
     moved = "" if growth["change"] is None else f", output changed by {growth['change']:.1%}"
     source = f" ({growth['source']})" if growth["source"] else ""
-    return f"{growth['layer']} went from {growth['before']} to {growth['after']} experts{source}{moved}; {growth['why']}"
+    return (
+        f"{growth['layer']} went from {growth['before']} to {growth['after']} experts{source}{moved}; {growth['why']}"
+    )
 
 
 def table(columns: list[str], rows: list[list[str]]) -> None:

@@ -19,4 +19,6 @@ class ZeroOutput:
 
     @hookimpl
     def moe_new_expert(self, fresh, roles):
-        return NewExpert({name: torch.zeros_like(row) if roles[name] == "output" else row for name, row in fresh.items()})
+        return NewExpert(
+            {name: torch.zeros_like(row) if roles[name] == "output" else row for name, row in fresh.items()}
+        )

@@ -285,7 +285,15 @@ def test_checkpoints_change_no_number(tmp_path):
 # -- the command line ----------------------------------------------------------------------------------
 
 QUICK = ["--task", "blobs", "--set", "blobs.images=2000", "--epochs", "4", "--experts", "2", "--checkpoint-every", "9"]
-QUICK += ["--plugins", "saturation,switch_aux,schedule", "--set", "schedule.every=11", "--no-plugin", "plots,html", "--quiet"]
+QUICK += [
+    "--plugins",
+    "saturation,switch_aux,schedule",
+    "--set",
+    "schedule.every=11",
+    "--no-plugin",
+    "plots,html",
+    "--quiet",
+]
 COMMAND = [sys.executable, "-c", "import sys; from moe_engine.cli import main; sys.exit(main())"]
 
 
@@ -304,7 +312,9 @@ def kill_at(folder, delay, number):
     """Run in a process of its own, killed after a while; answers whether it was."""
     words = ["resume", str(folder)] if (folder / "config.toml").exists() else ["run", *QUICK, "--out", str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen([*COMMAND, *words], env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [*COMMAND, *words], env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
         while process.poll() is None and not (folder / "metrics.jsonl").exists():
             time.sleep(0.005)
         time.sleep(delay)
@@ -342,7 +352,7 @@ def test_thirty_kills_at_random_moments_have_thirty_equal_ends(tmp_path):
         with subprocess.Popen([*COMMAND, *digits, str(folder)], env=environment, stderr=subprocess.DEVNULL) as process:
             while process.poll() is None and not (folder / "metrics.jsonl").exists():
                 time.sleep(0.005)
-            time.sleep(draws.uniform(0, 4))
+            time.sleep(draws.uniform(0, 2.5))
             process.send_signal(how)
             process.wait(60)
         killed.append(process.returncode)

@@ -311,7 +311,9 @@ def test_the_first_step_of_a_newcomer_is_no_larger_than_the_others():
 
 def test_groups_schedulers_and_a_scaler_go_on():
     def groups(model, lr):
-        return torch.optim.AdamW([{"params": model[1].parameters(), "weight_decay": 0.1}, {"params": model[0].weight}], lr)
+        return torch.optim.AdamW(
+            [{"params": model[1].parameters(), "weight_decay": 0.1}, {"params": model[0].weight}], lr
+        )
 
     rig = Rig(optimizer=groups)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(rig.optimizer, 20)
@@ -548,7 +550,10 @@ def test_a_source_that_answers_nonsense_is_named(install):
         (lambda parent, fresh: 3, "moe_new_expert of 'odd' answers 3"),
         (lambda parent, fresh: NewExpert({}), "source 'odd' gives a newcomer no experts.b_in"),
         (lambda parent, fresh: NewExpert({**fresh, "x": fresh["experts.b_in"]}), "gives a row 'x'"),
-        (lambda parent, fresh: NewExpert({n: r[None] for n, r in fresh.items()}), r"'router.rows' is \[1, 6\]; it must be \[6\]"),
+        (
+            lambda parent, fresh: NewExpert({n: r[None] for n, r in fresh.items()}),
+            r"'router.rows' is \[1, 6\]; it must be \[6\]",
+        ),
         (lambda parent, fresh: NewExpert({n: r * torch.nan for n, r in fresh.items()}), "is not finite"),
         (lambda parent, fresh: NewExpert(fresh, parent_values={"y": fresh["experts.b_in"]}), "of the parent 'y'"),
         (lambda parent, fresh: NewExpert({n: r.mul_(0) for n, r in parent.items()}), None),
@@ -618,7 +623,9 @@ def test_an_exact_growth_is_let_through(install):
 
 def test_an_average_of_the_weights_grows_along():
     rig = Rig("topk,saturation,split").train(3)
-    average = torch.optim.swa_utils.AveragedModel(rig.model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))
+    average = torch.optim.swa_utils.AveragedModel(
+        rig.model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)
+    )
     rig.train(3)
     average.update_parameters(rig.model)
     with pytest.raises(UsageError, match="a live AveragedModel holds this layer; pass it"):

@@ -1,0 +1,65 @@
+"""Layers of an engine inside other people's training loops, by one callback each.
+
+`moe_engine.integrations.lightning` and `moe_engine.integrations.transformers` each hold a `MoECallback`;
+what the two share is here. Each needs its library: pip install "moe-engine[lightning]" or "[transformers]".
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..engine import Engine
+
+
+class Loop:
+    """The engine's part of a training loop: the step's end, growth, and numbers for the loop's logger.
+
+    probe: as in `Engine.metrics`.
+    """
+
+    def __init__(self, engine: Engine, probe: Callable[[], Tensor] | None = None) -> None:
+        self.engine, self.probe = engine, probe
+        self.eval_loss: float | None = None  # of an evaluation that no trigger has seen yet
+        self._losses: list[Tensor] = []  # of this step's micro-batches
+
+    def add(self, loss: Tensor, share: float = 1.0) -> Tensor:
+        """A micro-batch's loss with the auxiliary one, where there is a gradient; `share` of it, if not all."""
+        if not (torch.is_grad_enabled() and loss.requires_grad):
+            return loss
+        self._losses.append(loss.detach())
+        return loss + share * self.engine.aux_loss()
+
+    def after_step(
+        self, optimizers: Iterable[Optimizer], followers: Iterable[nn.Module] = (), skipped: bool = False
+    ) -> None:
+        """The step is done: controllers act, and what the triggers want grows."""
+        self.engine.after_step(skipped)
+        losses, self._losses = self._losses, []
+        if skipped or not losses:
+            return
+        wanted = self.engine.due(torch.stack(losses).mean(), self.eval_loss)
+        self.eval_loss = None
+        for optimizer in optimizers if wanted else ():
+            optimizer.zero_grad()
+        for growth in wanted:
+            self.engine.grow(growth, optimizers, followers, self.probe)
+
+    def numbers(self, split: str) -> dict[str, float]:
+        """Every metric that is a number, as "moe/LAYER/NAME", or "eval_moe/LAYER/NAME"."""
+        prefix = "moe" if split == "train" else f"{split}_moe"
+        found: dict[str, float] = {}
+        for layer, metrics in self.engine.metrics(split, self.probe).items():
+            for name, value in metrics.items():
+                number = _number(value)
+                if number is not None:
+                    found[f"{prefix}/{layer}/{name}"] = number
+        return found
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, Tensor) and value.dim() == 0:
+        value = value.item()
+    return float(value) if isinstance(value, int | float) else None

@@ -1,0 +1,77 @@
+"""Layers inside PyTorch Lightning: Trainer(callbacks=[MoECallback(engine)])."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from ..engine import Engine
+from . import Loop
+
+
+class MoECallback(Callback):
+    """Adds the auxiliary loss to what `training_step` answers, closes each step, grows, logs and saves.
+
+    engine: the one that built the module's layers. probe: a forward on a fixed batch, as in
+    `Engine.metrics`. monitor: the logged number that triggers with on=eval watch. For automatic
+    optimization. Metrics are logged every `log_every_n_steps` steps as moe/LAYER/NAME, and after
+    validation as eval_moe/LAYER/NAME. A checkpoint holds the engine's state, and loads at any number of
+    experts. Growth under DistributedDataParallel is refused: the trainer would have to build it anew.
+    """
+
+    def __init__(self, engine: Engine, probe: Callable[[], Tensor] | None = None, monitor: str = "val_loss") -> None:
+        self.loop, self.monitor = Loop(engine, probe), monitor
+        self._steps = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.loop.engine.attach(pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._steps = trainer.global_step
+        step = pl_module.training_step
+
+        @wraps(step)
+        def training_step(*args: Any, **kwargs: Any) -> Any:
+            answer = step(*args, **kwargs)
+            if isinstance(answer, Tensor):
+                return self.loop.add(answer)
+            return answer if answer is None else {**answer, "loss": self.loop.add(answer["loss"])}
+
+        pl_module.training_step = training_step
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        del pl_module.training_step  # the class's own shows again
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        pl_module.__dict__.pop("training_step", None)
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.loop.engine.after_backward()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if trainer.global_step == self._steps:
+            return  # a micro-batch of a step that goes on
+        self._steps = trainer.global_step
+        self.loop.after_step(trainer.optimizers)
+        if trainer.log_every_n_steps and self._steps % trainer.log_every_n_steps == 0:
+            pl_module.log_dict(self.loop.numbers("train"), on_step=True, on_epoch=False)
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.loop.engine.metrics("eval")  # thrown away
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            pl_module.log_dict(self.loop.numbers("eval"))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking and self.monitor in trainer.callback_metrics:
+            self.loop.eval_loss = float(trainer.callback_metrics[self.monitor])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"engine": self.loop.engine.state_dict(), "eval_loss": self.loop.eval_loss}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.loop.engine.load_state_dict(state_dict["engine"])
+        self.loop.eval_loss = state_dict["eval_loss"]
