@@ -126,20 +126,22 @@ def _packed(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    def several(values: list[Any]) -> list[Any]:
+        return [_unpacked(one, tensors) for one in values]
+
     if isinstance(value, list):
-        return [_unpacked(one, tensors) for one in value]
+        return several(value)
     if not isinstance(value, dict):
         return value
-    kind = value.get(SPECIAL)
-    if kind is None:
-        return {key: _unpacked(one, tensors) for key, one in value.items()}
-    if kind == "tensor":
-        return tensors[value["name"]]
-    if kind == "tuple":
-        return tuple(_unpacked(one, tensors) for one in value["values"])
-    if kind == "dict":
-        return {_unpacked(key, tensors): _unpacked(one, tensors) for key, one in value["pairs"]}
-    return float(value["value"])
+    if SPECIAL not in value:
+        return dict(zip(value, several(list(value.values())), strict=True))
+    special: dict[str, Callable[[], Any]] = {
+        "tensor": lambda: tensors[value["name"]],
+        "tuple": lambda: tuple(several(value["values"])),
+        "dict": lambda: dict(map(several, value["pairs"])),
+        "float": lambda: float(value["value"]),
+    }
+    return special[value[SPECIAL]]()
 
 
 # -- a run's checkpoints -----------------------------------------------------------------------------

@@ -51,7 +51,8 @@ def output_on(layer: MoE, tokens: Tokens) -> Tensor:
     layer.eval()
     try:
         x = tokens.x.detach().view(*tokens.shape, -1)
-        return layer(x, shaped(tokens.mask), shaped(tokens.ids), shaped(tokens.labels)).detach()
+        y: Tensor = layer(x, shaped(tokens.mask), shaped(tokens.ids), shaped(tokens.labels))
+        return y.detach()
     finally:
         layer.watched = None
         layer.train(was_training)

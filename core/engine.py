@@ -20,15 +20,15 @@ from torch.optim import Optimizer
 from .effects import Effects, check_learning, effects_of, output_on, watch
 from .errors import PluginError, RunError, UsageError, listed, nearest
 from .experts import ModuleBank, StackedMLP
-from .growth import Growth, Grown, NewExpert, agreed, all_or_nothing, commit, stage
+from .growth import Grown, Growth, NewExpert, agreed, all_or_nothing, commit, stage
 from .history import History
 from .layer import MoE, numel, unflat
 from .ledger import Anchor
 from .manager import Plugins, Setup
 from .options import Settings, parse_settings
-from .seeds import generator
 from .parts import Bias, Experts, Part, Router
 from .routing import Routing, Spec, Tokens, count_by
+from .seeds import generator
 from .stats import Finding, Stats, Step
 
 if TYPE_CHECKING:
@@ -312,10 +312,10 @@ class Engine:
         optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
         followers = [followers] if isinstance(followers, nn.Module) else list(followers)
         layer = self._named(growth.layer)
-        copies = [m for f in followers for m in f.modules() if _is_copy(m, layer)]
+        copies = [copy for one in followers for copy in _copies(one, layer)]
         device = layer.book.device
         random = generator(self.seed, f"growth {len(self.growths)}")
-        with all_or_nothing([layer, *copies], optimizers):
+        with all_or_nothing([layer, *copies], optimizers, self.growths):
             with agreed(growth, device):
                 self._check_growth(layer, growth, probe)
                 before = self._look(layer, probe)
@@ -345,8 +345,8 @@ class Engine:
                 source=staged.source,
                 why=growth.why,
                 change=change,
-                loss_before=before and before.loss,
-                loss_after=after and after.loss,
+                loss_before=None if before is None else before.loss,
+                loss_after=None if after is None else after.loss,
             )
             self.growths.append(record)
         return record
@@ -507,8 +507,10 @@ def _change(before: _Look | None, after: _Look | None) -> float | None:
     return float((after.output.double() - y).norm() / y.norm().clamp(min=1e-300))
 
 
-def _is_copy(module: nn.Module, layer: MoE) -> bool:
-    return isinstance(module, MoE) and module is not layer and module.lineage == layer.lineage
+def _copies(model: nn.Module, layer: MoE) -> list[MoE]:
+    """The copies of a layer in a model, as an average of the weights holds one."""
+    layers = [module for module in model.modules() if isinstance(module, MoE)]
+    return [one for one in layers if one is not layer and one.lineage == layer.lineage]
 
 
 def _over_all(value: Tensor | float) -> float:

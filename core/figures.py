@@ -88,7 +88,9 @@ def lives(run: "Run", layer: str) -> tuple[list[tuple[int, dict[int, float]]], d
     An expert's index may change when others are removed; its identity, the order of birth, does not.
     """
     alive: list[int] = []
-    loads, born, dead = [], {}, {}
+    loads: list[tuple[int, dict[int, float]]] = []
+    born: dict[int, int] = {}
+    dead: dict[int, int] = {}
     for record in run.records:
         if record["split"] == "growth" and record["growth"]["layer"] == layer:
             growth, step = record["growth"], record["step"]

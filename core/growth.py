@@ -21,6 +21,7 @@ from .optimizers import Moments, refuse_holders, reindex, staged_state
 from .parts import Axis, Part
 
 Rows = dict[str, Tensor]  # one expert's rows, by "part.tensor"
+Declared = tuple[str, Part, str, Axis]  # a tensor with an expert axis: "part.tensor", part, its name there, the axis
 
 
 @attrs.frozen
@@ -124,11 +125,8 @@ def plans_of(layer: MoE, growth: Growth) -> dict[str, Plan]:
     if unit_of is None or any(parent is None for parent in growth.parents):
         raise UsageError(f"a new {growth.of} of layer '{layer.name}' needs a parent, whose experts it starts from")
     members = [(unit_of == unit).nonzero().flatten().tolist() for unit in range(layer.sizes[growth.of])]
-    born = [
-        (expert, home)
-        for parent, home in zip(growth.parents, plan.newcomers, strict=True)
-        for expert in members[parent]
-    ]
+    homes = zip(growth.parents, plan.newcomers, strict=True)
+    born = [(expert, home) for parent, home in homes if parent is not None for expert in members[parent]]
     drop = [expert for unit in growth.drop for expert in members[unit]]
     experts = _plan(layer.name, "expert", layer.sizes["expert"], [expert for expert, _ in born], drop)
     return {growth.of: plan, "expert": attrs.evolve(experts, homes=tuple(home for _, home in born))}
@@ -175,12 +173,14 @@ def stage(
     _refuse_unable(layer, declared)
     refuse_holders(layer, [getattr(part, name) for _, part, name, _ in declared], optimizers, followers)
     plans = plans_of(layer, growth)
-    source, born = None, dict[str, list[NewExpert]]()
+    source = None
+    born: dict[str, list[NewExpert]] = {}
     changed: dict[tuple[str, int], Rows] = {}  # (population, old position) -> rows of parents that change too
     for of, plan in plans.items():
-        tensors = {where: (getattr(part, name), axis) for where, part, name, axis in declared if axis.of == of}
-        weights = {where: one for where, one in tensors.items() if isinstance(one[0], nn.Parameter)}
-        source, born[of] = _newcomers(of, plan, growth, weights, changed, ask, generator) if weights else (source, [])
+        own = [(where, getattr(part, name), axis) for where, part, name, axis in declared if axis.of == of]
+        weights = {where: (one, axis) for where, one, axis in own if isinstance(one, nn.Parameter)}
+        if weights:
+            source, born[of] = _newcomers(of, plan, growth, weights, changed, ask, generator)
     tensors = [
         (part, name, value)
         for target in (layer, *copies)
@@ -188,28 +188,35 @@ def stage(
         for name, value in staged.items()
     ]
     values = {id(getattr(part, name)): value for part, name, value in tensors}
-    states = []
-    for optimizer in optimizers:
-        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for where, part, name, axis in declared:
-            parameter = getattr(part, name)
-            if axis.of in plans and id(parameter) in own and optimizer.state.get(parameter):
-                plan = plans[axis.of]
-                how = {at: new.moments for at, new in zip(plan.newcomers, born[axis.of], strict=True)}
-                value = values[id(parameter)]
-                state = staged_state(optimizer, where, parameter, value, axis.axis, plan.origins, how)
-                states.append((optimizer, parameter, state))
+    states = [one for optimizer in optimizers for one in _staged_states(optimizer, declared, plans, born, values)]
     return Staged(plans, source, tensors, states)
 
 
-def _declared(layer: MoE) -> Iterator[tuple[str, Part, str, Axis]]:
-    """Every tensor with an expert axis: ("part.tensor", part, its name there, what it declares)."""
+def _staged_states(
+    optimizer: Optimizer,
+    declared: Sequence[Declared],
+    plans: Mapping[str, Plan],
+    born: Mapping[str, Sequence[NewExpert]],
+    values: Mapping[int, Tensor],
+) -> Iterator[tuple[Optimizer, Tensor, dict[str, Any]]]:
+    """An optimizer's state of each parameter that changes; values: the parameters' new ones by id."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for where, part, name, axis in declared:
+        parameter = getattr(part, name)
+        if axis.of in plans and id(parameter) in held and optimizer.state.get(parameter):
+            plan = plans[axis.of]
+            how = {at: new.moments for at, new in zip(plan.newcomers, born[axis.of], strict=True)}
+            value = values[id(parameter)]
+            yield optimizer, parameter, staged_state(optimizer, where, parameter, value, axis.axis, plan.origins, how)
+
+
+def _declared(layer: MoE) -> Iterator[Declared]:
     for where, part in layer.parts():
         for name, axis in part.axes.items():
             yield f"{where}.{name}", part, name, axis
 
 
-def _refuse_unable(layer: MoE, declared: Iterable[tuple[str, Part, str, Axis]]) -> None:
+def _refuse_unable(layer: MoE, declared: Iterable[Declared]) -> None:
     who = f"layer '{layer.name}' can't grow"
     if not any(part is layer.experts for _, part, _, _ in declared):
         raise UsageError(f"{who}: its {type(layer.experts).__name__} declares no expert axis; use stacked experts")
@@ -314,7 +321,7 @@ def _staged_tensor(
             row = _new_row(where, tensor, axis)
         if row is not None:
             out.select(axis.axis, position).copy_(row)
-    if axis.values in plans:
+    if axis.values is not None and axis.values in plans:
         out = _renamed(where, out, axis, plans[axis.values], plan)
     return out
 
@@ -358,16 +365,20 @@ def commit(staged: Staged, layers: Iterable[MoE]) -> None:
 
 
 @contextmanager
-def all_or_nothing(layers: Sequence[MoE], optimizers: Sequence[Optimizer]) -> Iterator[None]:
-    """Whatever fails inside leaves layers and optimizers bit for bit as they were; random states stay in any case."""
-    put_back = _pointers(layers, optimizers)
+def all_or_nothing(layers: Sequence[MoE], optimizers: Sequence[Optimizer], grown: list[Grown]) -> Iterator[None]:
+    """Whatever fails inside leaves layers, optimizers and the list of what has grown bit for bit as they were.
+
+    Random states stay in any case.
+    """
+    put_back, before = _pointers(layers, optimizers), list(grown)
     devices = {p.device for layer in layers for p in layer.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)):
-        try:
+    try:
+        with torch.random.fork_rng(devices=list(devices)):
             yield
-        except BaseException:
-            put_back()
-            raise
+    except BaseException:
+        put_back()
+        grown[:] = before
+        raise
 
 
 def _pointers(layers: Sequence[MoE], optimizers: Sequence[Optimizer]) -> Callable[[], None]:

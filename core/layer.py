@@ -69,7 +69,7 @@ class MoE(nn.Module):
             raise UsageError(f"layer '{name}': its parts are for {self.sizes['expert']} experts, not {spec.experts}")
         self._rehearse()
         self._open_book()
-        self.register_load_state_dict_post_hook(_after_load)
+        self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
 
     book: Tensor
     seen: Tensor

@@ -69,9 +69,7 @@ def _kept_whole(optimizer: Optimizer, name: str, key: str, state: Tensor, parame
     )
 
 
-def _fresh(
-    optimizer: Optimizer, name: str, key: str, state: Tensor, axis: int, value: Tensor, position: int
-) -> Tensor | int:
+def _fresh(optimizer: Optimizer, name: str, key: str, state: Tensor, axis: int, value: Tensor, position: int) -> Tensor:
     how = FRESH.get(key)
     if how == "zero":
         return 0 * state.select(axis, 0)
@@ -138,7 +136,7 @@ def live(*kinds: type) -> list[Any]:
     for kind in kinds:
         waiting = [kind]
         while waiting:
-            below = type.__subclasses__(waiting.pop())
+            below: list[type] = type.__subclasses__(waiting.pop())
             classes.update(below)
             waiting.extend(below)
     return [one for one in gc.get_objects() if type(one) in classes]

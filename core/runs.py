@@ -131,10 +131,10 @@ def record_file(folder: Path) -> Iterator[IO[bytes]]:
     """metrics.jsonl, open for reading and appending by this process alone. Raises UsageError."""
     path = folder / "metrics.jsonl"
     try:
-        file = open(path, "a+b")
+        path.touch()
     except OSError as error:
         raise UsageError(f"{path} can't be written: {error.strerror}") from error
-    with file:
+    with open(path, "a+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -22,7 +22,7 @@ def own_random_state(seed: int) -> Iterator[None]:
     before = random_state()
     torch.manual_seed(seed)
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 (what others draw from)
+    np.random.seed(seed % 2**32)  # what others draw from
     try:
         yield
     finally:
@@ -31,7 +31,8 @@ def own_random_state(seed: int) -> Iterator[None]:
 
 def random_state() -> dict[str, Any]:
     """The states of torch, random and numpy."""
-    name, keys, *rest = np.random.get_state()  # noqa: NPY002
+    state: Any = np.random.get_state()
+    name, keys, *rest = state
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     numpy = [name, torch.from_numpy(keys.astype(np.int64)), *rest]
     return {"torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate(), "numpy": numpy}
@@ -44,4 +45,4 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(one.cpu(), device)
     random.setstate(state["python"])
     name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))

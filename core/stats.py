@@ -93,9 +93,9 @@ def plain(value: Any) -> Any:
     if isinstance(value, Finding):
         return attrs.asdict(value)
     if isinstance(value, Tensor):
-        return plain(value.detach().cpu().tolist())
-    if hasattr(value, "tolist"):  # numpy
-        return plain(value.tolist())
+        value = value.detach().cpu()
+    if hasattr(value, "tolist"):  # numpy's too
+        value = value.tolist()
     if isinstance(value, list | tuple):
         return [plain(one) for one in value]
     if isinstance(value, dict):

@@ -22,7 +22,7 @@ class LossPlateau:
     """
 
     on: str = option("train", help="what must stop falling", choices=("train", "eval"))
-    epsilon: float = option(1e-3, help="smallest relative improvement that still counts as falling", min=0)
+    epsilon: float = option(0.02, help="smallest relative improvement that still counts as falling", min=0)
     patience: int = option(10, help="checks in a row without improvement before a growth", min=1)
     cooldown: int = option(50, help="steps after a growth, and at the start, without a check", min=0)
     fast: float = option(0.9, help="decay of the fast running mean", min=0, max=1)

@@ -4,7 +4,8 @@ import attrs
 import torch
 
 from moe_engine import hookimpl, option
-from moe_engine.tasks import generator, image_task
+from moe_engine.seeds import generator
+from moe_engine.tasks import image_task
 
 
 @attrs.define(eq=False)

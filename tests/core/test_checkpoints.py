@@ -308,18 +308,25 @@ def test_resume_says_what_is_wrong(tmp_path, capsys, monkeypatch):
         assert capsys.readouterr().err == f"moe-engine: {sentence}\n"
 
 
+def _written(folder):
+    """When the run wrote its records last."""
+    file = folder / "metrics.jsonl"
+    return file.stat().st_mtime_ns if file.exists() else 0
+
+
 def kill_at(folder, delay, number):
     """Run in a process of its own, killed after a while; answers whether it was."""
     words = ["resume", str(folder)] if (folder / "config.toml").exists() else ["run", *QUICK, "--out", str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment, began = {**os.environ, "OMP_NUM_THREADS": "1"}, _written(folder)
     with subprocess.Popen(
         [*COMMAND, *words], env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE
     ) as process:
-        while process.poll() is None and not (folder / "metrics.jsonl").exists():
+        while process.poll() is None and (written := _written(folder)) == began:
             time.sleep(0.005)
         time.sleep(delay)
         process.send_signal(number)
         _, said = process.communicate(timeout=60)
+    assert written > began
     assert b"Traceback" not in said
     return process.returncode != 0
 

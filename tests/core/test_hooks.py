@@ -9,7 +9,22 @@ import pytest
 import torch
 from torch import nn
 
-from moe_engine import Bias, Engine, Experts, Finding, LevelSpec, Part, Router, UsageError, assign, hookimpl, option
+from moe_engine import (
+    Bias,
+    Engine,
+    Experts,
+    Finding,
+    Growth,
+    LevelSpec,
+    NewExpert,
+    Part,
+    Router,
+    UsageError,
+    adam,
+    assign,
+    hookimpl,
+    option,
+)
 from moe_engine.hookspecs import HOOKS
 from moe_engine.runs import RunConfig
 from moe_engine.tasks import image_task
@@ -251,3 +266,66 @@ def test_hook_moe_check(install):
     Engine("aaa,bbb", experts=3).moe(3, 4)
     with pytest.raises(UsageError, match="aaa takes 3 experts; aaa takes 2 experts"):
         Engine("aaa,bbb", ["bbb.limit=2"], experts=4).moe(3, 4)
+
+
+@attrs.define(eq=False)
+class Eager:
+    """Grows at every second step, and keeps its own account."""
+
+    @hookimpl
+    def moe_growth(self, history, memory):
+        memory["steps"] = memory.get("steps", 0) + 1
+        assert memory["steps"] == history.step
+        if history.step % 2:
+            return None
+        return Growth(history.layers[0].name, (history.busiest(history.layers[0]),), why=f"loss {history.loss}")
+
+
+@attrs.define(eq=False)
+class Never:
+    @hookimpl
+    def moe_growth(self, history, memory):
+        memory["asked"] = history.eval_loss
+        return []
+
+
+def one_step(engine, layer, optimizer):
+    layer(torch.randn(9, 4)).sum().backward()
+    engine.after_backward()
+    optimizer.step()
+    engine.after_step()
+    optimizer.zero_grad()
+
+
+def test_hook_moe_growth(install):
+    install("growth", "eager", Eager)
+    install("growth", "never", Never)
+    engine = Engine("never,eager", experts=3)
+    layer = engine.moe(4, 8, name="one")
+    optimizer = adam(layer, 1e-3)
+    one_step(engine, layer, optimizer)
+    assert engine.due(1.0) == []
+    one_step(engine, layer, optimizer)
+    (wanted,) = engine.due(torch.tensor(2.0, requires_grad=True), eval_loss=3.0)
+    assert wanted == Growth("one", (int(layer.recent.argmax()),), why="eager: loss 2.0")
+    assert engine.memory == {"never": {"asked": 3.0}, "eager": {"steps": 2}}
+    assert engine.due(float("nan")) == []
+
+
+@attrs.define(eq=False)
+class Halves:
+    @hookimpl
+    def moe_new_expert(self, parent, growth, index, fresh, roles, generator):
+        assert (index, roles["router.rows"], roles["experts.w_out"]) == (3, "logit_row", "output")
+        assert growth.why == "because"
+        noise = torch.randn(1, generator=generator)
+        return NewExpert({name: row / 2 + 0 * noise for name, row in parent.items()})
+
+
+def test_hook_moe_new_expert(install):
+    install("source", "halves", Halves)
+    engine = Engine("halves", experts=3)
+    layer = engine.moe(4, 8, name="one")
+    engine.grow(Growth("one", (1,), why="because"))
+    for weight in (layer.router.rows, layer.experts.w_in, layer.experts.w_out):
+        torch.testing.assert_close(weight[3], weight[1] / 2)

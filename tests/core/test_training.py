@@ -159,3 +159,20 @@ def test_read_run_gives_back_the_configuration(tmp_path):
     assert [plugin["name"] for plugin in again.plugins] == list(
         Engine("saturation,switch_aux", without=["plots", "html"], task="blobs").plugins.active
     )
+
+
+def test_a_run_grows_live_from_2_to_16_experts_all_of_which_are_used(tmp_path):
+    """The trigger's defaults, on generated images."""
+    blobs = {"blobs": {"images": 20_000, "classes": 30}}
+    plugins = ("saturation", "switch_aux", "loss_plateau")
+    run, _ = train(tmp_path / "run", plugins, blobs, experts=2, epochs=8, log_every=50)
+    (layer,) = run.summary["layers"]
+    assert (layer["experts"], layer["active"]) == (16, 16)
+    assert run.summary["accuracy"] >= 0.97
+    growths = run.summary["growths"]
+    assert [(one["before"], one["after"]) for one in growths] == [(size, size + 1) for size in range(2, 16)]
+    assert growths == [record["growth"] for record in run.records if record["split"] == "growth"]
+    assert all(one["change"] > 0 or one["loss_before"] == one["loss_after"] for one in growths)
+    assert growths[0]["why"].startswith("loss_plateau: loss ")
+    sizes = [len(record["layers"]["moe"]["load"]) for record in run.records if record["split"] == "train"]
+    assert (sizes[0], sizes[-1], sorted(sizes)) == (2, 16, sizes)
