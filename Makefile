@@ -11,7 +11,7 @@ help:
 	@echo "make test       set up everything, run the tests"
 	@echo "make test-long  the tests that take minutes (DATA=folder: of MNIST, Fashion-MNIST and CIFAR-10)"
 	@echo "make lint       ruff and mypy"
-	@echo "make bench      speed of the layer, of a training step and of the command line"
+	@echo "make bench      speed of the layer, of a training step, of a growth and of the command line"
 	@echo "make clean      remove the virtual environment and what tools left"
 
 demo: $(READY)
@@ -33,6 +33,7 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/layer.py
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/startup.py
 
 $(READY): setup.cfg pyproject.toml

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from moe_engine import adam
 from moe_engine.runs import RunConfig
-from moe_engine.tasks import generator
+from moe_engine.seeds import generator
 from moe_engine.training import Training
 from paired import arguments, ratios, steady, tell
 
@@ -37,7 +37,7 @@ def run_loop(run: Training) -> Callable[[], None]:
     """The run's own training loop."""
 
     def steps() -> None:
-        run.step = 0
+        run._begin()
         run._train()
 
     return steps
@@ -74,7 +74,7 @@ def main() -> int:
     options = arguments("A training step of `moe-engine run` against a hand-written loop.", repetitions=21)
     steady()
     by_run, by_hand = training(), training()
-    with tempfile.TemporaryDirectory() as folder, open(Path(folder, "metrics.jsonl"), "w") as by_run._log:
+    with tempfile.TemporaryDirectory() as folder, open(Path(folder, "metrics.jsonl"), "wb") as by_run._log:
         found = ratios({"run": run_loop(by_run), "hand": hand_loop(by_hand)}, "hand", options.repetitions, ROUNDS)
     check_equal(by_run, by_hand)
     return tell(found, BAR, options.json, steps=ROUNDS * STEPS)

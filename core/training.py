@@ -144,10 +144,7 @@ class Training:
             return self._run()
 
     def _run(self) -> Run:
-        self._started = time.monotonic()
-        self.optimizer = adam(self.model, self.config.lr)
-        self._order = generator(self.config.seed, "data order")
-        self._epoch_order = self._order.get_state()
+        self._begin()
         if self.resumed:
             assert self.out is not None
             self.folder = self.out
@@ -168,6 +165,13 @@ class Training:
             bound({"run": run})
         return run
 
+    def _begin(self) -> None:
+        self._started = time.monotonic()
+        self.step, self.epoch, self.batch = 0, 1, 0
+        self.optimizer = adam(self.model, self.config.lr)
+        self._order = generator(self.config.seed, "data order")
+        self._epoch_order = self._order.get_state()
+
     def _train(self) -> None:
         for epoch in range(self.epoch, self.config.epochs + 1):
             self.epoch = epoch
@@ -184,7 +188,6 @@ class Training:
             if epoch < self.config.epochs:
                 self._evaluate(epoch)
             self.epoch, self.batch, self._epoch_order = epoch + 1, 0, self._order.get_state()
-        self._save()
 
     def _learn(self, batch: Batch) -> Tensor:
         """One step; answers the task's loss."""
@@ -218,6 +221,7 @@ class Training:
 
     def _finish(self) -> None:
         """The last evaluation, the summary and the weights."""
+        self._save()  # a run that is killed from here on has only this to do again
         self._evaluate(self.config.epochs, final=True)
         tensors = {name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}
         write_atomically(self.folder / "model.safetensors", safetensors.torch.save(tensors))

@@ -1,5 +1,6 @@
 """What README.md shows, runs."""
 
+import importlib
 import re
 import tomllib
 from pathlib import Path
@@ -63,9 +64,26 @@ def test_the_parts_in_the_hooks_documentation_work(install):
     assert layer.spec.experts == 5
 
 
-def test_the_loop_on_the_page_runs(capsys):
-    exec(named("python", "import torch\nfrom moe_engine import Engine"), {})
-    assert "Finding(name='healthy'" in capsys.readouterr().out
+def test_the_loop_on_the_page_runs(capsys, tmp_path, monkeypatch):
+    """It builds, trains, grows, measures, saves and loads, in under 25 lines."""
+    monkeypatch.chdir(tmp_path)
+    block = named("python", "import torch\nfrom moe_engine import Engine")
+    assert len(block.splitlines()) < 25
+    page = {}
+    exec(block, page)
+    said = capsys.readouterr().out
+    assert said.count("Grown(step=") == 3
+    assert "Finding(name=" in said
+    assert page["model"][1].spec.experts == 7
+    assert (tmp_path / "state.safetensors").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_callbacks_on_the_page_exist():
+    block = named("python", "from moe_engine.integrations")
+    for module in re.findall(r"from (moe_engine\.integrations\.\w+) import MoECallback", block):
+        pytest.importorskip(module.rpartition(".")[2])
+        assert importlib.import_module(module).MoECallback
 
 
 @pytest.mark.parametrize(
