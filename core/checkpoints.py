@@ -6,6 +6,7 @@ tensors; the rest of the tree, with their names in their places, is JSON in the 
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from hashlib import sha256
 from pathlib import Path
@@ -38,9 +39,13 @@ def save(path: str | Path, **objects: Stateful) -> None:
 
         save("state.safetensors", model=model, optimizer=optimizer, engine=engine)
 
-    Raises TypeError for a state that holds anything but tensors and plain values.
+    Raises TypeError for a state that holds anything but tensors and plain values, UsageError if the file
+    can't be written.
     """
-    write_tree(Path(path), {name: one.state_dict() for name, one in objects.items()})
+    try:
+        write_tree(Path(path), {name: one.state_dict() for name, one in objects.items()})
+    except OSError as error:
+        raise UsageError(f"{path} can't be written: {error.strerror}") from error
 
 
 def load(path: str | Path, **objects: Stateful) -> None:
@@ -55,11 +60,16 @@ def load(path: str | Path, **objects: Stateful) -> None:
     for name, one in sorted(objects.items(), key=lambda pair: not isinstance(pair[1], torch.nn.Module)):
         if isinstance(one, torch.optim.Optimizer):
             _check_shapes(path, name, one, tree[name])
-        one.load_state_dict(tree[name])
+        try:
+            one.load_state_dict(tree[name])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UsageError(f"{path}: '{name}' is no state of a {type(one).__name__} ({error})") from error
 
 
 def _check_shapes(path: str | Path, name: str, optimizer: torch.optim.Optimizer, state: Any) -> None:
     """A fused optimizer with a state of another shape does not raise: it kills the process at its next step."""
+    if not isinstance(state, Mapping) or not {"param_groups", "state"} <= state.keys():
+        raise UsageError(f"{path}: '{name}' is no state of an optimizer")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if len(parameters) != sum(len(group["params"]) for group in state["param_groups"]):
         raise UsageError(f"{path}: '{name}' is the state of an optimizer of another number of parameters")
@@ -87,7 +97,9 @@ def read_tree(path: Path) -> Any:
         with safetensors.safe_open(path, framework="pt") as file:
             meta = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no Mapping)
-        if "tree" not in meta or meta.get("sha256") != _checksum(meta["tree"], tensors):
+        if "tree" not in meta:
+            raise UsageError(f"{path} holds tensors, but is no checkpoint of moe_engine")
+        if meta.get("sha256") != _checksum(meta["tree"], tensors):
             raise UsageError(f"{path} is damaged: its checksum is wrong")
         return _unpacked(json.loads(meta["tree"]), tensors)
     except FileNotFoundError as error:
@@ -111,10 +123,7 @@ def _packed(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
         tensors[where] = value.detach().cpu().contiguous().clone()
         return {SPECIAL: "tensor", "name": where}
     if isinstance(value, Mapping):
-        pairs = [(key, _packed(one, f"{where}.{key}" if where else str(key), tensors)) for key, one in value.items()]
-        if all(isinstance(key, str) and key != SPECIAL for key in value):
-            return dict(pairs)
-        return {SPECIAL: "dict", "pairs": [[_packed(key, "", {}), one] for key, one in pairs]}
+        return _packed_dict(value, where, tensors)
     if isinstance(value, list | tuple):
         several = [_packed(one, f"{where}.{index}", tensors) for index, one in enumerate(value)]
         return several if isinstance(value, list) else {SPECIAL: "tuple", "values": several}
@@ -123,6 +132,14 @@ def _packed(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise TypeError(f"a checkpoint holds tensors, numbers, texts, lists and dicts; {where} is a {type(value).__name__}")
+
+
+def _packed_dict(value: Mapping[Any, Any], where: str, tensors: dict[str, Tensor]) -> Any:
+    pairs = [(key, _packed(one, f"{where}.{key}" if where else str(key), tensors)) for key, one in value.items()]
+    kind = "counter" if isinstance(value, Counter) else "dict"  # one of milestones of a learning-rate schedule
+    if kind == "dict" and all(isinstance(key, str) and key != SPECIAL for key in value):
+        return dict(pairs)
+    return {SPECIAL: kind, "pairs": [[_packed(key, "", {}), one] for key, one in pairs]}
 
 
 def _unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
@@ -139,6 +156,7 @@ def _unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         "tensor": lambda: tensors[value["name"]],
         "tuple": lambda: tuple(several(value["values"])),
         "dict": lambda: dict(map(several, value["pairs"])),
+        "counter": lambda: Counter(dict(value["pairs"])),
         "float": lambda: float(value["value"]),
     }
     return special[value[SPECIAL]]()
@@ -166,12 +184,16 @@ class Checkpoints:
         write_tree(self.folder / "best.safetensors", tree)
 
     def newest(self, say: Callable[[str], None]) -> Any:
-        """The tree of the newest checkpoint that is whole, or None; `say` is told of each that is damaged."""
+        """The tree of the newest checkpoint that is whole, or None; `say` is told of each that is damaged.
+
+        A damaged one is put aside under another name, so that it does not count as one of the last two.
+        """
         for path in reversed(self._files()):
             try:
                 return read_tree(path)
             except UsageError as error:
-                say(f"{error}; going on from the one before")
+                path.rename(path.with_suffix(".damaged"))
+                say(f"{error}; looking for the one before")
         return None
 
     def _files(self) -> list[Path]:

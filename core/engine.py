@@ -20,21 +20,25 @@ from torch.optim import Optimizer
 from .effects import Effects, check_learning, effects_of, output_on, watch
 from .errors import PluginError, RunError, UsageError, listed, nearest
 from .experts import ModuleBank, StackedMLP
-from .growth import Grown, Growth, NewExpert, agreed, all_or_nothing, commit, stage
+from .growth import Grown, Growth, NewExpert
 from .history import History
 from .layer import MoE, numel, unflat
 from .ledger import Anchor
 from .manager import Plugins, Setup
+from .optimizers import refuse_holders
 from .options import Settings, parse_settings
 from .parts import Bias, Experts, Part, Router
 from .routing import Routing, Spec, Tokens, count_by
 from .seeds import generator
 from .stats import Finding, Stats, Step
+from .transaction import Staged, agreed, all_or_nothing, commit, recorded, stage
 
 if TYPE_CHECKING:
     from .tasks import TaskSpec
 
 Metrics = dict[str, float | Tensor | Finding]
+# the hooks that act on one layer, so that its settings can change them
+OF_LAYERS = ("router", "bias", "experts", "state", "aux_loss", "measure", "new_expert", "metrics")
 EXACT = 1e-5  # the largest relative change of a layer's output that still counts as none
 
 
@@ -65,6 +69,7 @@ class Engine:
         self.growths: list[Grown] = []
         self.memory: dict[str, dict[str, float]] = {}  # of each trigger
         self._triggers = self.plugins.bind("moe_growth")
+        self._asked = 0  # the step for which the triggers were asked last: a skipped step is none
         self._layers: list[weakref.ref[MoE]] = []
         self._anchored = False  # aux_loss() took part in a backward of this step
         self._closed = True  # after_backward() followed the last backward
@@ -100,6 +105,9 @@ class Engine:
         if dim < 1 or (hidden < 1 and (modules is None or layer_spec.shared)):
             raise UsageError(f"a layer of dim={dim} and hidden={hidden} is empty; both must be at least 1")
         plugins = self.plugins.override(settings)
+        for plugin in settings:
+            if not any(hasattr(plugins[plugin], f"moe_{hook}") for hook in OF_LAYERS):
+                raise UsageError(f"'{plugin}' acts on the whole engine, so it can't be set for one layer")
         self.plugins.check(Setup(plugins, layer_spec))
         try:
             layer = self._build(layer_spec, plugins, modules, settings, name)
@@ -109,6 +117,8 @@ class Engine:
             (router,) = (bound.plugin for bound in self.plugins.bind("moe_router", plugins))
             who = self.plugins.culprit(error) or f"layer '{name}' with router '{router}'"
             raise PluginError(f"{who} can't be built: {type(error).__name__}: {error}") from error
+        if self._triggers:  # a rehearsal too: what can't grow is to fail here
+            stage(layer, (), Growth(name, (0,)), self._sources(layer), generator(self.seed, "rehearsal"))
         self._layers.append(weakref.ref(layer))
         return layer
 
@@ -171,8 +181,11 @@ class Engine:
     def attach(self, model: nn.Module) -> "Engine":
         """Own every MoE layer in `model`, also a deep-copied one, and no other; name each by its place."""
         found = [(name, module) for name, module in model.named_modules() if isinstance(module, MoE)]
+        mine = self.layers
         for name, layer in found:
             layer.name = name or layer.name
+            if layer not in mine:
+                layer.found_lineage()  # it is no mere copy of a layer any more
         self._layers = [weakref.ref(layer) for _, layer in found]
         return self
 
@@ -183,7 +196,10 @@ class Engine:
         twin.plugins = copy.deepcopy(self.plugins, memo)
         twin._triggers = twin.plugins.bind("moe_growth")
         twin.growths, twin.memory = list(self.growths), copy.deepcopy(self.memory)
-        twin._layers = [weakref.ref(copy.deepcopy(layer, memo)) for layer in self.layers]
+        twins = [copy.deepcopy(layer, memo) for layer in self.layers]
+        for layer in twins:
+            layer.found_lineage()
+        twin._layers = [weakref.ref(layer) for layer in twins]
         return twin
 
     @property
@@ -278,18 +294,23 @@ class Engine:
         loss: the task's of this step. eval_loss: of an evaluation, where there was one since the last
         call. Both are averaged over processes, so that all decide alike.
         """
-        if not self._triggers or not self.layers:
+        if not self._triggers or not self.layers or self.step == self._asked:
             return []
-        losses = [_over_all(value) for value in (loss, *(() if eval_loss is None else (eval_loss,)))]
+        self._asked = self.step
+        given = (loss, *(() if eval_loss is None else (eval_loss,)))
+        losses = [_over_all(value, self.layers[0].book.device) for value in given]
         if not all(map(math.isfinite, losses)):
             return []
         history = History(self.step, losses[0], losses[1] if len(losses) > 1 else None, self.layers, self.growths)
         wanted: list[Growth] = []
         for bound in self._triggers:  # all of them: each keeps its own account of every step
             answer = bound({"history": history, "memory": self.memory.setdefault(bound.plugin, {})})
-            several = [answer] if isinstance(answer, Growth) else list(answer or ())
+            several = [] if answer is None else list(answer) if isinstance(answer, list | tuple) else [answer]
             if not all(isinstance(one, Growth) for one in several):
                 raise UsageError(f"moe_growth of '{bound.plugin}' answers {answer!r}, not a Growth, several, or None")
+            for name, value in self.memory[bound.plugin].items():
+                if not isinstance(value, int | float | str | None):
+                    raise UsageError(f"trigger '{bound.plugin}' remembers {value!r} as '{name}', which is no number")
             wanted = wanted or [attrs.evolve(one, why=f"{bound.plugin}: {one.why}") for one in several]
         return wanted
 
@@ -311,21 +332,19 @@ class Engine:
         """
         optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
         followers = [followers] if isinstance(followers, nn.Module) else list(followers)
-        layer = self._named(growth.layer)
-        copies = [copy for one in followers for copy in _copies(one, layer)]
-        device = layer.book.device
-        random = generator(self.seed, f"growth {len(self.growths)}")
+        device = self.layers[0].book.device if self.layers else torch.device("cpu")
+        with agreed(growth, device):
+            layer = self._named(growth.layer)
+            copies = [twin for one in followers for twin in _copies(one, layer)]
         with all_or_nothing([layer, *copies], optimizers, self.growths):
             with agreed(growth, device):
                 self._check_growth(layer, growth, probe)
-                before = self._look(layer, probe)
-                staged = stage(layer, copies, growth, self._sources(layer), random, optimizers, followers)
-                plan = staged.plans["expert"]
-                grown = attrs.evolve(layer.spec, experts=len(plan.origins))
-                self.plugins.check(Setup(self.plugins.override(layer.settings), grown))
-                self._check_exact(layer, growth, staged.source)
+                refuse_holders(layer, optimizers, followers)
+                before, size = self._look(layer, probe), layer.spec.experts
+                random = generator(self.seed, f"growth {len(self.growths)}")
+                staged = stage(layer, copies, growth, self._sources(layer), random, optimizers)
+                self._check_staged(layer, growth, staged)
             with agreed(growth, device):
-                size = layer.spec.experts
                 commit(staged, [layer, *copies])
                 after = self._look(layer, probe, before)
                 change = _change(before, after)
@@ -333,21 +352,8 @@ class Engine:
                     raise UsageError(f"growth of layer '{layer.name}' changed its output by {change}; nothing was done")
                 if "torch._dynamo" in sys.modules:
                     torch.compiler.reset()  # after eight sizes a compiled model would silently run eagerly
-            record = Grown(
-                step=self.step,
-                layer=layer.name,
-                of=growth.of,
-                before=size,
-                after=layer.spec.experts,
-                rows=tuple(None if at in plan.newcomers else old for at, old in enumerate(plan.origins)),
-                parents=tuple(plan.origins[at] for at in plan.newcomers),
-                drop=tuple(sorted(set(range(size)) - plan.kept.keys())),
-                source=staged.source,
-                why=growth.why,
-                change=change,
-                loss_before=None if before is None else before.loss,
-                loss_after=None if after is None else after.loss,
-            )
+            losses = [None if look is None else look.loss for look in (before, after)]
+            record = recorded(self.step, growth, staged, size, change, *losses)
             self.growths.append(record)
         return record
 
@@ -386,10 +392,14 @@ class Engine:
                     f"layer '{layer.name}' shares weights with '{other.name}', which would not grow with it"
                 )
 
-    def _check_exact(self, layer: MoE, growth: Growth, source: str | None) -> None:
-        if growth.require_exact and source not in layer.router.keeps_function:
+    def _check_staged(self, layer: MoE, growth: Growth, staged: Staged) -> None:
+        """Ask the plugins about the layer as it will be; refuse what can't keep the function, where it must."""
+        sizes = {**layer.sizes, **{of: len(plan.origins) for of, plan in staged.plans.items()}}
+        spec = attrs.evolve(layer.spec, experts=sizes["expert"])
+        self.plugins.check(Setup(self.plugins.override(layer.settings), spec, sizes=sizes))
+        if growth.require_exact and staged.source not in layer.router.keeps_function:
             (router,) = (bound.plugin for bound in self.plugins.bind("moe_router"))
-            how = f"source '{source}' can't keep" if source else "removal can't keep"
+            how = f"source '{staged.source}' can't keep" if staged.source else "removal can't keep"
             raise UsageError(f"{how} what a layer with router '{router}' computes; leave require_exact away")
 
     def _look(self, layer: MoE, probe: Callable[[], Tensor] | None, same: "_Look | None" = None) -> "_Look | None":
@@ -463,7 +473,7 @@ class Engine:
 
     def state_dict(self) -> dict[str, Any]:
         """What goes on where it stopped beside the weights: steps, growths, triggers' memories, sums so far."""
-        sums = {layer.name: {n: getattr(layer, n) for n in ("window", "recent", "seen")} for layer in self.layers}
+        sums = {layer.name: layer.sums() for layer in self.layers}
         growths = [attrs.asdict(one) for one in self.growths]
         return {"step": self.step, "growths": growths, "memory": copy.deepcopy(self.memory), "layers": sums}
 
@@ -473,13 +483,9 @@ class Engine:
         if layers.keys() != state["layers"].keys():
             raise UsageError(f"the state is of layers {listed(state['layers'])}, but there are {listed(layers)}")
         for name, sums in state["layers"].items():
-            for which, value in sums.items():
-                old = layers[name].seen if which == "seen" else None
-                if old is not None and value.shape != old.shape:
-                    raise UsageError(
-                        f"the state of layer '{name}' is of other plugins or experts; load the model before"
-                    )
-                setattr(layers[name], which, value if value is None else value.to(layers[name].seen))
+            layers[name].check_sums(sums)
+        for name, sums in state["layers"].items():
+            layers[name].take_sums(sums)
         self.step, self.memory = state["step"], copy.deepcopy(dict(state["memory"]))
         self.growths = [Grown(**one) for one in state["growths"]]
 
@@ -503,20 +509,29 @@ def _change(before: _Look | None, after: _Look | None) -> float | None:
     """|y' - y| / |y|."""
     if before is None or after is None or before.output is None or after.output is None:
         return None
-    y = before.output.double()
-    return float((after.output.double() - y).norm() / y.norm().clamp(min=1e-300))
+    y, new = before.output.cpu().double(), after.output.cpu().double()
+    return float((new - y).norm() / y.norm().clamp(min=1e-300))
 
 
 def _copies(model: nn.Module, layer: MoE) -> list[MoE]:
-    """The copies of a layer in a model, as an average of the weights holds one."""
-    layers = [module for module in model.modules() if isinstance(module, MoE)]
-    return [one for one in layers if one is not layer and one.lineage == layer.lineage]
+    """The copy of a layer in a model, as an average of the weights holds one; none in one that wraps the layer."""
+    layers = [module for module in model.modules() if isinstance(module, MoE) and module.lineage == layer.lineage]
+    if layer in layers:
+        return []
+    if len(layers) != 1:
+        raise UsageError(
+            f"a follower, {type(model).__name__}, holds {len(layers)} copies of layer '{layer.name}', not one; "
+            "make it after engine.attach(model)"
+        )
+    return layers
 
 
-def _over_all(value: Tensor | float) -> float:
+def _over_all(value: Tensor | float, device: torch.device) -> float:
     """The mean over processes."""
-    mean = torch.as_tensor(value).detach().double().reshape(1)
-    return float(_over_processes(mean)) / (torch.distributed.get_world_size() if _distributed() else 1)
+    one = float(torch.as_tensor(value).detach())
+    if not _distributed():
+        return one
+    return float(_over_processes(torch.tensor([one], device=device))) / torch.distributed.get_world_size()
 
 
 def _settings(given: Iterable[str] | Settings) -> Settings:

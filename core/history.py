@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 
 import attrs
+import torch
+from torch import Tensor
 
 from .growth import Grown
 from .layer import MoE
@@ -27,6 +29,10 @@ class History:
         """Steps since anything grew, whichever trigger wanted it, or since the start."""
         return self.step - max((one.step for one in self.growths), default=0)
 
+    def load(self, layer: MoE) -> Tensor:
+        """[E]: assignments of real tokens to each expert since the layer grew last, over all processes."""
+        return torch.zeros(layer.spec.experts) if layer.recent is None else layer.recent
+
     def busiest(self, layer: MoE) -> int:
         """The expert with the largest load since the layer grew last; 0 where there is no load yet."""
-        return 0 if layer.recent is None else int(layer.recent.argmax())
+        return int(self.load(layer).argmax())

@@ -106,7 +106,7 @@ def moe_growth(history: "History", memory: "dict[str, float]") -> "Growth | Sequ
     """Answer what is to become of the experts now: a growth, several (of different layers), or None.
 
     Called after each optimizer step; a trigger keeps its own interval. `history` has step, loss,
-    eval_loss, layers, growths, since_growth and busiest(layer). `memory` is this plugin's own: numbers by
+    eval_loss, layers, growths, since_growth, load(layer) and busiest(layer). `memory` is this plugin's own: numbers by
     name, empty at first, which a checkpoint saves; what a trigger keeps anywhere else is lost when a
     run resumes. All triggers are asked, the first answer in the order typed is taken. Where there are
     several processes, all of them must answer the same: what `history` gives is the same in each.

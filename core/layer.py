@@ -44,7 +44,8 @@ class MoE(nn.Module):
     ) -> None:
         super().__init__()
         self.spec, self.settings, self.name = spec, settings, name
-        self.lineage = uuid.uuid4().hex  # a copy has the same one, so that growth finds it
+        self.lineage = ""
+        self.found_lineage()
         self.router = router
         self.biases = nn.ModuleList(nn.ModuleDict(dict(level)) for level in biases)
         self.experts = experts
@@ -69,6 +70,7 @@ class MoE(nn.Module):
             raise UsageError(f"layer '{name}': its parts are for {self.sizes['expert']} experts, not {spec.experts}")
         self._rehearse()
         self._open_book()
+        self.register_load_state_dict_pre_hook(_before_load)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
 
     book: Tensor
@@ -212,18 +214,20 @@ class MoE(nn.Module):
 
     def _rehearse(self) -> None:
         """Run four tokens through, so that a mix that makes no sense fails here, with the plugin's name."""
-        spec, device = self.spec, next(self.parameters(), torch.empty(0)).device
+        spec, some = self.spec, next((p for p in self.parameters() if p.is_floating_point()), torch.empty(0))
+        device = some.device
         with torch.enable_grad(), torch.random.fork_rng(devices=[]):
             zeros = torch.zeros(4, dtype=torch.long, device=device)
             tokens = self.tokens(
-                torch.randn(4, spec.dim).to(device),
+                torch.randn(4, spec.dim).to(some),
                 ids=zeros if spec.vocab else None,
                 labels=zeros if spec.classes else None,
             )
             routing = self.route(tokens)
             _check_plan(self.name, routing.plan)
             sums, terms, own = self.measure(routing), self.aux_terms(routing), self._bias_sums(routing)
-        _check_terms(self.name, terms)
+        if not hasattr(self, "book"):  # a built layer may be frozen since
+            _check_terms(self.name, terms)
         self.layout = {name: value.shape for name, value in sums.items()}
         one = torch.Size([1])
         self.training_layout = {**self.layout, "forwards": one, **{name: value.shape for name, value in own.items()}}
@@ -277,25 +281,57 @@ class MoE(nn.Module):
             if isinstance(module, Part):
                 yield where, module
 
-    def _sizes(self) -> dict[str, int]:
-        """The size of each population, on which all parts must agree."""
+    def _sizes(self, given: Mapping[str, Tensor] | None = None) -> dict[str, int]:
+        """The size of each population, on which all parts must agree; given: tensors in the place of some of theirs."""
         found: dict[str, tuple[int, str]] = {}
         for where, part in self.parts():
             for name, axis in part.axes.items():
-                size = getattr(part, name).shape[axis.axis]
+                tensor = (given or {}).get(f"{where}.{name}", getattr(part, name))
+                size = tensor.shape[axis.axis] if tensor.dim() > axis.axis else -1
                 first, who = found.setdefault(axis.of, (size, f"{where}.{name}"))
                 if size != first:
                     odd = f"{where}.{name} is for {size} units of '{axis.of}', {who} for {first}"
                     raise UsageError(f"layer '{self.name}': {odd}")
         return {"expert": self.spec.experts, **{of: size for of, (size, _) in found.items()}}
 
+    def found_lineage(self) -> None:
+        """Take a name of its own that copies from now on share, so that growth finds them."""
+        self.lineage = uuid.uuid4().hex
+
     def refit(self) -> None:
         """Take over the sizes that the tensors of the parts have now. Sums so far are dropped."""
+
+        def stale(_: Tensor) -> None:
+            raise RuntimeError("the layer changed its number of experts between this forward and its backward")
+
+        if self.book.requires_grad:  # gradients of the old shape would reach parameters of the new one
+            self.book.register_hook(stale)
         self.sizes = self._sizes()
         self.spec = attrs.evolve(self.spec, experts=self.sizes["expert"])
         self.window = self.recent = None
         self._rehearse()
         self._open_book()
+
+    def sums(self) -> dict[str, Tensor | None]:
+        """What was counted and not yet asked for, as copies."""
+        held = {"window": self.window, "recent": self.recent, "seen": self.seen}
+        return {name: None if value is None else value.clone() for name, value in held.items()}
+
+    def check_sums(self, sums: Mapping[str, Tensor | None]) -> None:
+        """Raise UsageError if what `sums` answered is of another layer, or of this one with other plugins."""
+        sizes = {"window": numel(self.training_layout), "recent": self.spec.experts, "seen": numel(self.layout)}
+        for name, size in sizes.items():
+            value = sums[name]
+            if value is not None and value.numel() != size:
+                raise UsageError(
+                    f"the state of layer '{self.name}' is of other plugins or experts; load the model before it"
+                )
+
+    def take_sums(self, sums: Mapping[str, Tensor | None]) -> None:
+        """Go on from what `sums` answered."""
+        for name in ("window", "recent", "seen"):
+            value = sums[name]
+            setattr(self, name, None if value is None else value.to(self.seen, copy=True))
 
     def bias_levels(self) -> list[dict[str, Bias]]:
         """The biases of each level by plugin, in the order typed."""
@@ -329,6 +365,19 @@ def unflat(flat: Tensor, layout: Layout) -> dict[str, Tensor]:
 def numel(layout: Layout) -> int:
     """The length of the flat vector of a layout."""
     return sum(shape.numel() for shape in layout.values())
+
+
+def _before_load(layer: MoE, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """Refuse what can't be of this layer at any number of experts, before anything has changed. Raises UsageError."""
+    given = {name.removeprefix(prefix): one for name, one in state.items() if name.startswith(prefix)}
+    sizes = layer._sizes(given)
+    if sizes == layer.sizes:
+        return
+    attrs.evolve(layer.spec, experts=sizes["expert"])
+    for where, part in layer.parts():
+        own = {name: given[f"{where}.{name}"].clone() for name in part.axes if f"{where}.{name}" in given}
+        if own:
+            part.settle(own)
 
 
 def _after_load(layer: MoE, _: Any) -> None:

@@ -34,7 +34,7 @@ class Ledger(Function):
         signals: Signals | None,
     ) -> Tensor:
         ctx.save_for_backward(sums, scale, token_N, expert_N, weight_N)
-        ctx.signals = signals
+        ctx.signals, ctx.size = signals, book.shape[0]
         # a copy, not a view: AOTAutograd replays an output that aliases an input outside the graph, and with it
         # the whole Function would be lost; nor may anybody write into a custom Function's view
         return y_TD.clone()
@@ -44,6 +44,8 @@ class Ledger(Function):
         sums, scale, *routed = ctx.saved_tensors
         if ctx.signals is not None:
             sums = torch.cat([sums, ctx.signals(grad_TD, *routed)])
+        if sums.shape[0] != ctx.size:
+            raise RuntimeError("the layer changed its number of experts between this forward and its backward")
         if torch.compiler.is_compiling():
             # The scale arrives between forward and backward. What depends on it alone a partitioner may
             # move into the forward, where it is stale: a term of 0 ties it to the incoming gradient.

@@ -144,11 +144,15 @@ class Bound(NamedTuple):
 
 @attrs.frozen
 class Setup:
-    """What `moe_check` sees: the plugins by name in the order typed, the layer's spec, the task's spec."""
+    """What `moe_check` sees: the plugins by name in the order typed, the layer's spec, the task's spec.
+
+    sizes: of a layer that is to grow, the size of each population afterwards, as "expert" and "group".
+    """
 
     plugins: Mapping[str, Any]
     spec: "Spec"
     task: "TaskSpec | None" = None
+    sizes: Mapping[str, int] = attrs.field(factory=dict)
 
 
 class Plugins:

@@ -57,6 +57,17 @@ def staged_state(
     return staged
 
 
+def refuse_odd_state(optimizer: Optimizer) -> None:
+    """Raise UsageError for an optimizer that keeps several parameters' state under one of them, as LBFGS does."""
+    for parameter, own in optimizer.state.items():
+        for key, value in own.items():
+            whole = isinstance(value, Tensor) and value.dim() and value.dim() != parameter.dim()
+            if whole or isinstance(value, list):
+                raise UsageError(
+                    f"{type(optimizer).__name__} keeps '{key}', which no rule can grow; use Adam, AdamW or SGD"
+                )
+
+
 def _kept_whole(optimizer: Optimizer, name: str, key: str, state: Tensor, parameter: Tensor, axis: int) -> bool:
     """Whether a state has no expert axis of its own (a factor of Adafactor), so that growth leaves it as it is."""
     if key in FACTORS and state.dim() == parameter.dim() and parameter.shape[axis] > 1:
@@ -72,7 +83,7 @@ def _kept_whole(optimizer: Optimizer, name: str, key: str, state: Tensor, parame
 def _fresh(optimizer: Optimizer, name: str, key: str, state: Tensor, axis: int, value: Tensor, position: int) -> Tensor:
     how = FRESH.get(key)
     if how == "zero":
-        return 0 * state.select(axis, 0)
+        return torch.zeros_like(state.select(axis, 0))
     if how == "mean":
         return state.mean(axis)
     if how == "own":
@@ -92,18 +103,16 @@ def reindex(tensor: Tensor, axis: int, origins: Sequence[int | None]) -> Tensor:
 # -- who else holds a layer's parameters -------------------------------------------------------------
 
 
-def refuse_holders(
-    layer: nn.Module, parameters: Sequence[Tensor], optimizers: Sequence[Optimizer], followers: Sequence[nn.Module]
-) -> None:
+def refuse_holders(layer: Any, optimizers: Sequence[Optimizer], followers: Sequence[nn.Module]) -> None:
     """Raise UsageError if a live optimizer, DistributedDataParallel or AveragedModel would be left behind.
 
     An optimizer with state of the old shape kills the process at its next step if it is fused; a DDP
     that is not built anew lets its processes drift apart without a word.
     """
-    if not _forgotten(layer, parameters, optimizers, followers):
+    if not _forgotten(layer, optimizers, followers):
         return
     gc.collect()  # a dead one may still be waiting in a cycle
-    for one in _forgotten(layer, parameters, optimizers, followers):
+    for one in _forgotten(layer, optimizers, followers):
         kind = type(one).__name__
         if isinstance(one, Optimizer):
             raise UsageError(f"a live {kind} holds this layer's weights; pass it to grow(..., optimizers=...)")
@@ -111,12 +120,10 @@ def refuse_holders(
         raise UsageError(f"a live {kind} holds this layer; pass it to grow(..., followers=...){more}")
 
 
-def _forgotten(
-    layer: nn.Module, parameters: Sequence[Tensor], optimizers: Sequence[Optimizer], followers: Sequence[nn.Module]
-) -> list[Any]:
+def _forgotten(layer: Any, optimizers: Sequence[Optimizer], followers: Sequence[nn.Module]) -> list[Any]:
     known = {id(one) for one in (*optimizers, *followers)}
     known |= {id(one.param_groups) for one in optimizers}  # a wrapper shares them with the optimizer it wraps
-    wanted = {id(parameter) for parameter in parameters}
+    wanted = {id(parameter) for parameter in layer.parameters()}
     lineage = layer.lineage
 
     def holds(one: Any) -> bool:
@@ -159,9 +166,9 @@ def forget_old_shapes(parameters: Iterable[Tensor]) -> None:
 
 
 def wrong_shape(parameter: Tensor, state: Mapping[str, Any]) -> str | None:
-    """The key of a state that does not fit the parameter, or None."""
+    """The key of a state that should have the parameter's shape and has not, or None."""
     for key, value in state.items():
-        if not isinstance(value, Tensor) or value.dim() == 0 or value.shape == parameter.shape:
+        if key not in FRESH or not isinstance(value, Tensor) or value.dim() == 0 or value.shape == parameter.shape:
             continue
         factor = key in FACTORS and value.dim() == parameter.dim()
         if not (factor and all(has in (1, wants) for has, wants in zip(value.shape, parameter.shape, strict=True))):

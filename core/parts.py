@@ -94,9 +94,11 @@ class Part(nn.Module):
         assert parameter is not None
         # A detour through another dtype: only then autograd forgets the accumulator of the old shape,
         # which a loss that somebody still holds keeps alive.
-        other = torch.float32 if value.dtype == torch.float64 else torch.float64
+        other = torch.float32 if value.dtype == torch.float16 else torch.float16
         parameter.data = torch.empty(0, dtype=other, device=value.device)
         parameter.data = value
+        if parameter.grad is not None and parameter.grad.shape != value.shape:
+            parameter.grad = None
 
     def after_step(self, step: "Step") -> None:
         """Called once per optimizer step that was not skipped, under no_grad; this is where state may move."""
@@ -184,7 +186,7 @@ class GroupLimitedRouter(LinearRouter):
         return keep_best_groups(scores_TE, self.groups, self.groups_kept, self.top_k)
 
     def settle(self, staged: dict[str, Tensor]) -> None:
-        if self.groups > 1 and staged["rows"].shape != self.rows.shape:
+        if self.groups > 1 and staged.get("rows", self.rows).shape != self.rows.shape:
             raise UsageError("the router's groups are cut by position, so growth would cut them anew; use groups=1")
 
 

@@ -121,8 +121,6 @@ def old_folder(folder: Path) -> tuple[RunConfig, Settings]:
     if not (folder / "config.toml").exists():
         raise UsageError(f"{folder} holds no config.toml, so no run was begun in it")
     flags, settings = read_config(folder / "config.toml")
-    for leftover in (*folder.glob(".*.tmp"), *folder.glob("checkpoints/.*.tmp")):
-        leftover.unlink(missing_ok=True)  # of a write that was killed
     return merged(flags, {}), settings
 
 
@@ -139,6 +137,8 @@ def record_file(folder: Path) -> Iterator[IO[bytes]]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UsageError(f"another process is writing {folder}; wait for it, or stop it") from error
+        for leftover in (*folder.glob(".*.tmp"), *folder.glob("checkpoints/.*.tmp")):
+            leftover.unlink(missing_ok=True)  # of a write that was killed
         yield file
 
 

@@ -123,6 +123,10 @@ class Training:
             except Exception as error:
                 raise UsageError(f"the model of task '{config.task}' can't be built: {error}") from error
         self.engine.attach(self.model)
+        kinds = {name: self.engine.plugins.found[name].kind for name in config.plugins if name not in config.no_plugin}
+        if not self.engine.plugins.bind("moe_growth") and "source" in kinds.values():
+            idle = next(name for name, kind in kinds.items() if kind == "source")
+            raise UsageError(f"source '{idle}' acts on nothing: no plugin makes the layers grow; add a growth plugin")
         if not self.engine.layers:
             raise UsageError(f"the model of task '{config.task}' has no MoE layer")
         self.engine.check_learning(self._probe)
@@ -150,9 +154,7 @@ class Training:
             self.folder = self.out
         else:
             self.folder = new_folder(self.out, self.config.task)
-            resolved = attrs.evolve(self.config, device=str(self.device))
-            text = config_toml(resolved, self.engine.plugins.options())
-            write_atomically(self.folder / "config.toml", text.encode())
+            write_atomically(self.folder / "config.toml", self._config_text().encode())
         with record_file(self.folder) as self._log:
             if self.resumed:
                 self._restore()
@@ -164,6 +166,9 @@ class Training:
         for bound in self.engine.plugins.bind("moe_report"):
             bound({"run": run})
         return run
+
+    def _config_text(self) -> str:
+        return config_toml(attrs.evolve(self.config, device=str(self.device)), self.engine.plugins.options())
 
     def _begin(self) -> None:
         self._started = time.monotonic()
@@ -238,6 +243,7 @@ class Training:
         return {
             "versions": versions(),
             "plugins": self.engine.plugins.records(),
+            "config": self._config_text(),
             "seconds": self._seconds(),
             "records": self._log.tell(),
             "draws": random_state(),
@@ -251,9 +257,14 @@ class Training:
         """Go on from the newest checkpoint that is whole; from the start if there is none."""
         tree = self._checkpoints.newest(self.say)
         if tree is None:
-            self.say("there is no checkpoint yet; beginning anew")
+            self.say("there is no checkpoint to go on from; beginning anew")
             self._log.truncate(0)
             return
+        if tree["config"] != self._config_text():
+            begun = "begin another one with: moe-engine run --config"
+            raise UsageError(
+                f"{self.folder / 'config.toml'} was changed since the run was begun; undo that, or {begun}"
+            )
         if self._log.seek(0, os.SEEK_END) < tree["records"]:
             raise UsageError(f"{self.folder / 'metrics.jsonl'} is damaged: it is shorter than its checkpoint says")
         if (tree["versions"], tree["plugins"]) != (versions(), self.engine.plugins.records()):

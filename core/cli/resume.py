@@ -19,8 +19,8 @@ def resume(run: Path, as_json: bool, quiet: bool, debug: bool) -> int:
     """Go on with a run that was stopped or killed, from its newest checkpoint.
 
     It ends with the same weights and the same metrics.jsonl as if it had never stopped (same machine and
-    versions). A damaged checkpoint is named, and the one before it is used; without any the run begins
-    anew. Of a finished run only the last evaluation and the reports are made again.
+    versions). A damaged checkpoint is named, and the one before it is used; if none is left, the run begins
+    anew and overwrites its records. Of a finished run only the last evaluation and the reports are made again.
     """
     config, settings = old_folder(run)
     from ..training import Training

@@ -24,12 +24,16 @@ class Loop:
         self.engine, self.probe = engine, probe
         self.eval_loss: float | None = None  # of an evaluation that no trigger has seen yet
         self._losses: list[Tensor] = []  # of this step's micro-batches
+        self._before: dict[str, float] = {}  # numbers of steps before a growth that nobody has logged yet
 
     def add(self, loss: Tensor, share: float = 1.0) -> Tensor:
-        """A micro-batch's loss with the auxiliary one, where there is a gradient; `share` of it, if not all."""
+        """A micro-batch's loss with the auxiliary one, where there is a gradient.
+
+        share: by what the loop has divided the loss already, as 1 / number of micro-batches.
+        """
         if not (torch.is_grad_enabled() and loss.requires_grad):
             return loss
-        self._losses.append(loss.detach())
+        self._losses.append(loss.detach() / share)
         return loss + share * self.engine.aux_loss()
 
     def after_step(
@@ -42,15 +46,19 @@ class Loop:
             return
         wanted = self.engine.due(torch.stack(losses).mean(), self.eval_loss)
         self.eval_loss = None
-        for optimizer in optimizers if wanted else ():
+        if not wanted:
+            return
+        self._before = self.numbers("train")
+        for optimizer in optimizers:
             optimizer.zero_grad()
         for growth in wanted:
             self.engine.grow(growth, optimizers, followers, self.probe)
 
     def numbers(self, split: str) -> dict[str, float]:
         """Every metric that is a number, as "moe/LAYER/NAME", or "eval_moe/LAYER/NAME"."""
-        prefix = "moe" if split == "train" else f"{split}_moe"
-        found: dict[str, float] = {}
+        prefix, found = ("moe", self._before) if split == "train" else (f"{split}_moe", {})
+        if split == "train":
+            self._before = {}
         for layer, metrics in self.engine.metrics(split, self.probe).items():
             for name, value in metrics.items():
                 number = _number(value)

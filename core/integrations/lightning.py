@@ -23,7 +23,7 @@ class MoECallback(Callback):
 
     def __init__(self, engine: Engine, probe: Callable[[], Tensor] | None = None, monitor: str = "val_loss") -> None:
         self.loop, self.monitor = Loop(engine, probe), monitor
-        self._steps = 0
+        self._steps, self._scale = 0, 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.loop.engine.attach(pl_module)
@@ -54,7 +54,9 @@ class MoECallback(Callback):
         if trainer.global_step == self._steps:
             return  # a micro-batch of a step that goes on
         self._steps = trainer.global_step
-        self.loop.after_step(trainer.optimizers)
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        before, self._scale = self._scale, 0.0 if scaler is None else scaler.get_scale()
+        self.loop.after_step(trainer.optimizers, skipped=self._scale < before)  # a GradScaler backs off only then
         if trainer.log_every_n_steps and self._steps % trainer.log_every_n_steps == 0:
             pl_module.log_dict(self.loop.numbers("train"), on_step=True, on_epoch=False)
 

@@ -1,5 +1,6 @@
 """Layers inside transformers' Trainer: Trainer(..., callbacks=[MoECallback(engine)])."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,11 @@ class MoECallback(TrainerCallback):
 
     engine: the one that built the model's layers. probe: a forward on a fixed batch, as in
     `Engine.metrics`. The model answers its loss as `outputs.loss`, `outputs["loss"]` or `outputs[0]`, as
-    every model does that the Trainer can train. Metrics join the logs as moe/LAYER/NAME, and those of an
-    evaluation as eval_moe/LAYER/NAME. A checkpoint holds the engine's state, and loads at any number of
-    experts. Growth under DistributedDataParallel is refused: the trainer would have to build it anew.
+    every model does that the Trainer can train. Metrics join `trainer.state.log_history`, and the logs of
+    the callbacks after this one, as moe/LAYER/NAME, and those of an evaluation as eval_moe/LAYER/NAME. The
+    Trainer's own reporters come before; `trainer.callback_handler.callbacks` is the list to reorder. A
+    checkpoint holds the engine's state, and loads at any number of experts. Growth under
+    DistributedDataParallel is refused: the trainer would have to build it anew.
     """
 
     def __init__(self, engine: Engine, probe: Callable[[], Tensor] | None = None) -> None:
@@ -35,9 +38,13 @@ class MoECallback(TrainerCallback):
         self.loop.engine.attach(model)
         self._accumulated = args.gradient_accumulation_steps
         self._hook = model.register_forward_hook(self._add, with_kwargs=True)
-        saved = _folder(args, state) / FILE
-        if state.global_step and saved.exists():
-            load(saved, engine=self.loop.engine)
+        if state.global_step:
+            given = args.resume_from_checkpoint
+            folder = Path(given) if isinstance(given, str) and Path(given).is_dir() else _folder(args, state)
+            if (folder / FILE).exists():
+                load(folder / FILE, engine=self.loop.engine)
+            else:
+                warnings.warn(f"{folder} holds no {FILE}: triggers and growths begin anew", stacklevel=2)
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         self._hook.remove()
@@ -69,7 +76,8 @@ class MoECallback(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any
     ) -> None:
-        self._tell(state, logs, "train")
+        if not any(name.startswith("eval_") for name in logs):  # those of an evaluation come with on_evaluate
+            self._tell(state, logs, "train")
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict[str, float], **_: Any

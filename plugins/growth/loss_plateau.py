@@ -10,7 +10,7 @@ class LossPlateau:
     """Every layer grows by one expert when the loss has stopped falling.
 
     on=train: fast and slow are running means of the task loss, updated every step (decays `fast` and
-    `slow`, corrected for their start). A step at which (slow - fast) / slow < epsilon counts; after
+    `slow`, corrected for their start). A step at which (slow - fast) / |slow| < epsilon counts; after
     `patience` of them in a row the layers grow. on=eval: fast is the newest evaluation's loss, slow the
     lowest before it, and a check comes with each evaluation. After any growth, and at the start,
     `cooldown` steps pass first, and both means start anew, because growth itself moves the loss. A
@@ -37,12 +37,13 @@ class LossPlateau:
 
     @hookimpl
     def moe_growth(self, history, memory):
-        if history.since_growth == 1:
+        if memory.get("grown") != (grown := history.step - history.since_growth):
             memory.clear()
+            memory["grown"] = grown
         fast, slow = self._means(history, memory) if self.on == "train" else self._evaluations(history, memory)
         if fast is None or slow is None or history.since_growth <= self.cooldown:
             return None
-        memory["flat"] = memory.get("flat", 0) + 1 if (slow - fast) / abs(slow) < self.epsilon else 0
+        memory["flat"] = memory.get("flat", 0) + 1 if slow - fast < self.epsilon * abs(slow) else 0
         if memory["flat"] < self.patience:
             return None
         why = f"loss {fast:.3g}, before {slow:.3g}"

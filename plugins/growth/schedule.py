@@ -20,6 +20,13 @@ class Schedule:
     max_experts: int = option(16, help="a layer stops at this many experts", min=1)
 
     @hookimpl
+    def moe_check(self, setup):
+        others = [name for name, one in setup.plugins.items() if one is not self and hasattr(one, "moe_growth")]
+        if others:
+            return f"schedule grows at its steps whatever {others[0]} has just done; choose one of them"
+        return None
+
+    @hookimpl
     def moe_growth(self, history):
         due = history.step in self.at if self.at else history.step % self.every == 0
         if not due:

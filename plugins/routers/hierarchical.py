@@ -23,14 +23,14 @@ class Hierarchical:
 
     @hookimpl
     def moe_check(self, setup):
-        spec = setup.spec
-        if self.groups_kept > self.groups:
-            return f"hierarchical.groups_kept={self.groups_kept} is more than groups={self.groups}"
+        spec, groups = setup.spec, setup.sizes.get("group", self.groups)
+        if self.groups_kept > groups:
+            return f"hierarchical.groups_kept={self.groups_kept} is more than groups={groups}"
         if spec.top_k % self.groups_kept:
             return f"top_k={spec.top_k} is not a multiple of hierarchical.groups_kept={self.groups_kept}"
-        if spec.experts // self.groups < spec.top_k // self.groups_kept:
+        if spec.experts // groups < spec.top_k // self.groups_kept:
             return (
-                f"{self.groups} groups of {spec.experts} experts hold too few for "
+                f"{groups} groups of {spec.experts} experts hold too few for "
                 f"{spec.top_k // self.groups_kept} picks in each; lower hierarchical.groups or raise groups_kept"
             )
         return None
@@ -50,7 +50,8 @@ class TwoLevelRouter(Router):
         self.expert_buffer("group_of", torch.arange(spec.experts) * groups // spec.experts, values="group")
 
     def settle(self, staged):
-        sizes = staged["group_of"].bincount(minlength=len(staged.get("group_rows", self.group_rows)))
+        groups = staged.get("group_rows", self.group_rows).shape[0]
+        sizes = staged.get("group_of", self.group_of).bincount(minlength=groups)
         picks = self.top_k // self.groups_kept
         if len(sizes) < self.groups_kept or sizes.min() < picks:
             raise UsageError(f"{self.groups_kept} groups of at least {picks} experts each must remain")

@@ -9,8 +9,8 @@ from moe_engine import NewExpert, hookimpl
 class Random:
     """A newcomer has nothing of its parent: experts and router row are drawn as at the start.
 
-    W' ~ init, w' ~ init. Biases and group still come from the parent, where there is one. The function
-    changes as soon as a token chooses the newcomer.
+    W' ~ init, w' ~ init. Its group, and what each bias copies, still come from the parent, where there is one. The
+    function changes as soon as a token chooses the newcomer.
 
     Source: kennycason/srnn, 2025.
     """

@@ -19,17 +19,17 @@ class Split:
     delta: float = option(0.05, help="standard deviation of the step apart, over that of each tensor", min=1e-6)
 
     @hookimpl
-    def moe_new_expert(self, parent, fresh, generator):
+    def moe_new_expert(self, parent, fresh, roles, generator):
         if parent is None:
             return NewExpert(fresh)
-        step = {name: self._step(row, generator) for name, row in parent.items()}
+        step = {name: self._step(row, roles[name], generator) for name, row in parent.items()}
         return NewExpert(
             {name: row + step[name] for name, row in parent.items()},
             parent_values={name: row - step[name] for name, row in parent.items()},
             moments="copy",
         )
 
-    def _step(self, row, generator):
-        if row.numel() < 2:
+    def _step(self, row, role, generator):
+        if role not in ("in", "output", "logit_row") or row.numel() < 2:
             return torch.zeros_like(row)
         return self.delta * row.std() * torch.randn(row.shape, generator=generator).to(row.dtype)

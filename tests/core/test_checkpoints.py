@@ -74,8 +74,10 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(UsageError, match="there is no checkpoint"):
         read_tree(tmp_path / "x")
     save_file({"w": torch.zeros(2)}, tmp_path / "x")
-    with pytest.raises(UsageError, match="is damaged: its checksum is wrong"):
+    with pytest.raises(UsageError, match="holds tensors, but is no checkpoint"):
         read_tree(tmp_path / "x")
+    with pytest.raises(UsageError, match="can't be written"):
+        save(tmp_path / "nowhere" / "x", engine=Engine("topk"))
 
 
 def test_the_last_two_and_the_best_are_kept(tmp_path):
@@ -154,6 +156,10 @@ def test_loading_is_refused_before_anything_changes(tmp_path):
         load(tmp_path / "state", optimizer=other["optimizer"])
     with pytest.raises(UsageError, match="another number of parameters"):
         load(tmp_path / "state", optimizer=torch.optim.Adam(other["model"][0].parameters()))
+    save(tmp_path / "mixed", optimizer=rig["model"], engine=rig["optimizer"])
+    for name, sentence in (("optimizer", "is no state of an optimizer"), ("engine", "is no state of a Engine")):
+        with pytest.raises(UsageError, match=sentence):
+            load(tmp_path / "mixed", **{name: other[name]})
     save(tmp_path / "engine", engine=Engine("topk"))
     with pytest.raises(UsageError, match="of layers none, but there are moe|of layers .*but there"):
         load(tmp_path / "engine", engine=other["engine"])
@@ -233,7 +239,7 @@ def test_a_run_without_a_checkpoint_begins_anew(tmp_path):
     stopped(tmp_path / "cut", 4)
     for path in (tmp_path / "cut" / "checkpoints").iterdir():
         path.unlink()
-    assert go_on(tmp_path / "cut") == ["there is no checkpoint yet; beginning anew"]
+    assert go_on(tmp_path / "cut") == ["there is no checkpoint to go on from; beginning anew"]
     assert ends(tmp_path / "cut") == ends(whole(tmp_path / "whole"))
 
 
@@ -243,7 +249,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path):
     newest.write_bytes(newest.read_bytes()[:-10])
     (said,) = go_on(tmp_path / "cut")
     assert said.startswith(f"{newest} is damaged")
-    assert said.endswith("going on from the one before")
+    assert said.endswith("looking for the one before")
+    assert newest.with_suffix(".damaged").exists()
     assert ends(tmp_path / "cut") == ends(whole(tmp_path / "whole"))
 
 
@@ -259,6 +266,32 @@ def test_records_that_are_lost_are_an_error(tmp_path):
     (tmp_path / "cut" / "metrics.jsonl").write_bytes(b"{}\n")
     with pytest.raises(UsageError, match="metrics.jsonl is damaged: it is shorter than its checkpoint says"):
         go_on(tmp_path / "cut")
+
+
+def test_an_edited_configuration_is_refused(tmp_path):
+    stopped(tmp_path / "cut", 25)
+    config = tmp_path / "cut" / "config.toml"
+    config.write_text(config.read_text().replace("lr = 0.001", "lr = 0.1"))
+    with pytest.raises(UsageError, match="config.toml was changed since the run was begun"):
+        go_on(tmp_path / "cut")
+
+
+def test_two_damaged_checkpoints_do_not_push_out_good_ones(tmp_path):
+    stopped(tmp_path / "cut", 25)
+    for path in (tmp_path / "cut" / "checkpoints").glob("step-*"):
+        path.write_bytes(b"half")
+    said = go_on(tmp_path / "cut")
+    assert (len(said), said[-1]) == (3, "there is no checkpoint to go on from; beginning anew")
+    assert ends(tmp_path / "cut") == ends(whole(tmp_path / "whole"))
+    names = sorted(path.name for path in (tmp_path / "cut" / "checkpoints").glob("step-*"))
+    assert [name for name in names if name.endswith("safetensors")] == [
+        *("step-00000030.safetensors", "step-00000033.safetensors")
+    ]
+
+
+def test_a_source_without_a_trigger_is_refused(capsys):
+    assert main(["run", "--plugins", "clone"]) == 2
+    assert "source 'clone' acts on nothing: no plugin makes the layers grow" in capsys.readouterr().err
 
 
 def test_other_versions_are_said(tmp_path, monkeypatch):

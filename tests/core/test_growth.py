@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from moe_engine import Engine, Growth, NewExpert, RunError, UsageError, adam, growth, hookimpl, optimizers
+from moe_engine import Engine, Growth, NewExpert, RunError, UsageError, adam, growth, hookimpl, optimizers, transaction
 from moe_engine.parts import Part
 
 SOURCES = ("random", "zero_output", "clone", "split")
@@ -207,6 +207,8 @@ def test_whole_groups_come_and_go():
     rig.train(3)
     record = rig.grow(drop=(0,), of="group")
     assert router.group_of.tolist() == [0, 0, 0, 1, 1, 1]
+    rig.grow(drop=(1,), of="group")  # one group remains, whatever the option says
+    rig.grow(0, of="group")
     record = rig.grow(1, drop=(0,), of="group")
     assert (record.rows, router.group_of.tolist()) == ((None, None, None, 3, 4, 5), [0, 0, 0, 1, 1, 1])
     rig.grow(0)  # one more in the first group alone
@@ -226,11 +228,51 @@ def test_the_same_seed_draws_the_same_newcomer_and_random_states_stay():
     assert not torch.equal(one.layer.experts.w_in[5], one.layer.experts.w_in[4])
 
 
-def test_gates_of_a_frozen_layer_stay_frozen():
-    rig = Rig("topk", optimizer=lambda model, lr: adam(model[2], lr))
+def test_a_frozen_layer_grows_and_loads_and_stays_frozen():
+    rig = Rig(optimizer=lambda model, lr: adam(model[2], lr))
     rig.layer.requires_grad_(False)
     rig.grow(0, optimizers=())
+    rig.layer.load_state_dict(Rig(experts=7).layer.state_dict())
+    assert rig.layer.spec.experts == 7
     assert not any(parameter.requires_grad for parameter in rig.layer.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_layer_of_any_precision_grows_and_loads(dtype, source):
+    rig = Rig(f"topk,saturation,switch_aux,{source}")
+    rig.model.to(dtype)
+    rig.x = rig.x.to(dtype)
+    record = rig.grow(1)
+    assert record.change >= 0
+    assert {p.dtype for p in rig.model.parameters()} == {dtype}
+    small = Rig(f"topk,saturation,switch_aux,{source}")
+    small.model.to(dtype).load_state_dict(rig.model.state_dict())
+    assert torch.equal(small.model(rig.x), rig.model(rig.x))
+
+
+def test_layers_of_one_model_grow_by_themselves():
+    """Blocks that were made by copying one another have the same past, and separate futures."""
+    engine = Engine("topk,clone", experts=4)
+    block = nn.Sequential(nn.Linear(6, 6), engine.moe(6, 5))
+    model = nn.Sequential(block, copy.deepcopy(block), copy.deepcopy(block))
+    engine.attach(model)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    engine.grow(Growth("1.1", (0,)), followers=average)
+    sizes = [layer.spec.experts for layer in (*engine.layers, *Engine("topk").attach(average).layers)]
+    assert sizes == [4, 5, 4, 4, 5, 4]
+
+
+def test_settings_of_one_layer_reach_its_source_but_no_trigger():
+    engine = Engine("topk,clone,schedule", experts=3)
+    engine.moe(6, 5, name="loud", settings=["clone.noise=10"])
+    engine.moe(6, 5, name="quiet", settings=["clone.noise=0.001"])
+    for layer in engine.layers:
+        engine.grow(Growth(layer.name, (1,)))
+    far, near = [(one.experts.w_in[3] - one.experts.w_in[1]).norm() for one in engine.layers]
+    assert far > 100 * near
+    with pytest.raises(UsageError, match="'schedule' acts on the whole engine"):
+        engine.moe(6, 5, settings=["schedule.every=3"])
 
 
 # -- optimizers --------------------------------------------------------------------------------------
@@ -283,7 +325,13 @@ def test_optimizers_go_on(name, source):
 def test_a_state_without_the_parameters_shape_is_refused_by_name():
     rig = Rig("topk", optimizer=lambda model, _: torch.optim.LBFGS(model.parameters()))
     rig.optimizer.state[rig.layer.router.rows]["d"] = torch.zeros(7)
-    with pytest.raises(UsageError, match=r"LBFGS keeps 'd' of shape \[7\] for 'router.rows'"):
+    with pytest.raises(UsageError, match="LBFGS keeps 'd', which no rule can grow; use Adam"):
+        rig.grow(0)
+    rig = Rig("topk,random").train(2)
+    rig.optimizer.state[rig.layer.router.rows]["factor"] = torch.zeros(4, 1)
+    with pytest.raises(
+        UsageError, match=r"Adam keeps 'factor' of shape \[4, 1\] for 'router.rows' \[4, 6\], and no rule"
+    ):
         rig.grow(0)
     rig = Rig("topk,random").train(2)
     rig.optimizer.state[rig.layer.router.rows]["mystery"] = torch.ones(4, 6)
@@ -397,8 +445,8 @@ class Fault:
 
 @pytest.mark.parametrize("plugins", ["hierarchical,saturation,loss_free,split", "topk,saturation,random"])
 def test_an_error_at_any_line_leaves_everything_as_it_was(plugins, no_search):
-    """Every line that growth.py, optimizers.py and parts.py execute in a growth fails once."""
-    modules = (growth, optimizers, sys.modules[Part.__module__])
+    """Every line that growth.py, transaction.py, optimizers.py and parts.py execute in a growth fails once."""
+    modules = (growth, transaction, optimizers, sys.modules[Part.__module__])
 
     def trial(at, error):
         rig = Rig(plugins, experts=6).train(3)
@@ -420,6 +468,32 @@ def test_an_error_at_any_line_leaves_everything_as_it_was(plugins, no_search):
         places.add(fault.where[0])
         at += 7 if at > 120 else 1  # what is in the loops over tensors comes again and again
     assert {"stage", "commit", "put", "staged_state", "reindex", "_staged_tensor", "_newcomers"} <= places
+
+
+def test_a_backward_through_a_growth_is_an_error_and_not_a_crash():
+    rig = Rig().train(2)
+    loss = rig.loss(rig.x)
+    rig.grow(0)
+    with pytest.raises(RuntimeError, match="layer 'moe' changed its number of experts between this forward and its"):
+        loss.backward()
+    rig.optimizer.zero_grad()
+    rig.train(1)
+
+
+def test_random_states_of_every_library_stay(monkeypatch):
+    import random
+
+    import numpy as np
+
+    rig = Rig().train(2)
+
+    def probe():
+        random.random(), np.random.rand(), torch.rand(())
+        return rig.probe()
+
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    rig.grow(0, probe=probe)
+    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == states
 
 
 def test_a_part_that_fails_after_the_commit_is_put_back_too(monkeypatch):
@@ -507,6 +581,19 @@ def test_layers_that_can_not_grow_say_why():
     nn.utils.parametrizations.weight_norm(rig.layer.experts, "w_in")
     with pytest.raises(UsageError, match="experts.w_in is parametrised"):
         rig.grow(0)
+    rig = Rig()
+    nn.utils.prune.random_unstructured(rig.layer.experts, "w_in", 0.5)
+    with pytest.raises(UsageError, match="experts.w_in is parametrised or pruned"):
+        rig.grow(0)
+    rig = Rig()
+    rig.layer.experts.w_in.data[0, 0, 0] = torch.nan
+    with pytest.raises(UsageError, match="experts.w_in is not finite"):
+        rig.grow(0)
+    rig = Rig()
+    with pytest.raises(UsageError, match="a follower, Sequential, holds 0 copies of layer 'moe', not one"):
+        rig.grow(0, followers=Rig().model)
+    with pytest.raises(UsageError, match="declares no expert axis"):  # at once, where a trigger is chosen
+        Engine("topk,schedule").moe(6, modules=[nn.Linear(6, 6) for _ in range(4)], experts=4)
     rig = Rig("topk,random", optimizer=adam)
     other = rig.engine.moe(6, 5, bias=True, name="other")
     other.experts.w_in = rig.layer.experts.w_in
@@ -628,12 +715,13 @@ def test_an_average_of_the_weights_grows_along():
     average.update_parameters(rig.model)
     with pytest.raises(UsageError, match="a live AveragedModel holds this layer; pass it"):
         rig.grow(1)
-    old = average.module[1].experts.w_in.detach().clone()
+    old, live = [model[1].experts.w_in.detach().clone() for model in (average.module, rig.model)]
     rig.grow(1, followers=average)
     grown = average.module[1]
     assert grown.spec.experts == 5
     assert torch.equal(grown.experts.w_in[[0, 2, 3]], old[[0, 2, 3]])
-    assert torch.equal(grown.experts.w_in[[1, 4]], rig.layer.experts.w_in[[1, 4]])
+    assert torch.equal(grown.experts.w_in[4], rig.layer.experts.w_in[4])
+    torch.testing.assert_close(grown.experts.w_in[1] - old[1], rig.layer.experts.w_in[1] - live[1])
     rig.train(2)
     average.update_parameters(rig.model)
     average(rig.x)
@@ -702,12 +790,25 @@ def test_loading_other_sizes_drops_the_optimizers_old_state_with_a_warning():
     small.train(2)
 
 
-def test_a_state_of_parts_that_disagree_is_refused():
-    rig, small = Rig().train(2), Rig()
+def test_a_state_that_can_not_be_of_this_layer_is_refused_and_changes_nothing():
+    rig, small = Rig().train(2), Rig().train(2)
+    before = small.everything()
     rig.grow(0)
     state = {name: value for name, value in rig.model.state_dict().items() if "experts" in name}
     with pytest.raises(UsageError, match=r"layer 'moe': experts.w_in is for 5 units of 'expert', router.rows for 4"):
         small.model.load_state_dict(state, strict=False)
+    same(before, small.everything())
+    with pytest.raises(UsageError, match="top_k is 2, but a token can choose 1 to 1"):
+        small.model.load_state_dict(Rig(experts=1, top_k=1).model.state_dict())
+    small.step()
+
+
+def test_gradients_of_the_old_size_go_with_the_old_size():
+    rig, big = Rig("topk,random").train(2), Rig("topk,random", experts=9)
+    rig.loss(rig.x).backward()
+    with pytest.warns(UserWarning, match="dropped"):
+        rig.model.load_state_dict(big.model.state_dict())
+    assert rig.layer.experts.w_in.grad is None
 
 
 def test_deep_copies_of_engine_and_model_grow_apart():
@@ -744,6 +845,49 @@ def test_a_layer_used_twice_counts_twice_and_grows_once():
     optimizer.zero_grad()
     record = engine.grow(Growth("moe", (0,)), optimizer, probe=lambda: layer.eval()(layer(x)).mean())
     assert (record.after, layer.train()(layer(x)).shape) == (5, (8, 6))
+
+
+def test_what_a_state_dict_holds_are_copies():
+    rig, other = Rig().train(2), Rig().train(1)
+    state = rig.engine.state_dict()
+    window = state["layers"]["moe"]["window"].clone()
+    other.engine.load_state_dict(state)
+    rig.train(1)
+    other.train(2)
+    assert torch.equal(state["layers"]["moe"]["window"], window)
+    odd = Rig("topk,saturation,random")
+    with pytest.raises(UsageError, match="the state of layer 'moe' is of other plugins or experts"):
+        odd.engine.load_state_dict(state)
+
+
+def test_a_skipped_step_asks_no_trigger_again():
+    rig = Rig("topk,random,schedule")
+    assert rig.engine.due(1.0) == []
+    rig.engine.step = 100
+    assert len(rig.engine.due(1.0)) == 1
+    rig.engine.after_step(skipped=True)
+    assert rig.engine.due(1.0) == []
+
+
+def test_triggers_that_answer_or_remember_nonsense_are_named(install):
+    answers = {}
+
+    @attrs.define(eq=False)
+    class Odd:
+        @hookimpl
+        def moe_growth(self, history, memory):
+            memory["x"] = answers["memory"]
+            return answers["answer"]
+
+    install("growth", "odd", Odd)
+    rig = Rig("topk,odd")
+    for number, (memory, answer, sentence) in enumerate(
+        ((1, True, "moe_growth of 'odd' answers True"), ({1}, None, "trigger 'odd' remembers {1} as 'x'"))
+    ):
+        rig.engine.step = number + 1
+        answers.update(memory=memory, answer=answer)
+        with pytest.raises(UsageError, match=sentence):
+            rig.engine.due(1.0)
 
 
 def test_metrics_begin_anew_with_a_growth():

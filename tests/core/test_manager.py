@@ -223,6 +223,7 @@ CORE_ORDER = (
     "effects",
     "seeds",
     "growth",
+    "transaction",
     "history",
     "engine",
     "tasks",
