@@ -245,7 +245,7 @@ class Training:
             "plugins": self.engine.plugins.records(),
             "config": self._config_text(),
             "seconds": self._seconds(),
-            "records": self._log.tell(),
+            "records": os.fstat(self._log.fileno()).st_size,
             "draws": random_state(),
             "loop": {name: getattr(self, name) for name in LOOP},
             "model": self.model.state_dict(),

@@ -213,8 +213,9 @@ def ends(folder):
     return summary, files, best["loop"]["step"]
 
 
-def stopped(folder, at, **more):
-    training = Training(RunConfig(**{**RUN, **more}), SETTINGS, folder)
+def stopped(folder, at, resumed=False):
+    config, settings = old_folder(folder) if resumed else (RunConfig(**RUN), SETTINGS)
+    training = Training(config, settings, folder, resumed)
     after_step = training.engine.after_step
 
     def after(skipped=False):
@@ -231,6 +232,17 @@ def stopped(folder, at, **more):
 def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, at):
     """Inside a window, at a log point, at a growth, at the end of an epoch, in the last step."""
     stopped(tmp_path / "cut", at)
+    assert go_on(tmp_path / "cut") == []
+    assert ends(tmp_path / "cut") == ends(whole(tmp_path / "whole"))
+
+
+def test_stops_one_after_another_lose_nothing(tmp_path):
+    """Also between two log points, where nothing is written to metrics.jsonl in between."""
+    stopped(tmp_path / "cut", 23)
+    with open(tmp_path / "cut" / "metrics.jsonl", "ab") as file:
+        file.write(b"half a record of a killed")
+    for at in (24, 25, 26):
+        stopped(tmp_path / "cut", at, resumed=True)
     assert go_on(tmp_path / "cut") == []
     assert ends(tmp_path / "cut") == ends(whole(tmp_path / "whole"))
 

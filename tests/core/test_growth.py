@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import re
 import resource
 import sys
 import warnings
@@ -9,6 +10,7 @@ import warnings
 import attrs
 import pytest
 import torch
+import torch.nn.utils.prune
 from torch import nn
 
 from moe_engine import Engine, Growth, NewExpert, RunError, UsageError, adam, growth, hookimpl, optimizers, transaction
@@ -265,11 +267,10 @@ def test_layers_of_one_model_grow_by_themselves():
 
 def test_settings_of_one_layer_reach_its_source_but_no_trigger():
     engine = Engine("topk,clone,schedule", experts=3)
-    engine.moe(6, 5, name="loud", settings=["clone.noise=10"])
-    engine.moe(6, 5, name="quiet", settings=["clone.noise=0.001"])
-    for layer in engine.layers:
+    layers = [engine.moe(6, 5, name=f"n{noise}", settings=[f"clone.noise={noise}"]) for noise in (10, 0.001)]
+    for layer in layers:
         engine.grow(Growth(layer.name, (1,)))
-    far, near = [(one.experts.w_in[3] - one.experts.w_in[1]).norm() for one in engine.layers]
+    far, near = [(one.experts.w_in[3] - one.experts.w_in[1]).norm() for one in layers]
     assert far > 100 * near
     with pytest.raises(UsageError, match="'schedule' acts on the whole engine"):
         engine.moe(6, 5, settings=["schedule.every=3"])
@@ -329,9 +330,7 @@ def test_a_state_without_the_parameters_shape_is_refused_by_name():
         rig.grow(0)
     rig = Rig("topk,random").train(2)
     rig.optimizer.state[rig.layer.router.rows]["factor"] = torch.zeros(4, 1)
-    with pytest.raises(
-        UsageError, match=r"Adam keeps 'factor' of shape \[4, 1\] for 'router.rows' \[4, 6\], and no rule"
-    ):
+    with pytest.raises(UsageError, match=r"Adam keeps 'factor' of shape \[4, 1\] for 'router.rows' \[4, 6\]"):
         rig.grow(0)
     rig = Rig("topk,random").train(2)
     rig.optimizer.state[rig.layer.router.rows]["mystery"] = torch.ones(4, 6)
@@ -470,12 +469,14 @@ def test_an_error_at_any_line_leaves_everything_as_it_was(plugins, no_search):
     assert {"stage", "commit", "put", "staged_state", "reindex", "_staged_tensor", "_newcomers"} <= places
 
 
-def test_a_backward_through_a_growth_is_an_error_and_not_a_crash():
-    rig = Rig().train(2)
+@pytest.mark.parametrize("plugins", ["topk,random", "topk,saturation,random"])
+def test_a_backward_through_a_growth_is_an_error_and_not_a_crash(plugins):
+    rig = Rig(plugins).train(2)
     loss = rig.loss(rig.x)
     rig.grow(0)
-    with pytest.raises(RuntimeError, match="layer 'moe' changed its number of experts between this forward and its"):
+    with pytest.raises(RuntimeError, match="the layer changed its number of experts between this forward and its"):
         loss.backward()
+    assert rig.layer.router.rows.grad is None
     rig.optimizer.zero_grad()
     rig.train(1)
 
@@ -886,7 +887,7 @@ def test_triggers_that_answer_or_remember_nonsense_are_named(install):
     ):
         rig.engine.step = number + 1
         answers.update(memory=memory, answer=answer)
-        with pytest.raises(UsageError, match=sentence):
+        with pytest.raises(UsageError, match=re.escape(sentence)):
             rig.engine.due(1.0)
 
 
