@@ -311,7 +311,9 @@ class Engine:
             for name, value in self.memory[bound.plugin].items():
                 if not isinstance(value, int | float | str | None):
                     raise UsageError(f"trigger '{bound.plugin}' remembers {value!r} as '{name}', which is no number")
-            wanted = wanted or [attrs.evolve(one, why=f"{bound.plugin}: {one.why}") for one in several]
+            wanted = wanted or [
+                attrs.evolve(one, why=f"{bound.plugin}: {one.why}" if one.why else bound.plugin) for one in several
+            ]
         return wanted
 
     def grow(

@@ -182,7 +182,9 @@ def usage(run: "Run", layer: str) -> Figure | None:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(5.6, max(2.4, 1.2 + 0.16 * experts)), layout="constrained")
         axes = figure.add_subplot(
-            title="load of each expert in training (1 = an even share)", xlabel="step", ylabel="expert"
+            title="load of each expert in training (1 = an even share)",
+            xlabel="step",
+            ylabel="expert, in order of birth" if born or dead else "expert",
         )
         edges = np.array([0, *(step for step, _ in loads)])
         top = max(2.0, float(np.nanmax(relative_ES)))

@@ -121,11 +121,11 @@ def _facts(record: dict[str, Any] | None, other: dict[str, Any] | None = None) -
 
 def event(growth: dict[str, Any]) -> str:
     """A growth in words."""
+    born, gone = growth["rows"].count(None), len(growth["drop"])
+    what = " and ".join(f"{count} {word}" for count, word in ((born, "born"), (gone, "removed")) if count)
+    source = f" by {growth['source']}" if growth["source"] else ""
     moved = "" if growth["change"] is None else f", output changed by {growth['change']:.1%}"
-    source = f" ({growth['source']})" if growth["source"] else ""
-    return (
-        f"{growth['layer']} went from {growth['before']} to {growth['after']} experts{source}{moved}; {growth['why']}"
-    )
+    return f"{growth['layer']} has {growth['after']} experts, {what}{source}{moved} ({growth['why']})"
 
 
 def table(columns: list[str], rows: list[list[str]]) -> None:
