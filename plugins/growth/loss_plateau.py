@@ -10,10 +10,11 @@ class LossPlateau:
     """Every layer grows by one expert when the loss has stopped falling.
 
     on=train: fast and slow are running means of the task loss, updated every step (decays `fast` and
-    `slow`, corrected for their start). A step at which (slow - fast) / |slow| < epsilon counts; after
+    `slow`, corrected for their start). A step at which slow - fast <= epsilon |slow| counts; after
     `patience` of them in a row the layers grow. on=eval: fast is the newest evaluation's loss, slow the
     lowest before it, and a check comes with each evaluation. After any growth, and at the start,
-    `cooldown` steps pass first, and both means start anew, because growth itself moves the loss. A
+    `cooldown` steps pass first, and both means start anew, because growth itself moves the loss; while
+    they are young they lie close together, so a short cooldown calls a falling loss flat. A
     falling learning rate looks like a plateau too; then use on=eval.
 
     A newcomer descends from the expert with the largest load since the layer last grew.
@@ -43,7 +44,7 @@ class LossPlateau:
         fast, slow = self._means(history, memory) if self.on == "train" else self._evaluations(history, memory)
         if fast is None or slow is None or history.since_growth <= self.cooldown:
             return None
-        memory["flat"] = memory.get("flat", 0) + 1 if slow - fast < self.epsilon * abs(slow) else 0
+        memory["flat"] = memory.get("flat", 0) + 1 if slow - fast <= self.epsilon * abs(slow) else 0
         if memory["flat"] < self.patience:
             return None
         why = f"loss {fast:.3g}, before {slow:.3g}"

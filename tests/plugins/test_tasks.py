@@ -131,3 +131,15 @@ def test_real_images(tmp_path, task, least):
     accuracy, active = accuracy_of(tmp_path, task=task, data_dir=data, epochs=3, plugins=("saturation", "switch_aux"))
     assert accuracy >= least
     assert active == 8
+
+
+@pytest.mark.long
+def test_real_images_grow_a_layer_from_2_to_16_experts(tmp_path):
+    """The trigger's defaults, on MNIST under $DATA: live growth, all experts active at the end."""
+    data = os.environ.get("DATA")
+    if not data:
+        pytest.skip("set DATA to the folder of the data sets")
+    plugins = ("saturation", "switch_aux", "loss_plateau")
+    accuracy, active = accuracy_of(tmp_path, task="mnist", data_dir=data, epochs=3, experts=2, plugins=plugins)
+    assert accuracy >= 0.97
+    assert active == 16

@@ -1,0 +1,121 @@
+"""When the built-in triggers let a layer grow."""
+
+import pytest
+import torch
+
+from moe_engine import Engine, UsageError
+
+
+def engine_of(plugins, settings=(), sizes=(2,)):
+    torch.manual_seed(0)
+    engine = Engine(plugins, settings, top_k=2)
+    return engine, [engine.moe(4, 4, experts=size, name=f"m{index}") for index, size in enumerate(sizes)]
+
+
+def fires(engine, losses, evaluations=None):
+    """The steps at which a trigger wants something, when what it wants is done at once."""
+    found = []
+    for loss in losses:
+        engine.step += 1
+        wanted = engine.due(loss, (evaluations or {}).get(engine.step))
+        if wanted:
+            found.append((engine.step, [len(one.parents) for one in wanted]))
+        for growth in wanted:
+            engine.grow(growth)
+    return found
+
+
+def test_schedule_fires_exactly_at_its_steps():
+    engine, (layer,) = engine_of("schedule", ["schedule.every=7", "schedule.max_experts=5"])
+    assert fires(engine, [1.0] * 40) == [(7, [1]), (14, [1]), (21, [1])]
+    assert layer.spec.experts == 5
+    engine, (layer,) = engine_of("schedule", ["schedule.at=3,11", "schedule.count=4", "schedule.max_experts=8"])
+    assert fires(engine, [1.0] * 40) == [(3, [4]), (11, [2])]
+    assert layer.spec.experts == 8
+
+
+def test_every_layer_grows_until_it_is_full():
+    engine, layers = engine_of("schedule", ["schedule.every=5", "schedule.max_experts=4"], sizes=(2, 3))
+    assert fires(engine, [1.0] * 12) == [(5, [1, 1]), (10, [1])]
+    assert [layer.spec.experts for layer in layers] == [4, 4]
+
+
+def test_newcomers_descend_from_the_busiest_expert():
+    engine, (layer,) = engine_of("schedule", ["schedule.every=1"], sizes=(4,))
+    layer.recent = torch.tensor([1.0, 2.0, 9.0, 3.0])
+    engine.step = 1
+    (growth,) = engine.due(1.0)
+    assert growth.parents == (2,)
+    engine.grow(growth)
+    assert layer.recent is None  # it counts anew
+
+
+PLATEAU = ["loss_plateau.cooldown=10", "loss_plateau.patience=4"]
+
+
+def test_a_falling_loss_lets_nothing_grow():
+    engine, _ = engine_of("loss_plateau")
+    assert fires(engine, [0.99**step for step in range(300)]) == []
+
+
+def test_a_flat_loss_lets_a_layer_grow_after_cooldown_and_patience():
+    """Of a constant loss both corrected means are that constant: every step after the cooldown is a check."""
+    engine, _ = engine_of("loss_plateau", [*PLATEAU, "loss_plateau.max_experts=4"])
+    assert fires(engine, [0.7] * 60) == [(14, [1]), (28, [1])]
+
+
+def test_the_relative_improvement_is_that_of_the_two_means():
+    """A loss that falls from 1 to 0.5 at once: slow - fast decays from then on."""
+    engine, _ = engine_of("loss_plateau", ["loss_plateau.patience=4", "loss_plateau.epsilon=0.1"])
+    losses = [1.0] * 50 + [0.5] * 400
+    ((step, _), *_) = fires(engine, losses)
+    fast = slow = 0.0
+    flat, expected = 0, None
+    for number, loss in enumerate(losses, 1):
+        fast, slow = 0.9 * fast + 0.1 * loss, 0.99 * slow + 0.01 * loss
+        a, b = fast / (1 - 0.9**number), slow / (1 - 0.99**number)
+        flat = flat + 1 if number > 50 and (b - a) / b <= 0.1 else 0
+        if flat == 4:
+            expected = number
+            break
+    assert step == expected > 100
+
+
+def test_the_means_begin_anew_after_a_growth():
+    """Else the old, lower losses would make the bump of a growth look like a plateau."""
+    engine, _ = engine_of("loss_plateau", PLATEAU)
+    found = fires(engine, [0.1] * 14 + [1.0 * 0.95**step for step in range(100)])
+    assert found[0] == (14, [1])
+    assert all(step > 60 for step, _ in found[1:])
+
+
+def test_evaluations_are_the_checks_where_that_is_asked_for():
+    engine, _ = engine_of(
+        "loss_plateau", ["loss_plateau.on=eval", "loss_plateau.patience=2", "loss_plateau.cooldown=0"]
+    )
+    evaluations = {5: 1.0, 10: 0.8, 15: 0.6, 20: 0.6, 25: 0.7, 30: 0.7, 35: 0.7, 40: 0.7}
+    assert fires(engine, [0.5] * 42, evaluations) == [(25, [1]), (40, [1])]
+
+
+@pytest.mark.parametrize("on", ["train", "eval"])
+def test_a_loss_of_zero_is_flat(on):
+    engine, _ = engine_of("loss_plateau", [*PLATEAU, f"loss_plateau.on={on}"])
+    assert fires(engine, [0.0] * 15, dict.fromkeys(range(1, 16), 0.0)) == [(14, [1])]
+
+
+def test_a_loss_that_is_not_finite_is_no_check_and_spoils_no_mean():
+    engine, _ = engine_of("loss_plateau", PLATEAU)
+    assert fires(engine, [0.7] * 14 + [float("nan")] * 3 + [0.7] * 11) == [(14, [1]), (28, [1])]
+
+
+@pytest.mark.parametrize(
+    ("plugins", "settings", "sentence"),
+    [
+        ("loss_plateau", ["loss_plateau.fast=0.99"], "fast=0.99 must be below slow=0.99"),
+        ("schedule,loss_plateau", [], "schedule grows at its steps whatever loss_plateau has just done"),
+        ("schedule", ["schedule.at=1,x"], "option 'at' is a list of whole numbers; '1,x' is not"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(plugins, settings, sentence):
+    with pytest.raises(UsageError, match=sentence):
+        engine_of(plugins, settings)
