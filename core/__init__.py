@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from .growth import Grown as Grown
     from .growth import Growth as Growth
     from .growth import NewExpert as NewExpert
-    from .history import History as History
     from .hookspecs import hookimpl as hookimpl
     from .layer import MoE as MoE
     from .options import option as option
@@ -49,6 +48,7 @@ if TYPE_CHECKING:
     from .tasks import Task as Task
     from .tasks import TaskSpec as TaskSpec
     from .training import adam as adam
+    from .triggers import History as History
 
 _HOMES = {
     "checkpoints": ("load", "save"),
@@ -57,7 +57,6 @@ _HOMES = {
     "errors": ("PluginError", "RunError", "UsageError"),
     "experts": ("ModuleBank", "StackedMLP"),
     "growth": ("Grown", "Growth", "NewExpert"),
-    "history": ("History",),
     "hookspecs": ("hookimpl",),
     "layer": ("MoE",),
     "options": ("option",),
@@ -69,6 +68,7 @@ _HOMES = {
     "stats": ("Finding", "Stats", "Step"),
     "tasks": ("Task", "TaskSpec"),
     "training": ("adam",),
+    "triggers": ("History",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -6,8 +6,6 @@ after that: optimizer.zero_grad(), then engine.grow() for what engine.due() answ
 """
 
 import copy
-import math
-import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,21 +15,22 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .effects import Effects, check_learning, effects_of, output_on, watch
-from .errors import PluginError, RunError, UsageError, listed, nearest
+from .effects import Effects, check_learning, effects_of, watch
+from .errors import PluginError, RunError, UsageError, listed
 from .experts import ModuleBank, StackedMLP
-from .growth import Grown, Growth, NewExpert
-from .history import History
+from .growing import grow, sources
+from .growth import Grown, Growth
 from .layer import MoE, numel, unflat
 from .ledger import Anchor
 from .manager import Plugins, Setup
-from .optimizers import refuse_holders
 from .options import Settings, parse_settings
 from .parts import Bias, Experts, Part, Router
-from .routing import Routing, Spec, Tokens, count_by
+from .processes import distributed, mean_over_processes, over_processes
+from .routing import Routing, Spec, count_by
 from .seeds import generator
 from .stats import Finding, Stats, Step
-from .transaction import Staged, agreed, all_or_nothing, commit, recorded, stage
+from .transaction import stage
+from .triggers import History, Triggers
 
 if TYPE_CHECKING:
     from .tasks import TaskSpec
@@ -39,7 +38,6 @@ if TYPE_CHECKING:
 Metrics = dict[str, float | Tensor | Finding]
 # the hooks that act on one layer, so that its settings can change them
 OF_LAYERS = ("router", "bias", "experts", "state", "aux_loss", "measure", "new_expert", "metrics")
-EXACT = 1e-5  # the largest relative change of a layer's output that still counts as none
 
 
 class Engine:
@@ -67,9 +65,7 @@ class Engine:
         self.defaults, self.seed = spec, seed
         self.step = 0
         self.growths: list[Grown] = []
-        self.memory: dict[str, dict[str, float]] = {}  # of each trigger
-        self._triggers = self.plugins.bind("moe_growth")
-        self._asked = 0  # the step for which the triggers were asked last: a skipped step is none
+        self.triggers = Triggers(self.plugins.bind("moe_growth"))
         self._layers: list[weakref.ref[MoE]] = []
         self._anchored = False  # aux_loss() took part in a backward of this step
         self._closed = True  # after_backward() followed the last backward
@@ -117,8 +113,8 @@ class Engine:
             (router,) = (bound.plugin for bound in self.plugins.bind("moe_router", plugins))
             who = self.plugins.culprit(error) or f"layer '{name}' with router '{router}'"
             raise PluginError(f"{who} can't be built: {type(error).__name__}: {error}") from error
-        if self._triggers:  # a rehearsal too: what can't grow is to fail here
-            stage(layer, (), Growth(name, (0,)), self._sources(layer), generator(self.seed, "rehearsal"))
+        if self.triggers.bounds:  # a rehearsal too: what can't grow is to fail here
+            stage(layer, (), Growth(name, (0,)), sources(self.plugins, layer), generator(self.seed, "rehearsal"))
         self._layers.append(weakref.ref(layer))
         return layer
 
@@ -194,8 +190,8 @@ class Engine:
         twin = copy.copy(self)
         memo[id(self)] = twin
         twin.plugins = copy.deepcopy(self.plugins, memo)
-        twin._triggers = twin.plugins.bind("moe_growth")
-        twin.growths, twin.memory = list(self.growths), copy.deepcopy(self.memory)
+        twin.triggers = Triggers(twin.plugins.bind("moe_growth"), copy.deepcopy(self.triggers.memory))
+        twin.growths = list(self.growths)
         twins = [copy.deepcopy(layer, memo) for layer in self.layers]
         for layer in twins:
             layer.found_lineage()
@@ -250,10 +246,10 @@ class Engine:
             raise RuntimeError("call engine.after_backward() after each backward, before engine.after_step()")
         self._anchored = False
         # all processes must reduce the same layers, also those that one of them did not use
-        for layer in self.layers if _distributed() else booked:
+        for layer in self.layers if distributed() else booked:
             sums = torch.zeros_like(layer.book) if layer.book.grad is None else layer.book.grad.detach()
             layer.book.grad = None
-            _over_processes(sums)
+            over_processes(sums)
             if not skipped:
                 self._settle(layer, sums)
         self.step += not skipped
@@ -266,7 +262,7 @@ class Engine:
         if layer.window is None:
             layer.window = torch.zeros(size, dtype=layer.seen.dtype, device=flat.device)
         layer.window += flat[:size]
-        if self._triggers:
+        if self.triggers.bounds:
             load_E = unflat(flat, layer.training_layout)["load"].to(layer.seen.dtype)
             layer.recent = load_E if layer.recent is None else layer.recent + load_E
         named, signals = unflat(flat, layer.training_layout), _signals(layer, flat[size:])
@@ -294,27 +290,14 @@ class Engine:
         loss: the task's of this step. eval_loss: of an evaluation, where there was one since the last
         call. Both are averaged over processes, so that all decide alike.
         """
-        if not self._triggers or not self.layers or self.step == self._asked:
+        if not self.triggers.bounds or not self.layers:
             return []
-        self._asked = self.step
-        given = (loss, *(() if eval_loss is None else (eval_loss,)))
-        losses = [_over_all(value, self.layers[0].book.device) for value in given]
-        if not all(map(math.isfinite, losses)):
-            return []
-        history = History(self.step, losses[0], losses[1] if len(losses) > 1 else None, self.layers, self.growths)
-        wanted: list[Growth] = []
-        for bound in self._triggers:  # all of them: each keeps its own account of every step
-            answer = bound({"history": history, "memory": self.memory.setdefault(bound.plugin, {})})
-            several = [] if answer is None else list(answer) if isinstance(answer, list | tuple) else [answer]
-            if not all(isinstance(one, Growth) for one in several):
-                raise UsageError(f"moe_growth of '{bound.plugin}' answers {answer!r}, not a Growth, several, or None")
-            for name, value in self.memory[bound.plugin].items():
-                if not isinstance(value, int | float | str | None):
-                    raise UsageError(f"trigger '{bound.plugin}' remembers {value!r} as '{name}', which is no number")
-            wanted = wanted or [
-                attrs.evolve(one, why=f"{bound.plugin}: {one.why}" if one.why else bound.plugin) for one in several
-            ]
-        return wanted
+        device = self.layers[0].book.device
+        losses = (
+            mean_over_processes(loss, device),
+            None if eval_loss is None else mean_over_processes(eval_loss, device),
+        )
+        return self.triggers.ask(History(self.step, *losses, self.layers, self.growths))
 
     def grow(
         self,
@@ -334,86 +317,12 @@ class Engine:
         """
         optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
         followers = [followers] if isinstance(followers, nn.Module) else list(followers)
-        device = self.layers[0].book.device if self.layers else torch.device("cpu")
-        with agreed(growth, device):
-            layer = self._named(growth.layer)
-            copies = [twin for one in followers for twin in _copies(one, layer)]
-        with all_or_nothing([layer, *copies], optimizers, self.growths):
-            with agreed(growth, device):
-                self._check_growth(layer, growth, probe)
-                refuse_holders(layer, optimizers, followers)
-                before, size = self._look(layer, probe), layer.spec.experts
-                random = generator(self.seed, f"growth {len(self.growths)}")
-                staged = stage(layer, copies, growth, self._sources(layer), random, optimizers)
-                self._check_staged(layer, growth, staged)
-            with agreed(growth, device):
-                commit(staged, [layer, *copies])
-                after = self._look(layer, probe, before)
-                change = _change(before, after)
-                if growth.require_exact and not (change is not None and change <= EXACT):
-                    raise UsageError(f"growth of layer '{layer.name}' changed its output by {change}; nothing was done")
-                if "torch._dynamo" in sys.modules:
-                    torch.compiler.reset()  # after eight sizes a compiled model would silently run eagerly
-            losses = [None if look is None else look.loss for look in (before, after)]
-            record = recorded(self.step, growth, staged, size, change, *losses)
-            self.growths.append(record)
-        return record
+        return grow(self, growth, optimizers, followers, probe)
 
-    def _named(self, name: str) -> MoE:
-        layers = {layer.name: layer for layer in self.layers}
-        if name not in layers:
-            raise UsageError(f"there is no layer '{name}' to grow; {nearest(name, layers)}")
-        return layers[name]
-
-    def _sources(self, layer: MoE) -> Callable[[Mapping[str, Any]], tuple[str, NewExpert]]:
-        bounds = self.plugins.bind("moe_new_expert", self.plugins.override(layer.settings))
-
-        def ask(offer: Mapping[str, Any]) -> tuple[str, NewExpert]:
-            for bound in bounds:
-                new = bound(offer)
-                if isinstance(new, NewExpert):
-                    return bound.plugin, new
-                if new is not None:
-                    raise UsageError(f"moe_new_expert of '{bound.plugin}' answers {new!r}, which is no NewExpert")
-            asked = listed(bound.plugin for bound in bounds) or "no plugin"
-            raise UsageError(f"nobody makes a new expert of layer '{layer.name}' (asked: {asked}); add a source")
-
-        return ask
-
-    def _check_growth(self, layer: MoE, growth: Growth, probe: Any) -> None:
-        if growth.require_exact and probe is None:
-            raise UsageError("require_exact needs a probe, on which the change is measured")
-        if self._anchored:
-            raise UsageError(
-                f"layer '{layer.name}' can't grow in the middle of a step; call engine.after_step() before"
-            )
-        mine = {id(parameter) for parameter in layer.parameters()}
-        for other in self.layers:
-            if other is not layer and any(id(parameter) in mine for parameter in other.parameters()):
-                raise UsageError(
-                    f"layer '{layer.name}' shares weights with '{other.name}', which would not grow with it"
-                )
-
-    def _check_staged(self, layer: MoE, growth: Growth, staged: Staged) -> None:
-        """Ask the plugins about the layer as it will be; refuse what can't keep the function, where it must."""
-        sizes = {**layer.sizes, **{of: len(plan.origins) for of, plan in staged.plans.items()}}
-        spec = attrs.evolve(layer.spec, experts=sizes["expert"])
-        self.plugins.check(Setup(self.plugins.override(layer.settings), spec, sizes=sizes))
-        if growth.require_exact and staged.source not in layer.router.keeps_function:
-            (router,) = (bound.plugin for bound in self.plugins.bind("moe_router"))
-            how = f"source '{staged.source}' can't keep" if staged.source else "removal can't keep"
-            raise UsageError(f"{how} what a layer with router '{router}' computes; leave require_exact away")
-
-    def _look(self, layer: MoE, probe: Callable[[], Tensor] | None, same: "_Look | None" = None) -> "_Look | None":
-        """The layer on the probe batch; with `same`, on the very tokens of that look."""
-        if probe is None:
-            return None
-        loss, routings = self._watch(probe)
-        if same:
-            tokens = same.tokens
-        else:
-            tokens = attrs.evolve(seen.tokens, x=seen.tokens.x.detach()) if (seen := routings.get(layer)) else None
-        return _Look(float(loss.detach()), tokens, None if tokens is None else output_on(layer, tokens))
+    @property
+    def in_step(self) -> bool:
+        """Whether a backward has been and `after_step` has not."""
+        return self._anchored
 
     # -- measuring -------------------------------------------------------------------------------
 
@@ -442,7 +351,7 @@ class Engine:
     def _take(self, layer: MoE, split: str) -> Stats | None:
         """The sums of one split so far, which begin again at zero; None where there are none."""
         if split == "eval":
-            stats = Stats(layer.spec, unflat(_over_processes(layer.seen.clone()), layer.layout))
+            stats = Stats(layer.spec, unflat(over_processes(layer.seen.clone()), layer.layout))
             layer.seen.zero_()
         elif layer.window is not None:
             stats = Stats(layer.spec, unflat(layer.window, layer.training_layout))
@@ -460,7 +369,7 @@ class Engine:
 
         run: the model's forward on that batch in eval mode; answers the task loss.
         """
-        loss, routings = self._watch(run)
+        loss, routings = self.watch(run)
         count = len(self.layers)
         return {layer: (routing, effects_of(layer, routing, loss, count)) for layer, routing in routings.items()}
 
@@ -469,7 +378,7 @@ class Engine:
 
         run: as for `probe`. A gate that is renormalised to a constant is the common reason.
         """
-        check_learning(*self._watch(run))
+        check_learning(*self.watch(run))
 
     # -- saving ----------------------------------------------------------------------------------
 
@@ -477,7 +386,7 @@ class Engine:
         """What goes on where it stopped beside the weights: steps, growths, triggers' memories, sums so far."""
         sums = {layer.name: layer.sums() for layer in self.layers}
         growths = [attrs.asdict(one) for one in self.growths]
-        return {"step": self.step, "growths": growths, "memory": copy.deepcopy(self.memory), "layers": sums}
+        return {"step": self.step, "growths": growths, "memory": copy.deepcopy(self.triggers.memory), "layers": sums}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state_dict`; load the model before, which brings the number of experts. Raises UsageError."""
@@ -488,52 +397,17 @@ class Engine:
             layers[name].check_sums(sums)
         for name, sums in state["layers"].items():
             layers[name].take_sums(sums)
-        self.step, self.memory = state["step"], copy.deepcopy(dict(state["memory"]))
+        self.step, self.triggers.memory = state["step"], copy.deepcopy(dict(state["memory"]))
         self.growths = [Grown(**one) for one in state["growths"]]
 
-    def _watch(self, run: Callable[[], Tensor]) -> tuple[Tensor, dict[MoE, Routing]]:
+    def watch(self, run: Callable[[], Tensor]) -> tuple[Tensor, dict[MoE, Routing]]:
+        """(task loss, routing of each layer) of a forward that is not counted; `run` as for `probe`."""
         try:
             return watch(self.layers, run)
         except Exception as error:
             if (culprit := self.plugins.culprit(error)) is None:
                 raise
             raise PluginError(f"{culprit} failed on a held-out batch: {type(error).__name__}: {error}") from error
-
-
-@attrs.frozen
-class _Look:
-    loss: float
-    tokens: Tokens | None
-    output: Tensor | None
-
-
-def _change(before: _Look | None, after: _Look | None) -> float | None:
-    """|y' - y| / |y|."""
-    if before is None or after is None or before.output is None or after.output is None:
-        return None
-    y, new = before.output.cpu().double(), after.output.cpu().double()
-    return float((new - y).norm() / y.norm().clamp(min=1e-300))
-
-
-def _copies(model: nn.Module, layer: MoE) -> list[MoE]:
-    """The copy of a layer in a model, as an average of the weights holds one; none in one that wraps the layer."""
-    layers = [module for module in model.modules() if isinstance(module, MoE) and module.lineage == layer.lineage]
-    if layer in layers:
-        return []
-    if len(layers) != 1:
-        raise UsageError(
-            f"a follower, {type(model).__name__}, holds {len(layers)} copies of layer '{layer.name}', not one; "
-            "make it after engine.attach(model)"
-        )
-    return layers
-
-
-def _over_all(value: Tensor | float, device: torch.device) -> float:
-    """The mean over processes."""
-    one = float(torch.as_tensor(value).detach())
-    if not _distributed():
-        return one
-    return float(_over_processes(torch.tensor([one], device=device))) / torch.distributed.get_world_size()
 
 
 def _settings(given: Iterable[str] | Settings) -> Settings:
@@ -556,17 +430,6 @@ def _merged(answers: Iterable[tuple[str, Metrics]]) -> Metrics:
             owner[name] = plugin
             merged[name] = value
     return merged
-
-
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _over_processes(sums: Tensor) -> Tensor:
-    """Sums of all processes, in place."""
-    if _distributed():
-        torch.distributed.all_reduce(sums)
-    return sums
 
 
 def _signals(layer: MoE, flat: Tensor) -> dict[tuple[int, str], Tensor]:

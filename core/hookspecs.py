@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     from .effects import Effects
     from .growth import Growth, NewExpert
-    from .history import History
     from .layer import MoE
     from .manager import Setup
     from .parts import Bias, Experts, Part, Router
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from .runs import Run
     from .stats import Finding, Stats
     from .tasks import Task, TaskSpec
+    from .triggers import History
 
 hookspec = pluggy.HookspecMarker("moe_engine")
 hookimpl = pluggy.HookimplMarker("moe_engine")

@@ -29,7 +29,7 @@ EVAL_BATCH = 512
 BALANCE = ("active", "load", "cv", "gini", "entropy", "max_min", "maxvio", "dropped")  # of each layer in summary.json
 
 # what the loop itself must remember to go on, beside model, optimizer and engine
-LOOP = ("step", "epoch", "batch", "best", "_epoch_order", "_seen", "_terms", "_eval_loss")
+LOOP = ("step", "epoch", "batch", "best", "_epoch_order", "_seen", "_terms")
 
 Listener = Callable[[dict[str, Any]], None]
 

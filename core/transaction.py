@@ -7,7 +7,6 @@ and whatever fails until the end puts them back.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
-from zlib import crc32
 
 import attrs
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
-from .errors import RunError, UsageError, listed
+from .errors import UsageError, listed
 from .growth import Grown, Growth, NewExpert, Plan, plans_of
 from .layer import MoE
 from .optimizers import refuse_odd_state, reindex, staged_state
@@ -302,26 +301,6 @@ def _pointers(layers: Sequence[MoE], optimizers: Sequence[Optimizer]) -> Callabl
             state[parameter] = before
 
     return put_back
-
-
-@contextmanager
-def agreed(growth: Growth, device: torch.device) -> Iterator[None]:
-    """What happens inside happens in every process or raises in every process."""
-    error: BaseException | None = None
-    try:
-        yield
-    except BaseException as caught:
-        error = caught
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        wanted = crc32(repr(growth).encode())
-        vote = torch.tensor([int(error is None), wanted, -wanted], device=device)
-        torch.distributed.all_reduce(vote, torch.distributed.ReduceOp.MIN)
-        if error is None and not int(vote[0]):
-            raise RunError(f"layer '{growth.layer}' did not grow, because it failed in another process")
-        if error is None and int(vote[1]) != -int(vote[2]):
-            raise RunError(f"layer '{growth.layer}' did not grow, because processes want different growths")
-    if error is not None:
-        raise error
 
 
 def recorded(

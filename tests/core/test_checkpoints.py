@@ -140,7 +140,7 @@ def test_save_and_load_go_on_as_if_nothing_had_been(tmp_path):
     assert equal(other["engine"].state_dict(), rig["engine"].state_dict())
     assert other["engine"].step == 12
     assert [one.after for one in other["engine"].growths] == [4]
-    assert other["engine"].memory["loss_plateau"]["steps"] > 0
+    assert other["engine"].triggers.memory["loss_plateau"]["steps"] > 0
     assert equal(other["optimizer"].state_dict(), rig["optimizer"].state_dict())
 
 

@@ -308,7 +308,7 @@ def test_hook_moe_growth(install):
     one_step(engine, layer, optimizer)
     (wanted,) = engine.due(torch.tensor(2.0, requires_grad=True), eval_loss=3.0)
     assert wanted == Growth("one", (int(layer.recent.argmax()),), why="eager: loss 2.0")
-    assert engine.memory == {"never": {"asked": 3.0}, "eager": {"steps": 2}}
+    assert engine.triggers.memory == {"never": {"asked": 3.0}, "eager": {"steps": 2}}
     assert engine.due(float("nan")) == []
 
 

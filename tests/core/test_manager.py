@@ -209,6 +209,7 @@ def test_core_names_no_plugin():
 
 CORE_ORDER = (
     "errors",
+    "processes",
     "options",
     "routing",
     "stats",
@@ -224,7 +225,8 @@ CORE_ORDER = (
     "seeds",
     "growth",
     "transaction",
-    "history",
+    "triggers",
+    "growing",
     "engine",
     "tasks",
     "runs",

@@ -1,0 +1,50 @@
+"""Several processes that train one model: sums, means and votes over all of them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from zlib import crc32
+
+import torch
+from torch import Tensor
+
+from .errors import RunError
+
+
+def distributed() -> bool:
+    """Whether there are several processes."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def over_processes(sums: Tensor) -> Tensor:
+    """Sums of all processes, in place."""
+    if distributed():
+        torch.distributed.all_reduce(sums)
+    return sums
+
+
+def mean_over_processes(value: Tensor | float, device: torch.device) -> float:
+    """The mean of a number over all processes; device: one that they can talk through."""
+    own = float(torch.as_tensor(value).detach())
+    if not distributed():
+        return own
+    return float(over_processes(torch.tensor([own], device=device))) / torch.distributed.get_world_size()
+
+
+@contextmanager
+def agreed(what: str, device: torch.device) -> Iterator[None]:
+    """What happens inside happens in every process or raises in every process; what: must be the same in all."""
+    error: BaseException | None = None
+    try:
+        yield
+    except BaseException as caught:
+        error = caught
+    if distributed():
+        wanted = crc32(what.encode())
+        vote = torch.tensor([int(error is None), wanted, -wanted], device=device)
+        torch.distributed.all_reduce(vote, torch.distributed.ReduceOp.MIN)
+        if error is None and not int(vote[0]):
+            raise RunError(f"{what} was not done, because it failed in another process")
+        if error is None and int(vote[1]) != -int(vote[2]):
+            raise RunError(f"{what} was not done, because processes want different things")
+    if error is not None:
+        raise error
