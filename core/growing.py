@@ -35,6 +35,8 @@ def grow(
     probe: Probe | None,
 ) -> Grown:
     """What `Engine.grow` does."""
+    if not isinstance(growth, Growth):
+        raise UsageError(f"grow() takes a Growth, not {growth!r}")
     device = engine.layers[0].book.device if engine.layers else torch.device("cpu")
     with agreed(str(growth), device):
         layer = _named(engine, growth.layer)
@@ -84,7 +86,10 @@ def sources(plugins: Plugins, layer: MoE) -> Callable[[Mapping[str, Any]], tuple
 def _named(engine: "Engine", name: str) -> MoE:
     layers = {layer.name: layer for layer in engine.layers}
     if name not in layers:
-        raise UsageError(f"there is no layer '{name}' to grow; {nearest(name, layers)}")
+        raise UsageError(
+            f"there is no layer '{name}' to grow; {nearest(name, layers)} "
+            "(engine.attach, which callbacks call too, names layers by their place in the model)"
+        )
     return layers[name]
 
 
@@ -97,6 +102,11 @@ def _copies(model: nn.Module, layer: MoE) -> list[MoE]:
         raise UsageError(
             f"a follower, {type(model).__name__}, holds {len(layers)} copies of layer '{layer.name}', not one; "
             "make it after engine.attach(model)"
+        )
+    if layers[0].sizes != layer.sizes:
+        raise UsageError(
+            f"a follower, {type(model).__name__}, holds a copy of layer '{layer.name}' with "
+            f"{layers[0].spec.experts} experts, not {layer.spec.experts}; pass it at every growth"
         )
     return layers
 

@@ -1,6 +1,7 @@
 """What is to become of a layer's experts, what became of them, and where each comes from."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import attrs
 from torch import Tensor
@@ -8,6 +9,12 @@ from torch import Tensor
 from .errors import UsageError, listed
 from .layer import MoE
 from .optimizers import Moments
+
+
+def _several(units: Any) -> tuple[Any, ...]:
+    if not isinstance(units, list | tuple):
+        raise UsageError(f"parents and drop of a Growth are tuples of experts, not {units!r}")
+    return tuple(units)
 
 
 @attrs.frozen
@@ -21,8 +28,8 @@ class Growth:
     """
 
     layer: str
-    parents: tuple[int | None, ...] = ()
-    drop: tuple[int, ...] = ()
+    parents: tuple[int | None, ...] = attrs.field(default=(), converter=_several)
+    drop: tuple[int, ...] = attrs.field(default=(), converter=_several)
     of: str = "expert"
     require_exact: bool = False
     why: str = ""
@@ -107,6 +114,8 @@ def _plan(layer: str, of: str, size: int, parents: Sequence[int | None], drop: S
             raise UsageError(f"layer '{layer}' has no {of} {one!r}; they are 0 to {size - 1}")
     if both := sorted({one for one in parents if one is not None} & set(drop)):
         raise UsageError(f"{of} {both[0]} of layer '{layer}' can't be removed and be a parent in one growth")
+    if len(set(drop)) < len(drop):
+        raise UsageError(f"a growth of layer '{layer}' drops an {of} twice: {list(drop)}")
     if not parents and not drop:
         raise UsageError(f"a growth of layer '{layer}' names no parent and nobody to drop: it does nothing")
     waiting = list(parents)

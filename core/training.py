@@ -278,6 +278,7 @@ class Training:
         self._order.set_state(self._epoch_order)
         self._started -= tree["seconds"]
         set_random_state(tree["draws"])
+        self.say(f"going on from step {self.step} of {self.total_steps}")
 
     @property
     def _checkpoints(self) -> Checkpoints:
@@ -347,6 +348,7 @@ class Training:
             for name, finding in metrics.items()
             if isinstance(finding, Finding)
         ]
+        findings += [(1, one) for one in self._idle_triggers()]
         findings.sort(key=lambda pair: (pair[1]["metric"] != "verdict", -pair[0]))
         verdicts = [finding["name"] for _, finding in findings if finding["metric"] == "verdict"]
         return {
@@ -365,6 +367,22 @@ class Training:
             "layers": [_layer_summary(layer, layers.get(layer.name, {})) for layer in self.engine.layers],
             "growths": [plain(attrs.asdict(grown)) for grown in self.engine.growths],
         }
+
+    def _idle_triggers(self) -> list[dict[str, Any]]:
+        """A finding for each trigger that let nothing grow."""
+        acted = {grown.why.partition(":")[0] for grown in self.engine.growths}
+        idle = [bound.plugin for bound in self.engine.triggers.bounds if bound.plugin not in acted]
+        return [
+            {
+                "layer": "all layers",
+                "metric": f"inert.{name}",
+                "name": "no effect",
+                "severity": 1,
+                "why": f"{name} let nothing grow in {self.step} steps",
+                "advice": f"run longer, or let it act earlier: moe-engine plugins {name} lists its options",
+            }
+            for name in idle
+        ]
 
     def _check_finite(self, seen: list[Mapping[str, Tensor]], terms: list[Mapping[str, Tensor]]) -> None:
         """Raise RunError for the first step whose loss, or a term of it, was not finite."""

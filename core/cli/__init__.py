@@ -32,8 +32,8 @@ def group(context: click.Context) -> None:
         moe-engine plugins saturation
     Go on with a run that was stopped:
         moe-engine resume runs/A
-    Grow from 2 experts to 16 whenever the loss stops falling:
-        moe-engine run --plugins saturation,switch_aux,loss_plateau --experts 2
+    Grow by an expert every 100 steps, from 2 on; loss_plateau does it when the loss stops falling:
+        moe-engine run --plugins saturation,switch_aux,schedule --experts 2
     Set two runs side by side:
         moe-engine compare runs/A runs/B
     """

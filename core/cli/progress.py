@@ -122,10 +122,10 @@ def _facts(record: dict[str, Any] | None, other: dict[str, Any] | None = None) -
 def event(growth: dict[str, Any]) -> str:
     """A growth in words."""
     born, gone = growth["rows"].count(None), len(growth["drop"])
-    what = " and ".join(f"{count} {word}" for count, word in ((born, "born"), (gone, "removed")) if count)
-    source = f" by {growth['source']}" if growth["source"] else ""
+    source = f"{born} born by {growth['source']}" if born else ""
+    what = " and ".join(part for part in (source, f"{gone} removed" if gone else "") if part)
     moved = "" if growth["change"] is None else f", output changed by {growth['change']:.1%}"
-    return f"{growth['layer']} has {growth['after']} experts, {what}{source}{moved} ({growth['why']})"
+    return f"{growth['layer']} has {growth['after']} experts, {what}{moved} ({growth['why']})"
 
 
 def table(columns: list[str], rows: list[list[str]]) -> None:

@@ -11,7 +11,7 @@ class Attribution:
 
     effect.LOSS: norm of the weighted term's gradient at the raw logits, over the task loss's.
     effect.BIAS: share of choices that differ without the bias. router_gradient: norm of the task's
-    gradient itself. A term below `threshold` is named: it has no effect.
+    gradient itself. A term below `threshold` is named: it has no effect (unless all experts are chosen anyway).
 
     Source: this project.
     """
@@ -21,14 +21,15 @@ class Attribution:
     )
 
     @hookimpl
-    def moe_metrics(self, effects):
+    def moe_metrics(self, effects, layer):
         if effects is None:
             return {}
+        choice = layer.spec.experts > layer.spec.top_k  # where every token takes every expert, nothing can act
         relative = {name: norm / effects.task if effects.task else norm for name, norm in effects.losses.items()}
         answers = {"router_gradient": effects.task}
         for name, value in {**relative, **effects.biases}.items():
             answers[f"effect.{name}"] = value
-            if value < self.threshold:
+            if choice and value < self.threshold:
                 answers[f"inert.{name}"] = self._inert(name, value, name in effects.biases)
         return answers
 

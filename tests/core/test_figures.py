@@ -47,7 +47,7 @@ def test_growth_is_in_the_report_the_records_and_on_the_terminal(grown, capsys):
     assert [one["step"] for one in events] == [10, 20, 30]
     assert events == grown.summary["growths"]
     assert event(events[0]).startswith("moe has 4 experts, 1 born by clone, output changed by ")
-    assert "moe has 4 experts, 1 born and 1 removed by clone" in event(events[1])
+    assert "moe has 4 experts, 1 born by clone and 1 removed" in event(events[1])
     assert event(events[2]).endswith("(mover: planned)")
     assert "1 removed, output" in event(events[2])
     page = (grown.folder / "report.html").read_text()

@@ -593,6 +593,18 @@ def test_layers_that_can_not_grow_say_why():
     rig = Rig()
     with pytest.raises(UsageError, match="a follower, Sequential, holds 0 copies of layer 'moe', not one"):
         rig.grow(0, followers=Rig().model)
+    average = torch.optim.swa_utils.AveragedModel(rig.model)
+    rig.grow(0, followers=average)
+    average.module[1].load_state_dict(Rig().layer.state_dict())
+    with pytest.raises(UsageError, match="a copy of layer 'moe' with 4 experts, not 5; pass it at every growth"):
+        rig.grow(0, followers=average)
+    with pytest.raises(UsageError, match="takes a Growth, not 'moe'"):
+        rig.engine.grow("moe", rig.optimizer)
+    with pytest.raises(UsageError, match="are tuples of experts, not 3"):
+        Growth("moe", parents=3)
+    rig = Rig()
+    with pytest.raises(UsageError, match="drops an expert twice"):
+        rig.grow(drop=(0, 0))
     with pytest.raises(UsageError, match="declares no expert axis"):  # at once, where a trigger is chosen
         Engine("topk,schedule").moe(6, modules=[nn.Linear(6, 6) for _ in range(4)], experts=4)
     rig = Rig("topk,random", optimizer=adam)

@@ -67,6 +67,15 @@ class Wrapped(nn.Module):
         return {"loss": (y - labels).square().mean(), "logits": y}
 
 
+class ByItems(Wrapped):
+    """A model that divides its loss by the items of all micro-batches, as language models do."""
+
+    def forward(self, x, labels=None, num_items_in_batch=None, **_):
+        y = self.net(x)
+        items = labels.numel() if num_items_in_batch is None else num_items_in_batch
+        return {"loss": (y - labels).square().sum() / items, "logits": y}
+
+
 def trainer_of(model, callback, folder, accumulate=1, **more):
     from transformers import Trainer, TrainingArguments
 
@@ -94,12 +103,13 @@ def trainer_of(model, callback, folder, accumulate=1, **more):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_transformers_trainer_does_what_the_documented_loop_does(tmp_path, accumulate):
+@pytest.mark.parametrize("wrapped", [Wrapped, ByItems])
+def test_transformers_trainer_does_what_the_documented_loop_does(tmp_path, accumulate, wrapped):
     pytest.importorskip("accelerate")
     from moe_engine.integrations.transformers import MoECallback
 
     engine, net = build()
-    trainer = trainer_of(Wrapped(net), MoECallback(engine), tmp_path, accumulate)
+    trainer = trainer_of(wrapped(net), MoECallback(engine), tmp_path, accumulate)
     trainer.train()
     expected, other = by_hand(accumulate)
     assert [one.after for one in engine.growths] == [one.after for one in expected.growths] != []

@@ -161,6 +161,19 @@ def test_read_run_gives_back_the_configuration(tmp_path):
     )
 
 
+def test_a_trigger_that_lets_nothing_grow_is_named(tmp_path):
+    run, _ = train(tmp_path / "run", ("schedule",), settings={**SETTINGS, "schedule": {"at": (10_000,)}}, epochs=1)
+    whys = [one["why"] for one in run.summary["findings"]]
+    assert "schedule let nothing grow in 32 steps" in whys
+    run, _ = train(tmp_path / "other", ("schedule",), settings={**SETTINGS, "schedule": {"every": 9}}, epochs=1)
+    assert not any("let nothing grow" in one["why"] for one in run.summary["findings"])
+
+
+def test_where_every_token_takes_every_expert_no_term_is_blamed(tmp_path):
+    run, _ = train(tmp_path / "run", experts=2, top_k=2, epochs=1)
+    assert [one["metric"] for one in run.summary["findings"]] == ["verdict"]
+
+
 def test_a_run_grows_live_from_2_to_16_experts_all_of_which_are_used(tmp_path):
     """The trigger's defaults, on generated images."""
     blobs = {"blobs": {"images": 20_000, "classes": 30}}

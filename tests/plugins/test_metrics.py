@@ -146,7 +146,8 @@ class Gone:
 
 
 def test_attribution_names_terms_without_effect():
-    got = Attribution().moe_metrics(Gone())
+    layer = Engine("topk", experts=4).moe(4, 4)
+    got = Attribution().moe_metrics(Gone(), layer)
     assert {n: v for n, v in got.items() if n.startswith("effect.")} == {
         "effect.weak": 5e-7,
         "effect.strong": 0.5,
