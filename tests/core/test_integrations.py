@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from moe_engine import Engine, Growth, adam
+from moe_engine.integrations import Loop
 
 PLUGINS = "saturation,switch_aux,schedule,clone"
 SETTINGS = ["schedule.every=4", "schedule.max_experts=5"]
@@ -220,3 +221,18 @@ def test_a_trainers_extra_aux_loss_counts_once():
         torch.testing.assert_close(one.grad, two.grad)
     assert copy.deepcopy(engine).layers == []
     assert (Growth("moe").parents, adam(net, 1e-3).defaults["fused"]) == ((), True)
+
+
+def test_a_growth_at_a_log_point_loses_no_numbers():
+    engine, net = build(["schedule.every=1", "schedule.max_experts=4"])
+    loop, optimizer = Loop(engine), adam(net, 1e-3)
+    x, y = data()
+    for expected in (4, 4):
+        loop.add((net(x) - y).square().mean()).backward()
+        engine.after_backward()
+        optimizer.step()
+        loop.after_step([optimizer])
+        assert net[1].spec.experts == expected
+        assert loop.numbers("train")["moe/moe/cv"] >= 0
+        optimizer.zero_grad()
+    assert loop.numbers("train") == {}
