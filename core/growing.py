@@ -13,6 +13,7 @@ from .effects import output_on
 from .errors import UsageError, listed, nearest
 from .growth import Grown, Growth, NewExpert
 from .layer import MoE
+from .ledger import retire
 from .manager import Plugins, Setup
 from .optimizers import refuse_holders
 from .processes import agreed
@@ -41,6 +42,7 @@ def grow(
     with agreed(str(growth), device):
         layer = _named(engine, growth.layer)
         copies = [twin for one in followers for twin in _copies(one, layer)]
+    books = [one.book for one in (layer, *copies)]
     with all_or_nothing([layer, *copies], optimizers, engine.growths):
         with agreed(str(growth), device):
             _check_moment(engine, layer, growth, probe)
@@ -60,6 +62,8 @@ def grow(
         losses = [None if look is None else look.loss for look in (before, after)]
         record = recorded(engine.step, growth, staged, size, change, *losses)
         engine.growths.append(record)
+    for book in books:
+        retire(book)  # not before all is done: what fails puts the books back
     return record
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .dispatch import dispatch
 from .errors import UsageError
 from .experts import shared_expert
-from .ledger import Ledger
+from .ledger import Ledger, retire
 from .manager import Bound
 from .optimizers import forget_old_shapes
 from .options import Settings
@@ -300,12 +300,6 @@ class MoE(nn.Module):
 
     def refit(self) -> None:
         """Take over the sizes that the tensors of the parts have now. Sums so far are dropped."""
-
-        def stale(_: Tensor) -> None:
-            raise RuntimeError("the layer changed its number of experts between this forward and its backward")
-
-        if self.book.requires_grad:  # gradients of the old shape would reach parameters of the new one
-            self.book.register_hook(stale)
         self.sizes = self._sizes()
         self.spec = attrs.evolve(self.spec, experts=self.sizes["expert"])
         self.window = self.recent = None
@@ -383,7 +377,9 @@ def _before_load(layer: MoE, state: Mapping[str, Any], prefix: str, *_: Any) -> 
 def _after_load(layer: MoE, _: Any) -> None:
     """The tensors that were loaded may be of another number of experts."""
     if layer._sizes() != layer.sizes:
+        old = layer.book
         layer.refit()
+        retire(old)
         forget_old_shapes(layer.parameters())
 
 

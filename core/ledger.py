@@ -17,6 +17,18 @@ from torch.autograd import Function
 Signals = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
+STALE = "the layer changed its number of experts between this forward and its backward"
+
+
+def retire(book: Tensor) -> None:
+    """No layer has this book any more: a backward that reaches it has gradients of the old shapes, and raises."""
+
+    def stale(_: Tensor) -> None:
+        raise RuntimeError(STALE)
+
+    book.register_hook(stale)
+
+
 class Ledger(Function):
     """y unchanged. In backward: sums and signals to the leaf `book`, the loss's scale to `aux`."""
 
@@ -45,7 +57,7 @@ class Ledger(Function):
         if ctx.signals is not None:
             sums = torch.cat([sums, ctx.signals(grad_TD, *routed)])
         if sums.shape[0] != ctx.size:
-            raise RuntimeError("the layer changed its number of experts between this forward and its backward")
+            raise RuntimeError(STALE)
         if torch.compiler.is_compiling():
             # The scale arrives between forward and backward. What depends on it alone a partitioner may
             # move into the forward, where it is stale: a term of 0 ties it to the incoming gradient.

@@ -269,10 +269,10 @@ class Training:
             raise UsageError(f"{self.folder / 'metrics.jsonl'} is damaged: it is shorter than its checkpoint says")
         if (tree["versions"], tree["plugins"]) != (versions(), self.engine.plugins.records()):
             self.say("the run was begun with other versions, so its numbers may differ from here on")
-        self._log.truncate(tree["records"])
         self.model.load_state_dict(tree["model"])
         self.optimizer.load_state_dict(tree["optimizer"])
         self.engine.load_state_dict(tree["engine"])
+        self._log.truncate(tree["records"])
         for name, value in tree["loop"].items():
             setattr(self, name, value)
         self._order.set_state(self._epoch_order)

@@ -195,7 +195,8 @@ def _staged_parts(
                 if axis.of == of and f"{where}.{name}" in rows:
                     row = staged[name].select(axis.axis, plans[of].kept[old])
                     live = getattr(originals[where], name).detach().select(axis.axis, old)
-                    row += rows[f"{where}.{name}"].to(row) - live  # a copy's row moves by as much as the layer's
+                    new = rows[f"{where}.{name}"].to(row)
+                    row.copy_(new if part is originals[where] else row + new - live)  # a copy's moves by as much
         if staged:
             part.settle(staged)
             yield part, staged
