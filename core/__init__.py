@@ -29,15 +29,19 @@ if TYPE_CHECKING:
     from .parts import LinearRouter as LinearRouter
     from .parts import Part as Part
     from .parts import Router as Router
+    from .parts import RunningLoad as RunningLoad
     from .parts import linear_logits as linear_logits
     from .parts import uniform as uniform
     from .routing import Assignments as Assignments
     from .routing import Level as Level
     from .routing import LevelSpec as LevelSpec
     from .routing import Routing as Routing
+    from .routing import Slots as Slots
     from .routing import Spec as Spec
     from .routing import Tokens as Tokens
     from .routing import assign as assign
+    from .routing import assign_where as assign_where
+    from .routing import causal_problem as causal_problem
     from .routing import centred_log as centred_log
     from .routing import count_by as count_by
     from .routing import groups_problem as groups_problem
@@ -60,10 +64,13 @@ _HOMES = {
     "hookspecs": ("hookimpl",),
     "layer": ("MoE",),
     "options": ("option",),
-    "parts": ("Bias", "Experts", "GroupLimitedRouter", "LinearRouter", "Part", "Router", "linear_logits", "uniform"),
+    "parts": (
+        *("Bias", "Experts", "GroupLimitedRouter", "LinearRouter", "Part", "Router", "RunningLoad"),
+        *("linear_logits", "uniform"),
+    ),
     "routing": (
-        *("Assignments", "Level", "LevelSpec", "Routing", "Spec", "Tokens"),
-        *("assign", "centred_log", "count_by", "groups_problem", "keep_best_groups"),
+        *("Assignments", "Level", "LevelSpec", "Routing", "Slots", "Spec", "Tokens"),
+        *("assign", "assign_where", "causal_problem", "centred_log", "count_by", "groups_problem", "keep_best_groups"),
     ),
     "stats": ("Finding", "Stats", "Step"),
     "tasks": ("Task", "TaskSpec"),

@@ -8,11 +8,14 @@ import torch
 from torch import Tensor
 
 from .parts import Experts
-from .routing import Assignments, at_least_fp32, rows_of
+from .routing import Routing, Slots, at_least_fp32, rows_of
 
 
-def dispatch(experts: Experts, x_TD: Tensor, plan: Assignments, size: int, out: int) -> Tensor:
+def dispatch(experts: Experts, routing: Routing, out: int) -> Tensor:
     """[T, out]: sum over a token's kept assignments of weight times its expert's output, in fp32 or better."""
+    x_TD, plan, size = routing.tokens.x, routing.plan, routing.experts
+    if routing.slots is not None:
+        return _through_slots(experts, x_TD, routing.slots, out)
     expert_N = torch.where(plan.kept, plan.expert, size)  # what is not kept goes to the end
     order_N = torch.argsort(expert_N, stable=True)
     counts_E = rows_of(expert_N, size + 1)
@@ -21,6 +24,15 @@ def dispatch(experts: Experts, x_TD: Tensor, plan: Assignments, size: int, out: 
     weight_N = torch.where(plan.kept, plan.weight, 0).index_select(0, order_N)
     y_TO = torch.zeros(x_TD.shape[0], out, dtype=weight_N.dtype, device=x_TD.device)
     return y_TO.index_add(0, token_N, at_least_fp32(out_NO).to(weight_N.dtype) * weight_N[:, None])
+
+
+def _through_slots(experts: Experts, x_TD: Tensor, slots: Slots, out: int) -> Tensor:
+    groups, size, count, each = slots.dispatch.shape
+    x_GSD = x_TD.view(groups, size, -1).to(slots.dispatch.dtype)
+    slot_EGnD = torch.einsum("gsen,gsd->egnd", slots.dispatch, x_GSD).to(x_TD.dtype)
+    counts_E = torch.full((count,), groups * each, device=x_TD.device)
+    out_NO = at_least_fp32(experts(slot_EGnD.flatten(0, 2), counts_E)).to(slots.combine.dtype)
+    return torch.einsum("gsen,egno->gso", slots.combine, out_NO.view(count, groups, each, out)).reshape(-1, out)
 
 
 def row_counts(counts_E: Tensor) -> list[int] | Tensor:

@@ -26,7 +26,7 @@ class Effects:
     biases: Mapping[str, float]
 
 
-def watch(layers: Sequence[MoE], run: Callable[[], Tensor]) -> tuple[Tensor, dict[MoE, Routing]]:
+def observe(layers: Sequence[MoE], run: Callable[[], Tensor]) -> tuple[Tensor, dict[MoE, Routing]]:
     """Run a forward with its graph, uncounted: (the task loss that it answers, the routing of each layer)."""
     for layer in layers:
         layer.watched = []

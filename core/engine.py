@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .effects import Effects, check_learning, effects_of, watch
+from .effects import Effects, check_learning, effects_of, observe
 from .errors import PluginError, RunError, UsageError, listed
 from .experts import ModuleBank, StackedMLP
 from .growing import grow, sources
 from .growth import Grown, Growth
 from .layer import MoE, numel, unflat
 from .ledger import Anchor
-from .manager import Plugins, Setup
+from .manager import Bound, Plugins, Setup
 from .options import Settings, parse_settings
 from .parts import Bias, Experts, Part, Router
 from .processes import distributed, mean_over_processes, over_processes
@@ -65,6 +65,7 @@ class Engine:
         self.defaults, self.seed = spec, seed
         self.step = 0
         self.growths: list[Grown] = []
+        self.remembered: dict[str, dict[str, dict[str, Any]]] = {}  # by layer, metric plugin and split
         self.triggers = Triggers(self.plugins.bind("moe_growth"))
         self._layers: list[weakref.ref[MoE]] = []
         self._anchored = False  # aux_loss() took part in a backward of this step
@@ -191,7 +192,7 @@ class Engine:
         memo[id(self)] = twin
         twin.plugins = copy.deepcopy(self.plugins, memo)
         twin.triggers = Triggers(twin.plugins.bind("moe_growth"), copy.deepcopy(self.triggers.memory))
-        twin.growths = list(self.growths)
+        twin.growths, twin.remembered = list(self.growths), copy.deepcopy(self.remembered)
         twins = [copy.deepcopy(layer, memo) for layer in self.layers]
         for layer in twins:
             layer.found_lineage()
@@ -266,17 +267,17 @@ class Engine:
             load_E = unflat(flat, layer.training_layout)["load"].to(layer.seen.dtype)
             layer.recent = load_E if layer.recent is None else layer.recent + load_E
         named, signals = unflat(flat, layer.training_layout), _signals(layer, flat[size:])
-        grad_E = None
+        states = layer.parts_of_plugins()
+        own_parts = [*(bias for level in layer.bias_levels() for bias in level.values()), *states.values()]
+        grad_E = _expert_grad(layer) if any(part.wants_expert_grad for part in own_parts) else None
         for index, level in enumerate(layer.router.levels):
             for name, bias in layer.bias_levels()[index].items():
-                if bias.wants_expert_grad and grad_E is None:
-                    grad_E = _expert_grad(layer)
                 prefix = f"{level.name}/{name}/"
                 own = {key.removeprefix(prefix): v for key, v in named.items() if key.startswith(prefix)}
                 bias.after_step(_step(layer, level.name, named["load"], own, signals.get((index, name)), grad_E))
-        for name, state in layer.parts_of_plugins().items():
+        for name, state in states.items():
             own = {key.removeprefix(f"{name}."): v for key, v in named.items() if key.startswith(f"{name}.")}
-            state.after_step(Step(named["load"], own))
+            state.after_step(Step(named["load"], own, expert_grad=grad_E))
 
     def last_terms(self) -> dict[str, Tensor]:
         """The loss terms of the last step by name and layer, [1] each, as they were, finite or not."""
@@ -345,8 +346,17 @@ class Engine:
                 routing, effects = probed.get(layer, (None, None))
                 offer = {"stats": stats, "layer": layer, "effects": effects, "probe": routing}
                 own: Metrics = {f"loss.{term}": value for term, value in stats.terms().items()}
-                answers[layer.name] = _merged([("the core", own), *((bound.plugin, bound(offer)) for bound in bounds)])
+                said = [(one.plugin, one({**offer, "memory": self._memory(layer, one, split)})) for one in bounds]
+                answers[layer.name] = _merged([("the core", own), *said])
         return answers
+
+    def _memory(self, layer: MoE, bound: Bound, split: str) -> dict[str, Any]:
+        """What a metric keeps of a layer from one log point to the next; nothing for one that does not ask."""
+        if "memory" not in bound.arguments:
+            return {}
+        own = self.remembered.setdefault(layer.name, {}).setdefault(bound.plugin, {})
+        memory: dict[str, Any] = own.setdefault(split, {})
+        return memory
 
     def _take(self, layer: MoE, split: str) -> Stats | None:
         """The sums of one split so far, which begin again at zero; None where there are none."""
@@ -359,6 +369,8 @@ class Engine:
         else:
             return None
         for level in layer.router.levels:
+            if not level.picks:
+                continue
             unit_of = layer.router.unit_of(level.name)
             load = stats.load if unit_of is None else count_by(unit_of.cpu(), stats.load, level.size)
             stats.sums[f"load.{level.name}"] = load
@@ -369,7 +381,7 @@ class Engine:
 
         run: the model's forward on that batch in eval mode; answers the task loss.
         """
-        loss, routings = self.watch(run)
+        loss, routings = self.observe(run)
         count = len(self.layers)
         return {layer: (routing, effects_of(layer, routing, loss, count)) for layer, routing in routings.items()}
 
@@ -378,7 +390,7 @@ class Engine:
 
         run: as for `probe`. A gate that is renormalised to a constant is the common reason.
         """
-        check_learning(*self.watch(run))
+        check_learning(*self.observe(run))
 
     # -- saving ----------------------------------------------------------------------------------
 
@@ -386,7 +398,8 @@ class Engine:
         """What goes on where it stopped beside the weights: steps, growths, triggers' memories, sums so far."""
         sums = {layer.name: layer.sums() for layer in self.layers}
         growths = [attrs.asdict(one) for one in self.growths]
-        return {"step": self.step, "growths": growths, "memory": copy.deepcopy(self.triggers.memory), "layers": sums}
+        memories = {"memory": self.triggers.memory, "remembered": self.remembered}
+        return {"step": self.step, "growths": growths, "layers": sums, **copy.deepcopy(memories)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state_dict`; load the model before, which brings the number of experts. Raises UsageError."""
@@ -398,12 +411,13 @@ class Engine:
         for name, sums in state["layers"].items():
             layers[name].take_sums(sums)
         self.step, self.triggers.memory = state["step"], copy.deepcopy(dict(state["memory"]))
+        self.remembered = copy.deepcopy(dict(state["remembered"]))
         self.growths = [Grown(**one) for one in state["growths"]]
 
-    def watch(self, run: Callable[[], Tensor]) -> tuple[Tensor, dict[MoE, Routing]]:
+    def observe(self, run: Callable[[], Tensor]) -> tuple[Tensor, dict[MoE, Routing]]:
         """(task loss, routing of each layer) of a forward that is not counted; `run` as for `probe`."""
         try:
-            return watch(self.layers, run)
+            return observe(self.layers, run)
         except Exception as error:
             if (culprit := self.plugins.culprit(error)) is None:
                 raise

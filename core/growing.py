@@ -17,9 +17,9 @@ from .ledger import retire
 from .manager import Plugins, Setup
 from .optimizers import refuse_holders
 from .processes import agreed
-from .routing import Tokens
+from .routing import Routing, Tokens
 from .seeds import generator
-from .transaction import Staged, all_or_nothing, commit, recorded, stage
+from .transaction import Ask, Staged, all_or_nothing, commit, recorded, stage
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -49,7 +49,8 @@ def grow(
             refuse_holders(layer, optimizers, followers)
             before, size = _look(engine, layer, probe), layer.spec.experts
             random = generator(engine.seed, f"growth {len(engine.growths)}")
-            staged = stage(layer, copies, growth, sources(engine.plugins, layer), random, optimizers)
+            asked = sources(engine.plugins, layer, before.routing if before else None)
+            staged = stage(layer, copies, growth, asked, random, optimizers)
             _check_staged(engine.plugins, layer, growth, staged)
         with agreed(str(growth), device):
             commit(staged, [layer, *copies])
@@ -62,18 +63,21 @@ def grow(
         losses = [None if look is None else look.loss for look in (before, after)]
         record = recorded(engine.step, growth, staged, size, change, *losses)
         engine.growths.append(record)
+    engine.remembered.pop(layer.name, None)  # of other experts
     for book in books:
         retire(book)  # not before all is done: what fails puts the books back
     return record
 
 
-def sources(plugins: Plugins, layer: MoE) -> Callable[[Mapping[str, Any]], tuple[str, NewExpert]]:
-    """Who makes a layer's new experts, the layer's own settings applied."""
+def sources(plugins: Plugins, layer: MoE, seen: Routing | None = None) -> Ask:
+    """Who makes a layer's new experts, the layer's own settings applied; seen: its routing of the probe batch."""
     bounds = plugins.bind("moe_new_expert", plugins.override(layer.settings))
+    states = layer.parts_of_plugins()
 
-    def ask(offer: Mapping[str, Any]) -> tuple[str, NewExpert]:
+    def ask(of: str, origin: int | None, offer: Mapping[str, Any]) -> tuple[str, NewExpert]:
+        inputs = None if seen is None else _inputs(layer, of, origin, seen)
         for bound in bounds:
-            new = bound(offer)
+            new = bound({**offer, "inputs": inputs, "state": states.get(bound.plugin)})
             if isinstance(new, NewExpert):
                 return bound.plugin, new
             if new is not None:
@@ -82,6 +86,18 @@ def sources(plugins: Plugins, layer: MoE) -> Callable[[Mapping[str, Any]], tuple
         raise UsageError(f"nobody makes a new expert of layer '{layer.name}' (asked: {asked}); add a source")
 
     return ask
+
+
+def _inputs(layer: MoE, of: str, origin: int | None, seen: Routing) -> Tensor:
+    """[n, D]: the tokens of a batch that go to one unit; of no unit, those that no expert got."""
+    unit_of = layer.router.unit_of(of) if of != "expert" else None
+    chosen_TE = seen.chosen() > 0
+    if origin is None:
+        real_T = torch.ones_like(chosen_TE[:, 0]) if seen.tokens.mask is None else seen.tokens.mask
+        mine_T = real_T & ~chosen_TE.any(-1)
+    else:
+        mine_T = (chosen_TE[:, origin] if unit_of is None else chosen_TE[:, unit_of == origin].any(-1)).bool()
+    return seen.tokens.x[mine_T].detach().cpu()
 
 
 # -- checks ------------------------------------------------------------------------------------------
@@ -142,9 +158,10 @@ def _check_staged(plugins: Plugins, layer: MoE, growth: Growth, staged: Staged) 
 
 @attrs.frozen
 class _Look:
-    """A layer on the probe batch: the task's loss, the layer's tokens, its output on them."""
+    """A layer on the probe batch: the task's loss, the layer's routing and tokens, its output on them."""
 
     loss: float
+    routing: Routing | None
     tokens: Tokens | None
     output: Tensor | None
 
@@ -153,12 +170,11 @@ def _look(engine: "Engine", layer: MoE, probe: Probe | None, same: _Look | None 
     """A look at the layer; with `same`, on the very tokens of that look."""
     if probe is None:
         return None
-    loss, routings = engine.watch(probe)
-    if same:
-        tokens = same.tokens
-    else:
-        tokens = attrs.evolve(seen.tokens, x=seen.tokens.x.detach()) if (seen := routings.get(layer)) else None
-    return _Look(float(loss.detach()), tokens, None if tokens is None else output_on(layer, tokens))
+    loss, routings = engine.observe(probe)
+    seen = routings.get(layer)
+    own = attrs.evolve(seen.tokens, x=seen.tokens.x.detach()) if seen else None
+    tokens = same.tokens if same else own
+    return _Look(float(loss.detach()), seen, tokens, None if tokens is None else output_on(layer, tokens))
 
 
 def _change(before: _Look | None, after: _Look | None) -> float | None:

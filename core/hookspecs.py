@@ -89,7 +89,11 @@ def moe_measure(routing: "Routing", layer: "MoE", state: "Part | None") -> "Mapp
 
 @hookspec
 def moe_metrics(  # type: ignore[empty-body]
-    stats: "Stats", layer: "MoE", effects: "Effects | None", probe: "Routing | None"
+    stats: "Stats",
+    layer: "MoE",
+    effects: "Effects | None",
+    probe: "Routing | None",
+    memory: "dict[str, Any]",
 ) -> "Mapping[str, float | Tensor | Finding]":
     """Answer numbers, arrays or findings by name, for one layer at a log point.
 
@@ -97,7 +101,9 @@ def moe_metrics(  # type: ignore[empty-body]
     and always of at least one token: a layer without data is skipped. `effects` says how much each
     loss term and each bias moves the router, `probe` holds the layer's routing of a fixed held-out
     batch; both are made only if an implementation names them, and are None where no batch was given.
-    Two plugins that answer the same name are an error.
+    `memory` is this plugin's own for this layer and these numbers (training or evaluation): tensors and
+    plain values by name, empty at first and after the layer grew, saved in checkpoints. Two plugins that
+    answer the same name are an error.
     """
 
 
@@ -106,7 +112,8 @@ def moe_growth(history: "History", memory: "dict[str, float]") -> "Growth | Sequ
     """Answer what is to become of the experts now: a growth, several (of different layers), or None.
 
     Called after each optimizer step; a trigger keeps its own interval. `history` has step, loss,
-    eval_loss, layers, growths, since_growth, load(layer) and busiest(layer). `memory` is this plugin's own: numbers by
+    eval_loss, layers, growths, since_growth, load(layer), busiest(layer) and state(layer), which is this
+    plugin's own state in that layer. `memory` is this plugin's own: numbers by
     name, empty at first, which a checkpoint saves; what a trigger keeps anywhere else is lost when a
     run resumes. All triggers are asked, the first answer in the order typed is taken. Where there are
     several processes, all of them must answer the same: what `history` gives is the same in each.
@@ -121,13 +128,17 @@ def moe_new_expert(
     fresh: "Mapping[str, Tensor]",
     roles: "Mapping[str, str]",
     generator: "Generator",
+    inputs: "Tensor | None",
+    state: "Part | None",
 ) -> "NewExpert | None":
     """Answer the weights of an expert that is being born, or None.
 
     All tensors are one expert's rows by "part.tensor", copies on the CPU: `parent` those of the expert
     that it descends from, if any, as earlier newcomers of the same growth left them; `fresh` newly drawn
     ones. `roles` says what each is (in, output, logit_row, logit_bias, state), `index` which expert it
-    will be. Draw from `generator` only. The first answer in the order typed is taken.
+    will be. `inputs` [n, D] are the tokens of a held-out batch that go to the parent, without a parent those
+    that no expert got, None where there is no such batch; `state` is this plugin's own in the layer.
+    Draw from `generator` only. The first answer in the order typed is taken.
     """
 
 
@@ -149,11 +160,11 @@ def moe_task(spec: "TaskSpec") -> "Task":  # type: ignore[empty-body]
 
 
 @hookspec
-def moe_check(setup: "Setup") -> "str | None":
-    """Answer one sentence why this mix of plugins and settings makes no sense, or None.
+def moe_check(setup: "Setup") -> "str | Finding | None":
+    """Answer one sentence why this mix of plugins and settings makes no sense, a remark on it, or None.
 
-    Called before anything is built. `setup` gives plugins (by name), spec and task. All answers
-    are shown together.
+    Called before anything is built. `setup` gives plugins (by name), spec and task. A sentence refuses the
+    mix, and all of them are shown together; a `Finding` is shown when a run begins, and kept in its summary.
     """
 
 

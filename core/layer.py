@@ -16,7 +16,7 @@ from .manager import Bound
 from .optimizers import forget_old_shapes
 from .options import Settings
 from .parts import Bias, Experts, Part, Router
-from .routing import Assignments, Level, Routing, Spec, Tokens, within_capacity
+from .routing import Assignments, Level, Routing, Slots, Spec, Tokens, assign, within_capacity
 
 Layout = dict[str, torch.Size]  # what a flat vector of sums holds, in order
 
@@ -85,7 +85,7 @@ class MoE(nn.Module):
     ) -> Tensor:
         tokens = self.tokens(x, mask, ids, labels)
         routing = self.route(tokens)
-        y_TO = dispatch(self.experts, tokens.x, routing.plan, self.spec.experts, self.spec.out_dim)
+        y_TO = dispatch(self.experts, routing, self.spec.out_dim)
         if self.shared is not None:
             y_TO = y_TO + tokens.real(self.shared(tokens.x))
         if self.watched is not None:
@@ -136,9 +136,12 @@ class MoE(nn.Module):
                     biased_Tn = biased_Tn + bias()
             levels.append(Level(level.name, raw_Tn, biased_Tn, selection_n))
         probs_TE, plan = self.router.select(tokens, tuple(levels))
+        slots = plan if isinstance(plan, Slots) else None
+        if isinstance(plan, Slots):
+            plan = assign(tokens.x.new_empty(0, 1), tokens.x.new_empty(0, 1, dtype=torch.long), tokens)
         if self.spec.capacity is not None and self.training:
             plan = within_capacity(plan, self.spec, tokens)
-        return Routing(tokens, tuple(levels), probs_TE, plan, self.spec.experts, self.spec.top_k)
+        return Routing(tokens, tuple(levels), probs_TE, plan, self.spec.experts, self.spec.top_k, slots)
 
     # -- sums ------------------------------------------------------------------------------------
 
@@ -178,7 +181,7 @@ class MoE(nn.Module):
             f"{level.name}/{name}/{key}": value.detach()
             for level, biases in zip(routing.levels, self.biases, strict=True)
             for name, bias in biases.items()  # type: ignore[operator]
-            for key, value in bias.measure(level).items()
+            for key, value in bias.measure(level, routing.tokens).items()
         }
 
     def _enter(self, y_TO: Tensor, routing: Routing) -> Tensor:
@@ -243,10 +246,10 @@ class MoE(nn.Module):
     @torch.no_grad()
     def _rehearse_experts(self, routing: Routing) -> None:
         """The same for experts and signals, which leaves running statistics of the experts' modules alone."""
-        tokens, plan, spec = routing.tokens, routing.plan, self.spec
+        plan = routing.plan
         training = [module for module in self.experts.modules() if module.training]
         self.experts.eval()
-        y_TO = dispatch(self.experts, tokens.x, plan, spec.experts, spec.out_dim)
+        y_TO = dispatch(self.experts, routing, self.spec.out_dim)
         for module in training:
             module.training = True
         if self.signal_sizes:
@@ -371,7 +374,7 @@ def _before_load(layer: MoE, state: Mapping[str, Any], prefix: str, *_: Any) -> 
     for where, part in layer.parts():
         own = {name: given[f"{where}.{name}"].clone() for name in part.axes if f"{where}.{name}" in given}
         if own:
-            part.settle(own)
+            part.settle(own, {})
 
 
 def _after_load(layer: MoE, _: Any) -> None:

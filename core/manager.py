@@ -5,6 +5,7 @@ Nothing here imports torch, and nothing is imported of a plugin that was not ask
 
 import copy
 import inspect
+import os
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata, resources
@@ -20,6 +21,7 @@ from .options import Settings, build, changed, values_of
 
 if TYPE_CHECKING:
     from .routing import Spec
+    from .stats import Finding
     from .tasks import TaskSpec
 
 PREFIX = "moe_engine."
@@ -34,6 +36,18 @@ KINDS = {  # entry-point group -> what one of its plugins is called
     "tasks": "task",
     "experts": "experts",
 }
+
+
+# What a router may give (its class attribute `gives`), and any plugin may need (`needs`).
+TRAITS = {
+    "logits": "raw logits",
+    "probs": "a distribution over experts for each token",
+    "load": "a load that training can shift between experts",
+    "picks": "the same number of choices for every token",
+    "smooth_load": "an estimate of the load that has a gradient",
+}
+USUAL = ("logits", "probs", "load", "picks")  # given by a router that does not say
+DISABLED = "MOE_ENGINE_DISABLE_PLUGINS"
 
 
 @attrs.frozen
@@ -52,17 +66,23 @@ class Found:
         return f"{self.kind} '{self.name}'"
 
 
+def disabled() -> set[str]:
+    """The plugins that the environment variable MOE_ENGINE_DISABLE_PLUGINS hides, as in "html,plots"."""
+    return {name.strip() for name in os.environ.get(DISABLED, "").split(",") if name.strip()}
+
+
 def find() -> dict[str, list[Found]]:
-    """Every installed plugin by name, sorted; a name with two entries is a clash."""
+    """Every installed plugin by name, sorted, but for disabled ones; a name with two entries is a clash."""
     found: dict[str, list[Found]] = {}
     homes: set[str] = set()
+    hidden = disabled()
     for home in metadata.distributions():
         name = home.name or "unknown"
         if (key := name.lower().replace("-", "_").replace(".", "_")) in homes:
             continue  # an older copy further down the path
         homes.add(key)
         for point in home.entry_points:
-            if point.group.startswith(PREFIX):
+            if point.group.startswith(PREFIX) and point.name not in hidden:
                 group = point.group.removeprefix(PREFIX)
                 found.setdefault(point.name, []).append(
                     Found(point.name, KINDS.get(group, group), name, home.version, point)
@@ -72,6 +92,8 @@ def find() -> dict[str, list[Found]]:
 
 def pick(name: str, found: Mapping[str, list[Found]]) -> Found:
     """The one installed plugin of that name; an unknown name or a clash is an error."""
+    if name in disabled():
+        raise UsageError(f"plugin '{name}' is disabled by the environment variable {DISABLED}; take it out there")
     if name not in found:
         raise UsageError(f"there is no plugin '{name}'; {nearest(name, found)}")
     first, *others = found[name]
@@ -101,6 +123,9 @@ def load(found: Found) -> type:
             _check_hook(origin, cls, name)
     if not any(_marks(cls, name) is not None for name in HOOKS):
         raise PluginError(f"{origin} implements no hook")
+    for trait in (*getattr(cls, "gives", ()), *getattr(cls, "needs", ())):
+        if trait not in TRAITS:
+            raise PluginError(f"{origin} gives or needs '{trait}', which is no trait; {nearest(trait, TRAITS)}")
     return cls
 
 
@@ -173,12 +198,16 @@ class Plugins:
         installed = find()
         self.found: dict[str, Found] = {}
         self._classes: dict[str, type] = {}
+        self.remarks: dict[str, Finding] = {}  # by the plugin that made it
         self.manager = pluggy.PluginManager("moe_engine")
         self.manager.add_hookspecs(hookspecs)
         for name in without:
             self.manager.set_blocked(pick(name, installed).name)
+        for name in disabled():
+            self.manager.set_blocked(name)
         for name in _chosen(names, installed):
             self._add(pick(name, installed))
+        self.chosen = set(self._classes) - set(without)
         if task is not None:
             self._add(_task(task, installed))
         self._add_defaults(installed)
@@ -210,12 +239,16 @@ class Plugins:
         if len(routers) > 1:
             raise UsageError(f"a layer has one router, but {listed(map(repr, routers))} are all routers; choose one")
         if not routers:
-            self._add(pick(usual["router"], installed))
+            self._add_default(usual["router"], installed)
         if not routers and usual["router"] not in self._classes:
             raise UsageError("no router is left; name one with --plugins")
         if not any(_marks(cls, "moe_new_expert") is not None for cls in self._classes.values()):
-            self._add(pick(usual["source"], installed))
+            self._add_default(usual["source"], installed)
         for name in (*usual["metrics"], *usual["reports"]):
+            self._add_default(name, installed)
+
+    def _add_default(self, name: str, installed: Mapping[str, list[Found]]) -> None:
+        if not self.manager.is_blocked(name):
             self._add(pick(name, installed))
 
     def _configured(self, settings: Settings, installed: Mapping[str, list[Found]]) -> dict[str, Any]:
@@ -246,10 +279,31 @@ class Plugins:
         )
 
     def check(self, setup: Setup) -> None:
-        """Ask every plugin whether this mix makes sense; all objections are one UsageError."""
-        said = [self.ask(bound, str | None, {"setup": setup}) for bound in self.bind("moe_check", setup.plugins)]
-        if objections := [sentence for sentence in said if sentence]:
+        """Ask every plugin whether this mix makes sense; all objections are one UsageError. Remarks are kept."""
+        from .stats import Finding
+
+        objections = self._unmet(setup.plugins)
+        for bound in self.bind("moe_check", setup.plugins):
+            said = self.ask(bound, str | Finding | None, {"setup": setup})
+            if isinstance(said, Finding):
+                self.remarks[bound.plugin] = said
+            elif said:
+                objections.append(said)
+        if objections:
             raise UsageError("; ".join(objections))
+
+    def _unmet(self, plugins: Mapping[str, Any]) -> list[str]:
+        """What chosen plugins need and the router does not give, as sentences."""
+        (router,) = (bound.plugin for bound in self.bind("moe_router", plugins))
+        given = getattr(plugins[router], "gives", USUAL)
+        return [
+            f"{self.found[name].title} needs {TRAITS[trait]}, which router '{router}' does not give; "
+            f"choose another router, or leave {name} away"
+            for name in plugins
+            if name in self.chosen and getattr(plugins[name], "weight", True)
+            for trait in getattr(plugins[name], "needs", ())
+            if trait not in given
+        ]
 
     def ask(self, bound: Bound, kind: Any, offer: Mapping[str, Any]) -> Any:
         """A plugin's answer, which must be an instance of `kind`. Raises PluginError, naming plugin and hook."""

@@ -17,6 +17,7 @@ from .errors import UsageError
 from .routing import Assignments, Level, LevelSpec, Tokens, at_least_fp32, keep_best_groups
 
 if TYPE_CHECKING:
+    from .growth import Plan
     from .stats import Step
 
 Fresh = Callable[..., Tensor]  # (shape, generator=None) -> a newly drawn tensor
@@ -45,7 +46,10 @@ class Part(nn.Module):
     """A piece of a layer with tensors of its own. Floating-point buffers stay in fp32 or better through `.to()`.
 
     Sizes must be read off the tensors, never kept: growth changes them.
+    wants_expert_grad: give `step.expert_grad` to `after_step`.
     """
+
+    wants_expert_grad: bool = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,10 +83,12 @@ class Part(nn.Module):
         self.register_buffer(name, at_least_fp32(tensor) if tensor.is_floating_point() else tensor)
         self.axes[name] = Axis(axis, of, "state", None, new, values)
 
-    def settle(self, staged: dict[str, Tensor]) -> None:
+    def settle(self, staged: dict[str, Tensor], plans: Mapping[str, "Plan"]) -> None:
         """Called inside a growth, before it happens: change staged tensors in place where rows hang together.
 
-        staged: this part's tensors by name, as they will be. Raises UsageError where such a growth makes no sense.
+        staged: this part's tensors by name, as they will be. plans: where the units of each population that
+        changes come from; empty when a checkpoint of another size is loaded. Integers that name a
+        removed unit are -1. Raises UsageError where such a growth makes no sense.
         """
 
     def put(self, name: str, value: Tensor) -> None:
@@ -185,7 +191,7 @@ class GroupLimitedRouter(LinearRouter):
             return scores_TE
         return keep_best_groups(scores_TE, self.groups, self.groups_kept, self.top_k)
 
-    def settle(self, staged: dict[str, Tensor]) -> None:
+    def settle(self, staged: dict[str, Tensor], plans: Mapping[str, "Plan"]) -> None:
         if self.groups > 1 and staged.get("rows", self.rows).shape != self.rows.shape:
             raise UsageError("the router's groups are cut by position, so growth would cut them anew; use groups=1")
 
@@ -195,19 +201,36 @@ class Bias(Part):
 
     selection_only: bool = True
     wants_signal: bool = False  # call `signal` in each backward
-    wants_expert_grad: bool = False  # give `step.expert_grad`
 
     def forward(self) -> Tensor:
         """[n]: the bias now."""
         raise NotImplementedError
 
-    def measure(self, level: Level) -> Mapping[str, Tensor]:
+    def measure(self, level: Level, tokens: Tokens) -> Mapping[str, Tensor]:
         """Tensors by name to be summed over the step's forwards; they come back as `step.own`."""
         return {}
 
     def signal(self, grad_TD: Tensor, token_N: Tensor, unit_N: Tensor, weight_N: Tensor) -> Tensor:
         """[n], computed in backward from dL/dy and the assignments (weight 0 = dropped or padding)."""
         raise NotImplementedError
+
+
+class RunningLoad(Part):
+    """A state for triggers: `load` [E], the running mean over steps of each expert's load over the mean load.
+
+    It starts at 1, a newcomer's too, and stays where it is in a step without data.
+    """
+
+    def __init__(self, size: int, decay: float) -> None:
+        super().__init__()
+        self.decay = decay
+        self.expert_buffer("load", torch.ones(size), new=1.0)
+
+    load: Tensor
+
+    def after_step(self, step: "Step") -> None:
+        some = (step.load.sum() > 0).to(self.load.dtype)
+        self.load.lerp_(step.relative(step.load).to(self.load.dtype), (1 - self.decay) * some)
 
 
 class Experts(Part):

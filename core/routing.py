@@ -4,6 +4,7 @@ Raw logits, biased logits, scores, selection and what capacity kept are five thi
 Suffixes: T tokens, E experts, K chosen a token, N assignments, n units of a level.
 """
 
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -93,7 +94,7 @@ class Tokens:
 
 
 class LevelSpec(NamedTuple):
-    """One level of a router: its name, its number of units, how many of them a token picks."""
+    """One level of a router: its name, its number of units, how many of them a token picks (0: it picks none)."""
 
     name: str
     size: int
@@ -130,7 +131,9 @@ class Assignments:
     """Which token goes to which expert. All [N].
 
     token, expert: indices. weight: the gate, attached to the graph. rank: 0 for a token's first choice.
-    selected: a real choice of a real token. kept: selected and within capacity.
+    selected: a real choice of a real token. kept: selected and within capacity. chances: of a router
+    that draws noise, what answers the probability [T, E] that a token would choose each expert if its
+    noise were drawn anew, attached to the graph.
     """
 
     token: Tensor
@@ -139,6 +142,7 @@ class Assignments:
     rank: Tensor
     selected: Tensor
     kept: Tensor
+    chances: Callable[[], Tensor] | None = None
 
     @property
     def dropped(self) -> Tensor:
@@ -146,14 +150,43 @@ class Assignments:
         return self.selected & ~self.kept
 
 
-def assign(weight_TK: Tensor, expert_TK: Tensor, tokens: Tokens) -> Assignments:
+def assign(
+    weight_TK: Tensor, expert_TK: Tensor, tokens: Tokens, chances: Callable[[], Tensor] | None = None
+) -> Assignments:
     """The assignments of a router that picks K experts for each token, best first."""
     count, top_k = expert_TK.shape
     device = expert_TK.device
     token = torch.arange(count, device=device)[:, None].expand(count, top_k).reshape(-1)
     rank = torch.arange(top_k, device=device).expand(count, top_k).reshape(-1)
     selected = torch.ones_like(token, dtype=torch.bool) if tokens.mask is None else tokens.mask[token]
-    return Assignments(token, expert_TK.reshape(-1), weight_TK.reshape(-1), rank, selected, selected)
+    return Assignments(token, expert_TK.reshape(-1), weight_TK.reshape(-1), rank, selected, selected, chances)
+
+
+def assign_where(weight_TE: Tensor, chosen_TE: Tensor, tokens: Tokens) -> Assignments:
+    """The assignments of a router whose tokens choose any number of experts: those where chosen_TE [T, E] is True."""
+    if tokens.mask is not None:
+        chosen_TE = chosen_TE & tokens.mask[:, None]
+    order_TE = weight_TE.detach().masked_fill(~chosen_TE, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+    rank_TE = order_TE.argsort(dim=-1)
+    if torch.compiler.is_compiling():  # there no shape may depend on a value: every pair, most of them not selected
+        pair_TE = torch.ones_like(chosen_TE).cumsum(0) - 1, torch.ones_like(chosen_TE).cumsum(1) - 1
+        token, expert = (pair.flatten() for pair in pair_TE)
+    else:
+        token, expert = chosen_TE.nonzero(as_tuple=True)
+    selected = chosen_TE[token, expert]
+    return Assignments(token, expert, weight_TE[token, expert], rank_TE[token, expert], selected, selected)
+
+
+@attrs.define(eq=False)
+class Slots:
+    """Mixtures of tokens in the place of choices: expert e works on n slots of each group of tokens.
+
+    dispatch, combine [G, S, E, n] for G groups of S tokens: a slot is the sum of its group's tokens by
+    dispatch weight, a token's output the sum of all slots' outputs by combine weight. 0 at padding.
+    """
+
+    dispatch: Tensor
+    combine: Tensor
 
 
 def count_by(index_N: Tensor, value_N: Tensor, size: int) -> Tensor:
@@ -195,7 +228,7 @@ class Routing:
     """One decision: where the tokens of one forward go, and why.
 
     levels: from coarse to fine; empty for a router without logits. probs [T, E]: each token's
-    distribution over experts, or None.
+    distribution over experts, or None. slots: of a router that mixes tokens, whose plan has no assignments.
     """
 
     tokens: Tokens
@@ -204,6 +237,12 @@ class Routing:
     plan: Assignments
     experts: int
     top_k: int
+    slots: Slots | None = None
+
+    @property
+    def smooth_load(self) -> Tensor | None:
+        """[E]: the load to be expected if the router's noise were drawn anew, attached to the graph; None without."""
+        return None if self.plan.chances is None else self.tokens.real(self.plan.chances()).sum(0)
 
     @property
     def load(self) -> Tensor:
@@ -249,6 +288,16 @@ def keep_best_groups(scores_TE: Tensor, groups: int, kept: int, top_k: int) -> T
     best = grouped.topk(top_k // kept, dim=-1).values.sum(-1).topk(kept, dim=-1).indices
     closed = torch.ones(count, groups, dtype=torch.bool, device=scores_TE.device).scatter(1, best, False)
     return grouped.masked_fill(closed[..., None], -torch.inf).view(count, experts)
+
+
+def causal_problem(spec: Any, router: str, allowed: bool) -> str | None:
+    """Why a router whose choices depend on other tokens can't be in a causal layer, or None if it is allowed to."""
+    if not spec.causal or allowed:
+        return None
+    return (
+        f"{router} lets a token's way depend on later tokens, which a causal layer must not see; "
+        f"choose another router, or set {router}.allow_noncausal to measure what that is worth"
+    )
 
 
 def groups_problem(spec: Any, groups: int, kept: int) -> str | None:

@@ -149,6 +149,8 @@ class Training:
 
     def _run(self) -> Run:
         self._begin()
+        for name, remark in self.engine.plugins.remarks.items():
+            self.say(f"{name}: {remark.why}; {remark.advice}")
         if self.resumed:
             assert self.out is not None
             self.folder = self.out
@@ -347,6 +349,10 @@ class Training:
             for layer, metrics in layers.items()
             for name, finding in metrics.items()
             if isinstance(finding, Finding)
+        ]
+        findings += [
+            (one.severity, {"layer": "all layers", "metric": f"remark.{name}", **plain(one)})
+            for name, one in self.engine.plugins.remarks.items()
         ]
         findings += [(1, one) for one in self._idle_triggers()]
         findings.sort(key=lambda pair: (pair[1]["metric"] != "verdict", -pair[0]))

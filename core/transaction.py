@@ -24,8 +24,8 @@ from .seeds import random_state, set_random_state
 Rows = dict[str, Tensor]  # one expert's rows, by "part.tensor"
 Declared = tuple[str, Part, str, Axis]  # a tensor with an expert axis: "part.tensor", part, its name there, the axis
 
-# Who makes a newcomer: (the source's name, the newcomer) from the hook's arguments.
-Ask = Callable[[Mapping[str, Any]], tuple[str, NewExpert]]
+# Who makes a newcomer: (the source's name, the newcomer) from a population, a parent in it, the hook's arguments.
+Ask = Callable[[str, int | None, Mapping[str, Any]], tuple[str, NewExpert]]
 
 
 @attrs.frozen
@@ -144,7 +144,7 @@ def _newcomers(
             parent = {where: row.cpu().clone() for where, row in rows.items()}
         fresh = {where: _fresh_row(tensor, axis, generator) for where, (tensor, axis) in weights.items()}
         offer = {"parent": parent, "growth": growth, "index": position, "fresh": fresh, "roles": roles}
-        source, new = ask({**offer, "generator": generator})
+        source, new = ask(of, origin, {**offer, "generator": generator})
         _check_rows(source, "", new.values, fresh, all_of_them=True)
         _check_rows(source, " of the parent", new.parent_values, fresh if origin is not None else {})
         if origin is not None:
@@ -198,7 +198,10 @@ def _staged_parts(
                     new = rows[f"{where}.{name}"].to(row)
                     row.copy_(new if part is originals[where] else row + new - live)  # a copy's moves by as much
         if staged:
-            part.settle(staged)
+            part.settle(staged, plans)
+            for name, axis in part.axes.items():
+                if axis.values in plans and bool((staged[name] < 0).any()):
+                    raise UsageError(f"{where}.{name} still names a unit that is to be removed")
             yield part, staged
 
 
@@ -215,7 +218,7 @@ def _staged_tensor(
         if row is not None:
             out.select(axis.axis, position).copy_(row)
     if axis.values is not None and axis.values in plans:
-        out = _renamed(where, out, axis, plans[axis.values], plan)
+        out = _renamed(out, axis, plans[axis.values], plan)
     return out
 
 
@@ -231,16 +234,14 @@ def _new_row(where: str, tensor: Tensor, axis: Axis) -> Tensor:
     return tensor.mean(axis.axis)
 
 
-def _renamed(where: str, out: Tensor, axis: Axis, named: Plan, plan: Plan | None) -> Tensor:
-    """A tensor whose integers name units, after those have moved."""
+def _renamed(out: Tensor, axis: Axis, named: Plan, plan: Plan | None) -> Tensor:
+    """A tensor whose integers name units, after those have moved; -1 where the unit is to be removed."""
     new_name = torch.full((1 + max(max(named.kept, default=0), int(out.max())),), -1, device=out.device)
     for old, new in named.kept.items():
         new_name[old] = new
     out = new_name[out].to(out.dtype)
     for position, home in zip(plan.newcomers, plan.homes, strict=True) if plan and plan.homes else ():
         out.select(axis.axis, position).fill_(home)
-    if bool((out < 0).any()):
-        raise UsageError(f"{where} still names a unit that is to be removed")
     return out
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import attrs
 import torch
@@ -18,7 +19,7 @@ class History:
     """A run so far, after an optimizer step; the same in every process.
 
     step: optimizer steps. loss: the task's of this step. eval_loss: of an evaluation since the last
-    step, or None. layers: the layers. growths: what has grown, oldest first.
+    step, or None. layers: the layers. growths: what has grown, oldest first. asked: the plugin that is asked.
     """
 
     step: int
@@ -26,6 +27,7 @@ class History:
     eval_loss: float | None
     layers: Sequence[MoE]
     growths: Sequence[Grown]
+    asked: str = ""
 
     @property
     def since_growth(self) -> int:
@@ -35,6 +37,10 @@ class History:
     def load(self, layer: MoE) -> Tensor:
         """[E]: assignments of real tokens to each expert since the layer grew last, over all processes."""
         return torch.zeros(layer.spec.experts) if layer.recent is None else layer.recent
+
+    def state(self, layer: MoE) -> Any:
+        """What the asked plugin's own `moe_state` answered for this layer."""
+        return layer.parts_of_plugins()[self.asked]
 
     def busiest(self, layer: MoE) -> int:
         """The expert with the largest load since the layer grew last; 0 where there is no load yet."""
@@ -60,7 +66,7 @@ class Triggers:
 
     def _answer(self, bound: Bound, history: History) -> list[Growth]:
         name, memory = bound.plugin, self.memory.setdefault(bound.plugin, {})
-        answer = bound({"history": history, "memory": memory})
+        answer = bound({"history": attrs.evolve(history, asked=name), "memory": memory})
         several = [] if answer is None else list(answer) if isinstance(answer, list | tuple) else [answer]
         if not all(isinstance(one, Growth) for one in several):
             raise UsageError(f"moe_growth of '{name}' answers {answer!r}, not a Growth, several, or None")

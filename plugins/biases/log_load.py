@@ -16,6 +16,7 @@ class LogLoad:
     Source: this project.
     """
 
+    needs = ("logits", "load")
     beta: float = option(1.0, help="strength", min=0)
     decay: float = option(0.9, help="memory of the running mean", min=0, max=1)
     eps: float = option(1e-6, help="smallest relative load that log sees", min=1e-30)

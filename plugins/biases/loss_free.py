@@ -16,6 +16,7 @@ class LossFree:
     Sources: Wang et al., 2024; DeepSeek-AI, 2024 (DeepSeek-V3).
     """
 
+    needs = ("logits", "load")
     rate: float = option(0.001, help="step of the bias, in units of the router's scores", min=0)
 
     @hookimpl
@@ -32,7 +33,7 @@ class SignBias(Bias):
     def forward(self):
         return self.b
 
-    def settle(self, staged):
+    def settle(self, staged, plans):
         staged["b"] -= staged["b"].mean()
 
     def after_step(self, step):

@@ -22,6 +22,7 @@ class Saturation:
     Source of the published form: kennycason/srnn, 2025. The log form is this project's.
     """
 
+    needs = ("logits", "load")
     form: str = option("log", help="log works; published is kept for study", choices=("log", "published"))
     signal: str | None = option(
         None,

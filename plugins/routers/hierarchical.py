@@ -49,9 +49,10 @@ class TwoLevelRouter(Router):
         self.expert_param("rows", (spec.experts, spec.dim), fresh=fresh, role="logit_row")
         self.expert_buffer("group_of", torch.arange(spec.experts) * groups // spec.experts, values="group")
 
-    def settle(self, staged):
+    def settle(self, staged, plans):
         groups = staged.get("group_rows", self.group_rows).shape[0]
-        sizes = staged.get("group_of", self.group_of).bincount(minlength=groups)
+        group_of = staged.get("group_of", self.group_of)
+        sizes = group_of[group_of >= 0].bincount(minlength=groups)
         picks = self.top_k // self.groups_kept
         if len(sizes) < self.groups_kept or sizes.min() < picks:
             raise UsageError(f"{self.groups_kept} groups of at least {picks} experts each must remain")

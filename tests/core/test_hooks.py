@@ -96,7 +96,7 @@ class Push(Bias):
     def forward(self):
         return self.b
 
-    def measure(self, level):
+    def measure(self, level, tokens):
         return {"logits": level.logits.sum(0)}
 
     def after_step(self, step):
