@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .parts import RunningLoad as RunningLoad
     from .parts import linear_logits as linear_logits
     from .parts import uniform as uniform
+    from .parts import zeros as zeros
     from .routing import Assignments as Assignments
     from .routing import Level as Level
     from .routing import LevelSpec as LevelSpec
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from .tasks import TaskSpec as TaskSpec
     from .training import adam as adam
     from .triggers import History as History
+    from .triggers import lasting as lasting
 
 _HOMES = {
     "checkpoints": ("load", "save"),
@@ -66,7 +68,7 @@ _HOMES = {
     "options": ("option",),
     "parts": (
         *("Bias", "Experts", "GroupLimitedRouter", "LinearRouter", "Part", "Router", "RunningLoad"),
-        *("linear_logits", "uniform"),
+        *("linear_logits", "uniform", "zeros"),
     ),
     "routing": (
         *("Assignments", "Level", "LevelSpec", "Routing", "Slots", "Spec", "Tokens"),
@@ -75,7 +77,7 @@ _HOMES = {
     "stats": ("Finding", "Stats", "Step"),
     "tasks": ("Task", "TaskSpec"),
     "training": ("adam",),
-    "triggers": ("History",),
+    "triggers": ("History", "lasting"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -28,7 +28,7 @@ def dispatch(experts: Experts, routing: Routing, out: int) -> Tensor:
 
 def _through_slots(experts: Experts, x_TD: Tensor, slots: Slots, out: int) -> Tensor:
     groups, size, count, each = slots.dispatch.shape
-    x_GSD = x_TD.view(groups, size, -1).to(slots.dispatch.dtype)
+    x_GSD = x_TD.view(groups, size, x_TD.shape[1]).to(slots.dispatch.dtype)
     slot_EGnD = torch.einsum("gsen,gsd->egnd", slots.dispatch, x_GSD).to(x_TD.dtype)
     counts_E = torch.full((count,), groups * each, device=x_TD.device)
     out_NO = at_least_fp32(experts(slot_EGnD.flatten(0, 2), counts_E)).to(slots.combine.dtype)

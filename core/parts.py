@@ -163,10 +163,10 @@ class Router(Part):
 class LinearRouter(Router):
     """What routers with one row of weights per expert share: logits = x W^T."""
 
-    def __init__(self, spec: Any) -> None:
+    def __init__(self, spec: Any, fresh: Fresh | None = None) -> None:
         super().__init__()
         self.top_k = spec.top_k
-        self.expert_param("rows", (spec.experts, spec.dim), fresh=uniform(spec.dim), role="logit_row")
+        self.expert_param("rows", (spec.experts, spec.dim), fresh=fresh or uniform(spec.dim), role="logit_row")
 
     rows: Tensor
 
@@ -256,6 +256,11 @@ def uniform(fan_in: int) -> Fresh:
 
 def _uniform(bound: float, shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+def zeros(shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
+    """Draws nothing: a tensor that starts at zero."""
+    return torch.zeros(shape)
 
 
 def linear_logits(x_TD: Tensor, rows_nD: Tensor) -> Tensor:

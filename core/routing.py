@@ -105,13 +105,15 @@ class LevelSpec(NamedTuple):
 class Level:
     """The scores of one level of a router. logits [T, n]: raw. biased [T, n]: with the biases that gates see.
 
-    bias [n]: the sum of the biases that only selection sees, or None.
+    bias [n]: the sum of the biases that only selection sees, or None. scores [T, n]: what was selected by,
+    without that bias; None before.
     """
 
     name: str
     logits: Tensor
     biased: Tensor
     bias: Tensor | None = None
+    scores: Tensor | None = None
 
     def select_by(self, scores: Tensor) -> Tensor:
         """What to take the top of: scores [T, n] plus the selection bias; ties go to a different unit at each token.
@@ -119,7 +121,8 @@ class Level:
         The tie-break is below 3e-7 * n * (1 + |score|). Without it equal scores, as of an all-zero
         router or of exact clones, send every token to the same units, and to other ones on a GPU.
         """
-        scores = scores.detach() if self.bias is None else scores.detach() + self.bias
+        self.scores = scores.detach()
+        scores = self.scores if self.bias is None else self.scores + self.bias
         tokens, units = scores.shape
         turn = (torch.arange(tokens + units, device=scores.device) % units).to(scores.dtype)
         size = torch.where(scores.isfinite(), scores.abs() + 1, 0)  # -inf may mask a unit

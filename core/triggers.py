@@ -47,6 +47,12 @@ class History:
         return int(self.load(layer).argmax())
 
 
+def lasting(memory: dict[str, float], layer: MoE, holds: bool) -> float:
+    """For how many askings in a row something has held of a layer; kept in the trigger's memory by the layer's name."""
+    memory[layer.name] = memory.get(layer.name, 0) + 1 if holds else 0
+    return memory[layer.name]
+
+
 @attrs.define(eq=False)
 class Triggers:
     """The chosen triggers and what each remembers. asked: the step for which they were asked last."""

@@ -20,7 +20,8 @@ class Clone:
 
     @hookimpl
     def moe_check(self, setup):
-        if self.noise == 0:
+        parted = any(getattr(one, "parts_copies", False) for one in setup.plugins.values())
+        if self.noise == 0 and not parted:
             return "clone.noise=0 makes twins that get the same gradients and never part; set it above 0"
         return None
 

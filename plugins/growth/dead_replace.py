@@ -1,0 +1,39 @@
+"""Replacement of experts that nobody uses."""
+
+import attrs
+
+from moe_engine import Growth, RunningLoad, hookimpl, lasting, option
+
+
+@attrs.define(eq=False)
+class DeadReplace:
+    """The least used expert is replaced by a child of the busiest when it stays dead; the number of experts stays.
+
+    l <- decay l + (1 - decay) load / mean(load); if min_i l_i < threshold for `patience` steps in a row, expert i
+    goes. One for each layer at a time; after any growth `cooldown` steps pass first, in which biases may
+    still move tokens towards it. Its rows, biases, histories and moments begin anew with it.
+
+    Source: this project.
+    """
+
+    needs = ("load",)
+    threshold: float = option(0.01, help="load over the mean load below which an expert is dead", min=0, max=1)
+    patience: int = option(20, help="steps in a row before a replacement", min=1)
+    cooldown: int = option(50, help="steps after a growth, and at the start, without a check", min=0)
+    decay: float = option(0.9, help="memory of the running load", min=0, max=0.9999)
+
+    @hookimpl
+    def moe_state(self, spec):
+        return RunningLoad(spec.experts, self.decay)
+
+    @hookimpl
+    def moe_growth(self, history, memory):
+        wanted = []
+        for layer in history.layers:
+            load_E = history.state(layer).load
+            dead, busiest = int(load_E.argmin()), int(load_E.argmax())
+            holds = history.since_growth > self.cooldown and float(load_E[dead]) < self.threshold
+            if lasting(memory, layer, holds) >= self.patience and dead != busiest:
+                why = f"expert {dead} has {float(load_E[dead]):.2g} of the mean load"
+                wanted.append(Growth(layer.name, parents=(busiest,), drop=(dead,), why=why))
+        return wanted

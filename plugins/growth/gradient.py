@@ -1,0 +1,54 @@
+"""Growth where one expert has too much to learn."""
+
+import attrs
+import torch
+
+from moe_engine import Growth, Part, hookimpl, lasting, option
+
+
+@attrs.define(eq=False)
+class Gradient:
+    """A layer grows by a child of the expert with the largest gradients when these stay large.
+
+    m_i = mean |gradient| of expert i's weights after clipping; r <- decay r + (1 - decay) m / mean(m). If
+    max_i r_i > threshold for `patience` steps in a row, expert i is the newcomer's parent. Experts that
+    learn alike have r = 1; the scale of the loss does not matter. After any growth `cooldown` steps pass first.
+
+    Source: this project; criteria of the same kind are in Liu et al., 2019 (splitting steepest descent).
+    """
+
+    threshold: float = option(
+        1.5, help="gradient over the mean gradient from which an expert has too much to learn", min=1
+    )
+    patience: int = option(20, help="steps in a row before a growth", min=1)
+    cooldown: int = option(50, help="steps after a growth, and at the start, without a check", min=0)
+    decay: float = option(0.9, help="memory of the running gradient", min=0, max=0.9999)
+    max_experts: int = option(16, help="a layer stops at this many experts", min=1)
+
+    @hookimpl
+    def moe_state(self, spec):
+        return RunningGradient(spec.experts, self.decay)
+
+    @hookimpl
+    def moe_growth(self, history, memory):
+        wanted = []
+        for layer in history.layers:
+            grad_E = history.state(layer).grad_E
+            ready = history.since_growth > self.cooldown and layer.spec.experts < self.max_experts
+            if lasting(memory, layer, ready and float(grad_E.max()) > self.threshold) >= self.patience:
+                why = f"expert {int(grad_E.argmax())} has {float(grad_E.max()):.2f} of the mean gradient"
+                wanted.append(Growth(layer.name, parents=(int(grad_E.argmax()),), why=why))
+        return wanted
+
+
+class RunningGradient(Part):
+    wants_expert_grad = True
+
+    def __init__(self, size, decay):
+        super().__init__()
+        self.decay = decay
+        self.expert_buffer("grad_E", torch.ones(size), new=1.0)
+
+    def after_step(self, step):
+        some = (step.expert_grad.sum() > 0).to(self.grad_E.dtype)
+        self.grad_E.lerp_(step.relative(step.expert_grad).to(self.grad_E), (1 - self.decay) * some)

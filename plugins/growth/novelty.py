@@ -1,0 +1,72 @@
+"""Growth where tokens find no expert."""
+
+import attrs
+import torch
+
+from moe_engine import Growth, NewExpert, Part, hookimpl, lasting, option
+
+
+@attrs.define(eq=False)
+class Novelty:
+    """A layer grows by one expert when too many tokens find none that suits them, and the newcomer looks their way.
+
+    A token is novel if no expert got it, or, where the router has probabilities, if the largest is below
+    `confidence`. n and d are running means of the share of novel tokens and of their sum. n > share for
+    `patience` steps in a row lets the layer grow; the newcomer's router row is d / |d|, as long as a fresh
+    row is; everything else is drawn anew. Without novel tokens nothing grows.
+
+    Source: Guo et al., 2024 (DynMoE), without its removal of experts.
+    """
+
+    share: float = option(0.1, help="share of novel tokens from which the layer grows", min=0, max=1)
+    confidence: float = option(0.2, help="largest probability below which a token is novel", min=0, max=1)
+    patience: int = option(20, help="steps in a row before a growth", min=1)
+    cooldown: int = option(50, help="steps after a growth, and at the start, without a check", min=0)
+    decay: float = option(0.9, help="memory of the running means", min=0, max=0.9999)
+    max_experts: int = option(16, help="a layer stops at this many experts", min=1)
+
+    @hookimpl
+    def moe_state(self, spec):
+        return Novel(spec.dim, self.decay)
+
+    @hookimpl
+    def moe_measure(self, routing):
+        novel_T = routing.chosen().sum(-1) == 0
+        if routing.probs is not None:
+            novel_T = novel_T | (routing.probs.amax(-1) < self.confidence)
+        novel_T1 = routing.tokens.real(novel_T.float()[:, None])
+        direction_D = (novel_T1 * routing.tokens.x).sum(0)
+        return {"novel": novel_T1.sum().view(1), "tokens": routing.tokens.count.view(1), "direction": direction_D}
+
+    @hookimpl
+    def moe_growth(self, history, memory):
+        wanted = []
+        for layer in history.layers:
+            share = float(history.state(layer).share)
+            ready = history.since_growth > self.cooldown and layer.spec.experts < self.max_experts
+            if lasting(memory, layer, ready and share > self.share) >= self.patience:
+                wanted.append(Growth(layer.name, parents=(None,), why=f"{share:.0%} of the tokens suit no expert"))
+        return wanted
+
+    @hookimpl
+    def moe_new_expert(self, fresh, roles, state):
+        towards_D = torch.nn.functional.normalize(state.direction.cpu(), dim=0)
+        rows = {
+            name: towards_D.to(row) * row.norm() if roles[name] == "logit_row" and row.shape == towards_D.shape else row
+            for name, row in fresh.items()
+        }
+        return NewExpert(rows if towards_D.any() else fresh)
+
+
+class Novel(Part):
+    def __init__(self, dim, decay):
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("share", torch.zeros(()))
+        self.register_buffer("direction", torch.zeros(dim))
+
+    def after_step(self, step):
+        tokens, novel = step.own["tokens"].sum(), step.own["novel"].sum()
+        rate = (1 - self.decay) * (tokens > 0).to(self.share.dtype)
+        self.share.lerp_((novel / tokens.clamp(min=1)).to(self.share), rate)
+        self.direction.lerp_((step.own["direction"] / tokens.clamp(min=1)).to(self.direction), rate)

@@ -1,0 +1,44 @@
+"""Growth where one expert has too much to do."""
+
+import attrs
+
+from moe_engine import Growth, RunningLoad, hookimpl, lasting, option
+
+
+@attrs.define(eq=False)
+class Overload:
+    """A layer grows by a child of its busiest expert when that stays overloaded.
+
+    l <- decay l + (1 - decay) load / mean(load); if max_i l_i > threshold for `patience` steps in a row, expert i is
+    the newcomer's parent. At balance l = 1, and nothing grows. After any growth `cooldown` steps pass
+    first. A controller that forces equal loads leaves it nothing to see.
+
+    Source: this project.
+    """
+
+    needs = ("load",)
+    threshold: float = option(2.0, help="load over the mean load from which an expert is overloaded", min=1)
+    patience: int = option(20, help="steps in a row before a growth", min=1)
+    cooldown: int = option(50, help="steps after a growth, and at the start, without a check", min=0)
+    decay: float = option(0.9, help="memory of the running load", min=0, max=0.9999)
+    max_experts: int = option(16, help="a layer stops at this many experts", min=1)
+
+    @hookimpl
+    def moe_check(self, setup):
+        forced = [name for name in ("loss_free", "quantile") if name in setup.plugins]
+        return f"overload never fires while {forced[0]} makes all loads equal; choose one of them" if forced else None
+
+    @hookimpl
+    def moe_state(self, spec):
+        return RunningLoad(spec.experts, self.decay)
+
+    @hookimpl
+    def moe_growth(self, history, memory):
+        wanted = []
+        for layer in history.layers:
+            load_E = history.state(layer).load
+            ready = history.since_growth > self.cooldown and layer.spec.experts < self.max_experts
+            if lasting(memory, layer, ready and float(load_E.max()) > self.threshold) >= self.patience:
+                why = f"expert {int(load_E.argmax())} has {float(load_E.max()):.2f} of the mean load"
+                wanted.append(Growth(layer.name, parents=(int(load_E.argmax()),), why=why))
+        return wanted

@@ -1,0 +1,57 @@
+"""Noisy top-k gating."""
+
+import attrs
+import torch
+from torch.nn.functional import softplus
+
+from moe_engine import LinearRouter, assign, hookimpl, linear_logits, option, zeros
+
+
+@attrs.define(eq=False)
+class NoisyTopK:
+    """The K experts of highest noisy logit; gates are a softmax over those K.
+
+    H = x W + z softplus(x V) with z ~ N(0, 1), in training only; S = top-K of H; g = softmax(H_S), and
+    at K = 1 expert i's softmax over all, because a softmax over one is a constant. `noise_floor` is added
+    to the deviation. W and V start at zero, so that all experts start with equal chances.
+
+    chances: P_i = Phi((x W_i - H_(K without i)) / deviation_i), the probability that a token would choose expert i
+    if only i's noise were drawn anew; the K-th largest of H without i is the threshold (so K < E). `load_cv2`
+    sums them up.
+
+    Source: Shazeer et al., 2017, section 2.1 and appendix A; the floor is tensor2tensor's.
+    """
+
+    gives = ("logits", "probs", "load", "picks", "smooth_load")
+    noise_floor: float = option(0.01, help="least standard deviation of the noise", min=1e-6)
+
+    @hookimpl
+    def moe_router(self, spec):
+        return NoisyTopKRouter(spec, self.noise_floor)
+
+
+class NoisyTopKRouter(LinearRouter):
+    def __init__(self, spec, noise_floor):
+        super().__init__(spec, fresh=zeros)
+        self.noise_floor = noise_floor
+        self.expert_param("noise_rows", (spec.experts, spec.dim), fresh=zeros, role="state")
+
+    def select(self, tokens, levels):
+        (level,) = levels
+        clean_TE = level.biased
+        deviation_TE = softplus(linear_logits(tokens.x, self.noise_rows)) + self.noise_floor
+        noisy_TE = clean_TE + deviation_TE * torch.randn_like(clean_TE) if self.training else clean_TE
+        by_TE = level.select_by(noisy_TE)
+        expert_TK = by_TE.topk(self.top_k, dim=-1).indices
+        gate_TK = noisy_TE.gather(-1, expert_TK).softmax(-1)
+        if self.top_k == 1:
+            gate_TK = noisy_TE.softmax(-1).gather(-1, expert_TK)
+
+        def chances():
+            shift_TE = by_TE - noisy_TE.detach()  # selection biases
+            edge_TK1 = (noisy_TE + shift_TE).topk(self.top_k + 1, dim=-1).values
+            inside_TE = torch.zeros_like(by_TE, dtype=torch.bool).scatter(-1, expert_TK, True)
+            threshold_TE = torch.where(inside_TE, edge_TK1[:, -1:], edge_TK1[:, -2:-1])
+            return torch.special.ndtr((clean_TE + shift_TE - threshold_TE) / deviation_TE)
+
+        return clean_TE.softmax(-1), assign(gate_TK, expert_TK, tokens, chances)

@@ -1,0 +1,58 @@
+"""Sinkhorn routing (S-BASE)."""
+
+import attrs
+import torch
+
+from moe_engine import LinearRouter, assign, causal_problem, hookimpl, option
+
+
+@attrs.define(eq=False)
+class Sinkhorn:
+    """Top-K of a transport plan that gives every expert the same mass, while training.
+
+    pi = diag(u) exp(s) diag(v) with row sums 1/T and column sums 1/E, by `iterations` of normalisation in the log
+    domain, without gradient; S = top-K of pi_t. Gates come from the raw logits: sigmoid(s_i) at K = 1,
+    softmax(s)_i otherwise. Evaluation takes the top-K of s. A constant added to all logits of one expert
+    changes no choice. The batch decides together, so that it is not causal; the load is equal by force.
+
+    Source: Clark et al., 2022 (S-BASE).
+    """
+
+    gives = ("logits", "probs", "picks")
+    iterations: int = option(8, help="rounds of normalisation; 8 bring columns within 1e-7", min=1)
+    allow_noncausal: bool = option(False, help="allow it in a causal layer, where it sees later tokens")
+
+    @hookimpl
+    def moe_check(self, setup):
+        return causal_problem(setup.spec, "sinkhorn", self.allow_noncausal)
+
+    @hookimpl
+    def moe_router(self, spec):
+        return SinkhornRouter(spec, self.iterations)
+
+
+class SinkhornRouter(LinearRouter):
+    def __init__(self, spec, iterations):
+        super().__init__(spec)
+        self.iterations = iterations
+
+    def select(self, tokens, levels):
+        (level,) = levels
+        scores_TE = level.biased.detach()
+        if self.training:
+            scores_TE = log_transport(scores_TE, tokens, self.iterations)
+        expert_TK = level.select_by(scores_TE).topk(self.top_k, dim=-1).indices
+        probs_TE = level.biased.softmax(-1)
+        gates_TE = level.biased.sigmoid() if self.top_k == 1 else probs_TE
+        return probs_TE, assign(gates_TE.gather(-1, expert_TK), expert_TK, tokens)
+
+
+def log_transport(scores_TE, tokens, iterations):
+    """log(T pi): a token's entries of exp add up to 1, an expert's over all real tokens to T / E."""
+    want = (tokens.count / scores_TE.shape[1]).log()
+    price_E = torch.zeros_like(scores_TE[:1]).sum(0)
+    for _ in range(iterations):
+        plan_TE = (scores_TE - price_E).log_softmax(-1)
+        mass_E = tokens.real(plan_TE.exp()).sum(0).log()
+        price_E = price_E + (mass_E - want).nan_to_num(0, 0, 0)  # no token moves nothing
+    return (scores_TE - price_E).log_softmax(-1)

@@ -1,0 +1,64 @@
+"""Soft mixtures of tokens."""
+
+import math
+
+import attrs
+import torch
+from torch.nn.functional import normalize
+
+from moe_engine import LevelSpec, Router, Slots, causal_problem, hookimpl, option, uniform
+
+
+@attrs.define(eq=False)
+class Soft:
+    """Each expert works on `slots` mixtures of a sequence's tokens; each token gets a mixture of all slots.
+
+    l = scale x^ phi^ of unit vectors; dispatch D = softmax of l over the tokens, combine C = softmax over all
+    E n slots; slot = D^T x, y = C F(slot). Nothing is chosen or dropped, so there is no load: balance losses and biases
+    have nothing to act on, and probabilities are a token's combine weights by expert. top_k has no effect.
+    A sequence is the axis before the last; a layer that is called with [T, D] takes each token as a sequence
+    of its own, which makes it a dense mixture. Not causal. Padding gets and gives nothing.
+
+    Source: Puigcerver et al., 2023.
+    """
+
+    gives = ("probs",)
+    slots: int = option(1, help="slots of each expert for a sequence", min=1)
+    allow_noncausal: bool = option(False, help="allow it in a causal layer, where it sees later tokens")
+
+    @hookimpl
+    def moe_check(self, setup):
+        if setup.spec.capacity is not None:
+            return "soft has slots in the place of a capacity; leave --capacity away"
+        return causal_problem(setup.spec, "soft", self.allow_noncausal)
+
+    @hookimpl
+    def moe_router(self, spec):
+        return SoftRouter(spec, self.slots)
+
+
+class SoftRouter(Router):
+    def __init__(self, spec, slots):
+        super().__init__()
+        self.expert_param("phi", (spec.experts, slots, spec.dim), fresh=uniform(spec.dim), role="logit_row")
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    @property
+    def levels(self):
+        return (LevelSpec("slot", self.phi.shape[0] * self.phi.shape[1], 0),)
+
+    def score(self, tokens):
+        dtype = torch.promote_types(tokens.x.dtype, torch.float32)
+        x_TD, phi_SD = (normalize(one.to(dtype), dim=-1, eps=1e-6) for one in (tokens.x, self.phi.flatten(0, 1)))
+        return (self.scale.to(dtype) * x_TD @ phi_SD.t(),)
+
+    def select(self, tokens, levels):
+        (level,) = levels
+        sequences = tokens.shape if len(tokens.shape) > 1 else (*tokens.shape, 1)
+        logits_GSEn = level.biased.view(math.prod(sequences[:-1]), sequences[-1], *self.phi.shape[:2])
+        real_GS11 = torch.ones_like(logits_GSEn[..., :1, :1], dtype=torch.bool)
+        if tokens.mask is not None:
+            real_GS11 = tokens.mask.view_as(real_GS11)
+        dispatch = logits_GSEn.masked_fill(~real_GS11, torch.finfo(logits_GSEn.dtype).min).softmax(1) * real_GS11
+        combine = logits_GSEn.flatten(2).softmax(-1).view_as(logits_GSEn) * real_GS11
+        return combine.sum(-1).flatten(0, 1), Slots(dispatch, combine)

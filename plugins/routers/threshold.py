@@ -1,0 +1,50 @@
+"""Top-any gating: every expert whose score passes its own threshold."""
+
+import attrs
+import torch
+
+from moe_engine import LinearRouter, assign_where, hookimpl, option, zeros
+
+
+@attrs.define(eq=False)
+class Threshold:
+    """A token goes to every expert i with sigmoid(tau cos(x, w_i)) > sigmoid(tau G_i); G is learned, from 0 on.
+
+    Its gates are 1 / |S|. Their gradient goes straight through the step to ReLU(a - theta) of the experts that
+    are active. In training a token that passes no threshold gets no expert, in evaluation its best one.
+    How many experts a token has does not depend on its length. top_k only scales the layer's capacity.
+
+    Source: Guo et al., 2024 (DynMoE).
+    """
+
+    gives = ("load",)
+    tau: float = option(1.0, help="sharpness of the scores", min=1e-3, max=100)
+
+    @hookimpl
+    def moe_router(self, spec):
+        return ThresholdRouter(spec, self.tau)
+
+
+class ThresholdRouter(LinearRouter):
+    def __init__(self, spec, tau):
+        super().__init__(spec)
+        self.tau = tau
+        self.expert_param("G", (spec.experts,), fresh=zeros, role="logit_bias")
+
+    def score(self, tokens):
+        (dot_TE,) = super().score(tokens)
+        length_T1 = tokens.x.to(dot_TE.dtype).norm(dim=-1, keepdim=True)
+        length_E = self.rows.to(dot_TE.dtype).norm(dim=-1)
+        return (self.tau * dot_TE / (length_T1 * length_E).clamp(min=1e-12),)
+
+    def select(self, tokens, levels):
+        (level,) = levels
+        theta_E = (self.tau * self.G.to(level.biased.dtype)).sigmoid()
+        over_TE = torch.relu(level.biased.sigmoid() - theta_E)
+        chosen_TE = over_TE > 0
+        if not self.training:
+            best_T1 = level.select_by(level.biased.sigmoid() - theta_E).argmax(-1, keepdim=True)
+            best_TE = torch.zeros_like(chosen_TE).scatter(-1, best_T1, True)
+            chosen_TE = chosen_TE | (best_TE & ~chosen_TE.any(-1, keepdim=True))
+        straight_TE = chosen_TE + over_TE - over_TE.detach()
+        return None, assign_where(straight_TE / chosen_TE.sum(-1, keepdim=True).clamp(min=1), chosen_TE, tokens)
