@@ -13,7 +13,8 @@ class ReLU:
     Loss: m E / (K T^2) sum_i load_i sum_t g_ti, an L1 norm of the gates weighted by load. After each step
     m <- m rate where a token has more than top_k = K experts on average, else m / rate, from 1 on and between
     1e-9 and 1e9; so `weight` is the coefficient at the start. At birth about half of all experts fire: the
-    first steps are dear. An expert that fires for no token gets no gradient any more.
+    first steps are dear. An expert that fires for no token gets no gradient any more; and tokens that lie
+    evenly around zero keep half of the experts firing, whatever the coefficient.
 
     Source: Wang et al., 2024 (ReMoE); the coefficient is each layer's own here, one of all layers there.
     """

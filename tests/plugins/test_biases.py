@@ -154,3 +154,50 @@ def test_biases_add_up_in_any_number():
         one_step(engine, layer, torch.randn(9, 6))
     level = layer.route(layer.tokens(torch.randn(2, 6))).levels[0]
     torch.testing.assert_close(level.bias, sum(bias() for bias in layer.biases[0].values()))
+
+
+def test_quantile_is_where_each_expert_would_have_got_its_share():
+    """By hand: K = 1, four tokens, two experts: beta_i is the third largest of s_ti - a_t."""
+    layer = Engine("topk,quantile", experts=2, top_k=1).moe(2, 4)
+    layer.router.rows.data[:] = torch.eye(2)
+    scores = torch.tensor([[3.0, 0.0], [2.0, 0.0], [5.0, 1.0], [1.0, 0.0]])
+    routing = layer.route(layer.tokens(scores))
+    own = bias_of(layer, "quantile").measure(routing.levels[0], routing.tokens)
+    # a_t, the second largest, is 0, 0, 1, 0: s - a is 3, 2, 4, 1 for the one and 0 for the other
+    assert own["beta"].tolist() == [2.0, 0.0]
+    one_step(Engine("topk", experts=2, top_k=1), layer, scores)  # somebody else's engine moves nothing of it
+    assert not bias_of(layer, "quantile").beta.any()
+
+
+def test_quantile_balances_a_fixed_batch_in_a_few_steps_and_centres():
+    torch.manual_seed(0)
+    engine = Engine("topk,quantile", experts=8, top_k=2)
+    layer = engine.moe(8, 4)
+    layer.router.rows.data[:] = torch.eye(8)
+    x, worst = torch.randn(1024, 8) + torch.linspace(0, 3, 8), []
+    for _ in range(6):
+        load = layer.route(layer.tokens(x)).load
+        worst.append(float(load.max() / load.mean() - 1))
+        one_step(engine, layer, x)
+    assert worst[0] > 1 and worst[-1] < 0.05
+    assert abs(float(bias_of(layer, "quantile").beta.mean())) < 1e-6
+
+
+def test_quantile_leaves_padding_out_and_averages_micro_batches():
+    torch.manual_seed(0)
+    engine = Engine("topk,quantile", experts=4, top_k=2)
+    layer = engine.moe(4, 4)
+    x = torch.randn(40, 4)
+    padded = torch.cat([x, torch.full((9, 4), 99.0)])
+    routing = layer.route(layer.tokens(padded, torch.arange(49) < 40))
+    alone = layer.route(layer.tokens(x))
+    bias = bias_of(layer, "quantile")
+    own, same = (bias.measure(one.levels[0], one.tokens) for one in (routing, alone))
+    torch.testing.assert_close(own["beta"], same["beta"])
+    for half in x.split(20):
+        ((layer(half).square().sum() + engine.aux_loss()) / 2).backward()
+        engine.after_backward()
+    halves = [layer.route(layer.tokens(half)) for half in x.split(20)]
+    mean = sum(bias.measure(one.levels[0], one.tokens)["beta"] for one in halves) / 2
+    engine.after_step()
+    torch.testing.assert_close(bias.beta, mean - mean.mean())

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moe_engine import Engine, UsageError
+from moe_engine import Engine, Step, UsageError
 
 
 def engine_of(plugins, settings=(), sizes=(2,)):
@@ -119,3 +119,97 @@ def test_a_loss_that_is_not_finite_is_no_check_and_spoils_no_mean():
 def test_what_makes_no_sense_is_refused(plugins, settings, sentence):
     with pytest.raises(UsageError, match=sentence):
         engine_of(plugins, settings)
+
+
+def loaded(plugins, settings, loads, sizes=(4,)):
+    """The growths that a trigger wants, step by step, where the layer has the loads given."""
+    engine, layers = engine_of(plugins, settings, sizes)
+    found = []
+    for load in loads:
+        engine.step += 1
+        for layer in layers:
+            for state in layer.parts_of_plugins().values():
+                state.after_step(Step(torch.tensor(load), {}, expert_grad=torch.tensor(load)))
+        found.append([(one.parents, one.drop) for one in engine.due(1.0)])
+    return found
+
+
+QUICK = ["cooldown=5", "patience=3", "decay=0"]
+
+
+@pytest.mark.parametrize("name", ["overload", "gradient"])
+def test_the_expert_that_stays_above_the_others_gets_a_child(name):
+    settings = [f"{name}.{one}" for one in QUICK]
+    assert not any(loaded(name, settings, [[5.0, 5.0, 5.0, 5.0]] * 50))  # balance
+    peak = loaded(name, settings, [[1.0, 1.0, 9.0, 1.0]] * 9)  # three times the mean; steps 6, 7, 8 count
+    assert peak == [[]] * 7 + [[((2,), ())]] * 2
+    swing = loaded(name, settings, [[1.0, 1.0, 9.0, 1.0], [1.0, 1.0, 1.0, 1.0]] * 25)
+    assert not any(swing)
+
+
+def test_a_dead_expert_is_replaced_by_a_child_of_the_busiest():
+    settings = [f"dead_replace.{one}" for one in QUICK]
+    assert not any(loaded("dead_replace", settings, [[2.0, 1.0, 1.0, 0.5]] * 50))
+    assert loaded("dead_replace", settings, [[2.0, 1.0, 1.0, 0.0]] * 8)[-1] == [((0,), (3,))]
+    assert not any(loaded("dead_replace", settings, [[0.0, 0.0, 0.0, 0.0]] * 50))  # no data
+
+
+def test_dead_replace_revives_the_dead_expert_of_a_live_layer():
+    torch.manual_seed(0)
+    engine = Engine("topk,dead_replace,clone", ["dead_replace.cooldown=5", "dead_replace.patience=3"], top_k=1)
+    layer = engine.moe(6, 8, experts=3, name="m")
+    layer.router.rows.data[2] = -99.0 * layer.router.rows.data[:2].sum(0).sign()
+    x = torch.rand(200, 6)
+    layer.router.rows.data[2] = -99.0
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.001)
+    for _ in range(60):
+        (layer(x).square().mean() + engine.aux_loss()).backward()
+        engine.after_backward()
+        optimizer.step()
+        engine.after_step()
+        optimizer.zero_grad()
+        for growth in engine.due(1.0):
+            engine.grow(growth, optimizer)
+    assert [(one.before, one.after, one.drop) for one in engine.growths][:1] == [(3, 3, (2,))]
+    assert layer.route(layer.tokens(x)).load[2] > 0
+
+
+@pytest.mark.parametrize("forced", ["loss_free", "quantile"])
+def test_overload_beside_a_controller_that_forces_equal_loads_is_refused(forced):
+    with pytest.raises(UsageError, match=f"overload never fires while {forced} makes all loads equal"):
+        Engine(f"topk,overload,{forced}", experts=4, top_k=2).moe(4, 4)
+
+
+def test_novelty_lets_a_newcomer_look_where_no_expert_does():
+    """A threshold router whose experts look along axes 0 and 1; tokens come along axis 2 too."""
+    torch.manual_seed(0)
+    settings = ["novelty.cooldown=5", "novelty.patience=3", "novelty.share=0.3"]
+    engine = Engine("threshold,novelty", settings, top_k=1)
+    layer = engine.moe(4, 8, experts=2, name="m")
+    layer.router.rows.data[:] = torch.eye(4)[:2]
+    x = torch.eye(4)[torch.tensor([0, 1, 2, 2]).repeat(10)] - 0.1
+    fired = []
+    for _ in range(30):
+        (layer(x).square().mean() + engine.aux_loss()).backward()
+        engine.after_backward()
+        engine.after_step()
+        layer.zero_grad()
+        for growth in engine.due(1.0):
+            fired.append((engine.step, growth.parents))
+            engine.grow(growth)
+    assert fired[0][1] == (None,) and len(fired) == 1
+    row = layer.router.rows[2].detach()
+    torch.testing.assert_close(row / row.norm(), (x[2] / x[2].norm()), atol=1e-4, rtol=0)
+    assert layer.route(layer.tokens(x)).load[2] == 20
+
+
+def test_novelty_is_quiet_where_every_token_suits_some_expert():
+    settings = ["novelty.cooldown=0", "novelty.patience=1"]
+    engine = Engine("topk,novelty", settings, top_k=1)
+    layer = engine.moe(4, 8, experts=2)
+    for _ in range(20):
+        (layer(torch.randn(9, 4)).square().mean() + engine.aux_loss()).backward()
+        engine.after_backward()
+        engine.after_step()
+        layer.zero_grad()
+        assert not engine.due(1.0)
