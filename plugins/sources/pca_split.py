@@ -10,11 +10,12 @@ from moe_engine import NewExpert, hookimpl, option
 class PcaSplit:
     """Parent and newcomer share the parent's tokens along their principal direction.
 
-    w' = w + delta u and w <- w - delta u for the router's rows;
-    u = (v - c m) / s for the tokens x of a held-out batch that go to the parent: m their mean, v the first
-    principal direction of x - m, s the deviation of u x, and c the median of v x / m x where m x > 0, so that
-    u x > 0 for half of them without a bias. The two logits differ by 2 delta u x. The experts are equal
-    at first, moments are copied. Without a held-out batch, or with fewer than four tokens, v is drawn.
+    w' = w + delta u and w <- w - delta u for the router's rows; u = (v - c o) / s for the tokens x of a held-out
+    batch that go to the parent: v their first principal direction, s the deviation of u x. A router without a
+    bias has no threshold; o, the inverse covariance times the mean, stands for it, because o x is the most even
+    over tokens. c is the median of v x / o x if all o x > 0, so that u x > 0 for half of them. The two logits
+    differ by 2 delta u x. The experts are equal at first, moments are copied. Without a held-out batch, or
+    with fewer than four tokens, u is drawn.
 
     Source: this project, after splitting by the principal direction in clustering (Boley, 1998: PDDP).
     """
@@ -44,8 +45,11 @@ def _side(row, inputs, generator):
         return (drawn * row.float().std(correction=0)).to(row.dtype)
     x_nD = inputs.double()
     m = x_nD.mean(0)
-    v = torch.linalg.svd(x_nD - m, full_matrices=False).Vh[0]
-    along = x_nD @ m
-    if bool((along > 0).all()):
-        v = v - (x_nD @ v / along).quantile(0.5) * m
+    spread_DD = (x_nD - m).t() @ (x_nD - m) / len(x_nD)
+    v = torch.linalg.eigh(spread_DD).eigenvectors[:, -1]
+    ridge_DD = 1e-3 * spread_DD.trace() / len(m) * torch.eye(len(m), dtype=m.dtype)
+    o = torch.linalg.solve(spread_DD + ridge_DD, m)
+    level = x_nD @ o
+    if bool((level > 0).all()):
+        v = v - (x_nD @ v / level).quantile(0.5) * o
     return (v / (x_nD @ v).std().clamp(min=1e-12)).to(row.dtype)
