@@ -28,8 +28,8 @@ def test_pca_split_halves_the_parents_tokens_along_their_principal_direction():
     rows = layer.router.rows.detach()
     own = x[was]
     to_child = own @ rows[3] > own @ rows[1]
-    assert was.sum() > 100
-    assert abs(float(to_child.float().mean()) - 0.5) < 0.01
+    assert was.sum() > 50
+    assert abs(float(to_child.float().mean()) - 0.5) < 0.02
     torch.testing.assert_close((rows[1] + rows[3]) / 2, before["router.rows"][1])
     apart = own @ (rows[3] - rows[1])
     torch.testing.assert_close(apart.std(), torch.tensor(1.0), atol=1e-3, rtol=0)  # 2 delta
