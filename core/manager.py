@@ -179,6 +179,15 @@ class Setup:
     task: "TaskSpec | None" = None
     sizes: Mapping[str, int] = attrs.field(factory=dict)
 
+    @property
+    def balance_losses(self) -> list[str]:
+        """The losses, of a weight above 0, that pull at the load."""
+        return [
+            name
+            for name, one in self.plugins.items()
+            if hasattr(one, "moe_aux_loss") and "load" in getattr(one, "needs", ()) and getattr(one, "weight", 1) > 0
+        ]
+
 
 class Plugins:
     """The plugins of one engine: chosen, loaded, configured, in the order typed.

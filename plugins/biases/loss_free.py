@@ -3,7 +3,7 @@
 import attrs
 import torch
 
-from moe_engine import Bias, hookimpl, option
+from moe_engine import Bias, Finding, hookimpl, option
 
 
 @attrs.define(eq=False)
@@ -18,6 +18,14 @@ class LossFree:
 
     needs = ("logits", "load")
     rate: float = option(0.001, help="step of the bias, in units of the router's scores", min=0)
+
+    @hookimpl
+    def moe_check(self, setup):
+        heavy = [name for name in setup.balance_losses if getattr(setup.plugins[name], "weight", 1) >= 1e-3]
+        if not heavy:
+            return None
+        why = f"{heavy[0]} pulls at the gradients from which loss_free is meant to keep balancing away"
+        return Finding("two remedies", 1, why, f"leave {heavy[0]} away, or set its weight below 0.001")
 
     @hookimpl
     def moe_bias(self, spec, level):

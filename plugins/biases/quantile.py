@@ -23,11 +23,8 @@ class Quantile:
 
     @hookimpl
     def moe_check(self, setup):
-        others = [
-            name
-            for name, one in setup.plugins.items()
-            if one is not self and (hasattr(one, "moe_bias") or (hasattr(one, "moe_aux_loss") and _balances(one)))
-        ]
+        others = [name for name, one in setup.plugins.items() if one is not self and hasattr(one, "moe_bias")]
+        others += setup.balance_losses
         if others:
             return f"quantile sets the load to equal by itself; leave {others[0]} away, or quantile"
         if any(getattr(one, "groups", 1) > 1 for one in setup.plugins.values()):
@@ -37,10 +34,6 @@ class Quantile:
     @hookimpl
     def moe_bias(self, spec, level):
         return QuantileBias(level.size, level.picks, self.ema) if level.picks < level.size else None
-
-
-def _balances(plugin):
-    return "load" in getattr(plugin, "needs", ()) and plugin.weight > 0
 
 
 class QuantileBias(Bias):

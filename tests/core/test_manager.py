@@ -7,7 +7,7 @@ import attrs
 import pytest
 import torch
 
-from moe_engine import Bias, Engine, Part, PluginError, RunError, UsageError, hookimpl, option
+from moe_engine import Bias, Engine, Finding, Part, PluginError, RunError, UsageError, hookimpl, option
 from moe_engine.manager import Plugins, broken, defaults, find
 
 ROOT = Path(__file__).parents[2]
@@ -200,7 +200,8 @@ def test_core_imports_no_plugin_and_plugins_import_no_plugin():
 
 def test_core_names_no_plugin():
     """Not even in a string: what is usual is data, in defaults.toml."""
-    names = set(find()) - {"split"}  # of records: training, test or growth
+    # these are words of the core too: of records, activations, roles, digests
+    names = set(find()) - {"split", "relu", "gradient", "hash", "random"}
     for path in (ROOT / "core").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -241,3 +242,51 @@ def test_core_imports_run_one_way():
         for node in tree.body:  # imports under TYPE_CHECKING are for readers alone
             if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module in CORE_ORDER:
                 assert CORE_ORDER.index(node.module) < number, (name, node.module)
+
+
+# -- traits, remarks, disabled plugins -----------------------------------------------------------------
+
+
+def plugin(**body):
+    return attrs.define(eq=False)(type("Mine", (), body))
+
+
+def test_a_chosen_plugin_whose_needs_the_router_does_not_give_is_refused_with_both_names(install):
+    answer = hookimpl(lambda self, routing: routing.mean(routing.probs).sum())
+    install("loss", "mine", plugin(moe_aux_loss=answer, needs=("smooth_load",)))
+    with pytest.raises(UsageError, match="loss 'mine' needs an estimate of the load .*, which router 'topk' does not"):
+        Engine("topk,mine", experts=4).moe(4, 4)
+
+
+def test_what_a_default_plugin_needs_refuses_nothing(install, monkeypatch):
+    install("metric", "mine", plugin(moe_metrics=hookimpl(lambda self, stats: {}), needs=("smooth_load",)))
+    usual = defaults()
+    monkeypatch.setattr("moe_engine.manager.defaults", lambda: {**usual, "metrics": ["mine"]})
+    Engine("topk", experts=4).moe(4, 4)
+    with pytest.raises(UsageError, match="metric 'mine' needs"):
+        Engine("topk,mine", experts=4).moe(4, 4)
+
+
+def test_a_trait_that_does_not_exist_is_a_broken_plugin(install):
+    install("metric", "mine", plugin(moe_metrics=hookimpl(lambda self, stats: {}), needs=("prob",)))
+    with pytest.raises(PluginError, match="gives or needs 'prob', which is no trait; did you mean 'probs'"):
+        Plugins(["mine"])
+
+
+def test_a_remark_is_kept_and_refuses_nothing(install):
+    remark = Finding("odd", 1, "this is odd", "look at it")
+    install("metric", "mine", plugin(moe_check=hookimpl(lambda self, setup: remark)))
+    engine = Engine("topk,mine", experts=4)
+    engine.moe(4, 4)
+    assert engine.plugins.remarks == {"mine": remark}
+
+
+def test_disabled_plugins_are_gone_from_lists_and_defaults_and_refused_when_chosen(monkeypatch):
+    monkeypatch.setenv("MOE_ENGINE_DISABLE_PLUGINS", "html, switch_aux")
+    assert "html" not in find() and "topk" in find()
+    assert "html" not in Plugins(["topk"]).active
+    with pytest.raises(UsageError, match="plugin 'switch_aux' is disabled by the environment variable MOE_ENGINE_DIS"):
+        Plugins(["switch_aux"])
+    monkeypatch.setenv("MOE_ENGINE_DISABLE_PLUGINS", "topk")
+    with pytest.raises(UsageError, match="no router is left"):
+        Plugins([])

@@ -189,3 +189,11 @@ def test_a_run_grows_live_from_2_to_16_experts_all_of_which_are_used(tmp_path):
     assert growths[0]["why"].startswith("loss_plateau: loss ")
     sizes = [len(record["layers"]["moe"]["load"]) for record in run.records if record["split"] == "train"]
     assert (sizes[0], sizes[-1], sorted(sizes)) == (2, 16, sizes)
+
+
+def test_a_remark_on_the_mix_is_said_and_kept_in_the_summary(tmp_path):
+    said = []
+    config = RunConfig(plugins=("sigmoid_topk", "loss_free", "switch_aux"), no_plugin=("plots", "html"), epochs=1)
+    run = Training(config, {}, tmp_path / "run", say=said.append).run()
+    assert any(remark.startswith("loss_free: switch_aux pulls at the gradients") for remark in said)
+    assert [one["name"] for one in run.summary["findings"] if one["metric"] == "remark.loss_free"] == ["two remedies"]
