@@ -96,7 +96,7 @@ def check_learning(loss: Tensor, routings: Mapping[MoE, Routing]) -> None:
 def _constant(gate_N: Tensor, logits: Tensor) -> bool:
     """Whether the gates do not move with the logits: while experts are still equal, the task's gradient cancels too."""
     mixed_N = gate_N * torch.arange(gate_N.shape[0], device=gate_N.device).cos()
-    return _norm(_gradients(mixed_N.sum(), [logits])) < LEARNABLE * _norm([mixed_N.detach()])
+    return _norm(_gradients(mixed_N.sum(), [logits])) <= LEARNABLE * _norm([mixed_N.detach()])
 
 
 @torch.no_grad()

@@ -245,8 +245,8 @@ class Experts(Part):
         name, axis = next(iter(self.axes.items()))
         experts, tokens = getattr(self, name).shape[axis.axis], x_SD.shape[0]
         counts_E = torch.full((experts,), tokens, device=x_SD.device)
-        out_NO: Tensor = self(x_SD.repeat(experts, 1), counts_E)
-        return out_NO.unflatten(0, (experts, tokens))
+        out_ESO: Tensor = self(x_SD.repeat(experts, 1), counts_E).unflatten(0, (experts, tokens))
+        return out_ESO
 
     def expert_grad(self) -> Tensor:
         """[E]: mean |gradient| of each expert's weights, averaged over its tensors; no gradient counts as 0."""

@@ -19,13 +19,11 @@ class Lora:
     """
 
     rank: int = option(8, help="width of the change", min=1)
-    alpha: float = option(16.0, help="strength: the change counts alpha / rank times", min=0)
+    alpha: float = option(16.0, help="strength: the change counts alpha / rank times", min=1e-6)
     train_base: bool = option(True, help="train the shared MLP too; false: its weights stay as they are")
 
     @hookimpl
     def moe_check(self, setup):
-        if self.alpha == 0:
-            return "lora.alpha=0 makes all experts the same for ever; set it above 0"
         if "zero_output" in setup.plugins:
             return "zero_output can't silence a newcomer of lora, which has the shared MLP too; choose another source"
         return None

@@ -64,11 +64,11 @@ def lora_expert(bank, e, x, act):
     return mlp(x, act, w_in, bank.enter.bias, w_out, bank.leave.bias)
 
 
-def conv_expert(bank, e, x, act):
+def conv_expert(bank, e, x, act, k=3):
     """With PyTorch's own convolution, whose weights are [after, before, k, k]."""
 
     def conv(x, w, b):
-        return F.conv2d(x, w[e].t().unflatten(1, (-1, 3, 3)), None if b is None else b[e], padding=1)
+        return F.conv2d(x, w[e].t().unflatten(1, (-1, k, k)), None if b is None else b[e], padding=k // 2)
 
     hidden = conv(x.view(-1, 2, 3, 3), bank.w_in, bank.b_in)
     gate, up = hidden.chunk(2, dim=1)
@@ -98,6 +98,15 @@ def test_outputs_and_gradients_are_those_of_a_plain_loop(name, act, bias):
     leaves = [x, *bank.parameters()]
     grads = [torch.autograd.grad((y * towards).sum(), leaves, retain_graph=True) for y in (found, expected)]
     torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("kernel", [1, 5, 7])
+def test_windows_of_every_size(kernel):
+    """Also of those that are wider than the picture."""
+    bank = shaken(build("conv", settings=[f"conv.kernel={kernel}"])[1].experts)
+    x = torch.randn(6, DIM, dtype=torch.float64)
+    expected = torch.stack([conv_expert(bank, e, x, "relu", kernel) for e in range(4)])
+    torch.testing.assert_close(bank.outputs(x), expected)
 
 
 @kinds
@@ -353,12 +362,7 @@ MIXES = {
     ),
     "conv's output": ("conv", {"out": 20}, [], "conv: an output of 20 numbers is no number of pictures of 9 pixels"),
     "conv's window": ("conv", {}, ["conv.kernel=2"], r"experts 'conv': 'kernel' must be in \(1, 3, 5, 7\)"),
-    "lora's strength": (
-        "lora",
-        {},
-        ["lora.alpha=0"],
-        "lora.alpha=0 makes all experts the same for ever; set it",
-    ),
+    "lora's strength": ("lora", {}, ["lora.alpha=0"], "experts 'lora': 'alpha' must be >= 1e-06: 0"),
     "swiglu's biases": ("upcycle", {"activation": "swiglu", "bias": True}, [], "upcycle can't give biases to a swiglu"),
 }
 
@@ -372,6 +376,11 @@ def test_what_makes_no_sense_is_refused_in_one_sentence(name, spec, settings, ex
 def test_a_source_that_silences_newcomers_is_refused_beside_lora():
     with pytest.raises(UsageError, match="zero_output can't silence a newcomer of lora"):
         build("lora", "topk,zero_output")
+
+
+def test_two_banks_for_one_layer_are_refused():
+    with pytest.raises(UsageError, match="a layer has one bank of experts, but 'conv' and 'lora' bring one; choose"):
+        build("lora", "topk,conv", ["conv.channels=2"])
 
 
 # -- a run -------------------------------------------------------------------------------------------
