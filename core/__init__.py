@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .checkpoints import load as load
     from .checkpoints import save as save
+    from .dispatch import grouped_linear as grouped_linear
+    from .dispatch import row_counts as row_counts
     from .effects import Effects as Effects
     from .engine import Engine as Engine
     from .errors import PluginError as PluginError
     from .errors import RunError as RunError
     from .errors import UsageError as UsageError
+    from .experts import ACTIVATIONS as ACTIVATIONS
     from .experts import ModuleBank as ModuleBank
     from .experts import StackedMLP as StackedMLP
     from .growth import Grown as Grown
@@ -58,10 +61,11 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "checkpoints": ("load", "save"),
+    "dispatch": ("grouped_linear", "row_counts"),
     "effects": ("Effects",),
     "engine": ("Engine",),
     "errors": ("PluginError", "RunError", "UsageError"),
-    "experts": ("ModuleBank", "StackedMLP"),
+    "experts": ("ACTIVATIONS", "ModuleBank", "StackedMLP"),
     "growth": ("Grown", "Growth", "NewExpert"),
     "hookspecs": ("hookimpl",),
     "layer": ("MoE",),

@@ -85,11 +85,18 @@ def check_learning(loss: Tensor, routings: Mapping[MoE, Routing]) -> None:
             within = layer.router.within(level.name)
             competing = int(within.bincount().max()) if within is not None else level.logits.shape[-1]
             able = level.logits.requires_grad and competing > 1
-            if able and _norm(_gradients(loss, [level.logits])) < LEARNABLE * at_gates:
+            stuck = able and _norm(_gradients(loss, [level.logits])) < LEARNABLE * at_gates
+            if stuck and _constant(gate_N, level.logits):
                 raise UsageError(
                     f"layer '{layer.name}': the task gives the router's level '{level.name}' no gradient, so it "
                     f"can't learn; with top_k={layer.spec.top_k} its gates must not be renormalised to a constant"
                 )
+
+
+def _constant(gate_N: Tensor, logits: Tensor) -> bool:
+    """Whether the gates do not move with the logits: while experts are still equal, the task's gradient cancels too."""
+    mixed_N = gate_N * torch.arange(gate_N.shape[0], device=gate_N.device).cos()
+    return _norm(_gradients(mixed_N.sum(), [logits])) <= LEARNABLE * _norm([mixed_N.detach()])
 
 
 @torch.no_grad()

@@ -168,12 +168,13 @@ class Engine:
         return layer
 
     def _experts(self, spec: Spec, plugins: Mapping[str, Any]) -> Experts:
-        """The bank that the first plugin answers; a stacked MLP if none does."""
-        for bound in self.plugins.bind("moe_experts", plugins):
-            bank: Experts | None = self.plugins.ask(bound, Experts | None, {"spec": spec})
-            if bank is not None:
-                return bank
-        return StackedMLP(spec)
+        """The bank that a plugin answers; a stacked MLP if none does."""
+        bounds = self.plugins.bind("moe_experts", plugins)
+        banks = {bound.plugin: self.plugins.ask(bound, Experts | None, {"spec": spec}) for bound in bounds}
+        brought: dict[str, Experts] = {plugin: bank for plugin, bank in banks.items() if bank is not None}
+        if len(brought) > 1:
+            raise UsageError(f"a layer has one bank of experts, but {listed(map(repr, brought))} bring one; choose one")
+        return next(iter(brought.values())) if brought else StackedMLP(spec)
 
     def attach(self, model: nn.Module) -> "Engine":
         """Own every MoE layer in `model`, also a deep-copied one, and no other; name each by its place."""

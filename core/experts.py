@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .dispatch import grouped_linear, row_counts
-from .parts import Experts, uniform
+from .parts import Experts, mean_grad, uniform
 from .routing import Spec
 
 
@@ -54,10 +54,6 @@ class StackedMLP(Experts):
         out_ESO = ACTIVATIONS[self.activation](hidden_ESH) @ self.w_out
         return out_ESO if self.b_out is None else out_ESO + self.b_out[:, None]
 
-    def expert_grad(self) -> Tensor:
-        means = [_mean_grad(tensor, list(range(1, tensor.dim()))) for tensor in self.parameters()]
-        return torch.stack(means).mean(0)
-
 
 class ModuleBank(Experts):
     """Any modules as experts, each called with its own rows [n, D] and answering [n, out]; not without rows.
@@ -82,18 +78,12 @@ class ModuleBank(Experts):
         return torch.stack([expert(x_SD) for expert in self.bank])
 
     def expert_grad(self) -> Tensor:
-        return torch.stack([_mean_of([_mean_grad(p, None) for p in one.parameters()]) for one in self.bank])
+        return torch.stack([_mean_of([mean_grad(p) for p in one.parameters()]) for one in self.bank])
 
 
 def _mean_of(means: list[Tensor]) -> Tensor:
     """Their mean; 0 for a module without parameters."""
     return torch.stack(means).mean() if means else torch.zeros(())
-
-
-def _mean_grad(parameter: Tensor, dims: list[int] | None) -> Tensor:
-    """Mean |gradient| over dims (None = all), in fp32; 0 where there is no gradient."""
-    grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-    return grad.detach().float().abs().mean(dims)
 
 
 def shared_expert(spec: Spec) -> nn.Module | None:

@@ -51,11 +51,11 @@ def moe_bias(spec: "Spec", level: "LevelSpec") -> "Bias | None":
     """
 
 
-@hookspec(firstresult=True)
+@hookspec
 def moe_experts(spec: "Spec") -> "Experts | None":
     """Answer the bank of experts of a layer that is being built, or None.
 
-    The first answer in the order typed is taken; without one the layer has a stacked MLP.
+    Of the chosen plugins one may answer a bank for a layer; without one the layer has a stacked MLP.
     """
 
 

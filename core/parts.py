@@ -234,7 +234,7 @@ class RunningLoad(Part):
 
 
 class Experts(Part):
-    """A bank of experts."""
+    """A bank of experts. One that declares no expert axis says itself what `outputs` and `expert_grad` are."""
 
     def forward(self, x_ND: Tensor, counts_E: Tensor) -> Tensor:
         """[N, out]: rows sorted by expert, counts_E[e] rows each; rows past the counts' sum come back as 0."""
@@ -242,11 +242,23 @@ class Experts(Part):
 
     def outputs(self, x_SD: Tensor) -> Tensor:
         """[E, S, out]: every expert on the same few tokens."""
-        raise NotImplementedError
+        name, axis = next(iter(self.axes.items()))
+        experts, tokens = getattr(self, name).shape[axis.axis], x_SD.shape[0]
+        counts_E = torch.full((experts,), tokens, device=x_SD.device)
+        out_ESO: Tensor = self(x_SD.repeat(experts, 1), counts_E).unflatten(0, (experts, tokens))
+        return out_ESO
 
     def expert_grad(self) -> Tensor:
         """[E]: mean |gradient| of each expert's weights, averaged over its tensors; no gradient counts as 0."""
-        raise NotImplementedError
+        own = [(getattr(self, name), axis.axis) for name, axis in self.axes.items() if name in self._parameters]
+        return torch.stack([mean_grad(parameter, keep=axis) for parameter, axis in own]).mean(0)
+
+
+def mean_grad(parameter: Tensor, keep: int | None = None) -> Tensor:
+    """Mean |gradient| over all dimensions but `keep`, in fp32; 0 where there is no gradient."""
+    grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    size = grad.detach().float().abs()
+    return size.mean() if keep is None else size.movedim(keep, 0).reshape(size.shape[keep], -1).mean(1)
 
 
 def uniform(fan_in: int) -> Fresh:

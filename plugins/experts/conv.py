@@ -1,0 +1,72 @@
+"""Experts that are small convolutional networks."""
+
+from math import isqrt
+
+import attrs
+from torch.nn import functional as F
+
+from moe_engine import ACTIVATIONS, Experts, grouped_linear, hookimpl, option, row_counts, uniform
+
+
+@attrs.define(eq=False)
+class Conv:
+    """Each expert is two 2-d convolutions, with the activation between, on a token seen as a picture.
+
+    y = act(x * W_in + b_in) * W_out + b_out, x [channels, side, side] with channels side^2 = dim, the edge
+    padded with zeros. The layer's hidden width plays no part: `hidden` counts the channels between.
+
+    Source: LeCun et al., 1989 (convolution).
+    """
+
+    channels: int = option(1, help="channels of the picture that a token is", min=1)
+    hidden: int = option(8, help="channels between the two convolutions", min=1)
+    kernel: int = option(3, help="side of the window, in pixels", choices=(1, 3, 5, 7))
+
+    @hookimpl
+    def moe_check(self, setup):
+        dim, out = setup.spec.dim, setup.spec.out_dim
+        pixels = isqrt(dim // self.channels) ** 2
+        if dim and pixels * self.channels != dim:
+            return f"conv.channels={self.channels}: a token of {dim} numbers is no picture of channels x side x side"
+        if dim and out % pixels:
+            return f"conv: an output of {out} numbers is no number of pictures of {pixels} pixels"
+        return None
+
+    @hookimpl
+    def moe_experts(self, spec):
+        return ConvExperts(spec, self.channels, self.hidden, self.kernel)
+
+
+class ConvExperts(Experts):
+    """w_in [E, C k^2, H], for swiglu [E, C k^2, 2H], w_out [E, H k^2, C'], windows flattened as F.unfold does.
+
+    A convolution is a linear map of each pixel's window, so all that holds of stacked MLPs holds here.
+    """
+
+    def __init__(self, spec, channels, hidden, kernel):
+        super().__init__()
+        self.act, self.kernel = ACTIVATIONS[spec.activation], kernel
+        self.side = isqrt(spec.dim // channels)
+        wide = 2 * hidden if spec.activation == "swiglu" else hidden
+        ends = {"in": (channels, wide, "in"), "out": (hidden, spec.out_dim // self.side**2, "output")}
+        for end, (before, after, role) in ends.items():
+            fan_in = before * kernel**2
+            self.expert_param(f"w_{end}", (spec.experts, fan_in, after), fresh=uniform(fan_in), role=role)
+            if spec.bias:
+                self.expert_param(f"b_{end}", (spec.experts, after), fresh=uniform(fan_in), role=role)
+        if not spec.bias:
+            self.b_in = self.b_out = None
+
+    def forward(self, x_ND, counts_E):
+        counts = row_counts(counts_E * self.side**2)
+        hidden = self.act(grouped_linear(self._windows(x_ND), self.w_in, self.b_in, counts))
+        return self._tokens(grouped_linear(self._windows(self._tokens(hidden)), self.w_out, self.b_out, counts))
+
+    def _windows(self, x_ND):
+        """[N pixels, C k^2]: the window around each pixel, one after the other."""
+        pictures = x_ND.unflatten(-1, (-1, self.side, self.side))
+        return F.unfold(pictures, self.kernel, padding=self.kernel // 2).transpose(1, 2).flatten(0, 1)
+
+    def _tokens(self, pixels):
+        """[N, C pixels]: tokens of the pixels [N pixels, C] of their pictures."""
+        return pixels.unflatten(0, (-1, self.side**2)).transpose(1, 2).flatten(1)

@@ -1,0 +1,398 @@
+"""Banks of experts: each held against a plain loop over its experts, grown, saved, loaded and run."""
+
+import re
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.nn import functional as F
+
+from moe_engine import ACTIVATIONS, Engine, Experts, Growth, UsageError, adam, load, save
+from moe_engine.runs import RunConfig
+from moe_engine.training import Training
+
+DIM, HIDDEN = 18, 6  # two channels of 3 x 3 pixels
+SETTINGS = {
+    "lora": ["lora.rank=2", "lora.alpha=3"],
+    "conv": ["conv.channels=2", "conv.hidden=4"],
+    "upcycle": ["upcycle.file=dense.safetensors"],
+}
+BANKS = list(SETTINGS)
+KINDS = [(name, act, bias) for name in BANKS for act in ACTIVATIONS for bias in (False, True)]
+KINDS.remove(("upcycle", "swiglu", True))
+kinds = pytest.mark.parametrize(("name", "act", "bias"), KINDS)
+banks = pytest.mark.parametrize("name", BANKS)
+
+
+@pytest.fixture(autouse=True)
+def dense(tmp_path, monkeypatch):
+    """The tensors of a dense network, in dense.safetensors of the folder in which each test runs."""
+    monkeypatch.chdir(tmp_path)
+    matrices = {"w_in": (HIDDEN, DIM), "w_gate": (HIDDEN, DIM), "w_out": (DIM, HIDDEN)}
+    shapes = {**matrices, "b_in": (HIDDEN,), "b_out": (DIM,)}
+    tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
+    save_file(tensors, "dense.safetensors")
+    return tensors
+
+
+def build(name, plugins="topk,clone", settings=(), experts=4, **spec):
+    """(engine, layer) with a bank of that name."""
+    engine = Engine(f"{plugins},{name}", [*SETTINGS[name], *settings], experts=experts, **{"top_k": 2, **spec})
+    return engine, engine.moe(DIM, HIDDEN, name="moe")
+
+
+def shaken(bank):
+    """The bank in float64, all of its weights drawn: what is 0 at birth hides mistakes."""
+    bank.double()
+    for parameter in bank.parameters():
+        torch.nn.init.normal_(parameter)
+    return bank
+
+
+# -- the formulas ------------------------------------------------------------------------------------
+
+
+def mlp(x, act, w_in, b_in, w_out, b_out):
+    b_in, b_out = 0 if b_in is None else b_in, 0 if b_out is None else b_out
+    return ACTIVATIONS[act](x @ w_in + b_in) @ w_out + b_out
+
+
+def lora_expert(bank, e, x, act):
+    """With W_e built: W + 3/2 A_e B_e."""
+    w_in = bank.enter.weight.t() + 1.5 * bank.a_in[e] @ bank.b_in[e]
+    w_out = bank.leave.weight.t() + 1.5 * bank.a_out[e] @ bank.b_out[e]
+    return mlp(x, act, w_in, bank.enter.bias, w_out, bank.leave.bias)
+
+
+def conv_expert(bank, e, x, act, k=3):
+    """With PyTorch's own convolution, whose weights are [after, before, k, k]."""
+
+    def conv(x, w, b):
+        return F.conv2d(x, w[e].t().unflatten(1, (-1, k, k)), None if b is None else b[e], padding=k // 2)
+
+    hidden = conv(x.view(-1, 2, 3, 3), bank.w_in, bank.b_in)
+    gate, up = hidden.chunk(2, dim=1)
+    hidden = F.silu(gate) * up if act == "swiglu" else ACTIVATIONS[act](hidden)
+    return conv(hidden, bank.w_out, bank.b_out).flatten(1)
+
+
+def stacked_expert(bank, e, x, act):
+    b_in, b_out = (None if b is None else b[e] for b in (bank.b_in, bank.b_out))
+    return mlp(x, act, bank.w_in[e], b_in, bank.w_out[e], b_out)
+
+
+ONE = {"lora": lora_expert, "conv": conv_expert, "upcycle": stacked_expert}
+
+
+@kinds
+def test_outputs_and_gradients_are_those_of_a_plain_loop(name, act, bias):
+    """Of 5, 0, 1 and 3 rows, and two that belong to no expert and come back as exactly 0."""
+    bank = shaken(build(name, activation=act, bias=bias)[1].experts)
+    x = torch.randn(11, DIM, dtype=torch.float64, requires_grad=True)
+    towards = torch.randn(11, DIM, dtype=torch.float64)
+    parts = [ONE[name](bank, e, rows, act) for e, rows in enumerate(x.split([5, 0, 1, 3, 2])[:4])]
+    expected = torch.cat([*parts, torch.zeros(2, DIM)])
+    found = bank(x, torch.tensor([5, 0, 1, 3]))
+    torch.testing.assert_close(found, expected)
+    assert not found[9:].any()
+    leaves = [x, *bank.parameters()]
+    grads = [torch.autograd.grad((y * towards).sum(), leaves, retain_graph=True) for y in (found, expected)]
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("kernel", [1, 5, 7])
+def test_windows_of_every_size(kernel):
+    """Also of those that are wider than the picture."""
+    bank = shaken(build("conv", settings=[f"conv.kernel={kernel}"])[1].experts)
+    x = torch.randn(6, DIM, dtype=torch.float64)
+    expected = torch.stack([conv_expert(bank, e, x, "relu", kernel) for e in range(4)])
+    torch.testing.assert_close(bank.outputs(x), expected)
+
+
+@kinds
+def test_outputs_are_those_of_every_expert_on_the_same_tokens(name, act, bias):
+    bank = shaken(build(name, activation=act, bias=bias)[1].experts)
+    x = torch.randn(5, DIM, dtype=torch.float64)
+    expected = torch.stack([ONE[name](bank, e, x, act) for e in range(4)])
+    torch.testing.assert_close(bank.outputs(x), expected)
+    assert bank.outputs(x[:0]).shape == (4, 0, DIM)
+
+
+@banks
+def test_expert_grad_is_the_mean_over_an_experts_own_tensors(name):
+    """What is shared belongs to no expert; an expert without tokens has 0."""
+    bank = shaken(build(name, bias=True)[1].experts)
+    assert bank.expert_grad().tolist() == [0, 0, 0, 0]
+    bank(torch.randn(6, DIM, dtype=torch.float64), torch.tensor([3, 0, 2, 1])).square().sum().backward()
+    own = {"lora": ("a_in", "b_in", "a_out", "b_out")}.get(name, ("w_in", "w_out", "b_in", "b_out"))
+    grads = [getattr(bank, tensor).grad for tensor in own]
+    expected = [sum(float(grad[e].abs().mean()) for grad in grads) / 4 for e in range(4)]
+    assert bank.expert_grad().tolist() == pytest.approx(expected, rel=1e-5)
+    assert expected[1] == 0 < expected[0]
+
+
+def test_expert_grad_of_one_number_an_expert_and_of_another_axis():
+    class Scales(Experts):
+        def __init__(self):
+            super().__init__()
+            self.expert_param("scale", (3,), fresh=lambda shape, generator=None: torch.ones(shape), role="output")
+            self.expert_param("w", (2, 3), fresh=lambda shape, generator=None: torch.ones(shape), role="in", axis=1)
+
+    bank = Scales()
+    bank.scale.grad = torch.tensor([1.0, -2.0, 0.0])
+    bank.w.grad = torch.tensor([[2.0, 0.0, 4.0], [-4.0, 0.0, 4.0]])
+    assert bank.expert_grad().tolist() == [2.0, 1.0, 2.0]
+
+
+def test_a_shared_mlp_that_is_not_trained_gets_no_gradient():
+    _, layer = build("lora", settings=["lora.train_base=false"], bias=True)
+    layer(torch.randn(9, DIM)).square().sum().backward()
+    trained = {name for name, parameter in layer.experts.named_parameters() if parameter.requires_grad}
+    assert trained == {"a_in", "b_in", "a_out", "b_out"}
+    assert layer.experts.enter.weight.grad is None
+
+
+# -- growth, states, precision ---------------------------------------------------------------------
+
+
+def trained(name, source="clone", steps=3, **spec):
+    engine, layer = build(name, f"topk,switch_aux,{source}", **spec)
+    optimizer = adam(layer, 1e-2)
+    for _ in range(steps):
+        step(engine, layer, optimizer)
+    return engine, layer, optimizer
+
+
+def step(engine, layer, optimizer):
+    (layer(torch.randn(32, DIM)).square().mean() + engine.aux_loss()).backward()
+    engine.after_backward()
+    optimizer.step()
+    engine.after_step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("source", ["clone", "random", "split"])
+@kinds
+def test_a_bank_grows_and_learns_on(name, act, bias, source):
+    """Old experts stay bit for bit (but for a parent that `split` moves), the newcomer is the source's."""
+    engine, layer, optimizer = trained(name, source, activation=act, bias=bias)
+    x = torch.randn(7, DIM)
+    before = layer.experts.outputs(x).detach()
+    engine.grow(Growth("moe", (1,)), optimizer)
+    after = layer.experts.outputs(x).detach()
+    kept = [0, 2, 3] if source == "split" else [0, 1, 2, 3]
+    assert (len(after), torch.equal(after[kept], before[kept])) == (5, True)
+    far = float((after[4] - before[1]).norm() / before[1].norm())
+    assert far > 0.2 if source == "random" and name != "lora" else 0 < far < 0.5
+    for _ in range(2):
+        step(engine, layer, optimizer)
+    engine.grow(Growth("moe", drop=(0, 4)), optimizer)
+    step(engine, layer, optimizer)
+    assert layer.experts.outputs(x).shape == (3, 7, DIM)
+
+
+def test_a_newcomer_of_lora_that_is_drawn_anew_is_the_shared_mlp():
+    engine, layer, optimizer = trained("lora", "random")
+    engine.grow(Growth("moe", (1,)), optimizer)
+    bank, x = layer.experts, torch.randn(7, DIM)
+    torch.testing.assert_close(bank.outputs(x)[4], bank.leave(bank.enter(x).relu()))
+    assert bank.a_in[4].any()
+    assert not bank.b_in[4].any()
+
+
+@banks
+def test_a_state_comes_back_at_another_number_of_experts(name, tmp_path):
+    engine, layer, optimizer = trained(name, bias=True)
+    engine.grow(Growth("moe", (1, 2)), optimizer)
+    step(engine, layer, optimizer)
+    save(tmp_path / "state.safetensors", model=layer, optimizer=optimizer, engine=engine)
+    other, twin, optimizer_too = trained(name, bias=True, steps=0)
+    load(tmp_path / "state.safetensors", model=twin, optimizer=optimizer_too, engine=other)
+    x = torch.randn(9, DIM)
+    assert torch.equal(twin.eval()(x), layer.eval()(x))
+    assert twin.experts.state_dict().keys() == layer.experts.state_dict().keys()
+    for one, opt, run in ((layer, optimizer, engine), (twin, optimizer_too, other)):
+        torch.manual_seed(1)
+        step(run, one.train(), opt)
+    assert torch.equal(twin.eval()(x), layer.eval()(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@kinds
+def test_any_precision(name, act, bias, dtype):
+    """Near what float64 answers; gradients are finite and of the layer's own precision."""
+    layer = build(name, activation=act, bias=bias)[1].double()
+    x = torch.randn(3, 5, DIM).to(dtype).double()
+    expected = layer.eval()(x)
+    found = layer.to(dtype)(x.to(dtype))
+    found.float().square().mean().backward()
+    close = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float64: 1e-12}[dtype]
+    assert found.dtype == dtype
+    if dtype != torch.bfloat16:  # whose rounded weights may choose other experts
+        torch.testing.assert_close(found.double(), expected, rtol=close, atol=close)
+    assert all(p.grad.isfinite().all() and p.grad.dtype == dtype for p in layer.experts.parameters())
+
+
+@banks
+def test_autocast(name):
+    layer = build(name, bias=True)[1]
+    x = torch.randn(15, DIM)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer(x)
+    found.float().sum().backward()
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), layer(x), rtol=0.1, atol=0.1)
+
+
+@banks
+def test_no_token_and_experts_without_tokens_are_safe(name):
+    layer = build(name, bias=True)[1]
+    assert layer(torch.zeros(0, DIM)).shape == (0, DIM)
+    layer(torch.randn(1, DIM)).sum().backward()  # two of four experts have none
+    assert all(parameter.grad.isfinite().all() for parameter in layer.experts.parameters())
+
+
+@banks
+def test_the_forward_compiles_whole(name):
+    """Values and gradients are those of the eager forward."""
+    layer = build(name, bias=True)[1].double()
+    x, parameters = torch.randn(16, DIM, dtype=torch.float64), list(layer.experts.parameters())
+    eager, compiled = layer(x), torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(compiled, eager)
+    expected, found = (torch.autograd.grad(y.square().sum(), parameters) for y in (eager, compiled))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", ["lora", "conv"])
+def test_another_output_width(name):
+    engine = Engine(f"topk,{name}", SETTINGS[name], experts=4, top_k=2)
+    assert engine.moe(DIM, HIDDEN, out=27)(torch.randn(5, DIM)).shape == (5, 27)
+
+
+# -- upcycling ---------------------------------------------------------------------------------------
+
+
+def dense_answer(dense, x, act, bias):
+    if act == "swiglu":
+        return F.linear(F.silu(F.linear(x, dense["w_gate"])) * F.linear(x, dense["w_in"]), dense["w_out"])
+    b_in, b_out = (dense["b_in"], dense["b_out"]) if bias else (None, None)
+    return F.linear(ACTIVATIONS[act](F.linear(x, dense["w_in"], b_in)), dense["w_out"], b_out)
+
+
+@pytest.mark.parametrize(("act", "bias"), [("relu", False), ("relu", True), ("gelu", True), ("swiglu", False)])
+@pytest.mark.parametrize("top_k", [2, 4])
+def test_a_layer_at_birth_is_the_dense_network(dense, act, bias, top_k):
+    """topk with two or more choices has gates that sum to 1."""
+    names = ["upcycle.b_in=b_in", "upcycle.b_out=b_out"] if bias else []
+    _, layer = build("upcycle", settings=names, activation=act, bias=bias, top_k=top_k)
+    x = torch.randn(40, DIM)
+    expected = dense_answer(dense, x, act, bias)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
+
+
+def test_a_layer_whose_gates_do_not_sum_to_1_is_the_dense_network_times_their_sum(dense):
+    _, layer = build("upcycle", top_k=1)
+    x = torch.randn(40, DIM)
+    gate = layer.router.score(layer.tokens(x))[0].softmax(-1).amax(-1, keepdim=True)
+    torch.testing.assert_close(layer(x), gate * dense_answer(dense, x, "relu", bias=False))
+
+
+def test_biases_that_the_file_does_not_give_begin_at_zero():
+    bank = build("upcycle", settings=["upcycle.b_out=b_out"], bias=True)[1].experts
+    assert not bank.b_in.any()
+    assert bank.b_out.any()
+
+
+def test_half_precision_is_read_and_tensors_of_other_names_are_left_alone(dense):
+    tensors = {f"mlp.{name}_proj": dense[f"w_{name}"].bfloat16() for name in ("in", "out")}
+    save_file({**tensors, "huge": torch.zeros(3, dtype=torch.int8)}, "half.safetensors")
+    settings = ["upcycle.file=half.safetensors", "upcycle.w_in=mlp.in_proj", "upcycle.w_out=mlp.out_proj"]
+    bank = build("upcycle", settings=settings)[1].experts
+    assert torch.equal(bank.w_in[3], tensors["mlp.in_proj"].float().t())
+    assert bank.w_in.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["upcycle", "lora"])
+def test_equal_experts_are_no_router_that_cannot_learn(name):
+    """Their gates move with the logits; only the gradients cancel, until the experts have parted."""
+    engine, layer = build(name)
+    engine.check_learning(lambda: layer(torch.ones(9, DIM).cumsum(0)).square().mean())
+
+
+FILES = {
+    "unset": (["file=none"], "upcycle needs the file of a dense network; set upcycle.file"),
+    "absent": (["file=a.safetensors"], "upcycle: a.safetensors can't be read as a safetensors file: .*No such file"),
+    "folder": (["file=."], r"upcycle: \. can't be read as a safetensors file: "),
+    "no safetensors": (["file=text"], "upcycle: text can't be read as a safetensors file: .*header"),
+    "cut short": (["file=cut"], "upcycle: cut can't be read as a safetensors file: "),
+    "no tensor": (
+        ["w_in=w_im"],
+        r"upcycle: dense.safetensors holds no tensor 'w_im'; did you mean 'w_in'\?",
+    ),
+    "shape": (
+        ["w_in=w_out"],
+        r"upcycle: tensor 'w_out' of dense.safetensors is \[18, 6\] of torch.float32; "
+        r"the layer needs \[6, 18\] of real numbers, \[out, in\]",
+    ),
+    "whole numbers": (
+        ["file=whole"],
+        r"upcycle: tensor 'w_in' of whole is \[6, 18\] of torch.int64; .* of real numbers",
+    ),
+    "biases": (["b_in=b_in"], "upcycle.b_in and upcycle.b_out name biases, but the layer has none; build it with"),
+}
+
+
+@pytest.mark.parametrize(("settings", "expected"), FILES.values(), ids=FILES)
+def test_a_file_that_is_none_is_refused_in_one_sentence(tmp_path, settings, expected):
+    (tmp_path / "text").write_text("no tensors", "utf-8")
+    (tmp_path / "cut").write_bytes((tmp_path / "dense.safetensors").read_bytes()[:-9])
+    save_file({"w_in": torch.zeros(HIDDEN, DIM, dtype=torch.int64)}, "whole")
+    with pytest.raises(UsageError) as error:
+        build("upcycle", settings=[f"upcycle.{one}" for one in settings])
+    assert re.match(expected, str(error.value))
+    assert "\n" not in str(error.value)
+
+
+MIXES = {
+    "conv": (
+        "conv",
+        {},
+        ["conv.channels=4"],
+        "conv.channels=4: a token of 18 numbers is no picture of",
+    ),
+    "conv's output": ("conv", {"out": 20}, [], "conv: an output of 20 numbers is no number of pictures of 9 pixels"),
+    "conv's window": ("conv", {}, ["conv.kernel=2"], r"experts 'conv': 'kernel' must be in \(1, 3, 5, 7\)"),
+    "lora's strength": ("lora", {}, ["lora.alpha=0"], "experts 'lora': 'alpha' must be >= 1e-06: 0"),
+    "swiglu's biases": ("upcycle", {"activation": "swiglu", "bias": True}, [], "upcycle can't give biases to a swiglu"),
+}
+
+
+@pytest.mark.parametrize(("name", "spec", "settings", "expected"), MIXES.values(), ids=MIXES)
+def test_what_makes_no_sense_is_refused_in_one_sentence(name, spec, settings, expected):
+    with pytest.raises(UsageError, match=expected):
+        build(name, settings=settings, **spec)
+
+
+def test_a_source_that_silences_newcomers_is_refused_beside_lora():
+    with pytest.raises(UsageError, match="zero_output can't silence a newcomer of lora"):
+        build("lora", "topk,zero_output")
+
+
+def test_two_banks_for_one_layer_are_refused():
+    with pytest.raises(UsageError, match="a layer has one bank of experts, but 'conv' and 'lora' bring one; choose"):
+        build("lora", "topk,conv", ["conv.channels=2"])
+
+
+# -- a run -------------------------------------------------------------------------------------------
+
+
+@banks
+def test_a_run_learns_the_digits_and_grows(tmp_path, name):
+    """Three epochs, an expert more at steps 20, 40 and 60."""
+    save_file({"w_in": torch.randn(64, 64) / 8, "w_out": torch.randn(64, 64) / 8}, "dense.safetensors")
+    settings = {"schedule": {"every": 20}} | ({"upcycle": {"file": "dense.safetensors"}} if name == "upcycle" else {})
+    plugins = (name, "switch_aux", "schedule", "clone")
+    config = RunConfig(plugins=plugins, epochs=3, experts=4, no_plugin=("plots", "html"))
+    summary = Training(config, settings, tmp_path / "run").run().summary
+    assert summary["accuracy"] >= 0.85
+    assert summary["layers"][0]["experts"] == 4 + len(summary["growths"]) > 4
