@@ -303,9 +303,9 @@ def causal_problem(spec: Any, router: str, allowed: bool) -> str | None:
     )
 
 
-def groups_problem(spec: Any, groups: int, kept: int) -> str | None:
-    """Why `keep_best_groups` can't be used with these sizes, or None; one group is no limit."""
-    if spec.experts % groups:
+def groups_problem(spec: Any, groups: int, kept: int, equal: bool = True) -> str | None:
+    """Why a token can't choose K experts in the best `kept` of these groups, or None. equal: of one size."""
+    if equal and spec.experts % groups:
         return f"groups={groups} does not divide {spec.experts} experts"
     if kept > groups:
         return f"groups_kept={kept} is more than groups={groups}"

@@ -24,11 +24,7 @@ class Saturation:
 
     needs = ("logits", "load")
     form: str = option("log", help="log works; published is kept for study", choices=("log", "published"))
-    signal: str | None = option(
-        None,
-        help="gradient mass or weight gradients; unset: mass for log, weights for published",
-        choices=("mass", "weights"),
-    )
+    signal: str | None = option(None, help="unset: mass for log, weights for published", choices=("mass", "weights"))
     beta: float | None = option(None, help="strength; unset: 1 for log, 0.5 for published", min=0)
     decay: float = option(0.9, help="memory of the running mean", min=0, max=1)
     eps: float = option(1e-6, help="smallest relative signal that log sees", min=1e-30)

@@ -4,7 +4,7 @@ import attrs
 import torch
 from torch import nn
 
-from moe_engine import ACTIVATIONS, Experts, grouped_linear, hookimpl, option, row_counts, uniform
+from moe_engine import ACTIVATIONS, Experts, grouped_linear, hookimpl, option, row_counts, uniform, zeros
 
 
 @attrs.define(eq=False)
@@ -56,7 +56,3 @@ class LoraExperts(Experts):
 
     def _change(self, x, a, b, counts):
         return self.scale * grouped_linear(grouped_linear(x, a, None, counts), b, None, counts)
-
-
-def zeros(shape, generator=None):
-    return torch.zeros(shape)

@@ -3,7 +3,7 @@
 import attrs
 import torch
 
-from moe_engine import LevelSpec, Router, UsageError, assign, hookimpl, linear_logits, option, uniform
+from moe_engine import LevelSpec, Router, UsageError, assign, groups_problem, hookimpl, linear_logits, option, uniform
 
 
 @attrs.define(eq=False)
@@ -12,8 +12,8 @@ class Hierarchical:
 
     p_i = G_g(x) G_i|g(x): softmax over groups times softmax within the group of expert i. The gate is
     that product, at each level divided by the sum over what is picked there; a level at which a token
-    picks only one keeps its raw probability, because a normalised single gate gives no gradient.
-    Groups may differ in size. Biases act on each level; losses see p over all experts.
+    picks only one keeps its raw probability, because a normalised single gate gives no gradient. Groups may
+    differ in size. Biases act on each level; losses see p over all experts.
 
     Source: Shazeer et al., 2017, appendix B.
     """
@@ -23,17 +23,8 @@ class Hierarchical:
 
     @hookimpl
     def moe_check(self, setup):
-        spec, groups = setup.spec, setup.sizes.get("group", self.groups)
-        if self.groups_kept > groups:
-            return f"hierarchical.groups_kept={self.groups_kept} is more than groups={groups}"
-        if spec.top_k % self.groups_kept:
-            return f"top_k={spec.top_k} is not a multiple of hierarchical.groups_kept={self.groups_kept}"
-        if spec.experts // groups < spec.top_k // self.groups_kept:
-            return (
-                f"{groups} groups of {spec.experts} experts hold too few for "
-                f"{spec.top_k // self.groups_kept} picks in each; lower hierarchical.groups or raise groups_kept"
-            )
-        return None
+        groups = setup.sizes.get("group", self.groups)
+        return groups_problem(setup.spec, groups, self.groups_kept, equal=False)
 
     @hookimpl
     def moe_router(self, spec):
@@ -43,25 +34,21 @@ class Hierarchical:
 class TwoLevelRouter(Router):
     def __init__(self, spec, groups, groups_kept):
         super().__init__()
-        self.top_k, self.groups_kept = spec.top_k, groups_kept
-        fresh = uniform(spec.dim)
+        self.picks, self.groups_kept, fresh = spec.top_k // groups_kept, groups_kept, uniform(spec.dim)
         self.expert_param("group_rows", (groups, spec.dim), fresh=fresh, role="logit_row", of="group")
         self.expert_param("rows", (spec.experts, spec.dim), fresh=fresh, role="logit_row")
         self.expert_buffer("group_of", torch.arange(spec.experts) * groups // spec.experts, values="group")
 
     def settle(self, staged, plans):
-        groups = staged.get("group_rows", self.group_rows).shape[0]
         group_of = staged.get("group_of", self.group_of)
-        sizes = group_of[group_of >= 0].bincount(minlength=groups)
-        picks = self.top_k // self.groups_kept
-        if len(sizes) < self.groups_kept or sizes.min() < picks:
-            raise UsageError(f"{self.groups_kept} groups of at least {picks} experts each must remain")
+        sizes = group_of[group_of >= 0].bincount(minlength=len(staged.get("group_rows", self.group_rows)))
+        if len(sizes) < self.groups_kept or sizes.min() < self.picks:
+            raise UsageError(f"{self.groups_kept} groups of at least {self.picks} experts each must remain")
 
     @property
     def levels(self):
-        picks = self.top_k // self.groups_kept
-        groups, experts = self.group_rows.shape[0], self.rows.shape[0]
-        return LevelSpec("group", groups, self.groups_kept), LevelSpec("expert", experts, picks)
+        group = LevelSpec("group", len(self.group_rows), self.groups_kept)
+        return group, LevelSpec("expert", len(self.rows), self.picks)
 
     def unit_of(self, level):
         return self.group_of if level == "group" else None
@@ -74,19 +61,15 @@ class TwoLevelRouter(Router):
 
     def select(self, tokens, levels):
         group, leaf = levels
-        picks = self.top_k // self.groups_kept
         group_TG = group.biased.softmax(-1)
         inside_GE = torch.arange(group_TG.shape[1], device=self.group_of.device)[:, None] == self.group_of
-        inside_TE = (
-            leaf.biased[:, None].masked_fill(~inside_GE, -torch.inf).softmax(-1).sum(1)
-        )  # G_i|g of its own group
-        probs_TE = group_TG[:, self.group_of] * inside_TE
-
+        inside_TE = leaf.biased[:, None].masked_fill(~inside_GE, -torch.inf).softmax(-1).sum(1)  # G_i|g
         best_TM = group.select_by(group.biased).topk(self.groups_kept, dim=-1).indices
         leaf_TE = leaf.select_by(leaf.biased)
-        expert_TMP = leaf_TE[:, None].masked_fill(~inside_GE[best_TM], -torch.inf).topk(picks, dim=-1).indices
+        expert_TMP = leaf_TE[:, None].masked_fill(~inside_GE[best_TM], -torch.inf).topk(self.picks, dim=-1).indices
         outer_TM = _normalised(group_TG.gather(-1, best_TM))
         inner_TMP = _normalised(inside_TE.gather(-1, expert_TMP.flatten(1)).view_as(expert_TMP))
+        probs_TE = group_TG[:, self.group_of] * inside_TE
         return probs_TE, assign((outer_TM[..., None] * inner_TMP).flatten(1), expert_TMP.flatten(1), tokens)
 
 

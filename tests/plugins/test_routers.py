@@ -129,7 +129,7 @@ def test_hierarchical_biases_act_on_each_level_and_compete_inside_a_group():
     [
         (["hierarchical.groups_kept=3"], {}, "more than groups"),
         (["hierarchical.groups=4", "hierarchical.groups_kept=3"], {"top_k": 4}, "not a multiple"),
-        (["hierarchical.groups=8"], {}, "hold too few"),
+        (["hierarchical.groups=8"], {}, "hold fewer than top_k=2"),
     ],
 )
 def test_hierarchical_shapes_that_do_not_fit_are_refused(settings, spec, sentence):
