@@ -213,6 +213,16 @@ class MoE(nn.Module):
             found.append(bias.signal(grad_TD, token_N, unit_N, weight_N).float().view(-1))
         return torch.cat(found)
 
+    def step_load(self, routing: Routing) -> Tensor:
+        """[E]: a forward's load and what this process's backwards of this step have counted so far.
+
+        A forward that is recomputed in its own backward gets the same answer again.
+        """
+        booked = self.book.grad if hasattr(self, "book") else None  # there is none in the first rehearsal
+        if booked is None:
+            return routing.load
+        return routing.load + unflat(booked.detach(), self.training_layout)["load"]
+
     # -- building --------------------------------------------------------------------------------
 
     def _rehearse(self) -> None:
@@ -381,6 +391,7 @@ def _after_load(layer: MoE, _: Any) -> None:
     """The tensors that were loaded may be of another number of experts."""
     if layer._sizes() != layer.sizes:
         old = layer.book
+        old.grad = None  # counts of experts that are gone
         layer.refit()
         retire(old)
         forget_old_shapes(layer.parameters())
