@@ -15,7 +15,7 @@ class GShard:
     Source: Lepikhin et al., 2020, algorithm 1.
     """
 
-    needs = ("probs", "load", "picks")
+    needs = ("probs", "load")
     balanced = 1.0
     weight: float = option(0.01, help="coefficient", min=0)
 

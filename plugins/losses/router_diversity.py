@@ -19,7 +19,6 @@ class RouterDiversity:
     Sources: Omi et al., 2025 (SimBal); Guo et al., 2024 (DynMoE), for the Frobenius norm.
     """
 
-    needs = ("logits",)
     balanced = None
     weight: float = option(0.1, help="coefficient", min=0)
     norm: str = option("l1", help="norm of the difference", choices=("l1", "frobenius"))

@@ -3,7 +3,7 @@
 import attrs
 import torch
 
-from moe_engine import hookimpl
+from moe_engine import UsageError, hookimpl
 
 
 @attrs.define(eq=False)
@@ -25,6 +25,8 @@ class CoActivation:
 
     @hookimpl
     def moe_measure(self, routing):
+        if routing.slots is not None:
+            raise UsageError("co_activation counts choices; this router makes none, it mixes all tokens; leave it away")
         chosen_TE = routing.chosen()
         return {"pairs": chosen_TE.T @ chosen_TE}
 

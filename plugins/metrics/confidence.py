@@ -43,7 +43,7 @@ class Seen(Level):
 def margin(probe, router):
     """The mean margin over the real tokens of a routing, or nan."""
     levels = tuple(Seen(level.name, level.logits, level.biased, level.bias) for level in probe.levels)
-    if len(levels) != 1 or router.levels[0].picks >= probe.experts:
+    if len(levels) != 1 or not 0 < router.levels[0].picks < probe.experts:
         return math.nan
     with evaluating(router):
         router.select(probe.tokens, levels)

@@ -38,7 +38,7 @@ class Csv:
 
 def _row(record, layer):
     head = {name: record.get(name) for name in ("split", "step", "epoch")}
-    own = {name: value for name, value in record.items() if name not in head}
+    own = {name: value for name, value in record.items() if name not in (*head, "layers")}
     return {**head, "layer": layer, **_single(own), **_single(record["layers"][layer])}
 
 

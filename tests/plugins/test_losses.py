@@ -2,13 +2,14 @@
 
 import math
 
+import attrs
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from moe_engine import Engine, Finding, UsageError
+from moe_engine import Engine, Finding, LinearRouter, UsageError, assign, hookimpl
 from moe_engine.manager import Setup
 
 E = 4
@@ -202,6 +203,45 @@ def test_importance_of_one_expert_and_of_no_token_is_zero():
     nothing, grad = term("importance_cv2", RANDOM, 2, torch.zeros(12, dtype=torch.bool))
     assert float(nothing) == 0
     assert grad.isfinite().all()
+
+
+class Chancy(LinearRouter):
+    """Top-k whose noise would be a coin: every expert's chance is its probability."""
+
+    def select(self, tokens, levels):
+        p = levels[0].biased.softmax(-1)
+        expert = levels[0].select_by(p).topk(self.top_k, dim=-1).indices
+        return p, assign(p.gather(-1, expert), expert, tokens, lambda: p)
+
+
+@attrs.define(eq=False)
+class ChancyPlugin:
+    gives = ("logits", "probs", "load", "picks", "smooth_load")
+
+    @hookimpl
+    def moe_router(self, spec):
+        return Chancy(spec)
+
+
+def test_load_cv2_is_that_of_the_smooth_load_of_real_tokens(install):
+    install("router", "chancy", ChancyPlugin)
+    layer = Engine("chancy,load_cv2", experts=E, top_k=1).moe(E, 4)
+    with torch.no_grad():
+        layer.router.rows[:] = torch.eye(E)
+    mask = torch.arange(12) < 9
+    value = layer.aux_terms(layer.route(layer.tokens(RANDOM, mask)))["load_cv2"]
+    v = softmax(RANDOM[:9]).sum(0)
+    assert float(value.detach()) == pytest.approx(np.var(v) / np.mean(v) ** 2)
+    value.backward()
+    assert layer.router.rows.grad.abs().sum() > 0
+
+
+def test_load_cv2_needs_an_estimate_with_a_gradient_and_a_choice(install):
+    with pytest.raises(UsageError, match="loss 'load_cv2' needs an estimate of the load that has a gradient"):
+        built("load_cv2")
+    install("router", "chancy", ChancyPlugin)
+    with pytest.raises(UsageError, match="every token takes all 4 experts"):
+        Engine("chancy,load_cv2", experts=4, top_k=4).moe(6, 8)
 
 
 # -- sequence_aux --------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Metrics: published golden values, extremes, and verdicts."""
 
+import functools
 import math
 
 import attrs
@@ -260,15 +261,28 @@ def test_balance_of_a_router_that_assigns_nothing_is_its_share_of_the_mass():
 # -- what changes over time ------------------------------------------------------------------------------
 
 
-def chose(*experts, of=4, mask=None):
-    """The routing of tokens that chose these experts, a tuple each."""
-    layer = Engine("topk", experts=of, top_k=len(experts[0])).moe(of, 4)
+@functools.cache
+def chooser(experts, top_k):
+    """(engine, a layer whose raw logits are its input)."""
+    engine = Engine("co_activation" if top_k > 1 else "topk", experts=experts, top_k=top_k)
+    layer = engine.moe(experts, 4).eval()
     with torch.no_grad():
-        layer.router.rows[:] = torch.eye(of)
+        layer.router.rows[:] = torch.eye(experts)
+    return engine, layer
+
+
+def wish(experts, of):
+    """Logits of tokens that choose these experts, a tuple each."""
     logits = torch.zeros(len(experts), of)
     for token, own in zip(logits, experts, strict=True):
         token[list(own)] = 9.0
-    return layer.route(layer.tokens(logits, mask))
+    return logits
+
+
+def chose(*experts, of=4, mask=None):
+    """The routing of tokens that chose these experts."""
+    _, layer = chooser(of, len(experts[0]))
+    return layer.route(layer.tokens(wish(experts, of), mask))
 
 
 def test_churn_is_the_share_of_choices_that_changed():
@@ -372,9 +386,8 @@ def weights_alike(layer):
 def test_weight_similarity_is_the_mean_cosine_of_all_weights():
     layer = Engine("topk", experts=3, bias=True).moe(4, 5)
     flat = np.stack([np.concatenate([p[e].detach().numpy().ravel() for p in layer.experts.parameters()]) for e in range(3)])
-    cosine = np.corrcoef(flat - flat.mean(1, keepdims=True)) * 0 + flat @ flat.T
     norm = np.linalg.norm(flat, axis=1)
-    cosine = cosine / norm[:, None] / norm
+    cosine = flat @ flat.T / norm[:, None] / norm
     assert weights_alike(layer) == {"weight_similarity": pytest.approx(np.mean(cosine[np.triu_indices(3, 1)]), rel=1e-5)}
 
 
@@ -440,21 +453,14 @@ def test_cka_of_answers_that_are_all_the_same_is_undefined():
 
 
 def together(*experts, of=4):
-    engine = Engine("co_activation", experts=of, top_k=len(experts[0]))
-    layer = engine.moe(of, 4).eval()
-    with torch.no_grad():
-        layer.router.rows[:] = torch.eye(of)
-    logits = torch.zeros(len(experts), of)
-    for token, own in zip(logits, experts, strict=True):
-        token[list(own)] = 9.0
-    layer(logits)
+    engine, layer = chooser(of, len(experts[0]))
+    layer(wish(experts, of))
     return engine.metrics("eval")["moe0"]
 
 
 def test_co_activation_is_the_share_of_one_experts_tokens_that_the_other_got_too():
     got = together((0, 1), (0, 1), (0, 2))
-    nan = pytest.approx(math.nan, nan_ok=True)
-    expected = [[1, 2 / 3, 1 / 3, 0], [1, 1, 0, 0], [1, 0, 1, 0], [nan, nan, nan, nan]]
+    expected = [[1, 2 / 3, 1 / 3, 0], [1, 1, 0, 0], [1, 0, 1, 0], [math.nan] * 4]
     assert got["co_activation"].tolist() == [pytest.approx(row, nan_ok=True) for row in expected]
     assert float(got["co_activation_max"]) == 1
 
@@ -501,3 +507,72 @@ def test_new_metrics_answer_together_and_leave_the_layer_as_it_was():
     assert all(math.isfinite(float(got[name])) for name in (*names, "co_activation_max"))
     assert float(got["router_saturation"]) == pytest.approx(1 - float(got["churn"]))
     assert got["churn"] > 0
+
+
+def test_a_counting_metric_is_refused_by_a_router_that_makes_no_choices(install):
+    from moe_engine import LevelSpec, Router, Slots, hookimpl
+
+    class Mixer(Router):
+        """One slot an expert, the mean of all tokens."""
+
+        def __init__(self, spec):
+            super().__init__()
+            self.expert_param("phi", (spec.experts, spec.dim), fresh=lambda s, generator=None: torch.randn(s), role="state")
+
+        @property
+        def levels(self):
+            return (LevelSpec("slot", self.phi.shape[0], 0),)
+
+        def score(self, tokens):
+            return (tokens.x @ self.phi.T,)
+
+        def select(self, tokens, levels):
+            combine_TE = levels[0].biased.softmax(-1)
+            mix_TE = levels[0].biased.softmax(0)
+            return combine_TE, Slots(mix_TE[None, ..., None], combine_TE[None, ..., None])
+
+    @attrs.define(eq=False)
+    class Plugin:
+        gives = ("probs",)
+
+        @hookimpl
+        def moe_router(self, spec):
+            return Mixer(spec)
+
+    install("router", "mixer", Plugin)
+    for name in ("churn", "router_saturation", "co_activation", "output_similarity"):
+        with pytest.raises(UsageError, match=f"{name} co.*this router m.*all"):
+            Engine(f"mixer,{name}", experts=4).moe(6, 8)
+    engine = Engine("mixer,confidence", experts=4)
+    layer = engine.moe(6, 8).eval()
+    x = torch.randn(5, 6)
+    layer(x)
+    got = engine.metrics("eval", lambda: layer(x).square().mean())["moe0"]
+    mass = layer.route(layer.tokens(x)).probs.mean(0)
+    torch.testing.assert_close(got["mass"].float(), mass.detach())
+    assert not {"load", "cv", "churn"} & got.keys()
+    assert got["confidence"] > 0.25
+    assert math.isnan(got["margin"])
+
+
+def test_memories_survive_a_checkpoint_and_begin_anew_with_a_growth():
+    from moe_engine import Growth
+
+    engine = Engine("topk,churn,router_saturation,clone", experts=4)
+    layer = engine.moe(6, 8, name="moe").eval()
+    x = torch.randn(30, 6)
+
+    def measured(one, own):
+        own(x)
+        return one.metrics("eval", lambda: own(x).square().mean())["moe"]
+
+    assert math.isnan(measured(engine, layer)["churn"])
+    twin = Engine("topk,churn,router_saturation,clone", experts=4)
+    copy = twin.moe(6, 8, name="moe").eval()
+    copy.load_state_dict(layer.state_dict())
+    twin.load_state_dict(engine.state_dict())
+    assert measured(twin, copy)["churn"] == 0
+    assert len(measured(twin, copy)["router_saturation_curve"]) == 2
+    twin.grow(Growth("moe", parents=(0,)))
+    assert math.isnan(measured(twin, copy)["churn"])
+    assert len(measured(twin, copy)["router_saturation_curve"]) == 1
