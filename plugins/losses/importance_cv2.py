@@ -20,7 +20,9 @@ class ImportanceCV2:
     needs = ("probs", "load")
     balanced = 0.0
     weight: float = option(0.1, help="coefficient", min=0)
-    of: str = option("gates", help="what is summed: gates after top-k, or all probabilities", choices=("gates", "probs"))
+    of: str = option(
+        "gates", help="what is summed: gates after top-k, or all probabilities", choices=("gates", "probs")
+    )
 
     @hookimpl
     def moe_check(self, setup):

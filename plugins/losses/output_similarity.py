@@ -4,7 +4,7 @@ import attrs
 import torch
 from torch.nn.functional import normalize
 
-from moe_engine import UsageError, at_least_fp32, hookimpl, option
+from moe_engine import at_least_fp32, hookimpl, option
 
 
 @attrs.define(eq=False)
@@ -20,6 +20,7 @@ class OutputSimilarity:
     Source: this project, after Guo et al., 2025 (orthogonality loss), whose norm is not given.
     """
 
+    needs = ("choices",)
     balanced = None
     weight: float = option(0.01, help="coefficient", min=0)
     tokens: int = option(64, help="tokens of a forward on which outputs are compared", min=1)
@@ -32,8 +33,6 @@ class OutputSimilarity:
 
     @hookimpl
     def moe_aux_loss(self, routing, layer):
-        if routing.slots is not None:
-            raise UsageError("output_similarity compares the experts that a token chose; this router mixes all of them")
         at_S = spread(routing.tokens, self.tokens)
         x_SD = routing.tokens.x[at_S]
         x_SD = x_SD.to(next(layer.experts.parameters(), x_SD))  # autocast is off here

@@ -37,7 +37,9 @@ class RouterDiversity:
     def moe_aux_loss(self, layer):
         axes = {name: axis for name, axis in layer.router.axes.items() if axis.role == "logit_row"}
         if not axes:
-            raise UsageError("router_diversity acts on nothing: the router has no tensor of the role logit_row")
+            raise UsageError(
+                "router_diversity needs rows of the role logit_row; choose another router, or leave it away"
+            )
         return {name: self._distance(getattr(layer.router, name).movedim(axis.axis, 0)) for name, axis in axes.items()}
 
     def _distance(self, rows_ED):

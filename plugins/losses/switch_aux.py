@@ -23,7 +23,7 @@ class SwitchAux:
     @hookimpl
     def moe_check(self, setup):
         if "loss_free" in setup.plugins and self.weight >= 1e-3:
-            why = f"switch_aux at weight {self.weight:g} pulls at the router's gradient, which loss_free is to leave alone"
+            why = f"switch_aux at weight {self.weight:g} puts into the gradient what loss_free is to keep out of it"
             return Finding("at odds", 1, why, "set switch_aux.weight below 0.001, or leave one of them out")
         return None
 

@@ -4,7 +4,7 @@ import math
 
 import attrs
 
-from moe_engine import UsageError, hookimpl
+from moe_engine import hookimpl
 
 
 @attrs.define(eq=False)
@@ -17,11 +17,7 @@ class Churn:
     Source: Dai et al., 2022 (StableMoE), who count the tokens whose expert still changes.
     """
 
-    @hookimpl
-    def moe_measure(self, routing):
-        if routing.slots is not None:
-            raise UsageError("churn counts choices; this router makes none, it mixes all tokens; leave churn away")
-        return {}
+    needs = ("choices",)
 
     @hookimpl
     def moe_metrics(self, probe, memory):

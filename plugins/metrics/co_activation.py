@@ -3,7 +3,7 @@
 import attrs
 import torch
 
-from moe_engine import UsageError, hookimpl
+from moe_engine import hookimpl
 
 
 @attrs.define(eq=False)
@@ -17,6 +17,8 @@ class CoActivation:
     Source: Muennighoff et al., 2024 (OLMoE), eq. 6.
     """
 
+    needs = ("choices",)
+
     @hookimpl
     def moe_check(self, setup):
         if setup.spec.top_k == 1:
@@ -25,8 +27,6 @@ class CoActivation:
 
     @hookimpl
     def moe_measure(self, routing):
-        if routing.slots is not None:
-            raise UsageError("co_activation counts choices; this router makes none, it mixes all tokens; leave it away")
         chosen_TE = routing.chosen()
         return {"pairs": chosen_TE.T @ chosen_TE}
 

@@ -3,7 +3,7 @@
 import attrs
 import torch
 
-from moe_engine import UsageError, hookimpl
+from moe_engine import hookimpl
 
 POINTS = 64  # log points that are remembered
 TOKENS = 1024  # of the held-out batch: enough for an overlap within a few percent
@@ -21,11 +21,7 @@ class RouterSaturation:
     Source: Muennighoff et al., 2024 (OLMoE), eq. 5.
     """
 
-    @hookimpl
-    def moe_measure(self, routing):
-        if routing.slots is not None:
-            raise UsageError("router_saturation counts choices; this router makes none, it mixes all tokens; leave router_saturation away")
-        return {}
+    needs = ("choices",)
 
     @hookimpl
     def moe_metrics(self, probe, memory):

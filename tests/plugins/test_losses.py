@@ -527,7 +527,7 @@ def test_output_similarity_takes_evenly_spaced_real_tokens():
 def test_output_similarity_needs_two_choices_and_runs_under_autocast():
     with pytest.raises(UsageError, match="top_k=1"):
         similar(top_k=1)
-    _, layer, w_out = similar()
+    _, layer, _ = similar()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         layer(torch.randn(6, 4, dtype=torch.bfloat16))
     assert 0 < float(layer.aux_value) < 1
