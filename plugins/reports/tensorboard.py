@@ -12,7 +12,7 @@ MISSING = "report 'tensorboard' needs the package tensorboard, which is not inst
 
 @attrs.define(eq=False)
 class TensorBoard:
-    """Writes tensorboard/train and tensorboard/eval: event files with the run's numbers, and LAYER/METRIC of each layer.
+    """Writes tensorboard/train and tensorboard/eval: event files of the run's numbers, and LAYER/METRIC of each layer.
 
     See them with: tensorboard --logdir runs. Needs pip install "moe-engine[tensorboard]". Written again, the
     files replace what was there.
