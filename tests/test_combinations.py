@@ -3,11 +3,30 @@
 import pytest
 import torch
 
-from moe_engine import Engine, adam
+from moe_engine import Engine, UsageError, adam
 from moe_engine.manager import find
 
 # plugins of the table below that are not here yet; their rows wait
 LATER = ("upcycle",)
+
+# what makes no sense, by the plugin that a mix is refused for
+BALANCING = ("switch_aux", "gshard", "importance_cv2", "sequence_aux", "global_aux", "gate_variance", "loss_free")
+REFUSED = {
+    **{router: (*BALANCING, "load_cv2", "saturation") for router in ("expert_choice", "sinkhorn")},
+    "hash": (*BALANCING, "load_cv2", "saturation", "z_loss", "entropy", "mutual_information", "confidence"),
+    "soft": (*BALANCING, "z_loss", "output_similarity", "churn", "router_saturation", "co_activation"),
+    "relu": ("switch_aux", "z_loss", "loss_free", "quantile", "load_cv2"),
+    "threshold": ("sequence_aux", "quantile"),
+    "top_p": ("sequence_aux", "quantile"),
+    "topk": ("load_cv2",),
+    "quantile": ("switch_aux", "global_aux", "loss_free"),
+}
+REMARKED = {  # by the one that remarks on it: with which other one, and settings
+    "switch_aux": ("loss_free", []),
+    "mutual_information": ("entropy", []),
+    "importance_cv2": ("gate_variance", ["importance_cv2.of=probs"]),
+    "router_diversity": ("clone", []),
+}
 
 GROW = ["schedule.every=8"]
 COMBINATIONS = {  # name -> (plugins, settings, spec)
@@ -104,3 +123,22 @@ def test_a_combination_trains(name):
 def test_every_combination_whose_plugins_are_here_is_tried():
     assert not set(LATER) & set(find())
     assert set(LATER) <= {one for plugins, *_ in COMBINATIONS.values() for one in plugins.split(",")}
+
+
+@pytest.mark.parametrize("one", REFUSED)
+def test_a_mix_that_makes_no_sense_is_refused_by_both_names(one):
+    for other in REFUSED[one]:
+        with pytest.raises(UsageError, match=f"(?s)(?=.*{one})(?=.*{other})"):
+            Engine([one, other], experts=8, vocab=16).moe(8, 16)
+
+
+@pytest.mark.parametrize("one", REMARKED)
+def test_a_mix_that_counts_twice_or_pulls_two_ways_is_remarked_on_by_both_names(one):
+    other, settings = REMARKED[one]
+    engine = Engine([one, other], settings, experts=8)
+    engine.moe(8, 16)
+    assert one in engine.plugins.remarks[one].why
+    assert other in engine.plugins.remarks[one].why
+    quiet = Engine([one], experts=8)
+    quiet.moe(8, 16)
+    assert quiet.plugins.remarks == {}

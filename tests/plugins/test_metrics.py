@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from moe_engine import Engine, ModuleBank, Spec, Stats, UsageError
+from moe_engine import Engine, ModuleBank, Part, Spec, Stats, UsageError, uniform
 from moe_engine.plugins.metrics.attribution import Attribution
 from moe_engine.plugins.metrics.balance import Balance
 from moe_engine.plugins.metrics.churn import Churn
@@ -17,7 +17,7 @@ from moe_engine.plugins.metrics.health import Health
 from moe_engine.plugins.metrics.output_similarity_cka import OutputSimilarityCKA, cka
 from moe_engine.plugins.metrics.router_saturation import RouterSaturation
 from moe_engine.plugins.metrics.specialization import mutual_information
-from moe_engine.plugins.metrics.weight_similarity import WeightSimilarity
+from moe_engine.plugins.metrics.weight_similarity import WeightSimilarity, expert_weights
 
 # Published routing counts and the values (population statistics over all experts) that follow from them:
 # cv, cv2, gini, entropy, max_min, maxvio
@@ -405,6 +405,14 @@ def test_weight_similarity_of_clones_is_one_and_of_unrelated_ones_near_zero():
     assert weights_alike(bank) == {}
 
 
+def test_weights_are_found_along_any_axis_and_states_are_none():
+    part = Part()
+    part.expert_param("wide", (3, 2), fresh=uniform(2), role="in", axis=1)
+    part.expert_buffer("state", torch.zeros(2))
+    (rows_EW,) = expert_weights(part)
+    torch.testing.assert_close(rows_EW, part.wide.detach().T)
+
+
 def hsic(K, L):
     """The unbiased estimate as Song et al. (2012) write it, eq. 5."""
     n = len(K)
@@ -511,7 +519,7 @@ def test_new_metrics_answer_together_and_leave_the_layer_as_it_was():
 
 
 def test_a_counting_metric_is_refused_by_a_router_that_makes_no_choices(install):
-    from moe_engine import LevelSpec, Router, Slots, hookimpl, uniform
+    from moe_engine import LevelSpec, Router, Slots, hookimpl
 
     class Mixer(Router):
         """One slot an expert, the mean of all tokens."""
