@@ -27,12 +27,14 @@ class SequenceAux:
     def moe_aux_loss(self, routing):
         p_TE = routing.probs
         top_TK = _unbiased(p_TE).topk(routing.top_k, dim=-1).indices
-        count_B1, f_BE, p_BE = (
+        chosen_TE = torch.zeros_like(p_TE).scatter(1, top_TK, 1.0)
+        length_B1, chosen_BE, mass_BE = (
             routing.per_sequence(routing.tokens.real(values)).sum(1)
-            for values in (torch.ones_like(p_TE[:, :1]), torch.zeros_like(p_TE).scatter(1, top_TK, 1.0), p_TE)
+            for values in (torch.ones_like(p_TE[:, :1]), chosen_TE, p_TE)
         )
-        loss_B = routing.experts * (f_BE * p_BE).sum(-1) / (routing.top_k * count_B1[:, 0].square().clamp(min=1))
-        return loss_B.sum() / (count_B1 > 0).sum().clamp(min=1)
+        f_BE = chosen_BE / (routing.top_k * length_B1).clamp(min=1)
+        P_BE = mass_BE / length_B1.clamp(min=1)
+        return routing.experts * (f_BE * P_BE).sum() / (length_B1 > 0).sum().clamp(min=1)
 
 
 def _unbiased(p_TE):
