@@ -2,7 +2,7 @@
 
 import attrs
 
-from moe_engine import Finding, hookimpl, option
+from moe_engine import hookimpl, option
 
 
 @attrs.define(eq=False)
@@ -19,13 +19,6 @@ class SwitchAux:
     needs = ("probs", "load")
     balanced = 1.0
     weight: float = option(0.01, help="coefficient", min=0)
-
-    @hookimpl
-    def moe_check(self, setup):
-        if "loss_free" in setup.plugins and self.weight >= 1e-3:
-            why = f"switch_aux at weight {self.weight:g} puts into the gradient what loss_free is to keep out of it"
-            return Finding("at odds", 1, why, "set switch_aux.weight below 0.001, or leave one of them out")
-        return None
 
     @hookimpl
     def moe_aux_loss(self, routing):

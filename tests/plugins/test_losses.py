@@ -570,8 +570,3 @@ def test_every_loss_compiles_and_leaves_padding_out(router):
     expected = trial(False, x)
     torch.testing.assert_close(trial(True, x), expected)
     torch.testing.assert_close(trial(False, x + noise), expected)
-
-
-def test_switch_aux_beside_loss_free_is_remarked_on():
-    assert "loss_free" in remark("switch_aux,loss_free").why
-    assert remark("switch_aux,loss_free", ["switch_aux.weight=0.0001"]) is None
