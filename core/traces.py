@@ -170,9 +170,7 @@ def read_trace(path: Path) -> Trace:
                 sums_of(forward.routing(layer.spec))
         return trace
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
-        raise UsageError(
-            f"{path} is damaged: it is no whole routing trace ({type(error).__name__}: {error})"
-        ) from error
+        raise UsageError(f"{path} is damaged: it is no whole trace ({type(error).__name__}: {error})") from error
 
 
 def _on_cpu(value: Any) -> Any:
