@@ -151,8 +151,9 @@ def _replayed(
         why = f"it can't decide on recorded logits alone ({type(error).__name__}: {error})"
         raise Refused(f"router '{variant.router}': {why}") from error
     tokens = float(shares[2])
-    same = {"agreement": float(shares[0]) / tokens, "first": float(shares[1]) / tokens} if tokens else {}
-    return {"top_k": layer.spec.top_k, **_numbers(seen), **same}
+    known = tokens and any(one.selected.any() for one in recorded.forwards)
+    same = [float(share) / tokens if known else None for share in shares[:2]]
+    return {"top_k": layer.spec.top_k, **_numbers(seen), "agreement": same[0], "first": same[1]}
 
 
 def _built(recorded: LayerTrace, variant: Variant, settings: Settings) -> tuple[Engine, MoE]:

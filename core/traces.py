@@ -56,14 +56,17 @@ class Forward:
         each = math.prod(self.shape[1:])
         first, last = start * each, min(stop, self.shape[0]) * each
         mine_N = (self.token >= first) & (self.token < last)
-        by_token: dict[str, Any] = {name: getattr(self, name) for name in ("mask", "ids", "labels")}
-        by_choice: dict[str, Any] = {name: getattr(self, name) for name in ("expert", "gate", "rank", "selected")}
+        columns = {name: getattr(self, name) for name in ("mask", "ids", "labels")}
+        by_token: dict[str, Any] = {name: None if one is None else one[first:last] for name, one in columns.items()}
+        by_choice: dict[str, Any] = {
+            name: getattr(self, name)[mine_N] for name in ("expert", "gate", "rank", "selected")
+        }
         return Forward(
             shape=(min(stop, self.shape[0]) - start, *self.shape[1:]),
             logits={name: value[first:last] for name, value in self.logits.items()},
-            **{name: None if value is None else value[first:last] for name, value in by_token.items()},
             token=self.token[mine_N] - first,
-            **{name: value[mine_N] for name, value in by_choice.items()},
+            **by_token,
+            **by_choice,
         )
 
     @property

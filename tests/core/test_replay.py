@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from moe_engine import Bias, Engine, LinearRouter, UsageError, assign, hookimpl, training
+from moe_engine import Engine, LinearRouter, UsageError, assign, hookimpl, training
 from moe_engine.checkpoints import write_tree
 from moe_engine.cli import main
 from moe_engine.replay import Variant, recorded, replay, variants
-from moe_engine.routing import Level, Routing, Spec, Tokens
+from moe_engine.routing import Level, Routing, Slots, Spec, Tokens
 from moe_engine.runs import old_folder
 from moe_engine.traces import FILE, LayerTrace, Trace, begin, read_trace, record
 
@@ -107,10 +107,12 @@ def test_nothing_is_recorded_unless_asked(tmp_path, monkeypatch):
 def test_a_resumed_run_records_too(finished, tmp_path):
     """The flag is in config.toml; what a finished run's last evaluation gives is the same trace."""
     assert old_folder(finished)[0].record_routing
-    before = (finished / FILE).read_bytes()
+    (before,) = read_trace(finished).layers[0].forwards
     (finished / FILE).unlink()
     assert main(["resume", str(finished), "--quiet"]) == 0
-    assert (finished / FILE).read_bytes() == before
+    (after,) = read_trace(finished).layers[0].forwards
+    assert torch.equal(before.logits["expert"], after.logits["expert"])
+    assert torch.equal(before.expert, after.expert)
 
 
 def test_recording_counts_nothing():
@@ -202,7 +204,7 @@ def test_padding_takes_no_part():
 
 
 def test_agreement_by_hand():
-    """Two choices then, three now: two of three are shared. The other way round it is the same; one of two with K = 1."""
+    """Two choices then, one now: one of two is shared. Three now: two of three."""
     trace = trace_of(torch.randn(40, 6), top_k=2)
     same = [replay(trace, Variant("topk", top_k=k))[0]["agreement"] for k in (1, 2, 3)]
     assert same == pytest.approx([1 / 2, 1, 2 / 3])
@@ -313,7 +315,7 @@ def test_a_bias_that_wants_gradients(settings):
 
 
 def test_a_router_of_other_levels():
-    why = "router 'hierarchical' needs logits for 2 of 'group' and 4 of 'expert', but the trace holds them for 4 of 'expert'"
+    why = "router 'hierarchical' needs logits for 2 of 'group' and 4 of 'expert', but the trace holds them for 4 of"
     assert why in refusal(Variant("hierarchical"))
 
 
@@ -353,6 +355,36 @@ class ReadingRouter(LinearRouter):
         scores_TE = tokens.x @ self.rows.t()
         expert_TK = scores_TE.topk(self.top_k).indices
         return scores_TE.softmax(-1), assign(scores_TE.gather(-1, expert_TK), expert_TK, tokens)
+
+
+def test_a_router_without_choices(install):
+    """It mixes tokens into slots; its own trace holds none either, and agrees with nobody."""
+    install("router", "mixing", Mixing)
+    assert "mixes tokens into slots, so it makes no choices to compare" in refusal(Variant("mixing"))
+    engine = Engine("mixing", experts=4)
+    layer = engine.moe(8, 4).eval()
+    trace = record(engine, [lambda: layer(torch.randn(10, 8))], {})
+    assert recorded(trace)[0]["load"] == [None] * 4
+    (row, _) = replay(trace, Variant("topk"))
+    assert (row["agreement"], row["first"], sum(row["load"])) == (None, None, 1)
+
+
+@attrs.define(eq=False)
+class Mixing:
+    """One slot an expert, of all tokens alike."""
+
+    gives = ("probs",)
+
+    @hookimpl
+    def moe_router(self, spec):
+        return MixingRouter(spec)
+
+
+class MixingRouter(LinearRouter):
+    def select(self, tokens, levels):
+        probs_TE = levels[0].biased.softmax(-1)
+        even = torch.full_like(probs_TE, 1 / len(probs_TE))
+        return probs_TE, Slots(even[None, :, :, None], probs_TE[None, :, :, None])
 
 
 def test_a_mix_that_makes_no_sense():
