@@ -22,14 +22,15 @@ class Observed:
     """What stands for a MoE layer where there is none: metrics find its `name` and its `spec`.
 
     spec: of which dim, hidden, experts, top_k and causal are known. A plugin that asks for more (the
-    router, the experts' weights) measures and answers nothing.
+    router, the experts' weights, a state of its own) measures and answers nothing.
     """
 
     def __init__(self, plugins: Plugins, name: str, spec: Spec) -> None:
         self.name, self.spec = name, spec
         self._measures, self._metrics = plugins.bind("moe_measure"), plugins.bind("moe_metrics")
         self._memory: dict[str, dict[str, Any]] = {bound.plugin: {} for bound in self._metrics}
-        self._blind: set[str] = set()  # plugins that asked for what is not seen
+        # plugins that need what is not seen: a state, or what they will ask for
+        self._blind = {bound.plugin for bound in plugins.bind("moe_state")}
         self._sums: dict[str, Tensor] = {}
 
     def __getattr__(self, name: str) -> Any:

@@ -19,7 +19,7 @@ from .options import Settings, build
 from .parts import Bias
 from .routing import Routing
 from .stats import Finding, plain
-from .traces import Forward, LayerTrace, Trace, logit_rows
+from .traces import Forward, LayerTrace, Trace
 
 NUMBERS = ("cv", "maxvio", "active", "entropy", "dropped", "agreement", "first")  # of a replayed layer
 RECORDED, NONE = "recorded", "none"  # what may stand for a bias
@@ -193,12 +193,14 @@ def _check_levels(layer: MoE, recorded: LayerTrace, router: str) -> None:
 
 
 def _give_state(layer: MoE, recorded: LayerTrace, router: str) -> None:
-    """Give the recorded router what it had learned; a router that learned what nobody recorded is refused."""
+    """Give the recorded router what it had learned; another one may have learned what makes logits, and no more."""
     known = recorded.state if router == recorded.router else {}
+    learned = {name for name, _ in layer.router.named_parameters()}
+    rows = {name for name, axis in layer.router.axes.items() if axis.role == "logit_row"}
     for name, tensor in layer.router.state_dict().items():
         if name in known and known[name].shape == tensor.shape:
             tensor.copy_(known[name])
-        elif name in dict(layer.router.named_parameters()) and name not in logit_rows(layer):
+        elif name in learned - rows:
             raise Refused(f"router '{router}' has learned weights of its own ('{name}'), which the trace does not hold")
 
 

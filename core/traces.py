@@ -86,8 +86,8 @@ class Forward:
 class LayerTrace:
     """What one layer decided.
 
-    router: its plugin, or the class of somebody else's block. options: that plugin's. state: its tensors
-    beside those that make logits. biases: level, name, selection_only and value [n] of each, as it stood.
+    router: its plugin, or the class of somebody else's block. options: that plugin's. state: its tensors.
+    biases: level, name, selection_only and value [n] of each, as it stood.
     """
 
     name: str
@@ -207,10 +207,5 @@ def begin(engine: Engine, layer: MoE) -> LayerTrace:
         for level, own in zip(layer.router.levels, layer.bias_levels(), strict=True)
         for name, bias in own.items()
     ]
-    state = {name: _on_cpu(value) for name, value in layer.router.state_dict().items() if name not in logit_rows(layer)}
+    state = _on_cpu(layer.router.state_dict())
     return LayerTrace(layer.name, router, values_of(plugins[router]), layer.spec, state, biases)
-
-
-def logit_rows(layer: MoE) -> set[str]:
-    """The router's tensors of which logits are made."""
-    return {name for name, axis in layer.router.axes.items() if axis.role in ("logit_row", "logit_bias")}

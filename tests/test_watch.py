@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from moe_engine import Engine, UsageError, hookimpl
+from moe_engine import Engine, RunningLoad, UsageError, hookimpl
 from moe_engine.cli import main
 from moe_engine.replay import Variant, replay
 from moe_engine.traces import read_trace
@@ -255,12 +255,14 @@ def test_a_metric_that_needs_more_answers_nothing(install):
     install("metric", "norms", Norms)
     install("metric", "measured_norms", MeasuredNorms)
     model, (ids, _) = build("Mixtral"), batch()
-    watcher = Engine("norms,measured_norms,balance").watch(model)
+    install("metric", "stateful", Stateful)
+    watcher = Engine("norms,measured_norms,stateful,balance").watch(model)
     model(ids)
     told = watcher.metrics()[name(0)]
     assert "cv" in told
     assert "norm" not in told
     assert "measured_norm" not in told
+    assert "steps" not in told
 
 
 @attrs.define(eq=False)
@@ -283,6 +285,23 @@ class MeasuredNorms:
     @hookimpl
     def moe_metrics(self, stats):
         return {"measured_norm": stats["measured_norms.norm"]}
+
+
+@attrs.define(eq=False)
+class Stateful:
+    """The steps that its own state has counted."""
+
+    @hookimpl
+    def moe_state(self, spec):
+        return RunningLoad(spec.experts, 0.9)
+
+    @hookimpl
+    def moe_measure(self, state):
+        return {"load": state.load}
+
+    @hookimpl
+    def moe_metrics(self, stats):
+        return {"steps": stats["stateful.load"].sum()}
 
 
 def test_a_metric_has_a_memory(install):

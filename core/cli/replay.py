@@ -81,10 +81,11 @@ def replay(
     How far a bias would even out the load, learning from steps of 64 samples:
         moe-engine replay runs/A --biases none,loss_free --set loss_free.rate=0.05 --batch 64
 
-    TRACE is a run's folder or a file. All combinations are tried. A bias goes through the trace once; what
-    counts is the bias as it ends. Gates and experts learn nothing here, so this tells of load and choice
-    alone. agreement: mean over tokens of the share of chosen experts that are the recorded ones; first: share of
-    tokens whose first choice is the same. What a trace can't tell is a row with the reason.
+    TRACE is a run's folder or a file. All combinations are tried. Routers decide as in evaluation. A bias goes
+    through the trace once; what counts is the bias as it ends. Gates and experts learn nothing here, so
+    this tells of load and choice alone. agreement: mean over tokens of the share of chosen experts that are
+    the recorded ones; first: share of tokens whose first choice is the same. What a trace can't tell is
+    named with the reason.
     """
     from ..replay import recorded, variants
     from ..replay import replay as replayed

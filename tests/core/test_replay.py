@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from moe_engine import Engine, LinearRouter, UsageError, assign, hookimpl, training
 from moe_engine.checkpoints import write_tree
 from moe_engine.cli import main
+from moe_engine.manager import find
 from moe_engine.replay import Variant, recorded, replay, variants
 from moe_engine.routing import Level, Routing, Slots, Spec, Tokens
 from moe_engine.runs import old_folder
@@ -76,6 +77,32 @@ def test_the_recorded_router_chooses_as_it_did(finished):
     assert {name: row[name] for name in ("cv", "load", "verdict")} == {
         name: then[name] for name in ("cv", "load", "verdict")
     }
+
+
+@pytest.mark.parametrize("router", [name for name, (one, *_) in find().items() if one.kind == "router"])
+def test_every_router_chooses_as_it_did(router):
+    """What it learned is in the trace, and padding stays out; or it makes no choices, or reads tokens: that is said."""
+    engine = Engine(router, experts=8, top_k=2, vocab=20)
+    layer = engine.moe(8, 4).eval()
+    with torch.no_grad():
+        for parameter in layer.router.parameters():
+            parameter.normal_()
+    mask = torch.rand(3, 16) < 0.8
+
+    def forward():
+        return layer(torch.randn(3, 16, 8), mask, torch.randint(20, (3, 16)))
+
+    trace = record(engine, [forward, forward], {})
+    (row, *_) = replay(trace, Variant(router))
+    if "refused" in row:
+        said = (
+            "mixes tokens into slots, so it makes no choices",
+            "can't decide on recorded logits alone (RuntimeError",
+        )
+        assert any(why in row["refused"] for why in said)
+    else:
+        then = recorded(trace)[0]
+        assert [row[key] for key in ("agreement", "first", "load")] == [1, 1, then["load"]]
 
 
 def test_the_recorded_biases_are_at_work(finished):
@@ -320,7 +347,9 @@ def test_a_router_of_other_levels():
 
 
 def test_a_router_with_weights_of_its_own(install):
+    """Also a threshold that is declared as part of the logits: who knows whether it is added to them."""
     install("router", "scaled", Scaled)
+    assert "router 'threshold' has learned weights of its own ('G')" in refusal(Variant("threshold"))
     assert "router 'scaled' has learned weights of its own ('scale')" in refusal(Variant("scaled"))
 
 
