@@ -125,16 +125,14 @@ def replay(
     rows, head = [], attrs.asdict(variant)
     for layer in trace.layers:
         try:
-            rows.append({**head, "layer": layer.name, **_replayed(trace, layer, variant, settings or {}, batch)})
+            rows.append({**head, "layer": layer.name, **_replayed(layer, variant, settings or {}, batch)})
         except (Refused, UsageError) as error:
             return [{**head, "layer": layer.name, "refused": str(error)}]
     return [*rows, _mean(head, rows)]
 
 
 @torch.no_grad()
-def _replayed(
-    trace: Trace, recorded: LayerTrace, variant: Variant, settings: Settings, batch: int | None
-) -> dict[str, Any]:
+def _replayed(recorded: LayerTrace, variant: Variant, settings: Settings, batch: int | None) -> dict[str, Any]:
     engine, layer = _built(recorded, variant, settings)
     steps = list(_steps(recorded.forwards, batch))
     try:
@@ -167,17 +165,16 @@ def _built(recorded: LayerTrace, variant: Variant, settings: Settings) -> tuple[
     layer = engine.moe(
         recorded.spec.dim,
         1,
-        top_k=variant.top_k or recorded.spec.top_k,
+        top_k=recorded.spec.top_k if variant.top_k is None else variant.top_k,
         capacity=variant.capacity,
         name=recorded.name,
         **spec,
     )
     _check_levels(layer, recorded, variant.router)
     _give_state(layer, recorded, variant.router)
-    for part in layer.parts():
-        name = part[0].rpartition(".")[2]
-        if getattr(part[1], "wants_signal", False) or getattr(part[1], "wants_expert_grad", False):
-            raise Refused(f"'{name}' acts on gradients, which a trace does not hold")
+    for where, part in layer.parts():
+        if part.wants_expert_grad or (isinstance(part, Bias) and part.wants_signal):
+            raise Refused(f"'{where.rpartition('.')[2]}' acts on gradients, which a trace does not hold")
     if variant.bias == RECORDED:
         _freeze(layer, recorded)
     layer.train()

@@ -168,6 +168,8 @@ def read_trace(path: Path) -> Trace:
             for layer in tree["layers"]
         ]
         trace = Trace(layers, tree["about"], tree["limit"], tree["cut"])
+        if not layers or not all(layer.forwards for layer in layers):
+            raise ValueError("it is empty")
         for layer in layers:
             for forward in layer.forwards:
                 sums_of(forward.routing(layer.spec))

@@ -417,7 +417,9 @@ class MixingRouter(LinearRouter):
 
 
 def test_a_mix_that_makes_no_sense():
-    assert "top_k is 5, but a token can choose 1 to 4 of 4 experts" in refusal(Variant("topk", top_k=5))
+    for top_k in (0, 5):
+        why = f"top_k is {top_k}, but a token can choose 1 to 4 of 4 experts"
+        assert why in refusal(Variant("topk", top_k=top_k))
     settings = {"topk": {"groups": 3}}
     assert "groups=3 does not divide 4 experts" in refusal(Variant("topk"), settings=settings)
 
@@ -488,6 +490,7 @@ def test_a_foreign_file_is_one_sentence(tmp_path, capsys):
     write_tree(
         tmp_path / "half", {"routing_trace": 1, "layers": [{"name": "moe"}], "about": {}, "limit": 1, "cut": False}
     )
+    write_tree(tmp_path / "empty", {"routing_trace": 1, "layers": [], "about": {}, "limit": 1, "cut": False})
     trace = trace_of(torch.randn(4, 3))
     trace.layers[0].forwards[0].expert += 2
     trace.write(tmp_path / "wrong")
@@ -496,6 +499,7 @@ def test_a_foreign_file_is_one_sentence(tmp_path, capsys):
         "weights": "is no routing trace",
         "checkpoint": "holds no routing trace; `moe-engine run --record-routing` writes one",
         "half": "is damaged: it is no whole trace",
+        "empty": "is damaged: it is no whole trace (ValueError: it is empty)",
         "wrong": "is damaged: it is no whole trace",
         "text": "is damaged",
         "nowhere": "there is no routing trace",
