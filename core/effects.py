@@ -29,13 +29,20 @@ class Effects:
 
 def observe(layers: Sequence[MoE], run: Callable[[], Tensor]) -> tuple[Tensor, dict[MoE, Routing]]:
     """Run a forward with its graph, uncounted: (the task loss that it answers, the routing of each layer)."""
-    for layer in layers:
-        layer.watched = []
-    try:
+    with uncounted(layers):
         # eagerly: from a compiled graph's logits no path leads to the loss
         with torch.compiler.set_stance("force_eager"), torch.enable_grad():
             loss = run()
         return loss, {layer: layer.watched[-1] for layer in layers if layer.watched}
+
+
+@contextmanager
+def uncounted(layers: Sequence[MoE]) -> Iterator[None]:
+    """Forwards in this context are not counted: each layer keeps its routings in `watched` instead."""
+    for layer in layers:
+        layer.watched = []
+    try:
+        yield
     finally:
         for layer in layers:
             layer.watched = None

@@ -1,4 +1,7 @@
-"""The command line: `moe-engine run | resume | plugins | compare`. Nothing here imports torch before it must."""
+"""The command line: `moe-engine run | resume | plugins | compare | replay`.
+
+Nothing here imports torch before it must.
+"""
 
 import sys
 import traceback
@@ -10,6 +13,7 @@ import click
 from ..errors import PluginError, RunError, UsageError
 from .compare import compare
 from .plugins import plugins
+from .replay import replay
 from .resume import resume
 from .run import run
 
@@ -36,12 +40,14 @@ def group(context: click.Context) -> None:
         moe-engine run --plugins saturation,switch_aux,schedule --experts 2
     Set two runs side by side:
         moe-engine compare runs/A runs/B
+    Let another router choose on the logits of a run that recorded them:
+        moe-engine replay runs/A --routers sigmoid_topk
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
 
 
-for command in (run, resume, plugins, compare):
+for command in (run, resume, plugins, compare, replay):
     group.add_command(command)
 
 

@@ -128,6 +128,13 @@ def event(growth: dict[str, Any]) -> str:
     return f"{growth['layer']} has {growth['after']} experts, {what}{moved} ({growth['why']})"
 
 
+def cell(value: Any) -> str:
+    """One cell of a table."""
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def table(columns: list[str], rows: list[list[str]]) -> None:
     """Print a table on standard output, folded to a terminal's width; in a file no line is folded."""
     drawn = Table()

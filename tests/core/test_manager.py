@@ -229,9 +229,13 @@ CORE_ORDER = (
     "triggers",
     "growing",
     "engine",
+    "observed",
     "tasks",
     "runs",
     "checkpoints",
+    "traces",
+    "traces",
+    "replay",
     "training",
 )
 
