@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoints import Checkpoints
+from .effects import evaluating
 from .engine import Engine, Metrics
 from .errors import RunError, UsageError, listed, nearest
 from .options import Settings
@@ -333,13 +334,9 @@ class Training:
 
     def _probe(self) -> Tensor:
         """The task loss on a fixed held-out batch, in eval mode."""
-        training = [module for module in self.model.modules() if module.training]
-        self.model.eval()
         batch = tuple(column[:PROBE_SIZE].to(self.device) for column in self.task.test)
-        loss = self.task.score(self.model, batch)["loss"]
-        for module in training:
-            module.training = True
-        return loss
+        with evaluating(self.model):
+            return self.task.score(self.model, batch)["loss"]
 
     # -- what is written ---------------------------------------------------------------------------
 
