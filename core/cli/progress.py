@@ -62,8 +62,11 @@ class Progress:
         """The result, on standard output."""
         summary = run.summary
         console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
-        accuracy = summary["accuracy"]
-        result = f"accuracy {accuracy:.2%}" if accuracy is not None else f"loss {summary['loss']}"
+        result = f"loss {summary['loss']}"
+        if summary["perplexity"] is not None:
+            result = f"perplexity {summary['perplexity']:.4g}"
+        elif summary["accuracy"] is not None:
+            result = f"accuracy {summary['accuracy']:.2%}"
         work = f"{summary['steps']} steps, {summary['seconds']:.0f} s"
         console.print(f"{summary['verdict'] or 'no verdict'}: {result} on the test set after {work}")
         for finding in summary["findings"]:
