@@ -1,0 +1,252 @@
+"""The bench on which a plugin is tried: small layers with it and partners that fit, and all that one step shows.
+
+D = H = 8, E = 6, K = 2, 24 tokens in 3 sequences, unless a claim says otherwise.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from ..engine import Engine
+from ..errors import PluginError, UsageError
+from ..layer import MoE, unflat
+from ..routing import Routing
+from ..training import adam
+from .claims import demand
+from .subjects import Subject
+
+DIM, EXPERTS, TOP_K, VOCAB, CLASSES = 8, 6, 2, 16, 3
+SHAPE = (3, 8)
+
+Seen = dict[str, Tensor]  # what there is to see of a step, by name
+Wrap = Callable[..., Tensor]  # how a layer is called: (layer, *arguments)
+
+
+@attrs.frozen(eq=False)
+class Data:
+    """Tokens with all that a layer may be given, and what its output is to be."""
+
+    x: Tensor
+    ids: Tensor
+    labels: Tensor
+    target: Tensor
+    mask: Tensor | None = None
+
+    @property
+    def arguments(self) -> tuple[Tensor | None, ...]:
+        """As a layer takes them."""
+        return self.x, self.mask, self.ids, self.labels
+
+    def loss(self, y: Tensor) -> Tensor:
+        """The mean over real tokens of |y - target|^2; 0 if there is none."""
+        error = (y.to(self.target.dtype) - self.target).square().sum(-1)
+        if self.mask is None:
+            return error.sum() / max(error.numel(), 1)
+        return torch.where(self.mask, error, 0).sum() / self.mask.sum().clamp(min=1)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Data":
+        """The same change of every column, as a choice of rows."""
+        return attrs.evolve(self, **{name: None if v is None else change(v) for name, v in self._columns().items()})
+
+    def to(self, dtype: torch.dtype) -> "Data":
+        """In another precision."""
+        return attrs.evolve(self, x=self.x.to(dtype), target=self.target.to(dtype))
+
+    def _columns(self) -> dict[str, Tensor | None]:
+        return {"x": self.x, "ids": self.ids, "labels": self.labels, "target": self.target, "mask": self.mask}
+
+
+def data(*shape: int, seed: int = 1, dim: int = DIM) -> Data:
+    """Drawn tokens of a leading shape, (3, 8) if none is given."""
+    shape = shape or SHAPE
+    random = torch.Generator().manual_seed(seed)
+    x, target = (torch.randn(*shape, dim, generator=random) for _ in range(2))
+    ids, labels = (torch.randint(n, shape, generator=random) for n in (VOCAB, CLASSES))
+    return Data(x, ids, labels, target)
+
+
+def plain(layer: MoE, *arguments: Any) -> Tensor:
+    """Call a layer as anybody does."""
+    y: Tensor = layer(*arguments)
+    return y
+
+
+
+@attrs.define(eq=False)
+class Rig:
+    """One engine with one layer and an optimizer."""
+
+    engine: Engine
+    layer: MoE
+    optimizer: torch.optim.Optimizer
+
+    def forward(self, batch: Data, seed: int = 0, wrap: Wrap = plain) -> Tensor:
+        """A forward whose random draws begin at a seed."""
+        torch.manual_seed(seed)
+        return wrap(self.layer, *batch.arguments)
+
+    def evaluate(self, batch: Data, seed: int = 0) -> Tensor:
+        """A forward in eval mode."""
+        training = self.layer.training
+        self.layer.eval()
+        y = self.forward(batch, seed)
+        self.layer.train(training)
+        return y
+
+    def route(self, batch: Data, seed: int = 0, without: str | None = None) -> Routing:
+        """The layer's decision on a batch, uncounted."""
+        torch.manual_seed(seed)
+        return self.layer.route(self.layer.tokens(*batch.arguments), without)
+
+    def backward(self, *batches: Data, seed: int = 0, wrap: Wrap = plain) -> Seen:
+        """Forward and backward of a step in micro-batches: outputs, loss terms, gradients and sums."""
+        self.layer.train()
+        self.optimizer.zero_grad()
+        seen: Seen = {}
+        for number, batch in enumerate(batches):
+            y = self.forward(batch, seed + number, wrap)
+            demand(
+                y.shape == (*batch.x.shape[:-1], self.layer.spec.out_dim),
+                f"the output is of shape {list(y.shape)} for tokens of {list(batch.x.shape)}",
+            )
+            ((batch.loss(y) + self.engine.aux_loss()) / len(batches)).backward()
+            self.engine.after_backward()
+            seen[f"output {number}"] = y.detach()
+        seen |= self.gradients()
+        book = self.layer.book.grad
+        flat = torch.zeros_like(self.layer.book) if book is None else book.detach().clone()
+        counted = unflat(flat, self.layer.training_layout)
+        seen |= {f"sum '{name}'": value for name, value in counted.items()}
+        seen["sum of signals"] = flat[sum(value.numel() for value in counted.values()) :]
+        return seen
+
+    def step(self, *batches: Data, seed: int = 0, wrap: Wrap = plain, skipped: bool = False) -> Seen:
+        """A whole training step; what `backward` answers, and every saved tensor after it."""
+        seen = self.backward(*(batches or (data(),)), seed=seed, wrap=wrap)
+        if not skipped:
+            self.optimizer.step()
+        self.engine.after_step(skipped)
+        return {**seen, **self.state()}
+
+    def gradients(self) -> Seen:
+        """The gradient of each parameter that has one."""
+        named = self.layer.named_parameters()
+        return {f"gradient of {name}": p.grad.detach().clone() for name, p in named if p.grad is not None}
+
+    def state(self) -> Seen:
+        """Every parameter and every buffer that a step may move, saved or not."""
+        own = ("book", "aux_value", "aux_scale")
+        named = [*self.layer.named_parameters(), *self.layer.named_buffers()]
+        return {f"state {name}": value.detach().clone() for name, value in named if name not in own}
+
+    def controllers(self) -> Seen:
+        """The state without the parameters, which optimizers move."""
+        weights = {f"state {name}" for name, _ in self.layer.named_parameters()}
+        return {name: value for name, value in self.state().items() if name not in weights}
+
+    def demand_still(self, before: Seen, when: str) -> None:
+        """Demand that what was seen of the state is bit for bit what it was."""
+        now = self.state()
+        for name, old in before.items():
+            demand(same_bits(old, now[name]), f"{name} moved {when}")
+
+    def give_logits(self, *logits: Tensor) -> None:
+        """From now on the router's raw scores are these, one [T, n] a level, cut to the tokens there are."""
+        self.layer.router.score = lambda tokens: tuple(one[: tokens.x.shape[0]] for one in logits)  # type: ignore[method-assign]
+
+    def own_logits(self) -> None:
+        """Let the router score again."""
+        self.layer.router.__dict__.pop("score", None)
+
+    def logits(self, make: Callable[[int, int], Tensor], tokens: int = 24) -> list[Tensor]:
+        """For each level make(tokens, units), as leaves."""
+        return [make(tokens, level.size).requires_grad_() for level in self.layer.router.levels]
+
+
+@attrs.define(eq=False)
+class Bench:
+    """Where one claim about one plugin is tested."""
+
+    subject: Subject
+
+    def usual(self, **spec: Any) -> Rig:
+        """The same small layer with the default plugins."""
+        return self._layer(Engine(without=self.subject.costly), 0, spec)
+
+    def rig(self, seed: int = 0, others: Sequence[str] = (), settings: Any = None, **spec: Any) -> Rig:
+        """A small layer with the plugin and the first router that goes with it. Raises UsageError where none does."""
+        refusals = []
+        for router in self.subject.routers or [None]:
+            try:
+                return self._rig(router, seed, others, settings or {}, spec)
+            except PluginError:
+                raise
+            except UsageError as error:
+                refusals.append(error)
+        raise refusals[0]
+
+    def _rig(self, router: str | None, seed: int, others: Sequence[str], settings: Any, spec: dict[str, Any]) -> Rig:
+        return self._layer(self.engine(router, others, settings), seed, spec)
+
+    def _layer(self, engine: Engine, seed: int, spec: dict[str, Any]) -> Rig:
+        torch.manual_seed(seed)
+        sizes = {"experts": EXPERTS, "top_k": TOP_K, "vocab": VOCAB, "classes": CLASSES, "dim": DIM, "hidden": DIM}
+        layer = engine.moe(**{**sizes, **spec})
+        return Rig(engine, layer, adam(layer, 0.01))
+
+    def engine(
+        self, router: str | None = None, others: Sequence[str] = (), settings: Mapping[str, Any] | None = None
+    ) -> Engine:
+        """An engine with the plugin, without what would only cost time; settings: more of the plugin's own options."""
+        subject = self.subject
+        names = [*([router] if router else []), subject.name, *others]
+        own = {**subject.settings.get(subject.name, {}), **(settings or {})}
+        return Engine(names, {**subject.settings, **({subject.name: own} if own else {})}, [name for name in subject.costly if name != subject.name])
+
+    def accepted(self, **spec: Any) -> Rig | str:
+        """A layer of this spec, or the sentence with which it is refused."""
+        try:
+            return self.rig(**spec)
+        except PluginError:
+            raise
+        except UsageError as error:
+            return f"refused: {error}"
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same bit for bit, NaN like NaN."""
+    return one.shape == other.shape and one.dtype == other.dtype and bool(torch.equal(_bits(one), _bits(other)))
+
+
+def _bits(values: Tensor) -> Tensor:
+    return values.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def agree(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], why: str, tolerance: float = 1e-5) -> None:
+    """Demand that both hold the same, up to the tolerance; `why` says what else must be wrong."""
+    for name, wanted in expected.items():
+        demand(name in found, f"{name} is gone; {why}")
+        got = found[name]
+        demand(got.shape == wanted.shape, f"{name} is {list(got.shape)}, not {list(wanted.shape)}; {why}")
+        gap = distance(wanted, got)
+        demand(gap <= tolerance, f"{name} differs by {gap:.2g}; {why}")
+    demand(not (new := found.keys() - expected.keys()), f"{min(new, default='')} is new; {why}")
+
+
+def distance(expected: Tensor, found: Tensor) -> float:
+    """The largest difference, over the largest value or 1; NaN and infinity agree with themselves only."""
+    one, other = expected.detach().double(), found.detach().double()
+    if not one.numel():
+        return 0.0
+    different = torch.where((one == other) | (one.isnan() & other.isnan()), 0, (one - other).abs())
+    scale = max(float(one[one.isfinite()].abs().max()) if one.isfinite().any() else 1.0, 1.0)
+    return float(different.nan_to_num(torch.inf).max()) / scale
+
+
+def finite(seen: Mapping[str, Tensor], when: str, advice: str) -> None:
+    """Demand that everything seen is finite."""
+    for name, value in seen.items():
+        demand(not value.is_floating_point() or bool(value.isfinite().all()), f"{name} is not finite {when}; {advice}")
