@@ -1,4 +1,4 @@
-"""The command line: `moe-engine run | resume | plugins | compare`. Nothing here imports torch before it must."""
+"""The command line: `moe-engine run | resume | plugins | check | compare`. Nothing here imports torch before it must."""
 
 import sys
 import traceback
@@ -8,6 +8,7 @@ from importlib import metadata
 import click
 
 from ..errors import PluginError, RunError, UsageError
+from .check import check
 from .compare import compare
 from .plugins import plugins
 from .resume import resume
@@ -36,12 +37,14 @@ def group(context: click.Context) -> None:
         moe-engine run --plugins saturation,switch_aux,schedule --experts 2
     Set two runs side by side:
         moe-engine compare runs/A runs/B
+    Hold a plugin against what is promised of every plugin:
+        moe-engine check my_router
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
 
 
-for command in (run, resume, plugins, compare):
+for command in (run, resume, plugins, check, compare):
     group.add_command(command)
 
 

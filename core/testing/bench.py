@@ -147,11 +147,11 @@ class Rig:
         weights = {f"state {name}" for name, _ in self.layer.named_parameters()}
         return {name: value for name, value in self.state().items() if name not in weights}
 
-    def demand_still(self, before: Seen, when: str) -> None:
-        """Demand that what was seen of the state is bit for bit what it was."""
+    def demand_still(self, before: Seen, when: str, tolerance: float = 0.0) -> None:
+        """Demand that what was seen of the state has not moved."""
         now = self.state()
         for name, old in before.items():
-            demand(same_bits(old, now[name]), f"{name} moved {when}")
+            demand(distance(old, now[name]) <= tolerance, f"{name} moved {when}")
 
     def give_logits(self, *logits: Tensor) -> None:
         """From now on the router's raw scores are these, one [T, n] a level, cut to the tokens there are."""

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .bench import Bench, Data, Rig, data, distance
-from .claims import NotApplicable, claim, demand
+from .claims import claim, demand
 
 STEPS = 10
 
@@ -74,19 +74,3 @@ def no_gradient_reaches_it(bench: Bench) -> None:
             named = [name for name, _ in bias.named_parameters()]
             demand(not named, f"{', '.join(named)} is a parameter; make it a buffer (expert_buffer)")
             demand(not bias().requires_grad, "what it answers has a graph; answer what is detached")
-
-
-@claim("moe_bias")
-def probabilities_do_not_see_it(bench: Bench) -> None:
-    """One for selection only changes no gate and no probability of what is chosen anyway."""
-    rig, batch = _symmetric(bench)
-    rig.give_logits(*[one.detach().clone() for one in rig.logits(skewed)])
-    for _ in range(STEPS):
-        rig.step(batch)
-    levels = [level[bench.subject.name] for level in rig.layer.bias_levels() if bench.subject.name in level]
-    if not all(bias.selection_only for bias in levels):
-        raise NotApplicable("gates are to see it: selection_only is False")
-    rig.layer.eval()
-    free, own = rig.route(batch, without=bench.subject.name), rig.route(batch)
-    if free.probs is not None and own.probs is not None:
-        demand(not distance(free.probs, own.probs), "probabilities change with it; leave the level's logits alone")

@@ -12,6 +12,7 @@ from ..options import Settings
 from ..seeds import own_random_state
 from .bench import Bench
 from .claims import CLAIMS, Broken, Claim, NotApplicable
+from .layers import builds
 from .subjects import HOOK_OF, Subject, subject
 
 
@@ -50,7 +51,8 @@ class Result:
     claim: Claim
     outcome: str
     why: str | None
-    seconds: float
+    seconds: float = 0.0
+    error: Broken | None = None
 
 
 def checks(plugin: Any, settings: Iterable[str] | Settings = (), data_dir: str = "data") -> list[Check]:
@@ -66,19 +68,19 @@ def checks(plugin: Any, settings: Iterable[str] | Settings = (), data_dir: str =
 def results(several: Iterable[Check]) -> Iterator[Result]:
     """Test them one after the other. Where no layer can be built, the rest is skipped: it would say the same."""
     built = True
-    for number, check in enumerate(several):
+    for check in several:
         if not built:
-            yield Result(check.claim, "skipped", "the first claim failed", 0.0)
+            yield Result(check.claim, "skipped", "no layer can be built with it")
             continue
-        start = time.perf_counter()
+        start, error = time.perf_counter(), None
         try:
             outcome, why = "ok", check()
         except NotApplicable as reason:
             outcome, why = "skipped", str(reason)
         except Broken as failure:
-            outcome, why = "FAILED", str(failure)
-            built = number > 0 or check.claim.name != "builds"
-        yield Result(check.claim, outcome, why, time.perf_counter() - start)
+            outcome, why, error = "FAILED", str(failure), failure
+            built = built and check.claim.test is not builds
+        yield Result(check.claim, outcome, why, time.perf_counter() - start, error)
 
 
 def check(kind: str, plugin: Any, settings: Iterable[str] | Settings = (), data_dir: str = "data") -> None:

@@ -49,7 +49,7 @@ def copies_are_independent(bench: Bench) -> None:
         demand(not distance(expected, twin(*data().arguments)), f"a copy's output moved with the original; {advice}")
 
 
-@claim(*ACTING)
+@claim(*ACTING, "moe_new_expert")
 def experts_come_and_go(bench: Bench) -> str | None:
     """Experts are added, replaced and removed, and the layer trains on; or it is refused by a sentence."""
     rig, refused = bench.rig(), None

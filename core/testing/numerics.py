@@ -45,7 +45,7 @@ def few_tokens_are_fine(bench: Bench) -> None:
         seen = rig.step(batch)
         finite(seen, f"with {what}", CLAMP)
         demand(not seen["output 0"].any(), f"the output is not 0 with {what}; an output is of real tokens only")
-        rig.demand_still(before, f"with {what}; where step.load.sum() is 0, leave it as it is")
+        rig.demand_still(before, f"with {what}; where step.load.sum() is 0, leave it as it is", 1e-6)
 
 
 @claim(*ACTING)
@@ -68,8 +68,13 @@ def double_precision_agrees(bench: Bench) -> None:
     single, rig = bench.rig(), bench.rig()
     rig.layer.double()
     expected, found = single.backward(data()), rig.backward(data().to(torch.float64))
-    kind = found["output 0"].dtype
-    demand(kind == torch.float64, f"the output is {kind} for inputs of float64; leave the precision as it is")
+    routing = rig.route(data().to(torch.float64))
+    made = {f"the logits of level '{level.name}'": level.logits for level in routing.levels}
+    made |= {"the output": found["output 0"], "the gate": routing.plan.weight}
+    made |= {f"loss '{name}'": value for name, value in rig.layer.aux_terms(routing).items()}
+    for name, value in made.items():
+        kept = value.dtype == torch.float64
+        demand(kept, f"{name} is {value.dtype} for inputs of float64; raise what is below fp32, and lower nothing")
     agree(expected, found, "between fp32 and float64; cast nothing but what is below fp32", 1e-3)
 
 

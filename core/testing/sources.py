@@ -28,7 +28,8 @@ def _born(rig: Rig, chance: int = 0, **growth: Any) -> list[tuple[dict[str, Any]
     chance: what every draw without a generator is seeded by.
     """
     answers: list[tuple[dict[str, Any], NewExpert]] = []
-    _, routings = rig.engine.observe(lambda: data().loss(rig.evaluate(data())))
+    batch = data().to(next(rig.layer.parameters()).dtype)
+    _, routings = rig.engine.observe(lambda: batch.loss(rig.evaluate(batch)))
     asked = sources(rig.engine.plugins, rig.layer, routings[rig.layer])
 
     def ask(of: str, origin: int | None, offer: Mapping[str, Any]) -> tuple[str, NewExpert]:

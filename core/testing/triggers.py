@@ -3,10 +3,12 @@
 import copy
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import attrs
 
+from ..errors import UsageError
 from ..growth import Growth
 from ..options import options_of
 from .bench import EXPERTS, Bench, Rig, data
@@ -16,11 +18,11 @@ from .claims import NotApplicable, claim, demand
 STEPS = 240
 
 
-def _live(rig: Rig, start: int = 0, stop: int = STEPS) -> Iterator[list[Growth]]:
+def _live(rig: Rig, start: int = 0, stop: int = STEPS, strict: bool = False) -> Iterator[list[Growth]]:
     """What a trigger wants after each step of a life in which much happens.
 
     The loss falls, then is flat, then falls again from a jump; the load is balanced, then collapsed, then the
-    router's own. There is an evaluation every tenth step.
+    router's own. There is an evaluation every tenth step. strict: a wish that can't be granted raises.
     """
     for number in range(start, stop):
         make = (balanced, skewed, None)[3 * number // STEPS]
@@ -33,7 +35,8 @@ def _live(rig: Rig, start: int = 0, stop: int = STEPS) -> Iterator[list[Growth]]
         yield wanted
         for growth in wanted:
             rig.optimizer.zero_grad()
-            rig.engine.grow(growth, rig.optimizer)
+            with suppress(() if strict else UsageError):
+                rig.engine.grow(growth, rig.optimizer)
 
 
 def _said(wanted: list[Growth]) -> list[dict[str, Any]]:
@@ -45,7 +48,7 @@ def wishes_can_be_granted(bench: Bench) -> str | None:
     """What it wants in a life of 240 steps is a Growth, several or None, and can be done."""
     rig = bench.rig()
     count = 0
-    for wanted in _live(rig):
+    for wanted in _live(rig, strict=True):
         count += len(wanted)
         for growth in wanted:
             demand(growth.layer == rig.layer.name, f"it wants to grow '{growth.layer}', which is no layer; use layer.name")
