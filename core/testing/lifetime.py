@@ -11,7 +11,7 @@ import torch
 from ..checkpoints import load, save
 from ..errors import PluginError, UsageError
 from ..growth import Growth
-from .bench import Bench, agree, data, distance, finite, same_bits
+from .bench import Bench, agree, data, distance, finite
 from .claims import claim, demand
 from .layers import ACTING
 
@@ -37,16 +37,15 @@ def copies_are_independent(bench: Bench) -> None:
     """A deep copy of a layer computes the same, and training one leaves the other alone."""
     rig, advice = bench.rig(), "share no tensor between layers"
     rig.step()
-    twin = copy.deepcopy(rig.layer).eval()
-    before = {name: value.clone() for name, value in twin.state_dict().items()}
-    with torch.no_grad():
-        expected = twin(*data().arguments)
-        demand(not distance(rig.evaluate(data()), expected), "a copy computes something else; copy all that it needs")
+    twin = copy.deepcopy(rig)
+    expected = rig.evaluate(data())
+    same = not distance(expected, twin.evaluate(data()))
+    demand(same, "a copy computes something else; copy all that it needs")
+    before = twin.state()
     rig.step()
-    for name, value in twin.state_dict().items():
-        demand(same_bits(before[name], value), f"{name} of a copy moved with the original's; {advice}")
-    with torch.no_grad():
-        demand(not distance(expected, twin(*data().arguments)), f"a copy's output moved with the original; {advice}")
+    twin.demand_still(before, f"with the original; {advice}")
+    same = not distance(expected, twin.evaluate(data()))
+    demand(same, f"a copy's output moved with the original; {advice}")
 
 
 @claim(*ACTING, "moe_new_expert")

@@ -11,6 +11,7 @@ from ..errors import UsageError
 from ..manager import USUAL
 from ..parts import Bias
 from .bench import EXPERTS, TOP_K, Bench, Rig, data, distance, same_bits
+from .biases import skewed
 from .claims import NotApplicable, claim, demand
 
 
@@ -99,12 +100,15 @@ def probabilities_are_a_distribution(bench: Bench) -> None:
     """A router that gives 'probs' answers probabilities over all experts that sum to 1 for each token."""
     _gives(bench, "probs")
     for top_k, rig in _accepted(bench):
-        probs = rig.route(data()).probs
-        demand(probs is not None and probs.shape == (24, EXPERTS), f"at top_k={top_k} probs are no [T, E] tensor")
-        assert probs is not None
-        demand(bool((probs >= 0).all()), f"at top_k={top_k} a probability is below 0; normalise, as softmax does")
-        gap = distance(torch.ones(24), probs.sum(-1))
-        demand(gap < 1e-4, f"at top_k={top_k} a token's probabilities sum to 1 only within {gap:.2g}; normalise over all E")
+        for deep in (False, True) if rig.layer.router.levels else (False,):
+            if deep:
+                rig.give_logits(*rig.logits(lambda tokens, units: torch.full((tokens, units), -50.0)))
+            probs, when = rig.route(data()).probs, f"at top_k={top_k}{' for logits of -50' * deep}"
+            demand(probs is not None and probs.shape == (24, EXPERTS), f"{when} probs are no [T, E] tensor")
+            assert probs is not None
+            demand(bool((probs >= 0).all()), f"{when} a probability is below 0; normalise, as softmax does")
+            gap = distance(torch.ones(24), probs.sum(-1))
+            demand(gap < 1e-4, f"{when} a token's probabilities sum to 1 only within {gap:.2g}; normalise over all E")
 
 
 @claim("moe_router")
@@ -149,6 +153,8 @@ def capacity_holds(bench: Bench) -> str | None:
         rig = bench.accepted(capacity=capacity)
         if isinstance(rig, str):
             return rig
+        if rig.layer.router.levels:
+            rig.give_logits(*rig.logits(skewed))
         routing = rig.route(attrs.evolve(data(), mask=mask))
         kept = torch.bincount(routing.plan.expert[routing.plan.kept], minlength=EXPERTS)
         limit = min(-(-Fraction(str(capacity)) * 19 * TOP_K // EXPERTS), 19)
