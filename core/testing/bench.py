@@ -195,6 +195,10 @@ class Bench:
         torch.manual_seed(seed)
         sizes = {"experts": EXPERTS, "top_k": TOP_K, "vocab": VOCAB, "classes": CLASSES, "dim": DIM, "hidden": DIM}
         layer = engine.moe(**{**sizes, **spec})
+        with torch.no_grad():
+            for parameter in layer.router.parameters():
+                if not parameter.any():
+                    parameter.normal_(0, 0.3)  # a router that starts at 0 ties everywhere, and ties hide much
         return Rig(engine, layer, adam(layer, 0.01))
 
     def engine(

@@ -55,7 +55,7 @@ def padding_changes_nothing(bench: Bench) -> None:
     dirty = attrs.evolve(clean, x=batch.x.masked_fill(~mask[..., None], torch.nan), ids=batch.ids.masked_fill(~mask, 3))
     agree(bench.rig().step(clean), bench.rig().step(dirty), f"two batches differ only in their padding; {advice}", 1e-6)
     short, padded = data(1, 8).map(lambda v: v[:, :5]), attrs.evolve(data(1, 8), mask=mask[1:2])
-    alone, beside = _quiet(bench.rig(), short), _quiet(bench.rig(), padded)
+    alone, beside = quiet(bench.rig(), short), quiet(bench.rig(), padded)
     beside["output"] = beside["output"][:, :5]
     agree(alone, beside, f"one of two batches has three tokens of padding more; {advice}", 1e-4)
 
@@ -64,13 +64,13 @@ def padding_changes_nothing(bench: Bench) -> None:
 def order_changes_nothing(bench: Bench) -> None:
     """The order of the sequences in a batch changes nothing but the order of the answers."""
     batch, turn = data(), torch.tensor([2, 0, 1])
-    expected = _quiet(bench.rig(), batch)
+    expected = quiet(bench.rig(), batch)
     expected["output"] = expected["output"][turn]
     advice = "the batch's sequences came in another order; let nothing depend on a token's place in the batch"
-    agree(expected, _quiet(bench.rig(), batch.map(lambda v: v[turn])), advice, 1e-4)
+    agree(expected, quiet(bench.rig(), batch.map(lambda v: v[turn])), advice, 1e-4)
 
 
-def _quiet(rig: Rig, batch: Data) -> Seen:
+def quiet(rig: Rig, batch: Data) -> Seen:
     """What there is to see of a step that noise does not blur, because the layer is in eval mode."""
     layer = rig.layer.eval()
     y, routing = rig.forward(batch), rig.route(batch)

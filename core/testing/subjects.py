@@ -48,13 +48,17 @@ class Guest:
 
 @attrs.define(eq=False, slots=False)
 class Subject:
-    """A plugin under test, with settings, among all that are installed. data_dir: where a task's files are."""
+    """A plugin under test, with settings, among all that are installed.
+
+    data_dir: where a task's files are. first_life: what claims about a trigger share, because it takes long.
+    """
 
     found: Found
     cls: type
     settings: Settings
     installed: dict[str, list[Found]]
     data_dir: str = "data"
+    first_life: Any = None
 
     @property
     def name(self) -> str:
