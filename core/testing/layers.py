@@ -104,6 +104,20 @@ def _told(rig: Rig, second: MoE | None) -> Seen:
     return seen
 
 
+@claim("moe_router", "moe_experts")
+def layers_start_apart(bench: Bench) -> None:
+    """Two layers of one engine do not begin with the same weights."""
+    rig = bench.rig()
+    second = rig.engine.moe(8, 8, experts=EXPERTS, vocab=rig.layer.spec.vocab, classes=rig.layer.spec.classes)
+    drawn = [
+        (name, one, other)
+        for (name, one), other in zip(rig.layer.named_parameters(), second.parameters(), strict=True)
+        if one.std() > 0 and other.any()
+    ]
+    for name, one, other in drawn:
+        demand(not same_bits(one, other), f"{name} is the same in two layers; draw without a seed of your own")
+
+
 @claim(*ACTING)
 def same_seed_same_result(bench: Bench) -> None:
     """The same seed gives the same result, bit for bit."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..manager import USUAL
 from ..parts import Bias
+from ..routing import Routing
 from .bench import EXPERTS, TOP_K, Bench, Rig, data, distance, same_bits
 from .biases import skewed
 from .claims import NotApplicable, claim, demand
@@ -97,6 +98,35 @@ def picks_are_as_many_as_said(bench: Bench) -> None:
 
 
 @claim("moe_router")
+def first_choice_is_best(bench: Bench) -> None:
+    """Of a router that gives 'picks', a token's choices are ranked, best first: rank 0 has the largest gate."""
+    _gives(bench, "picks")
+    for top_k, rig in _accepted(bench):
+        rig.layer.eval()
+        plan = rig.route(data()).plan
+        gate_TK, rank_TK = (torch.zeros(24, top_k).to(one) for one in (plan.weight.detach(), plan.rank))
+        place_N = torch.arange(24 * top_k) % top_k
+        order_N = torch.argsort(plan.token, stable=True)
+        gate_TK[plan.token[order_N], place_N] = plan.weight.detach()[order_N]
+        rank_TK[plan.token[order_N], place_N] = plan.rank[order_N]
+        ranks = bool((rank_TK.sort(-1).values == torch.arange(top_k)).all())
+        demand(ranks, f"at top_k={top_k} a token's ranks are not 0 to {top_k - 1}; assign(...) makes them")
+        first_T = gate_TK.gather(-1, rank_TK.argmin(-1, keepdim=True))[:, 0]
+        best = bool((first_T >= gate_TK.amax(-1) - 1e-6).all())
+        demand(best, f"at top_k={top_k} the first choice has not the largest gate; sort choices, as topk does")
+
+
+@claim("moe_router")
+def logits_are_raw(bench: Bench) -> None:
+    """What a router that gives 'logits' scores are raw logits, not probabilities nor their logs."""
+    _gives(bench, "logits")
+    for level in _with_logits(bench).route(data()).levels:
+        raw = level.logits.detach()
+        normal = min(distance(torch.ones(24), raw.sum(-1)), distance(torch.zeros(24), raw.logsumexp(-1)))
+        demand(normal > 1e-4, f"the scores of level '{level.name}' are normalised already; leave that to select()")
+
+
+@claim("moe_router")
 def probabilities_are_a_distribution(bench: Bench) -> None:
     """A router that gives 'probs' answers probabilities over all experts that sum to 1 for each token."""
     _gives(bench, "probs")
@@ -110,6 +140,26 @@ def probabilities_are_a_distribution(bench: Bench) -> None:
             demand(bool((probs >= 0).all()), f"{when} a probability is below 0; normalise, as softmax does")
             gap = distance(torch.ones(24), probs.sum(-1))
             demand(gap < 1e-4, f"{when} a token's probabilities sum to 1 only within {gap:.2g}; normalise over all E")
+
+
+@claim("moe_router")
+def chances_are_what_happens(bench: Bench) -> None:
+    """A router that gives 'smooth_load' estimates how often its own noise would choose each expert."""
+    if "smooth_load" not in getattr(bench.subject.cls, "gives", USUAL):
+        raise NotApplicable("the router does not give 'smooth_load'")
+    rig = bench.rig()
+    with torch.no_grad():
+        routings = [rig.route(data(), seed) for seed in range(400)]
+        found, said = (torch.stack(several).mean(0) for several in zip(*map(_loads, routings), strict=True))
+    gap = float((found - said).abs().max())
+    demand(gap < 1.0, f"an expert's estimated load is off by {gap:.2g} of 24 tokens; compare noisy logits with noisy logits")
+
+
+def _loads(routing: Routing) -> tuple[Tensor, Tensor]:
+    """What was chosen, and the estimate of it."""
+    demand(routing.smooth_load is not None, "it gives no smooth_load in training; pass chances= to assign(...)")
+    assert routing.smooth_load is not None
+    return routing.load, routing.smooth_load
 
 
 @claim("moe_router")

@@ -4,9 +4,10 @@ import torch
 
 from faults import Plain, Sign, Top, fault
 from moe_engine import assign, assign_where, hookimpl, option
+from moe_engine.manager import USUAL
 
 
-@fault("learns_from_the_task", says="at top_k=1: layer 'moe0': the task gives the router's level", bugs=(1, 3), hook="moe_router")
+@fault("learns_from_the_task", says="at top_k=1: layer 'moe0': the task gives the router's level", bugs=(1,), hook="moe_router")
 class NormalisesOne(Top):
     """At K = 1 the gate is always 1."""
 
@@ -81,6 +82,58 @@ class AddsAnEpsilon(Top):
     def probs(self, level):
         a_TE = level.biased.sigmoid()
         return a_TE / (a_TE.sum(-1, keepdim=True) + 1e-20)
+
+
+@fault("layers_start_apart", says="is the same in two layers; draw without a seed of your own", bugs=(28,), hook="moe_router")
+class SeedsItself(Top):
+    """The same draw for every layer."""
+
+    def __init__(self, spec):
+        super().__init__(spec)
+        self.rows.data = 0.3 * torch.randn(self.rows.shape, generator=torch.Generator().manual_seed(42))
+
+
+@fault("causal_sees_no_future", "bias_moves_choices_and_no_gate", says="a later token changes an output", bugs=(2,), hook="moe_router")
+class NormalisesOverTokens(Top):
+    """The largest gate of the batch, for want of keepdim, in the place of each token's own."""
+
+    def gates(self, probs_TK):
+        return probs_TK / probs_TK.max() if len(probs_TK) else probs_TK
+
+
+@fault("first_choice_is_best", says="the first choice has not the largest gate", bugs=(23,), hook="moe_router")
+class LeavesChoicesUnsorted(Top):
+    """topk(sorted=False), whose first is not the best."""
+
+    def select(self, tokens, levels):
+        probs_TE = self.probs(levels[0])
+        expert_TK = self.ranked(levels[0], probs_TE).topk(self.top_k, dim=-1).indices.flip(-1)
+        return probs_TE, assign(self.gates(probs_TE.gather(-1, expert_TK)), expert_TK, tokens)
+
+
+@fault("logits_are_raw", says="are normalised already; leave that to select()", bugs=(22,), hook="moe_router")
+class ScoresProbabilities(Top):
+    """Probabilities where logits are meant."""
+
+    def score(self, tokens):
+        return (super().score(tokens)[0].softmax(-1),)
+
+
+@fault("chances_are_what_happens", says="compare noisy logits with noisy logits", bugs=(7,), hook="moe_router", gives=(*USUAL, "smooth_load"))
+class MixesScales(Top):
+    """Raw logits held against thresholds of probabilities."""
+
+    def select(self, tokens, levels):
+        (level,) = levels
+        noise_TE = 0.3 * torch.randn_like(level.biased) if self.training else 0
+        probs_TE = (level.biased + noise_TE).softmax(-1)
+        best_TK = level.select_by(level.biased + noise_TE).topk(self.top_k, dim=-1).indices
+        threshold_T1 = probs_TE.gather(-1, best_TK)[:, -1:]
+
+        def chances():
+            return torch.special.ndtr((level.biased - threshold_T1) / 0.3)
+
+        return probs_TE, assign(self.gates(probs_TE.gather(-1, best_TK)), best_TK, tokens, chances)
 
 
 @fault("ties_are_shared", says="the load of equal logits is", bugs=(28,), hook="moe_router")
