@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import UsageError, nearest
 from ..manager import find, pick
-from ..options import Settings, parse_settings
+from ..options import parse_settings
 
 if TYPE_CHECKING:
     from ..testing import Result
@@ -48,17 +49,21 @@ def check(names: tuple[str, ...], settings: tuple[str, ...], data_dir: Path, as_
     2 for an unknown name. The claims are those of moe_engine.testing, which tests use too.
     """
     installed = find()
-    found = [pick(name, installed) for name in names]  # a wrong name is said before anything is tested
+    found = [pick(name, installed) for name in names]
     given = parse_settings(settings)
+    if strangers := sorted(given.keys() - set(names)):
+        raise UsageError(f"options are set for plugin '{strangers[0]}', which is not checked; {nearest(strangers[0], names)}")
 
     from ..testing import checks, results
 
+    # all of them before the first is tested, so that a wrong word is said at once; each is tested alone
+    several = [checks(name, {name: given.get(name, {})}, str(data_dir)) for name in names]
     rows: list[dict[str, Any]] = []
     outcomes = Counter[str]()
-    for one in found:
+    for one, its in zip(found, several, strict=True):
         if not as_json:
             click.echo(f"{one.name}: {one.kind} of {one.distribution} {one.version}")
-        for result in results(checks(one.name, _own(given, one.name), str(data_dir))):
+        for result in results(its):
             outcomes[result.outcome] += 1
             if debug and result.error is not None:
                 traceback.print_exception(result.error)
@@ -72,11 +77,6 @@ def check(names: tuple[str, ...], settings: tuple[str, ...], data_dir: Path, as_
         failed, skipped = outcomes["FAILED"], outcomes["skipped"]
         click.echo(f"{outcomes.total()} claims: {outcomes['ok']} ok, {failed} failed, {skipped} skipped")
     return 1 if outcomes["FAILED"] else 0
-
-
-def _own(given: Settings, name: str) -> Settings:
-    """Settings for one of several plugins, each of which is tested alone."""
-    return {plugin: table for plugin, table in given.items() if plugin == name}
 
 
 def _row(result: "Result") -> dict[str, Any]:

@@ -13,11 +13,11 @@ line `moe-engine check my_router`. The kit needs no pytest. docs/conformance.md 
 from functools import partial
 
 from . import layers, numerics, lifetime, routers, biases, experts, losses, sources, triggers, metrics, reports, tasks  # noqa: F401, I001
-from .checks import Check as Check
-from .checks import Result as Result
-from .checks import check
-from .checks import checks as checks
-from .checks import results as results
+from .checking import Check as Check
+from .checking import Result as Result
+from .checking import check
+from .checking import checks as checks
+from .checking import results as results
 from .claims import CLAIMS as CLAIMS
 from .claims import Broken as Broken
 from .claims import Claim as Claim

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..layer import MoE
-from .bench import EXPERTS, Bench, Data, Rig, Seen, agree, data, distance, same_bits
+from .bench import EXPERTS, Bench, Data, Rig, Seen, agree, data, distance, finite, same_bits
 from .claims import claim, demand
 
 ACTING = ("moe_router", "moe_bias", "moe_experts", "moe_state", "moe_aux_loss", "moe_measure")
@@ -16,8 +16,8 @@ ACTING = ("moe_router", "moe_bias", "moe_experts", "moe_state", "moe_aux_loss", 
 
 @claim(*ACTING, "moe_metrics", "moe_growth", "moe_new_expert")
 def builds(bench: Bench) -> None:
-    """A layer can be built with it, and makes a training step."""
-    bench.rig().step(data())
+    """A layer can be built with it, and makes a training step of finite numbers."""
+    finite(bench.rig().step(), "in a plain step", "look for divisions by 0, and logs and roots of it")
 
 
 @claim(*ACTING)
@@ -100,7 +100,7 @@ def _told(rig: Rig, second: MoE | None) -> Seen:
         own = rig.backward(data(), seed=number)
         rig.engine.after_step()
         own |= rig.controllers()
-        seen |= {f"{name} in step {number}": value for name, value in own.items() if not name.startswith("gradient")}
+        seen |= {f"{name} in step {number}": value for name, value in own.items() if not name.startswith("gradient of ")}
     return seen
 
 

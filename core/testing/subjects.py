@@ -12,7 +12,7 @@ from .. import manager
 from ..errors import PluginError, UsageError, listed
 from ..hookspecs import HOOKS
 from ..manager import KINDS, PREFIX, USUAL, Found
-from ..options import Settings, parse_settings, values_of
+from ..options import Settings, build, parse_settings, values_of
 
 # the hook by which a plugin is of a kind
 HOOK_OF = {
@@ -116,12 +116,13 @@ def subject(plugin: Any, settings: Iterable[str] | Settings = (), data_dir: str 
     if isinstance(plugin, str):
         found = manager.pick(plugin, installed)
     else:
-        cls = plugin if isinstance(plugin, type) else type(plugin)
-        found = _known(cls, installed) or _guest(cls)
+        kind = plugin if isinstance(plugin, type) else type(plugin)
+        found = _known(kind, installed) or _guest(kind)
     if not isinstance(plugin, str | type):
         given = {**given, found.name: {**values_of(plugin), **given.get(found.name, {})}}
-    installed = {**installed, found.name: [found]}
-    return Subject(found, manager.load(found), given, installed, data_dir)
+    cls = manager.load(found)
+    build(cls, found.title, given.get(found.name, {}))  # a wrong setting is said before anything is tested
+    return Subject(found, cls, given, {**installed, found.name: [found]}, data_dir)
 
 
 def _known(cls: type, installed: dict[str, list[Found]]) -> Found | None:

@@ -14,6 +14,7 @@ class GateVariance:
     Source: kennycason/srnn, 2025.
     """
 
+    balanced = 0.0
     weight: float = option(0.1, help="coefficient", min=0)
 
     @hookimpl

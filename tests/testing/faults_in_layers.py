@@ -204,7 +204,7 @@ class LosesSmallSteps(Sign):
         return self
 
 
-@fault("autocast_changes_no_choice", says="it raises RuntimeError", hook="moe_experts")
+@fault("autocast_changes_no_choice", says="it raises RuntimeError", bugs=(21,), hook="moe_experts")
 class MixesPrecisions(Plain):
     """A buffer of the inputs' precision for outputs that autocast has made bf16."""
 

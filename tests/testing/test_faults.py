@@ -2,10 +2,13 @@
 
 import pytest
 
-import faults_in_layers  # noqa: F401
+import faults_elsewhere
+import faults_in_layers
+import faults_in_routers
 from faults import FAULTS
 from moe_engine.testing import CLAIMS, checks, results
 
+MODULES = (faults_in_layers, faults_in_routers, faults_elsewhere)  # where faults are registered
 SLOW = {"compiles", "cost_is_bounded"}  # tested only on plugins that are to break them
 
 
