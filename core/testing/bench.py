@@ -182,8 +182,6 @@ class Bench:
         for router in self.subject.routers or [None]:
             try:
                 return self._rig(router, seed, others, settings or {}, spec)
-            except PluginError:
-                raise
             except UsageError as error:
                 refusals.append(error)
         raise refusals[0]

@@ -104,6 +104,8 @@ def first_choice_is_best(bench: Bench) -> None:
     for top_k, rig in _accepted(bench):
         rig.layer.eval()
         plan = rig.route(data()).plan
+        if plan.token.numel() != 24 * top_k:
+            raise NotApplicable("it does not pick K experts, which another claim says")
         gate_TK, rank_TK = (torch.zeros(24, top_k).to(one) for one in (plan.weight.detach(), plan.rank))
         place_N = torch.arange(24 * top_k) % top_k
         order_N = torch.argsort(plan.token, stable=True)

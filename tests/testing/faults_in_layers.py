@@ -127,7 +127,7 @@ class LearnsFromValidation(Top):
         return super().select(tokens, levels)
 
 
-@fault("eval_is_not_random", says="the same tokens have another output with another seed", bugs=(8,), hook="moe_router")
+@fault("eval_is_not_random", "first_choice_is_best", says="the same tokens have another output with another seed", bugs=(8,), hook="moe_router")
 class JittersAlways(Top):
     """Noise without a look at self.training."""
 
