@@ -1,4 +1,4 @@
-"""The command line: `moe-engine run | resume | plugins | check | compare`. Nothing here imports torch before it must."""
+"""The command line: `moe-engine run | resume | plugins | check | compare`. Nothing imports torch before it must."""
 
 import sys
 import traceback

@@ -52,7 +52,9 @@ def check(names: tuple[str, ...], settings: tuple[str, ...], data_dir: Path, as_
     found = [pick(name, installed) for name in names]
     given = parse_settings(settings)
     if strangers := sorted(given.keys() - set(names)):
-        raise UsageError(f"options are set for plugin '{strangers[0]}', which is not checked; {nearest(strangers[0], names)}")
+        raise UsageError(
+            f"options are set for plugin '{strangers[0]}', which is not checked; {nearest(strangers[0], names)}"
+        )
 
     from ..testing import checks, results
 

@@ -12,7 +12,7 @@ line `moe-engine check my_router`. The kit needs no pytest. docs/conformance.md 
 
 from functools import partial
 
-from . import layers, numerics, lifetime, routers, biases, experts, losses, sources, triggers, metrics, reports, tasks  # noqa: F401, I001
+from . import biases, experts, layers, lifetime, losses, metrics, numerics, reports, routers, sources, tasks, triggers  # noqa: F401
 from .checking import Check as Check
 from .checking import Result as Result
 from .checking import check

@@ -1,9 +1,10 @@
 """The bench on which a plugin is tried: small layers with it and partners that fit, and all that one step shows.
 
-D = H = 8, E = 6, K = 2, 24 tokens in 3 sequences, unless a claim says otherwise.
+D = 16, H = 8, E = 6, K = 2, 24 tokens in 3 sequences, unless a claim says otherwise.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -18,7 +19,7 @@ from ..training import adam
 from .claims import demand
 from .subjects import Subject
 
-DIM, EXPERTS, TOP_K, VOCAB, CLASSES = 8, 6, 2, 16, 3
+DIM, HIDDEN, EXPERTS, TOP_K, VOCAB, CLASSES = 16, 8, 6, 2, 16, 3  # 16: also a picture of 4 x 4
 SHAPE = (3, 8)
 
 Seen = dict[str, Tensor]  # what there is to see of a step, by name
@@ -34,11 +35,12 @@ class Data:
     labels: Tensor
     target: Tensor
     mask: Tensor | None = None
+    bare: bool = False  # a layer is given neither ids nor labels
 
     @property
-    def arguments(self) -> tuple[Tensor | None, ...]:
+    def arguments(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """As a layer takes them."""
-        return self.x, self.mask, self.ids, self.labels
+        return (self.x, self.mask, None, None) if self.bare else (self.x, self.mask, self.ids, self.labels)
 
     def loss(self, y: Tensor) -> Tensor:
         """The mean over real tokens of |y - target|^2; 0 if there is none."""
@@ -49,14 +51,13 @@ class Data:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Data":
         """The same change of every column, as a choice of rows."""
-        return attrs.evolve(self, **{name: None if v is None else change(v) for name, v in self._columns().items()})
+        mask = None if self.mask is None else change(self.mask)
+        x, ids, labels, target = map(change, (self.x, self.ids, self.labels, self.target))
+        return Data(x, ids, labels, target, mask, self.bare)
 
     def to(self, dtype: torch.dtype) -> "Data":
         """In another precision."""
         return attrs.evolve(self, x=self.x.to(dtype), target=self.target.to(dtype))
-
-    def _columns(self) -> dict[str, Tensor | None]:
-        return {"x": self.x, "ids": self.ids, "labels": self.labels, "target": self.target, "mask": self.mask}
 
 
 def data(*shape: int, seed: int = 1, dim: int = DIM) -> Data:
@@ -72,7 +73,6 @@ def plain(layer: MoE, *arguments: Any) -> Tensor:
     """Call a layer as anybody does."""
     y: Tensor = layer(*arguments)
     return y
-
 
 
 @attrs.define(eq=False)
@@ -168,45 +168,50 @@ class Rig:
 
 @attrs.define(eq=False)
 class Bench:
-    """Where one claim about one plugin is tested."""
+    """Where one claim about one plugin is tested; folder: an empty one, for files."""
 
     subject: Subject
+    folder: Path
 
     def usual(self, **spec: Any) -> Rig:
         """The same small layer with the default plugins."""
-        return self._layer(Engine(without=self.subject.costly), 0, spec)
+        return self._layer(Engine(without=self.subject.costly), 0, _sizes(spec))
 
-    def rig(self, seed: int = 0, others: Sequence[str] = (), settings: Any = None, **spec: Any) -> Rig:
-        """A small layer with the plugin and the first router that goes with it. Raises UsageError where none does."""
-        refusals = []
-        for router in self.subject.routers or [None]:
+    def rig(self, seed: int = 0, options: Mapping[str, Any] | None = None, **spec: Any) -> Rig:
+        """A small layer with the plugin and the first router that goes with it; options: more of the plugin's own.
+
+        Raises UsageError where no router goes with it.
+        """
+        refusals, sizes = list[UsageError](), _sizes(spec)
+        for router in self.subject.routers:
             try:
-                return self._rig(router, seed, others, settings or {}, spec)
+                return self._layer(self._engine(router, sizes, options or {}), seed, sizes)
             except UsageError as error:
                 refusals.append(error)
         raise refusals[0]
 
-    def _rig(self, router: str | None, seed: int, others: Sequence[str], settings: Any, spec: dict[str, Any]) -> Rig:
-        return self._layer(self.engine(router, others, settings), seed, spec)
+    def second(self, rig: Rig, **spec: Any) -> MoE:
+        """Another layer of a rig's engine."""
+        return rig.engine.moe(**_sizes(spec))
 
-    def _layer(self, engine: Engine, seed: int, spec: dict[str, Any]) -> Rig:
+    def _layer(self, engine: Engine, seed: int, sizes: dict[str, Any]) -> Rig:
         torch.manual_seed(seed)
-        sizes = {"experts": EXPERTS, "top_k": TOP_K, "vocab": VOCAB, "classes": CLASSES, "dim": DIM, "hidden": DIM}
-        layer = engine.moe(**{**sizes, **spec})
+        layer = engine.moe(**sizes)
         with torch.no_grad():
             for parameter in layer.router.parameters():
                 if not parameter.any():
                     parameter.normal_(0, 0.3)  # a router that starts at 0 ties everywhere, and ties hide much
         return Rig(engine, layer, adam(layer, 0.01))
 
-    def engine(
-        self, router: str | None = None, others: Sequence[str] = (), settings: Mapping[str, Any] | None = None
-    ) -> Engine:
-        """An engine with the plugin, without what would only cost time; settings: more of the plugin's own options."""
+    def _engine(self, router: str, sizes: Mapping[str, Any], options: Mapping[str, Any]) -> Engine:
+        """An engine with the plugin, without what would only cost time."""
         subject = self.subject
-        names = [*([router] if router else []), subject.name, *others]
-        own = {**subject.settings.get(subject.name, {}), **(settings or {})}
-        return Engine(names, {**subject.settings, **({subject.name: own} if own else {})}, [name for name in subject.costly if name != subject.name])
+        trial = getattr(subject.cls, "trial_options", None)
+        own = dict(trial(self.folder, sizes["dim"], sizes["hidden"])) if trial else {}
+        own |= {**subject.settings.get(subject.name, {}), **options}
+        names = list(dict.fromkeys((router, subject.name)))
+        without = [name for name in subject.costly if name != subject.name]
+        return Engine(names, {**subject.settings, **({subject.name: own} if own else {})}, without)
 
     def accepted(self, **spec: Any) -> Rig | str:
         """A layer of this spec, or the sentence with which it is refused."""
@@ -216,6 +221,11 @@ class Bench:
             raise
         except UsageError as error:
             return f"refused: {error}"
+
+
+def _sizes(spec: Mapping[str, Any]) -> dict[str, Any]:
+    usual = {"experts": EXPERTS, "top_k": TOP_K, "vocab": VOCAB, "classes": CLASSES, "dim": DIM, "hidden": HIDDEN}
+    return {**usual, **spec}
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:

@@ -10,13 +10,13 @@ STEPS = 10
 
 
 def balanced(tokens: int, units: int) -> Tensor:
-    """[tokens, units] logits with which token t chooses t, t + 1, ... best first: all units are chosen equally often."""
+    """Logits [tokens, units] with which token t chooses t, t + 1, ... best first: all are chosen equally often."""
     place = (torch.arange(units) - torch.arange(tokens)[:, None]) % units
     return 20 * (units - place) / units
 
 
 def skewed(tokens: int, units: int) -> Tensor:
-    """[tokens, units] logits with which every token chooses the first units best."""
+    """Logits [tokens, units] with which every token chooses the first units best."""
     return 20 * torch.arange(units, 0, -1).repeat(tokens, 1) / units
 
 

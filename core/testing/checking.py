@@ -3,6 +3,8 @@
 import time
 import warnings
 from collections.abc import Iterable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import attrs
@@ -32,10 +34,10 @@ class Check:
         Raises Broken, or NotApplicable.
         """
         where = f"{self.subject.title} breaks '{self.claim.says}'"
-        with self.subject.present(), own_random_state(0), warnings.catch_warnings():
+        with self.subject.present(), own_random_state(0), warnings.catch_warnings(), TemporaryDirectory() as folder:
             warnings.simplefilter("ignore")
             try:
-                return self.claim.test(Bench(self.subject))
+                return self.claim.test(Bench(self.subject, Path(folder)))
             except NotApplicable:
                 raise
             except (Broken, UsageError) as error:
@@ -56,7 +58,7 @@ class Result:
 
 
 def checks(plugin: Any, settings: Iterable[str] | Settings = (), data_dir: str = "data") -> list[Check]:
-    """Every claim about a plugin, as functions without arguments; for pytest: parametrize("check", checks("mine"), ids=str).
+    """Every claim about a plugin, as functions without arguments, whose texts are ids for pytest.
 
     plugin: an installed one's name, a plugin class or an instance. settings: "plugin.option=value" texts, or nested
     dicts. data_dir: where a task's files are. Raises UsageError for a name that nobody has.

@@ -21,7 +21,7 @@ def _expected(experts: torch.nn.Module, x_ND: Tensor, counts: list[int]) -> Tens
 
 @claim("moe_experts")
 def forward_agrees_with_outputs(bench: Bench) -> None:
-    """forward gives each row what outputs says of its own expert, also where experts have no row, and 0 past the last."""
+    """forward gives each row what outputs says of its own expert, also where some have no row, and 0 past the last."""
     experts = bench.rig().layer.experts.eval()
     x_ND = data(20).x
     with torch.no_grad():
@@ -30,7 +30,10 @@ def forward_agrees_with_outputs(bench: Bench) -> None:
             demand(found.shape == expected.shape, f"forward answers {list(found.shape)}, not {list(expected.shape)}")
             used = sum(counts)
             gap = distance(expected[:used], found[:used])
-            demand(gap < 1e-4, f"with {counts} rows each, forward and outputs differ by {gap:.2g}; rows are sorted by expert")
+            demand(
+                gap < 1e-4,
+                f"with {counts} rows each, forward and outputs differ by {gap:.2g}; rows are sorted by expert",
+            )
             demand(not found[used:].any(), f"with {counts} rows each, rows past the last are not 0; no expert has them")
 
 
@@ -57,6 +60,11 @@ def gradients_are_told(bench: Bench) -> None:
     # |y - 1|^2 and not |y|^2: a bank that answers 0 at first learns too
     (experts(data(20).x, counts)[: int(counts.sum())] - 1).square().sum().backward()
     found = experts.expert_grad()
-    demand(bool(found.isfinite().all()) and bool((found >= 0).all()), f"it answers {found.tolist()}; take means of |gradient|")
+    demand(
+        bool(found.isfinite().all()) and bool((found >= 0).all()),
+        f"it answers {found.tolist()}; take means of |gradient|",
+    )
     demand(not found[counts == 0].any(), "it is not 0 for an expert without a token; count each expert's own gradient")
-    demand(bool((found[counts > 0] > 0).all()), "it is 0 for an expert that has tokens; count each expert's own gradient")
+    demand(
+        bool((found[counts > 0] > 0).all()), "it is 0 for an expert that has tokens; count each expert's own gradient"
+    )

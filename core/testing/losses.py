@@ -37,7 +37,7 @@ def balance_is_worth_what_it_says(bench: Bench) -> None:
         rig = bench.accepted(top_k=top_k)
         if isinstance(rig, str):
             continue
-        for batch in (data(), data(6, 12)):
+        for batch in (data(4, 6), data(6, 12)):  # each sequence is balanced too
             rig.give_logits(*rig.logits(balanced, batch.x[..., 0].numel()))
             for term, value in _terms(bench, rig, rig.route(batch)).items():
                 why = f"'{term}' is {float(value):.4g} at balance with top_k={top_k}, not {worth:g}"
@@ -53,7 +53,9 @@ def mean_and_no_sum(bench: Bench) -> None:
     twice = _terms(bench, rig, rig.route(batch.map(lambda v: torch.cat([v, v]))))
     for term, value in once.items():
         gap = distance(value, twice[term])
-        demand(gap < 1e-3, f"'{term}' is {float(value):.4g} and {float(twice[term]):.4g}; divide by the number of tokens")
+        demand(
+            gap < 1e-3, f"'{term}' is {float(value):.4g} and {float(twice[term]):.4g}; divide by the number of tokens"
+        )
 
 
 @claim("moe_aux_loss")
@@ -61,10 +63,13 @@ def it_leaves_the_weight_to_the_core(bench: Bench) -> None:
     """Its answer does not depend on its option `weight`, with which the core multiplies it."""
     if "weight" not in options_of(bench.subject.cls):
         raise NotApplicable("it has no option 'weight', so it is weighted by 1")
-    one, other = (_terms(bench, bench.rig(settings={"weight": weight})) for weight in (1.0, 3.0))
+    one, other = (_terms(bench, bench.rig(options={"weight": weight})) for weight in (1.0, 3.0))
     for term, value in one.items():
         alike = not distance(value, other[term])
-        demand(alike, f"'{term}' is {float(value):.4g} and {float(other[term]):.4g} with weights 1 and 3; leave it unweighted")
+        demand(
+            alike,
+            f"'{term}' is {float(value):.4g} and {float(other[term]):.4g} with weights 1 and 3; leave it unweighted",
+        )
 
 
 @claim("moe_aux_loss")

@@ -48,16 +48,16 @@ def _json(name: str, value: Any) -> Any:
 @claim("moe_metrics")
 def every_load_has_an_answer(bench: Bench) -> str | None:
     """A balanced load, a collapsed one, one token, one expert, no labels, no probe: it answers what JSON can hold."""
-    names, refused = set(), None
-    bare = {"vocab": None, "classes": None}
+    names, refused = set[str](), None
+    bare: dict[str, Any] = {"vocab": None, "classes": None}
     for spec in ({}, {"experts": 1, "top_k": 1}, bare):
         for make in (balanced, skewed, None):
             rig = bench.accepted(**spec)
             if isinstance(rig, str):
                 refused = rig
                 break
-            for batch in (data(), data(1)):
-                batch = attrs.evolve(batch, ids=None, labels=None) if spec is bare else batch
+            for given in (data(), data(1)):
+                batch = attrs.evolve(given, bare=spec is bare)
                 _see(rig, batch, make)
                 for split in SPLITS:
                     names |= _ask(rig, split, None if spec is bare else batch).keys()
@@ -76,7 +76,7 @@ def stats_stay(bench: Bench) -> None:
             read.append((stats, {name: value.clone() for name, value in stats.sums.items()}))
         return stats
 
-    rig.engine._take = kept  # type: ignore[method-assign]
+    rig.engine._take = kept  # type: ignore[method-assign, assignment]
     _see(rig, data())
     before = rig.state()
     for split in SPLITS:

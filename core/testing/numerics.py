@@ -1,7 +1,10 @@
 """Claims about numbers: extreme ones, few ones, and every precision."""
 
+from collections.abc import Callable
+
 import attrs
 import torch
+from torch import Tensor
 
 from .bench import Bench, agree, data, finite, same_bits
 from .claims import claim, demand
@@ -17,7 +20,7 @@ def extremes_stay_finite(bench: Bench) -> None:
     rig = bench.rig()
     finite(rig.step(attrs.evolve(data(), x=50 * data().x)), "for inputs of scale 50", advice)
     signs_Tn = torch.randint(2, (24, 99), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
-    cases = {
+    cases: dict[str, Callable[[int, int], Tensor]] = {
         "for logits of 50 and -50": lambda tokens, units: 50 * signs_Tn[:tokens, :units],
         "where all logits are 50": lambda tokens, units: torch.full((tokens, units), 50.0),
         "where all logits are -50": lambda tokens, units: torch.full((tokens, units), -50.0),

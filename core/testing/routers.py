@@ -77,9 +77,11 @@ def choices_are_sound(bench: Bench) -> None:
         routing = rig.route(attrs.evolve(data(), mask=mask))
         plan, real = routing.plan, mask.flatten()
         chosen = plan.selected
-        inside = (0 <= plan.expert) & (plan.expert < EXPERTS) & (0 <= plan.token) & (plan.token < 24)
+        inside = (plan.expert >= 0) & (plan.expert < EXPERTS) & (plan.token >= 0) & (plan.token < 24)
         demand(inside.all(), f"at top_k={top_k} it names an expert or a token that does not exist")
-        demand(real[plan.token][chosen].all(), f"at top_k={top_k} padding chooses; select only where tokens.mask is True")
+        demand(
+            real[plan.token][chosen].all(), f"at top_k={top_k} padding chooses; select only where tokens.mask is True"
+        )
         demand(not (plan.kept & ~chosen).any(), f"at top_k={top_k} it keeps what nobody chose")
         twice = routing.chosen().max() if chosen.any() else torch.zeros(())
         demand(twice <= 1, f"at top_k={top_k} a token chooses the same expert twice; take distinct ones, as topk does")
@@ -154,7 +156,10 @@ def chances_are_what_happens(bench: Bench) -> None:
         routings = [rig.route(data(), seed) for seed in range(400)]
         found, said = (torch.stack(several).mean(0) for several in zip(*map(_loads, routings), strict=True))
     gap = float((found - said).abs().max())
-    demand(gap < 1.0, f"an expert's estimated load is off by {gap:.2g} of 24 tokens; compare noisy logits with noisy logits")
+    demand(
+        gap < 1.0,
+        f"an expert's estimated load is off by {gap:.2g} of 24 tokens; compare noisy logits with noisy logits",
+    )
 
 
 def _loads(routing: Routing) -> tuple[Tensor, Tensor]:
@@ -212,7 +217,10 @@ def capacity_holds(bench: Bench) -> str | None:
         routing = rig.route(attrs.evolve(data(), mask=mask))
         kept = torch.bincount(routing.plan.expert[routing.plan.kept], minlength=EXPERTS)
         limit = min(-(-Fraction(str(capacity)) * 19 * TOP_K // EXPERTS), 19)
-        demand(int(kept.max()) <= limit, f"with capacity {capacity} an expert keeps {int(kept.max())} of 19; {limit} is all")
+        demand(
+            int(kept.max()) <= limit,
+            f"with capacity {capacity} an expert keeps {int(kept.max())} of 19; {limit} is all",
+        )
     return None
 
 

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..growth import Growth, NewExpert
 from ..growing import sources
+from ..growth import Growth, NewExpert
 from ..transaction import stage
 from .bench import Bench, Rig, agree, data, distance, same_bits
 from .claims import claim, demand

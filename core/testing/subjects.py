@@ -87,9 +87,9 @@ class Subject:
 
     @cached_property
     def routers(self) -> list[str]:
-        """Routers that give what it needs, the default one first; none to add if it is a router itself."""
+        """Routers that give what it needs, the default one first; itself, if it is one."""
         if "moe_router" in self.hooks:
-            return []
+            return [self.name]
         usual = manager.defaults()["router"]
         names = [name for name, (one, *_) in self.installed.items() if one.kind == "router" and name != usual]
         fitting = [name for name in (usual, *names) if self._fits(name)]
@@ -112,7 +112,7 @@ def subject(plugin: Any, settings: Iterable[str] | Settings = (), data_dir: str 
     settings: as those of an `Engine`. Raises UsageError for a name that nobody has, PluginError for no plugin.
     """
     installed = manager.find()
-    given: Settings = dict(settings) if isinstance(settings, dict) else parse_settings(settings)  # type: ignore[arg-type]
+    given: Settings = dict(settings) if isinstance(settings, dict) else parse_settings(settings)
     if isinstance(plugin, str):
         found = manager.pick(plugin, installed)
     else:

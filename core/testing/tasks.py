@@ -1,6 +1,5 @@
 """Claims about tasks."""
 
-
 import attrs
 import torch
 from torch import Tensor, nn
@@ -65,7 +64,9 @@ def columns_fit(bench: Bench) -> None:
         tensors = isinstance(columns, tuple) and columns and all(isinstance(one, Tensor) for one in columns)
         demand(tensors, f"{name} is no tuple of tensors; answer one tensor for each column")
         lengths = [len(column) for column in columns]
-        demand(min(lengths) == max(lengths) > 0, f"the columns of {name} have {lengths} rows; give each the same number")
+        demand(
+            min(lengths) == max(lengths) > 0, f"the columns of {name} have {lengths} rows; give each the same number"
+        )
     kinds = [[(one.dtype, one.shape[1:]) for one in columns] for columns in (task.train, task.test)]
     demand(kinds[0] == kinds[1], f"rows are {kinds[0]} for training and {kinds[1]} for testing; make them alike")
 
@@ -124,7 +125,10 @@ def score_is_a_mean_with_a_graph(bench: Bench) -> None:
     doubled = tuple(torch.cat([column, column]) for column in double)
     trial.model.eval()
     once, twice = (float(trial.task.score(trial.model, one)["loss"]) for one in (double, doubled))
-    demand(abs(once - twice) < 1e-3 * max(abs(once), 1), f"the loss is {once:.4g}, of the batch twice {twice:.4g}; take a mean")
+    demand(
+        abs(once - twice) < 1e-3 * max(abs(once), 1),
+        f"the loss is {once:.4g}, of the batch twice {twice:.4g}; take a mean",
+    )
 
 
 @claim("moe_task")
@@ -135,7 +139,10 @@ def evaluation_repeats(bench: Bench) -> None:
     with torch.no_grad():
         for name, value in trial.score().items():
             again = trial.score()[name]
-            demand(same_bits(value, again), f"'{name}' is {float(value):.4g} and then {float(again):.4g}; draw nothing in eval")
+            demand(
+                same_bits(value, again),
+                f"'{name}' is {float(value):.4g} and then {float(again):.4g}; draw nothing in eval",
+            )
 
 
 @claim("moe_task")
@@ -165,6 +172,6 @@ def its_model_learns(bench: Bench) -> None:
         trial.engine.after_step()
         losses.append(float(loss.detach()))
     fell = losses[-1] < losses[0]
-    demand(fell, f"12 steps on one batch took the loss from {losses[0]:.4g} to {losses[-1]:.4g}; check loss and targets")
-
-
+    demand(
+        fell, f"12 steps on one batch took the loss from {losses[0]:.4g} to {losses[-1]:.4g}; check loss and targets"
+    )

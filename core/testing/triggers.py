@@ -98,12 +98,16 @@ def resumed_run_decides_alike(bench: Bench) -> None:
     for part, state in first.states.items():
         getattr(rig, part).load_state_dict(copy.deepcopy(state))
     resumed = Life(rig).go_on(STEPS).told()
-    _demand_same(first.life.told(CUT), resumed, CUT, "keep what it remembers in memory or in a state Part, which are saved")
+    _demand_same(
+        first.life.told(CUT), resumed, CUT, "keep what it remembers in memory or in a state Part, which are saved"
+    )
 
 
 def _demand_same(one: list[Any], other: list[Any], start: int, advice: str) -> None:
     for number, (mine, its) in enumerate(zip(one, other, strict=True)):
-        demand(mine == its, f"at step {start + number + 1} it wants {its or 'nothing'}, not {mine or 'nothing'}; {advice}")
+        demand(
+            mine == its, f"at step {start + number + 1} it wants {its or 'nothing'}, not {mine or 'nothing'}; {advice}"
+        )
 
 
 @claim("moe_growth")
@@ -111,7 +115,7 @@ def limit_is_kept(bench: Bench) -> str | None:
     """It lets no layer grow above its option `max_experts`."""
     if "max_experts" not in options_of(bench.subject.cls):
         raise NotApplicable("it has no option 'max_experts'")
-    rig = bench.rig(settings={"max_experts": EXPERTS + 1})
+    rig = bench.rig(options={"max_experts": EXPERTS + 1})
     Life(rig).go_on(STEPS)
     now = rig.layer.spec.experts
     demand(now <= EXPERTS + 1, f"with max_experts={EXPERTS + 1} the layer has {now} experts; count those to come too")

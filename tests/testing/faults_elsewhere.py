@@ -2,10 +2,10 @@
 
 import attrs
 import torch
+from faults import fault
 from torch import nn
 from torch.nn import functional as F
 
-from faults import fault
 from moe_engine import Growth, NewExpert, Task, hookimpl, option
 
 # -- sources --------------------------------------------------------------------------------------
@@ -29,7 +29,9 @@ def draws_from_anywhere(self, fresh):
     return NewExpert({name: row + 0.01 * torch.randn_like(row) for name, row in fresh.items()})
 
 
-@fault("siblings_are_no_twins", says="a newcomer is the very copy of another newcomer", bugs=(28,), hook="moe_new_expert")
+@fault(
+    "siblings_are_no_twins", says="a newcomer is the very copy of another newcomer", bugs=(28,), hook="moe_new_expert"
+)
 def copies_exactly(self, parent, fresh):
     """A copy without noise."""
     return NewExpert(fresh if parent is None else parent)
@@ -228,7 +230,7 @@ class Points:
     @hookimpl
     def moe_task(self, spec):
         train, test = self.data()
-        return Task(train, test, model=lambda engine: self.net(engine), score=self.score)
+        return Task(train, test, model=self.net, score=self.score)
 
 
 @fault("columns_fit", says="have [50, 49] rows; give each the same number")

@@ -4,8 +4,8 @@ import random
 import time
 
 import torch
+from faults import Plain, Sign, Top, fault
 
-from faults import Memory, Plain, Sign, Top, fault
 from moe_engine import count_by, hookimpl, linear_logits
 
 
@@ -127,7 +127,13 @@ class LearnsFromValidation(Top):
         return super().select(tokens, levels)
 
 
-@fault("eval_is_not_random", "first_choice_is_best", says="the same tokens have another output with another seed", bugs=(8,), hook="moe_router")
+@fault(
+    "eval_is_not_random",
+    "first_choice_is_best",
+    says="the same tokens have another output with another seed",
+    bugs=(8,),
+    hook="moe_router",
+)
 class JittersAlways(Top):
     """Noise without a look at self.training."""
 
@@ -173,7 +179,9 @@ class ForgetsWithoutData(Sign):
         self.b -= self.rate * (torch.sign(step.relative(step.load) - 1))
 
 
-@fault("empty_experts_are_safe", "few_tokens_are_fine", says="an expert may have no token", bugs=(30,), hook="moe_aux_loss")
+@fault(
+    "empty_experts_are_safe", "few_tokens_are_fine", says="an expert may have no token", bugs=(30,), hook="moe_aux_loss"
+)
 def divides_by_load(self, routing):
     """The mean gate of each expert over its own tokens, of which it may have none."""
     return (routing.gates().sum(0) / routing.load).square().mean()
@@ -261,7 +269,12 @@ def branches_on_a_number(self, routing):
     return loss * 2 if routing.load.max().item() > 1e6 else loss
 
 
-@fault("cost_is_bounded", says="times as much; work on all tokens at once", hook="moe_measure", moe_metrics=hookimpl(lambda self: {}))
+@fault(
+    "cost_is_bounded",
+    says="times as much; work on all tokens at once",
+    hook="moe_measure",
+    moe_metrics=hookimpl(lambda self: {}),
+)
 def takes_its_time(self, routing):
     """A loop over tokens, or as good as one."""
     time.sleep(0.1 if len(routing.tokens.x) > 100 else 0)

@@ -1,13 +1,18 @@
 """Faults of routers, biases, losses and experts."""
 
 import torch
-
 from faults import Plain, Sign, Top, fault
+
 from moe_engine import assign, assign_where, hookimpl, option
 from moe_engine.manager import USUAL
 
 
-@fault("learns_from_the_task", says="at top_k=1: layer 'moe0': the task gives the router's level", bugs=(1,), hook="moe_router")
+@fault(
+    "learns_from_the_task",
+    says="at top_k=1: layer 'moe0': the task gives the router's level",
+    bugs=(1,),
+    hook="moe_router",
+)
 class NormalisesOne(Top):
     """At K = 1 the gate is always 1."""
 
@@ -31,7 +36,9 @@ class DetachesLogits(Top):
         return (super().score(tokens)[0].detach(),)
 
 
-@fault("choices_are_sound", "capacity_holds", says="a token chooses the same expert twice", bugs=(11,), hook="moe_router")
+@fault(
+    "choices_are_sound", "capacity_holds", says="a token chooses the same expert twice", bugs=(11,), hook="moe_router"
+)
 class ChoosesTwice(Top):
     """The best expert K times."""
 
@@ -84,7 +91,12 @@ class AddsAnEpsilon(Top):
         return a_TE / (a_TE.sum(-1, keepdim=True) + 1e-20)
 
 
-@fault("layers_start_apart", says="is the same in two layers; draw without a seed of your own", bugs=(28,), hook="moe_router")
+@fault(
+    "layers_start_apart",
+    says="is the same in two layers; draw without a seed of your own",
+    bugs=(28,),
+    hook="moe_router",
+)
 class SeedsItself(Top):
     """The same draw for every layer."""
 
@@ -119,7 +131,13 @@ class ScoresProbabilities(Top):
         return (super().score(tokens)[0].softmax(-1),)
 
 
-@fault("chances_are_what_happens", says="compare noisy logits with noisy logits", bugs=(7,), hook="moe_router", gives=(*USUAL, "smooth_load"))
+@fault(
+    "chances_are_what_happens",
+    says="compare noisy logits with noisy logits",
+    bugs=(7,),
+    hook="moe_router",
+    gives=(*USUAL, "smooth_load"),
+)
 class MixesScales(Top):
     """Raw logits held against thresholds of probabilities."""
 
@@ -216,7 +234,13 @@ class LearnsItsBias(Sign):
 # -- losses ---------------------------------------------------------------------------------------
 
 
-@fault("balance_is_worth_what_it_says", says="is 2 at balance with top_k=2, not 1", bugs=(5,), hook="moe_aux_loss", balanced=1.0)
+@fault(
+    "balance_is_worth_what_it_says",
+    says="is 2 at balance with top_k=2, not 1",
+    bugs=(5,),
+    hook="moe_aux_loss",
+    balanced=1.0,
+)
 def forgets_k(self, routing):
     """f summed over choices and divided by tokens: K at balance."""
     f_E = routing.load / routing.tokens.count.clamp(min=1)
@@ -289,5 +313,3 @@ class SpreadsGradients(Plain):
     def expert_grad(self):
         own_E = super().expert_grad()
         return own_E.mean().expand_as(own_E)
-
-

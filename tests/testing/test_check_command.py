@@ -4,8 +4,8 @@ import json
 
 import attrs
 import pytest
-
 from faults import Top
+
 from moe_engine import hookimpl
 from moe_engine.cli import main
 from moe_engine.testing import CLAIMS

@@ -1,11 +1,11 @@
 """The kit bites: each claim is broken by a plugin with one fault, and the sentence says so."""
 
-import pytest
-
 import faults_elsewhere
 import faults_in_layers
 import faults_in_routers
+import pytest
 from faults import FAULTS
+
 from moe_engine.testing import CLAIMS, checks, results
 
 MODULES = (faults_in_layers, faults_in_routers, faults_elsewhere)  # where faults are registered

@@ -7,8 +7,8 @@ import unittest
 import attrs
 import pytest
 import torch
-
 from faults import Top
+
 from moe_engine import UsageError, assign, hookimpl, option
 from moe_engine.testing import CLAIMS, Broken, NotApplicable, check_loss, check_router, checks
 from moe_engine.testing.subjects import subject

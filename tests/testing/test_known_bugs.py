@@ -3,13 +3,13 @@
 import re
 from pathlib import Path
 
-import pytest
-import torch
-
 import faults_elsewhere
 import faults_in_layers
 import faults_in_routers
+import pytest
+import torch
 from faults import FAULTS
+
 from moe_engine import Engine
 from moe_engine.testing import CLAIMS
 
