@@ -7,7 +7,9 @@ import copy
 import inspect
 import os
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib import metadata, resources
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -72,8 +74,23 @@ def disabled() -> set[str]:
     return {name.strip() for name in os.environ.get(DISABLED, "").split(",") if name.strip()}
 
 
+_pretended: ContextVar[dict[str, list[Found]] | None] = ContextVar("pretended", default=None)
+
+
+@contextmanager
+def pretend(found: dict[str, list[Found]]) -> Iterator[None]:
+    """Inside, `find` answers this: how a plugin is tried that no distribution offers."""
+    before = _pretended.set(found)
+    try:
+        yield
+    finally:
+        _pretended.reset(before)
+
+
 def find() -> dict[str, list[Found]]:
     """Every installed plugin by name, sorted, but for disabled ones; a name with two entries is a clash."""
+    if (pretended := _pretended.get()) is not None:
+        return pretended
     found: dict[str, list[Found]] = {}
     homes: set[str] = set()
     hidden = disabled()

@@ -30,5 +30,5 @@ def install(monkeypatch):
         point = metadata.EntryPoint(name, f"{module.__name__}:Plugin", manager.PREFIX + group)
         found.setdefault(name, []).append(manager.Found(name, kind, distribution, "1.0", point))
 
-    monkeypatch.setattr(manager, "find", lambda: found)
-    return add
+    with manager.pretend(found):
+        yield add

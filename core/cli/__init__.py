@@ -1,7 +1,4 @@
-"""The command line: `moe-engine run | resume | plugins | compare | replay`.
-
-Nothing here imports torch before it must.
-"""
+"""The command line: a file for each command. Nothing here imports torch before it must."""
 
 import sys
 import traceback
@@ -11,6 +8,7 @@ from importlib import metadata
 import click
 
 from ..errors import PluginError, RunError, UsageError
+from .check import check
 from .compare import compare
 from .plugins import plugins
 from .replay import replay
@@ -42,12 +40,14 @@ def group(context: click.Context) -> None:
         moe-engine compare runs/A runs/B
     Let another router choose on the logits of a run that recorded them:
         moe-engine replay runs/A --routers sigmoid_topk
+    Hold a plugin against what is promised of every plugin:
+        moe-engine check my_router
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
 
 
-for command in (run, resume, plugins, compare, replay):
+for command in (run, resume, plugins, check, compare, replay):
     group.add_command(command)
 
 

@@ -76,4 +76,5 @@ class PublishedBias(Bias):
         return self.beta * (1 - self.s)
 
     def after_step(self, step):
-        self.s.lerp_(step.expert_grad.to(self.s.dtype), 1 - self.decay)
+        some = (step.expert_grad.sum() > 0).to(self.s.dtype)
+        self.s.lerp_(step.expert_grad.to(self.s.dtype), (1 - self.decay) * some)

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 import attrs
 import safetensors
 import torch
+from safetensors.torch import save_file
 
 from moe_engine import StackedMLP, UsageError, hookimpl, option
 from moe_engine.errors import nearest
@@ -28,6 +29,13 @@ class Upcycle:
     w_gate: str = option("w_gate", help="name of the matrix of the gate there, for swiglu alone")
     b_in: str | None = option(None, help="name of the first bias there; unset: zeros, if the layer has biases")
     b_out: str | None = option(None, help="name of the last bias there; unset: zeros, if the layer has biases")
+
+    @staticmethod
+    def trial_options(folder, dim, hidden):
+        """A small dense network, to try this with."""
+        w_in = torch.eye(hidden, dim)
+        save_file({"w_in": w_in, "w_out": w_in.t().contiguous()}, folder / "dense.safetensors")
+        return {"file": str(folder / "dense.safetensors")}
 
     @hookimpl
     def moe_check(self, setup):

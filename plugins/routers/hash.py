@@ -51,7 +51,8 @@ class HashRouter(Router):
         if tokens.ids is None:
             raise UsageError("hash routes by token ids; call the layer with ids=")
         expert_TK = self.table[tokens.ids]
-        weight_TK = torch.full(expert_TK.shape, 1 / expert_TK.shape[1], device=expert_TK.device)
+        kind = torch.promote_types(tokens.x.dtype, torch.float32)
+        weight_TK = torch.full(expert_TK.shape, 1 / expert_TK.shape[1], dtype=kind, device=expert_TK.device)
         return None, assign(weight_TK, expert_TK, tokens)
 
     def settle(self, staged, plans):

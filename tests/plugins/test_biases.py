@@ -147,6 +147,17 @@ def test_a_bias_balances_a_router_that_would_collapse(router, plugin, setting):
     assert cv([router, plugin], [f"{plugin}.{setting}"]) < 0.6 * cv([router], [])
 
 
+@pytest.mark.parametrize("setting", ["form=published", "signal=weights", "signal=mass"])
+def test_saturation_stays_where_it_is_in_a_step_without_data(setting):
+    """Also the published form, whose running mean would fall for want of gradients."""
+    engine = Engine("topk,saturation", [f"saturation.{setting}"], experts=4)
+    layer = engine.moe(6, 8)
+    one_step(engine, layer, torch.randn(9, 6))
+    before = bias_of(layer, "saturation").s.clone()
+    one_step(engine, layer, torch.randn(0, 6))
+    assert before.tolist() == bias_of(layer, "saturation").s.tolist()
+
+
 def test_biases_add_up_in_any_number():
     engine = Engine("topk,loss_free,log_load,saturation", experts=4)
     layer = engine.moe(6, 8)

@@ -1,0 +1,315 @@
+"""Faults of routers, biases, losses and experts."""
+
+import torch
+from faults import Plain, Sign, Top, fault
+
+from moe_engine import assign, assign_where, hookimpl, option
+from moe_engine.manager import USUAL
+
+
+@fault(
+    "learns_from_the_task",
+    says="at top_k=1: layer 'moe0': the task gives the router's level",
+    bugs=(1,),
+    hook="moe_router",
+)
+class NormalisesOne(Top):
+    """At K = 1 the gate is always 1."""
+
+    def gates(self, probs_TK):
+        return probs_TK / probs_TK.sum(-1, keepdim=True)
+
+
+@fault("learns_from_the_task", says="no gradient", bugs=(27,), hook="moe_router")
+class GathersDeadGates(Top):
+    """Gates from what is scattered into zeros: values without a graph."""
+
+    def gates(self, probs_TK):
+        return torch.zeros_like(probs_TK).copy_(probs_TK.detach())
+
+
+@fault("learns_from_the_task", says="have no graph; score(tokens) must not detach them", hook="moe_router")
+class DetachesLogits(Top):
+    """A router under no_grad."""
+
+    def score(self, tokens):
+        return (super().score(tokens)[0].detach(),)
+
+
+@fault(
+    "choices_are_sound", "capacity_holds", says="a token chooses the same expert twice", bugs=(11,), hook="moe_router"
+)
+class ChoosesTwice(Top):
+    """The best expert K times."""
+
+    def select(self, tokens, levels):
+        probs_TE = self.probs(levels[0])
+        best_TK = self.ranked(levels[0], probs_TE).argmax(-1, keepdim=True).expand(-1, self.top_k)
+        return probs_TE, assign(probs_TE.gather(-1, best_TK), best_TK, tokens)
+
+
+@fault(
+    *("choices_are_sound", "padding_changes_nothing", "capacity_holds"),
+    says="padding chooses; select only where tokens.mask is True",
+    bugs=(12, 13),
+    hook="moe_router",
+)
+class RoutesPadding(Top):
+    """Padding is routed as tokens are, and counted for capacity."""
+
+    def select(self, tokens, levels):
+        probs_TE, plan = super().select(tokens, levels)
+        plan.selected = plan.kept = torch.ones_like(plan.selected)
+        return probs_TE, plan
+
+
+@fault("picks_are_as_many_as_said", says="say what it gives: gives = (...)", hook="moe_router")
+class PicksAnyNumber(Top):
+    """All experts above the mean, and never a word of it."""
+
+    def select(self, tokens, levels):
+        probs_TE = self.probs(levels[0])
+        ranked_TE = self.ranked(levels[0], probs_TE)
+        chosen_TE = ranked_TE >= ranked_TE.mean(-1, keepdim=True)
+        return probs_TE, assign_where(probs_TE, chosen_TE, tokens)
+
+
+@fault("probabilities_are_a_distribution", says="sum to 1 only within", bugs=(18, 22), hook="moe_router")
+class SigmoidsForProbabilities(Top):
+    """Scores that are no distribution."""
+
+    def probs(self, level):
+        return level.biased.sigmoid()
+
+
+@fault("probabilities_are_a_distribution", says="for logits of -50", bugs=(18,), hook="moe_router")
+class AddsAnEpsilon(Top):
+    """Sigmoids over their sum, which an epsilon outgrows where all are small."""
+
+    def probs(self, level):
+        a_TE = level.biased.sigmoid()
+        return a_TE / (a_TE.sum(-1, keepdim=True) + 1e-20)
+
+
+@fault(
+    "layers_start_apart",
+    says="is the same in two layers; draw without a seed of your own",
+    bugs=(28,),
+    hook="moe_router",
+)
+class SeedsItself(Top):
+    """The same draw for every layer."""
+
+    def __init__(self, spec):
+        super().__init__(spec)
+        self.rows.data = 0.3 * torch.randn(self.rows.shape, generator=torch.Generator().manual_seed(42))
+
+
+@fault("causal_sees_no_future", says="a later token changes an output", bugs=(2,), hook="moe_router")
+class NormalisesOverTokens(Top):
+    """The largest gate of the batch, for want of keepdim, in the place of each token's own."""
+
+    def gates(self, probs_TK):
+        return probs_TK / probs_TK.max() if len(probs_TK) else probs_TK
+
+
+@fault("first_choice_is_best", says="the first choice has not the largest gate", bugs=(23,), hook="moe_router")
+class LeavesChoicesUnsorted(Top):
+    """topk(sorted=False), whose first is not the best."""
+
+    def select(self, tokens, levels):
+        probs_TE = self.probs(levels[0])
+        expert_TK = self.ranked(levels[0], probs_TE).topk(self.top_k, dim=-1).indices.flip(-1)
+        return probs_TE, assign(self.gates(probs_TE.gather(-1, expert_TK)), expert_TK, tokens)
+
+
+@fault("logits_are_raw", says="are normalised already; leave that to select()", bugs=(22,), hook="moe_router")
+class ScoresProbabilities(Top):
+    """Probabilities where logits are meant."""
+
+    def score(self, tokens):
+        return (super().score(tokens)[0].softmax(-1),)
+
+
+@fault(
+    "chances_are_what_happens",
+    says="compare noisy logits with noisy logits",
+    bugs=(7,),
+    hook="moe_router",
+    gives=(*USUAL, "smooth_load"),
+)
+class MixesScales(Top):
+    """Raw logits held against thresholds of probabilities."""
+
+    def select(self, tokens, levels):
+        (level,) = levels
+        noise_TE = 0.3 * torch.randn_like(level.biased) if self.training else 0
+        probs_TE = (level.biased + noise_TE).softmax(-1)
+        best_TK = level.select_by(level.biased + noise_TE).topk(self.top_k, dim=-1).indices
+        threshold_T1 = probs_TE.gather(-1, best_TK)[:, -1:]
+
+        def chances():
+            return torch.special.ndtr((level.biased - threshold_T1) / 0.3)
+
+        return probs_TE, assign(self.gates(probs_TE.gather(-1, best_TK)), best_TK, tokens, chances)
+
+
+@fault("ties_are_shared", says="the load of equal logits is", bugs=(28,), hook="moe_router")
+class TakesTheFirst(Top):
+    """Every token of a zero router goes to the first experts."""
+
+    def ranked(self, level, probs_TE):
+        scores_TE = level.biased if level.bias is None else level.biased + level.bias
+        return scores_TE.detach() - 1e-5 * torch.arange(scores_TE.shape[1])
+
+
+@fault("bias_moves_choices_and_no_gate", says="a selection bias moves gates by", bugs=(16,), hook="moe_router")
+class GatesSeeTheBias(Top):
+    """Gates of the biased scores."""
+
+    def select(self, tokens, levels):
+        (level,) = levels
+        probs_TE = level.biased.softmax(-1)
+        scores_TE = level.biased if level.bias is None else level.biased + level.bias
+        expert_TK = self.ranked(level, probs_TE).topk(self.top_k, dim=-1).indices
+        return probs_TE, assign(self.gates(scores_TE.softmax(-1).gather(-1, expert_TK)), expert_TK, tokens)
+
+
+@fault("bias_moves_choices_and_no_gate", says="a bias of up to 1 moves no choice", bugs=(17,), hook="moe_router")
+class IgnoresTheBias(Top):
+    """Choices of the raw scores."""
+
+    def ranked(self, level, probs_TE):
+        tokens, units = level.biased.shape
+        turn_TE = (torch.arange(tokens)[:, None] + torch.arange(units)) % units
+        return level.biased.detach() - 1e-6 * turn_TE
+
+
+@fault("causal_sees_no_future", says="a later token changes an output", bugs=(26,), hook="moe_router")
+class ComparesTokens(Top):
+    """Scores relative to the batch's mean: who comes later decides."""
+
+    def select(self, tokens, levels):
+        mean_E = tokens.mean(levels[0].biased)
+        levels[0].biased = levels[0].biased - mean_E
+        return super().select(tokens, levels)
+
+
+# -- biases ---------------------------------------------------------------------------------------
+
+
+@fault("equal_loads_leave_it", says="with equal loads it moves units apart", bugs=(15,), hook="moe_bias")
+class RanksLoads(Sign):
+    """By rank, which equal loads have too."""
+
+    def excess(self, step):
+        return step.load.argsort(stable=True).argsort() / len(step.load)
+
+
+@fault("overload_is_pushed_down", says="its bias rises above that of a unit that got none", bugs=(15,), hook="moe_bias")
+class PushesUp(Sign):
+    """The wrong sign."""
+
+    rate = -0.01
+
+
+@fault("overload_is_pushed_down", says="its bias stays at that of a unit that got none", bugs=(15,), hook="moe_bias")
+class NeverMoves(Sign):
+    """torchtitan's hook that returned too early."""
+
+    def after_step(self, step):
+        return
+
+
+@fault("no_gradient_reaches_it", says="b is a parameter; make it a buffer", hook="moe_bias")
+class LearnsItsBias(Sign):
+    """A parameter, which an optimizer moves too."""
+
+    def __init__(self, size):
+        super().__init__(size)
+        del self.b
+        self.expert_param("b", (size,), fresh=lambda shape, generator=None: torch.zeros(shape), role="logit_bias")
+
+
+# -- losses ---------------------------------------------------------------------------------------
+
+
+@fault(
+    "balance_is_worth_what_it_says",
+    says="is 2 at balance with top_k=2, not 1",
+    bugs=(5,),
+    hook="moe_aux_loss",
+    balanced=1.0,
+)
+def forgets_k(self, routing):
+    """f summed over choices and divided by tokens: K at balance."""
+    f_E = routing.load / routing.tokens.count.clamp(min=1)
+    return routing.experts * (f_E * routing.mean(routing.probs)).sum()
+
+
+@fault("mean_and_no_sum", says="divide by the number of tokens", bugs=(20,), hook="moe_aux_loss")
+def sums_tokens(self, routing):
+    """A sum over tokens, which grows with the batch."""
+    return routing.tokens.real(routing.probs.square()).sum()
+
+
+@fault("it_leaves_the_weight_to_the_core", says="leave it unweighted", bugs=(20,))
+class WeightsItself:
+    """Multiplied here, and once more by the core."""
+
+    weight: float = option(0.5, help="coefficient", min=0)
+
+    @hookimpl
+    def moe_aux_loss(self, routing):
+        return self.weight * routing.mean(routing.probs).square().sum()
+
+
+@fault("gradient_is_of_its_value", says="detach nothing that the value depends on", bugs=(23,), hook="moe_aux_loss")
+def half_detached(self, routing):
+    """Half of its gradient is missing."""
+    mean_E = routing.mean(routing.probs)
+    return (mean_E * mean_E.detach()).sum()
+
+
+# -- experts --------------------------------------------------------------------------------------
+
+
+@fault("forward_agrees_with_outputs", says="rows past the last are not 0", hook="moe_experts")
+class AnswersForNobody(Plain):
+    """Something for the rows that no expert has."""
+
+    def forward(self, x_ND, counts_E):
+        out_NO = super().forward(x_ND, counts_E)
+        return torch.where(torch.arange(len(out_NO))[:, None] < counts_E.sum(), out_NO, 1.0)
+
+
+@fault("forward_agrees_with_outputs", says="forward and outputs differ by", hook="moe_experts")
+class TellsOthersOutputs(Plain):
+    """Outputs in another order than the experts'."""
+
+    def outputs(self, x_SD):
+        return super().outputs(x_SD).roll(1, 0)
+
+
+@fault(
+    *("rows_are_alone", "causal_sees_no_future", "forward_agrees_with_outputs"),
+    says="another row changes an answer",
+    bugs=(26,),
+    hook="moe_experts",
+)
+class NormalisesRows(Plain):
+    """The mean over all rows is taken off."""
+
+    def forward(self, x_ND, counts_E):
+        used = (torch.arange(len(x_ND)) < counts_E.sum())[:, None]
+        mean_D = torch.where(used, x_ND, 0).sum(0) / counts_E.sum().clamp(min=1)
+        return super().forward(x_ND - mean_D, counts_E)
+
+
+@fault("gradients_are_told", says="it is not 0 for an expert without a token", hook="moe_experts")
+class SpreadsGradients(Plain):
+    """One mean for all."""
+
+    def expert_grad(self):
+        own_E = super().expert_grad()
+        return own_E.mean().expand_as(own_E)
