@@ -1,7 +1,7 @@
 """The pictures of runs, drawn with matplotlib: curves, usage over time, class by expert, effects."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
@@ -51,6 +51,42 @@ def overlaid(runs: Sequence["Run"]) -> Figure:
     """Several runs' curves on the test set, one colour a run."""
     figure = curves(runs, ["loss", "accuracy", "cv", "maxvio"])
     assert figure is not None  # every run has a loss
+    return figure
+
+
+PANELS = (  # of a comparison: number, title, factor
+    ("cv", "cv of the load (0 = even)", 1),
+    ("step_ratio", "time of a training step (dense = 1)", 1),
+)
+QUALITIES = {"accuracy": ("accuracy on the test set, %", 100), "perplexity": ("perplexity", 1), "loss": ("loss", 1)}
+
+
+def compared(comparison: Mapping[str, Any]) -> Figure:
+    """A comparison's rows as dots with their 95 % intervals: quality, cv and step time; what did not run is left out."""
+    rows = [row for row in comparison["rows"] if row["numbers"]]
+    panels = [(comparison["quality"], *QUALITIES[comparison["quality"]]), *PANELS]
+    kinds = list(dict.fromkeys(row["kind"] for row in rows))
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(10.5, 1.1 + 0.3 * len(rows)), layout="constrained")
+        for index, (axes, (name, title, factor)) in enumerate(
+            zip(figure.subplots(1, 3, sharey=True), panels, strict=True)
+        ):
+            for height, row in enumerate(rows):
+                number = row["numbers"].get(name)
+                if number is not None:
+                    color = INK if row["kind"] == "dense" else f"C{kinds.index(row['kind'])}"
+                    half = factor * (number["half"] or 0)
+                    axes.errorbar(
+                        factor * number["mean"], height, xerr=half, fmt="o", color=color, markersize=5, capsize=3
+                    )
+                    if row["kind"] == "dense":
+                        axes.axvline(factor * number["mean"], color=INK, linewidth=0.8, linestyle="--", alpha=0.6)
+            axes.set_title(title, fontsize=9.5)
+            axes.set_yticks(range(len(rows)), [row["variant"] for row in rows])
+            if index == 0:
+                axes.invert_yaxis()
+            else:
+                axes.set_xlim(left=0)
     return figure
 
 

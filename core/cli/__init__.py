@@ -1,4 +1,4 @@
-"""The command line: `moe-engine run | resume | plugins | compare`. Nothing here imports torch before it must."""
+"""The command line: `moe-engine run | resume | plugins | compare | compare-plugins`. Nothing here imports torch before it must."""
 
 import sys
 import traceback
@@ -9,6 +9,7 @@ import click
 
 from ..errors import PluginError, RunError, UsageError
 from .compare import compare
+from .compare_plugins import compare_plugins
 from .plugins import plugins
 from .resume import resume
 from .run import run
@@ -36,12 +37,14 @@ def group(context: click.Context) -> None:
         moe-engine run --plugins saturation,switch_aux,schedule --experts 2
     Set two runs side by side:
         moe-engine compare runs/A runs/B
+    Set all routers beside each other and a dense model, over three seeds:
+        moe-engine compare-plugins --routers all
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
 
 
-for command in (run, resume, plugins, compare):
+for command in (run, resume, plugins, compare, compare_plugins):
     group.add_command(command)
 
 

@@ -233,6 +233,10 @@ CORE_ORDER = (
     "runs",
     "checkpoints",
     "training",
+    "flops",
+    "intervals",
+    "grid",
+    "comparison",
 )
 
 

@@ -1,0 +1,74 @@
+"""Forward FLOPs of a layer for one token, in closed form.
+
+A multiply-add is 2. Only products with weights are counted, as torch's FlopCounterMode counts them:
+biases, activations, softmax, sorting and the weighting of outputs are left out; they are of a lower
+order (H, E or D, beside H D and E D).
+"""
+
+from collections.abc import Mapping
+
+import attrs
+from torch import nn
+
+from .experts import DenseMLP, ModuleBank, StackedMLP
+from .layer import MoE
+from .routing import Spec
+
+
+@attrs.frozen
+class Flops:
+    """Forward FLOPs a token. active: of the experts that a token is sent to; total: as if it went to all of them."""
+
+    active: float
+    total: float
+
+    def __add__(self, other: "Flops") -> "Flops":
+        return Flops(self.active + other.active, self.total + other.total)
+
+
+def mlp_flops(spec: Spec, hidden: int) -> int:
+    """2 D H + 2 H out; for swiglu, whose first matrix is twice as wide, 4 D H + 2 H out."""
+    wide = 2 * hidden if spec.activation == "swiglu" else hidden
+    return 2 * spec.dim * wide + 2 * hidden * spec.out_dim
+
+
+def layer_flops(layer: MoE, choices: float | None = None) -> Flops:
+    """router + shared + choices * expert, and for the total E * expert.
+
+    router: 2 for each weight of its matrices, which for linear scores is 2 E D at the level of E experts
+    and 2 n D at one of n groups. choices: measured assignments a token, for routers that choose a varying
+    number; K unless given.
+    """
+    spec, each = layer.spec, _expert_flops(layer)
+    always = 2 * _weights(layer.router) + mlp_flops(spec, spec.hidden * spec.shared)
+    return Flops(always + (spec.top_k if choices is None else choices) * each, always + spec.experts * each)
+
+
+def model_flops(model: nn.Module, choices: Mapping[str, float]) -> Flops:
+    """The sum over a model's MoE layers, or over the MLPs of a dense model; `choices` by the layer's name.
+
+    What both have beside those, as attention or a head, is left out.
+    """
+    layers = [module for module in model.modules() if isinstance(module, MoE)]
+    counted = [layer_flops(layer, choices.get(layer.name)) for layer in layers]
+    if not layers:
+        twins = [2 * _weights(module) for module in model.modules() if isinstance(module, DenseMLP)]
+        counted = [Flops(flops, flops) for flops in twins]
+    return sum(counted, Flops(0, 0))
+
+
+def _expert_flops(layer: MoE) -> float:
+    """Of one expert for one token. In a bank of another kind each weight of a matrix is taken to be used once."""
+    bank, spec = layer.experts, layer.spec
+    if isinstance(bank, StackedMLP):
+        return mlp_flops(spec, spec.hidden)
+    if isinstance(bank, ModuleBank):
+        return 2 * _weights(bank) / spec.experts
+    own = [tensor.numel() for name, tensor in bank.named_parameters() if name in bank.axes and tensor.dim() > 2]
+    common = [tensor.numel() for name, tensor in bank.named_parameters() if name not in bank.axes and tensor.dim() > 1]
+    return 2 * (sum(own) / spec.experts + sum(common))
+
+
+def _weights(module: nn.Module) -> int:
+    """How many weights its matrices have; vectors are biases and gains."""
+    return sum(tensor.numel() for tensor in module.parameters() if tensor.dim() > 1)
