@@ -9,10 +9,11 @@ from typing import Any
 import attrs
 import joblib
 
+from . import manager
 from .errors import UsageError, listed, nearest
-from .grid import FINISHED, Record, Show, Variant, run_grid
+from .grid import FINISHED, REFUSED, Record, Show, Variant, run_grid
 from .intervals import interval
-from .manager import KINDS, WATCHING, find
+from .manager import KINDS, WATCHING
 from .options import Settings
 from .runs import number_of
 from .training import Training, versions
@@ -25,7 +26,7 @@ Row = dict[str, Any]
 
 def wanted(group: str, words: Sequence[str]) -> tuple[str, ...]:
     """The plugins of an entry-point group that are to be compared; "all" is every installed one. Raises UsageError."""
-    kind, installed = KINDS[group], find()
+    kind, installed = KINDS[group], manager.find()
     of_kind = [name for name, several in installed.items() if any(one.kind == kind for one in several)]
     for name in words:
         if name != "all" and name not in of_kind:
@@ -42,7 +43,7 @@ def variants_of(
     compared: plugins by entry-point group; each is added to the base by itself. base: plugins that all but the
     dense model share. settings: a plugin's go to the variants that have it. Raises UsageError.
     """
-    installed = find()
+    installed = manager.find()
     kinds = {name: installed[name][0].kind for name in base if name in installed}
     names = {name for group in compared.values() for name in group}
     if both := sorted(names & set(base)):
@@ -85,11 +86,14 @@ def compare(
     records = run_grid([variant for _, variant in variants], seeds, out, jobs or joblib.cpu_count(), show)
     rows = _rows(variants, records)
     quality = next((name for name in QUALITY if any(name in row["numbers"] for row in rows)), "loss")
+    shared = list(variants[-1][1].plugins[:-1])
+    title = f"{dense.task}, {dense.experts} experts, top {dense.top_k}, {dense.epochs} epochs"
     return {
+        "title": title + (f", all with {listed(shared)}" if shared else ""),
         "task": dense.task,
         "quality": quality,
         "seeds": list(seeds),
-        "shared": [name for name in variants[-1][1].plugins[:-1]],
+        "shared": shared,
         "run": {name: getattr(dense, name) for name in ("experts", "top_k", "capacity", "epochs", "batch_size", "lr")},
         "versions": versions(),
         "rows": sorted(rows, key=lambda row: _place(row, quality, [kind for kind, _ in variants])),
@@ -106,11 +110,12 @@ def _rows(variants: Sequence[tuple[str, Variant]], records: Iterable[Record]) ->
     by_variant: dict[str, list[Record]] = {variant.name: [] for _, variant in variants}
     for record in records:
         by_variant[record["variant"]].append(record)
-    dense = {one["seed"]: one["step_seconds"] for one in by_variant[DENSE] if one["status"] == FINISHED}
+    times = [record["step_seconds"] for record in by_variant[DENSE] if record["status"] == FINISHED]
+    dense = fmean(times) if times else None
     return [_row(kind, variant, by_variant[variant.name], dense) for kind, variant in variants]
 
 
-def _row(kind: str, variant: Variant, records: Sequence[Record], dense: Mapping[int, float]) -> Row:
+def _row(kind: str, variant: Variant, records: Sequence[Record], dense: float | None) -> Row:
     done = [record for record in records if record["status"] == FINISHED]
     missed = [record for record in records if record["status"] != FINISHED]
     numbers: dict[str, list[float]] = {}
@@ -131,17 +136,17 @@ def _row(kind: str, variant: Variant, records: Sequence[Record], dense: Mapping[
     }
 
 
-def _numbers(record: Record, dense: Mapping[int, float]) -> dict[str, float | None]:
+def _numbers(record: Record, dense: float | None) -> dict[str, float | None]:
     """One finished cell's numbers by name. All but `dropped` and the times are of the test set."""
     shares = [share for share in record["dropped"].values() if share is not None]
-    seconds, twin = record["step_seconds"], dense.get(record["seed"])
+    seconds = record["step_seconds"]
     return {
         **{name: number_of(record["summary"], name) for name in (*QUALITY, *BALANCE)},
         "dropped": fmean(shares) if shares else None,
         "active_flops": record["flops"]["active"],
         "total_flops": record["flops"]["total"],
         "step_ms": 1000 * seconds,
-        "step_ratio": seconds / twin if twin else None,
+        "step_ratio": seconds / dense if dense else None,
     }
 
 
@@ -156,9 +161,9 @@ COLUMNS = {
     "maxvio": ("maxvio", 1, 2),
     "active": ("active", 1, 1),
     "dropped": ("dropped %", 100, 1),
-    "active_flops": ("FLOPs", 1, 0),
+    "active_flops": ("FLOPs/token", 1, 0),
     "step_ms": ("step ms", 1, 2),
-    "step_ratio": ("x dense", 1, 2),
+    "step_ratio": ("step/dense", 1, 2),
 }
 
 
@@ -182,14 +187,14 @@ def _cell(row: Row, name: str) -> str:
 
 
 def _verdicts(row: Row) -> str:
-    words = [f"{verdict} {count}" for verdict, count in row["verdicts"].items()]
+    words = [f"{verdict} {count}/{len(row['seeds'])}" for verdict, count in row["verdicts"].items()]
     return ", ".join(words if row["status"] == FINISHED else [*words, row["status"]]) or "-"
 
 
 def remarks_of(comparison: Mapping[str, Any]) -> list[str]:
     """A sentence for each variant of which a run is missing: why."""
     return [
-        f"{row['variant']} was {row['status']}: {row['reason']}"
+        f"{row['variant']} {'was refused' if row['status'] == REFUSED else 'failed'}: {row['reason']}"
         if row["status"] != FINISHED
         else f"{row['variant']}: {len(row['seeds'])} of {len(comparison['seeds'])} seeds finished: {row['reason']}"
         for row in comparison["rows"]
@@ -197,23 +202,16 @@ def remarks_of(comparison: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def title_of(comparison: Mapping[str, Any]) -> str:
-    """What is compared."""
-    run, shared = comparison["run"], comparison["shared"]
-    base = f", with {listed(shared)}" if shared else ""
-    return f"{comparison['task']}: {run['experts']} experts, top {run['top_k']}, {run['epochs']} epochs{base}"
-
-
 def legend_of(comparison: Mapping[str, Any]) -> str:
     """What the numbers are."""
     many = len(comparison["seeds"])
     over = (
-        f"Mean over {many} seeds ± half of the 95 % interval (Student's t)" if many > 1 else "One seed, so no interval"
+        f"Means over {many} seeds ± half of their 95 % interval (Student's t)" if many > 1 else "One seed: no intervals"
     )
-    dropped = "" if comparison["run"]["capacity"] is None else "; drops are those of the last window of training"
+    dropped = "" if comparison["run"]["capacity"] is None else "; dropped is of the last window of training"
     return (
-        f"{over}, on the test set{dropped}. FLOPs: forward, for a token, of the MoE layers; the dense model has one "
-        "MLP that takes as many as the experts that a token is sent to. Step: the median of the training steps."
+        f"{over}, on the test set{dropped}. FLOPs: forward, of the MoE layers. Step: median time of a training step. "
+        "The dense model has one MLP in each layer's place, as wide as the experts that a token is sent to."
     )
 
 
@@ -224,5 +222,5 @@ def page_of(comparison: Mapping[str, Any]) -> str:
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in (titles, bars, *lines))
     remarks = "\n".join(f"- {remark}" for remark in remarks_of(comparison))
     picture = "![The same numbers as a picture](comparison.png)"
-    parts = (f"# {title_of(comparison)}", table, legend_of(comparison), remarks, picture)
+    parts = (f"# {comparison['title']}", table, legend_of(comparison), remarks, picture)
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -54,40 +54,55 @@ def overlaid(runs: Sequence["Run"]) -> Figure:
     return figure
 
 
-PANELS = (  # of a comparison: number, title, factor
-    ("cv", "cv of the load (0 = even)", 1),
-    ("step_ratio", "time of a training step (dense = 1)", 1),
-)
-QUALITIES = {"accuracy": ("accuracy on the test set, %", 100), "perplexity": ("perplexity", 1), "loss": ("loss", 1)}
+QUALITIES = {
+    "accuracy": ("test accuracy, % (more is better)", 100),
+    "perplexity": ("test perplexity (less is better)", 1),
+    "loss": ("test loss (less is better)", 1),
+}
+BESIDE = {"cv": ("cv of the load (0 = even)", 1), "step_ratio": ("time of a training step (dense = 1)", 1)}
 
 
 def compared(comparison: Mapping[str, Any]) -> Figure:
-    """A comparison's rows as dots with their 95 % intervals: quality, cv and step time; what did not run is left out."""
+    """Quality, cv and step time of a comparison, a line a row: every seed, their mean and its 95 % interval."""
     rows = [row for row in comparison["rows"] if row["numbers"]]
-    panels = [(comparison["quality"], *QUALITIES[comparison["quality"]]), *PANELS]
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
+    panels = {comparison["quality"]: QUALITIES[comparison["quality"]], **BESIDE}
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(10.5, 1.1 + 0.3 * len(rows)), layout="constrained")
-        for index, (axes, (name, title, factor)) in enumerate(
-            zip(figure.subplots(1, 3, sharey=True), panels, strict=True)
-        ):
-            for height, row in enumerate(rows):
-                number = row["numbers"].get(name)
-                if number is not None:
-                    color = INK if row["kind"] == "dense" else f"C{kinds.index(row['kind'])}"
-                    half = factor * (number["half"] or 0)
-                    axes.errorbar(
-                        factor * number["mean"], height, xerr=half, fmt="o", color=color, markersize=5, capsize=3
-                    )
-                    if row["kind"] == "dense":
-                        axes.axvline(factor * number["mean"], color=INK, linewidth=0.8, linestyle="--", alpha=0.6)
+        figure = Figure(figsize=(10.5, 1.5 + 0.3 * len(rows)), layout="constrained")
+        first, *others = figure.subplots(1, len(panels), sharey=True)
+        for axes, (name, (title, factor)) in zip((first, *others), panels.items(), strict=True):
             axes.set_title(title, fontsize=9.5)
-            axes.set_yticks(range(len(rows)), [row["variant"] for row in rows])
-            if index == 0:
-                axes.invert_yaxis()
-            else:
-                axes.set_xlim(left=0)
+            for height, row in enumerate(rows):
+                color = INK if row["kind"] == "dense" else f"C{kinds.index(row['kind']) - 1}"
+                _interval(axes, row["numbers"].get(name), factor, height, color, row["kind"] == "dense")
+        first.set_yticks(range(len(rows)), [_titled(row) for row in rows])
+        first.set_ylim(len(rows) - 0.4, -0.6)
+        if comparison["quality"] == "accuracy":
+            first.set_xlim(right=min(first.get_xlim()[1], 100))
+        for axes in others:
+            axes.set_xlim(left=0)
+        seeds = len(comparison["seeds"])
+        figure.suptitle(
+            f"{comparison['title']}: mean{' and 95 % interval' if seeds > 1 else ''} of {seeds} seeds", fontsize=11
+        )
     return figure
+
+
+def _titled(row: Mapping[str, Any]) -> str:
+    """A row's name and, of a plugin, its kind."""
+    return row["variant"] if row["kind"] in ("dense", "base") else f"{row['variant']} ({row['kind']})"
+
+
+def _interval(axes: Any, number: Mapping[str, Any] | None, factor: float, height: int, color: str, line: bool) -> None:
+    if number is None:
+        return
+    mean, half = factor * number["mean"], factor * (number["half"] or 0)
+    axes.scatter(
+        [factor * value for value in number["values"]], [height] * len(number["values"]), s=12, color=color, alpha=0.45
+    )
+    axes.errorbar(mean, height, xerr=half, fmt="o", color=color, markersize=5, capsize=3)
+    if line:  # what the others are held against
+        axes.axvline(mean, color=color, linewidth=0.8, linestyle="--", alpha=0.6, zorder=0)
 
 
 def picture(figure: Figure, kind: str) -> bytes:

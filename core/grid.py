@@ -16,9 +16,10 @@ import joblib
 import torch
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
+from . import manager
 from .errors import RunError, UsageError
 from .flops import model_flops
-from .manager import defaults, find
+from .manager import defaults
 from .options import Settings, values_of
 from .runs import RunConfig, dump, locked, merged, write_atomically
 from .training import Training, versions
@@ -127,8 +128,10 @@ def _run(cell: Cell, folder: Path) -> Record:
     finally:
         torch.set_num_threads(threads)
         shutil.rmtree(scratch, ignore_errors=True)
-    write_atomically(_file(folder, cell), (dump(record) + "\n").encode())
-    return record
+    text = dump(record)
+    write_atomically(_file(folder, cell), (text + "\n").encode())
+    made: Record = json.loads(text)  # just as it will be read the next time
+    return made
 
 
 def _result(cell: Cell, scratch: Path) -> Record:
@@ -148,14 +151,14 @@ def _result(cell: Cell, scratch: Path) -> Record:
             "reason": sentence or f"unexpected {type(error).__name__}: {error}",
             "traceback": text,
         }
-    choices = {layer["name"]: layer["choices"] for layer in run.summary["layers"] if "choices" in layer}
+    rows = {layer["name"]: layer["rows"] for layer in run.summary["layers"] if "rows" in layer}
     windows = [record["layers"] for record in run.records if record["split"] == "train"]
     return {
         "status": FINISHED,
         "reason": None,
         "summary": run.summary,
         "dropped": {layer: numbers.get("dropped") for layer, numbers in windows[-1].items()},
-        "flops": attrs.asdict(model_flops(training.model, choices)),
+        "flops": attrs.asdict(model_flops(training.model, rows)),
         "step_seconds": training.step_seconds,
     }
 
@@ -201,7 +204,7 @@ def _usual() -> tuple[str, ...]:
 
 def _plugins(names: Iterable[str]) -> dict[str, Any]:
     """What decides how plugins act: distribution, version and the text of the file, by name."""
-    installed = find()
+    installed = manager.find()
     return {
         name: [[one.distribution, one.version, _digest(one.entry_point.module)] for one in installed.get(name, ())]
         for name in sorted(set(names))

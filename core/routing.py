@@ -249,6 +249,14 @@ class Routing:
         return None if self.plan.chances is None else self.tokens.real(self.plan.chances()).sum(0)
 
     @property
+    def rows(self) -> Tensor:
+        """[1]: how many tokens, or slots, experts work on."""
+        if self.slots is None:
+            return self.plan.kept.sum().view(1)
+        groups, _, *units = self.slots.dispatch.shape
+        return self.plan.kept.new_full((1,), groups * units[0] * units[1], dtype=torch.long)
+
+    @property
     def load(self) -> Tensor:
         """[E]: assignments of real tokens to each expert, before capacity drops any. A constant for autograd."""
         return count_by(self.plan.expert, self.plan.selected, self.experts)

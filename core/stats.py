@@ -26,7 +26,8 @@ class Finding:
 class Stats:
     """Sums over forwards of one layer, in float64 on the CPU.
 
-    tokens [1]: real tokens. load [E]: their assignments. dropped [E]: those over capacity. prob [E]:
+    tokens [1]: real tokens. load [E]: their assignments. dropped [E]: those over capacity. rows [1]: what
+    experts worked on, kept assignments or slots. prob [E]:
     summed probabilities. load.LEVEL [n]: load of a router's level. loss.TERM [1]: summed values of a
     loss term, over `forwards` [1]. PLUGIN.NAME: what a plugin measured.
     """

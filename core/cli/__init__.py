@@ -1,4 +1,4 @@
-"""The command line: `moe-engine run | resume | plugins | compare | compare-plugins`. Nothing here imports torch before it must."""
+"""The command line: `moe-engine run`, `resume`, `plugins`, `compare` ... Nothing here imports torch before it must."""
 
 import sys
 import traceback

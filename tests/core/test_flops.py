@@ -40,13 +40,15 @@ def test_by_hand():
 def test_a_level_of_groups_adds_its_rows():
     """Two groups and six experts of four dimensions: 2*4*(2 + 6) in the router, an expert 2*4*3 + 2*3*4."""
     layer = Engine("hierarchical", experts=6, top_k=2).moe(4, 3)
-    assert 64 + 2 * 48 == layer_flops(layer).active
+    expected = 64 + 2 * 48
+    assert expected == layer_flops(layer).active
 
 
-def test_measured_choices_take_the_place_of_k():
+def test_measured_rows_take_the_place_of_k():
     layer = Engine("topk", experts=5, top_k=2).moe(4, 3)
-    assert 40 + 1.25 * 48 == layer_flops(layer, choices=1.25).active
-    assert layer_flops(layer).total == layer_flops(layer, choices=1.25).total
+    expected = 40 + 1.25 * 48
+    assert expected == layer_flops(layer, rows=1.25).active
+    assert layer_flops(layer).total == layer_flops(layer, rows=1.25).total
 
 
 def test_a_bank_of_modules_counts_their_matrices():

@@ -37,4 +37,4 @@ def test_three_values():
 
 def test_one_value_has_no_interval():
     got = interval([0.5])
-    assert (0.5, None) == (got.mean, got.half)
+    assert (got.mean, got.half) == (0.5, None)
