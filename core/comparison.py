@@ -182,7 +182,7 @@ def _cell(row: Row, name: str) -> str:
     if number is None:
         return "-"
     _, factor, digits = COLUMNS[name]
-    spread = f" ± {factor * number['half']:.{digits}f}" if number["half"] else ""
+    spread = "" if number["half"] is None else f" ± {factor * number['half']:,.{digits}f}"
     return f"{factor * number['mean']:,.{digits}f}{spread}"
 
 

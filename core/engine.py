@@ -357,7 +357,7 @@ class Engine:
                 routing, effects = probed.get(layer, (None, None))
                 offer = {"stats": stats, "layer": layer, "effects": effects, "probe": routing}
                 own: Metrics = {f"loss.{term}": value for term, value in stats.terms().items()}
-                own["rows"] = float(stats["rows"]) / stats.tokens
+                own |= stats.work()
                 said = [(one.plugin, one({**offer, "memory": self._memory(layer, one, split)})) for one in bounds]
                 answers[layer.name] = _merged([("the core", own), *said])
         return answers

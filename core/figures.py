@@ -75,12 +75,12 @@ def compared(comparison: Mapping[str, Any]) -> Figure:
             for height, row in enumerate(rows):
                 color = INK if row["kind"] == "dense" else f"C{kinds.index(row['kind']) - 1}"
                 _interval(axes, row["numbers"].get(name), factor, height, color, row["kind"] == "dense")
-        first.set_yticks(range(len(rows)), [_titled(row) for row in rows])
+        first.set_yticks(range(len(rows)), [_titled(row, kinds) for row in rows])
         first.set_ylim(len(rows) - 0.4, -0.6)
         if comparison["quality"] == "accuracy":
             first.set_xlim(right=min(first.get_xlim()[1], 100))
         for axes in others:
-            axes.set_xlim(left=0)
+            axes.set_xlim(left=-0.02 * axes.get_xlim()[1])
         seeds = len(comparison["seeds"])
         figure.suptitle(
             f"{comparison['title']}: mean{' and 95 % interval' if seeds > 1 else ''} of {seeds} seeds", fontsize=11
@@ -88,9 +88,10 @@ def compared(comparison: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def _titled(row: Mapping[str, Any]) -> str:
-    """A row's name and, of a plugin, its kind."""
-    return row["variant"] if row["kind"] in ("dense", "base") else f"{row['variant']} ({row['kind']})"
+def _titled(row: Mapping[str, Any], kinds: Sequence[str]) -> str:
+    """A row's name; with its kind, where plugins of several are compared."""
+    several = len({*kinds} - {"dense", "base"}) > 1 and row["kind"] not in ("dense", "base")
+    return f"{row['variant']} ({row['kind']})" if several else row["variant"]
 
 
 def _interval(axes: Any, number: Mapping[str, Any] | None, factor: float, height: int, color: str, line: bool) -> None:

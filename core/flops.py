@@ -1,8 +1,8 @@
 """Forward FLOPs of a layer for one token, in closed form.
 
-A multiply-add is 2. Only products with weights are counted, as torch's FlopCounterMode counts them:
-biases, activations, softmax, sorting and the weighting of outputs are left out, which are of lower order (H, E
-or D, beside H D and E D), and so is what mixes tokens into slots and back, 2 (D + out) a slot.
+A multiply-add is 2. Only matrix products are counted, as torch's FlopCounterMode counts them:
+biases, activations, softmax, sorting and the weighting of outputs are left out; they are of lower order (H, E or
+D, beside H D and E D).
 """
 
 from collections.abc import Mapping
@@ -32,25 +32,27 @@ def mlp_flops(spec: Spec, hidden: int) -> int:
     return 2 * spec.dim * wide + 2 * hidden * spec.out_dim
 
 
-def layer_flops(layer: MoE, rows: float | None = None) -> Flops:
-    """router + shared + rows * expert, and for the total E * expert.
+def layer_flops(layer: MoE, rows: float | None = None, slots: float = 0.0) -> Flops:
+    """router + shared + mixing + rows * expert, and for the total E * expert.
 
     router: 2 for each weight of its matrices, which for linear scores is 2 E D at the level of E experts
-    and 2 n D at one of n groups. rows: measured, what experts work on for a token, where routers choose
-    a varying number; K unless given.
+    and 2 n D at one of n groups. mixing: 2 (D + out) for each slot that a token enters and
+    leaves. rows and slots are measured (`Stats.work`), for routers that choose a varying number; rows is K
+    unless given.
     """
     spec, each = layer.spec, _expert_flops(layer)
     always = 2 * _weights(layer.router) + mlp_flops(spec, spec.hidden * spec.shared)
+    always += 2 * (spec.dim + spec.out_dim) * slots
     return Flops(always + (spec.top_k if rows is None else rows) * each, always + spec.experts * each)
 
 
-def model_flops(model: nn.Module, rows: Mapping[str, float]) -> Flops:
-    """The sum over a model's MoE layers, or over the MLPs of a dense model; `rows` by the layer's name.
+def model_flops(model: nn.Module, work: Mapping[str, Mapping[str, float]]) -> Flops:
+    """The sum over a model's MoE layers, or over the MLPs of a dense model; `work` is measured, by layer.
 
     What both have beside those, as attention or a head, is left out.
     """
     layers = [module for module in model.modules() if isinstance(module, MoE)]
-    counted = [layer_flops(layer, rows.get(layer.name)) for layer in layers]
+    counted = [layer_flops(layer, **work.get(layer.name, {})) for layer in layers]
     if not layers:
         twins = [2 * _weights(module) for module in model.modules() if isinstance(module, DenseMLP)]
         counted = [Flops(flops, flops) for flops in twins]

@@ -151,14 +151,15 @@ def _result(cell: Cell, scratch: Path) -> Record:
             "reason": sentence or f"unexpected {type(error).__name__}: {error}",
             "traceback": text,
         }
-    rows = {layer["name"]: layer["rows"] for layer in run.summary["layers"] if "rows" in layer}
+    layers = run.summary["layers"]
+    work = {layer["name"]: {name: layer[name] for name in ("rows", "slots") if name in layer} for layer in layers}
     windows = [record["layers"] for record in run.records if record["split"] == "train"]
     return {
         "status": FINISHED,
         "reason": None,
         "summary": run.summary,
         "dropped": {layer: numbers.get("dropped") for layer, numbers in windows[-1].items()},
-        "flops": attrs.asdict(model_flops(training.model, rows)),
+        "flops": attrs.asdict(model_flops(training.model, work)),
         "step_seconds": training.step_seconds,
     }
 

@@ -148,7 +148,7 @@ class MoE(nn.Module):
     def measure(self, routing: Routing) -> dict[str, Tensor]:
         """The sums of one forward by name, as `Stats` describes them."""
         tokens = routing.tokens
-        sums = {"tokens": tokens.count.view(1), "load": routing.load, "dropped": routing.dropped, "rows": routing.rows}
+        sums = {"tokens": tokens.count.view(1), "load": routing.load, "dropped": routing.dropped, "work": routing.work}
         if routing.probs is not None:
             sums["prob"] = tokens.real(routing.probs.detach()).sum(0)
         for bound in self.measures:

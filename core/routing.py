@@ -249,12 +249,13 @@ class Routing:
         return None if self.plan.chances is None else self.tokens.real(self.plan.chances()).sum(0)
 
     @property
-    def rows(self) -> Tensor:
-        """[1]: how many tokens, or slots, experts work on."""
-        if self.slots is None:
-            return self.plan.kept.sum().view(1)
-        groups, _, *units = self.slots.dispatch.shape
-        return self.plan.kept.new_full((1,), groups * units[0] * units[1], dtype=torch.long)
+    def work(self) -> Tensor:
+        """[2]: how many tokens or slots experts work on, and for how many pairs a token is mixed into a slot."""
+        rows, pairs = self.plan.kept.sum(), torch.zeros_like(self.tokens.count)
+        if self.slots is not None:
+            groups, _, experts, each = self.slots.dispatch.shape
+            rows, pairs = rows + groups * experts * each, pairs + self.slots.dispatch.numel()
+        return torch.stack([rows, pairs])
 
     @property
     def load(self) -> Tensor:

@@ -25,7 +25,19 @@ COLUMNS = (
 # what every run has and the table leaves out; any other number, as a metric of yours, gets a column
 USUAL = {
     *COLUMNS,
-    *("name", "experts", "top_k", "load", "cv2", "gini", "max_min", "mutual_information", "router_gradient", "rows"),
+    *(
+        "name",
+        "experts",
+        "top_k",
+        "load",
+        "cv2",
+        "gini",
+        "max_min",
+        "mutual_information",
+        "router_gradient",
+        "rows",
+        "slots",
+    ),
 }
 
 

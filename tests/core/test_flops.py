@@ -64,11 +64,30 @@ def test_the_dense_twin_takes_what_the_active_experts_take(activation):
     assert 3 * mlp_flops(spec, 11) == counted(dense_twin(spec), torch.randn(TOKENS, 5))
 
 
+@pytest.mark.parametrize("slots", [1, 3])
+def test_mixing_tokens_into_slots_counts(slots):
+    """Two sequences of six tokens, five experts: the measured work gives what torch counts."""
+    engine = Engine("soft", [f"soft.slots={slots}"], experts=5, out=7)
+    layer = engine.moe(4, 3)
+    flops = counted(layer, torch.randn(2, 6, 4)) * 2 / 12  # it divides by the first size
+    work = engine.metrics("eval")["moe0"]
+    assert (5 * slots / 6, 5 * slots) == (work["rows"], work["slots"])
+    assert flops == pytest.approx(layer_flops(layer, work["rows"], work["slots"]).active)
+
+
+@pytest.mark.parametrize("router", ["relu", "threshold", "top_p", "expert_choice"])
+def test_a_varying_number_of_choices_is_measured(router):
+    engine = Engine(router, experts=6, top_k=2)
+    layer = engine.moe(5, 11)
+    flops = counted(layer, torch.randn(TOKENS, 5))
+    assert flops == pytest.approx(layer_flops(layer, engine.metrics("eval")["moe0"]["rows"]).active)
+
+
 def test_a_models_flops_are_those_of_its_layers():
     engine = Engine("topk", experts=5, top_k=2)
     model = nn.Sequential(engine.moe(4, 3, name="a"), nn.Linear(4, 4), engine.moe(4, 3, name="b"))
     one = layer_flops(model[0])
-    assert one + layer_flops(model[2], 1.5) == model_flops(model, {"b": 1.5})
+    assert one + layer_flops(model[2], 1.5) == model_flops(model, {"b": {"rows": 1.5}})
 
 
 def test_a_dense_models_flops_are_those_of_its_twins():
