@@ -19,7 +19,7 @@ from .runs import number_of
 from .training import Training, versions
 
 DENSE, BASE = "dense model", "base alone"  # no entry point has a space in its name
-QUALITY = {"accuracy": max, "perplexity": min, "loss": min}  # which is better; the first that a task has judges it
+QUALITY = ("accuracy", "perplexity", "loss")  # the first that a task has is what a row is judged by
 BALANCE = ("cv", "maxvio", "active")
 Row = dict[str, Any]
 
@@ -102,7 +102,7 @@ def compare(
 
 def _place(row: Row, quality: str, kinds: list[str]) -> tuple[float, ...]:
     number = row["numbers"].get(quality)
-    sign = -1 if QUALITY[quality] is max else 1
+    sign = -1 if quality == "accuracy" else 1
     return kinds.index(row["kind"]), number is None, sign * number["mean"] if number else 0
 
 

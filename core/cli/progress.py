@@ -115,6 +115,7 @@ class Cells:
             rich.progress.TimeRemainingColumn(elapsed_when_finished=True),
             rich.progress.TextColumn("{task.description}", markup=False),
             console=self.console,
+            speed_estimate_period=1e6,  # a cell may take longer than the 30 seconds that rich looks back
             disable=quiet or not self.console.is_terminal,
         )
         self.only = self.bar.add_task("", total=None)
