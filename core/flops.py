@@ -8,9 +8,11 @@ D, beside H D and E D).
 from collections.abc import Mapping
 
 import attrs
+import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from .experts import DenseMLP, ModuleBank, StackedMLP
+from .experts import DenseMLP, StackedMLP
 from .layer import MoE
 from .routing import Spec
 
@@ -60,15 +62,17 @@ def model_flops(model: nn.Module, work: Mapping[str, Mapping[str, float]]) -> Fl
 
 
 def _expert_flops(layer: MoE) -> float:
-    """Of one expert for one token. In a bank of another kind each weight of a matrix is taken to be used once."""
+    """Of one expert for one token; what has no closed form, as a bank of modules, is counted by torch."""
     bank, spec = layer.experts, layer.spec
     if isinstance(bank, StackedMLP):
         return mlp_flops(spec, spec.hidden)
-    if isinstance(bank, ModuleBank):
-        return 2 * _weights(bank) / spec.experts
-    own = [tensor.numel() for name, tensor in bank.named_parameters() if name in bank.axes and tensor.dim() > 2]
-    common = [tensor.numel() for name, tensor in bank.named_parameters() if name not in bank.axes and tensor.dim() > 1]
-    return 2 * (sum(own) / spec.experts + sum(common))
+    training = [module for module in bank.modules() if module.training]
+    like = next(bank.parameters(), torch.zeros(()))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        bank.eval().outputs(like.new_zeros(1, spec.dim))
+    for module in training:
+        module.training = True
+    return counter.get_total_flops() / spec.experts
 
 
 def _weights(module: nn.Module) -> int:

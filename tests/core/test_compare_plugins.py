@@ -132,7 +132,7 @@ def test_drops_are_shown_where_there_is_a_capacity(capsys):
 
 def test_a_row_that_is_refused_says_why_and_stops_no_other(capsys):
     rows = by_name(compare("--routers", "topk,hierarchical", "--seeds", "1", "--set", "hierarchical.groups=5"))
-    why = "5 groups of 8 experts hold too few for 2 picks in each"
+    why = "groups_kept=1 of 5 groups hold fewer than top_k=2 experts"
     assert rows["hierarchical"]["status"] == "refused"
     assert rows["hierarchical"]["reason"].startswith(why)
     assert rows["topk"]["status"] == "finished"
@@ -146,7 +146,7 @@ def test_if_nothing_can_be_compared_that_is_bad_input(capsys):
     got = compare("--routers", "hierarchical", "--seeds", "1", "--set", "hierarchical.groups=5", code=2)
     assert [row["status"] for row in got["rows"]] == ["finished", "refused"]
     err = capsys.readouterr().err
-    assert err.startswith("moe-engine: nothing could be compared; the first reason: 5 groups of 8 experts")
+    assert err.startswith("moe-engine: nothing could be compared; the first reason: groups_kept=1 of 5 groups")
 
 
 @attrs.define(eq=False)

@@ -51,11 +51,19 @@ def test_measured_rows_take_the_place_of_k():
     assert layer_flops(layer).total == layer_flops(layer, rows=1.25).total
 
 
-def test_a_bank_of_modules_counts_their_matrices():
-    engine = Engine("topk", top_k=2)
-    experts = [nn.Sequential(nn.Linear(4, 3), nn.GELU(), nn.Linear(3, 4)) for _ in range(5)]
-    layer = engine.moe(4, modules=experts)
-    assert counted(layer, torch.randn(TOKENS, 4)) == layer_flops(layer).active
+def test_a_bank_of_modules_is_counted():
+    """Two of the experts 4 -> 3 -> 4 beside the router's 2*5*4; counting leaves them as they were."""
+    experts = [nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 4)) for _ in range(5)]
+    layer = Engine("topk", top_k=2).moe(4, modules=experts)
+    assert layer_flops(layer) == Flops(40 + 2 * 48, 40 + 5 * 48)
+    assert all(module.training for module in layer.modules())
+    assert all(expert[1].num_batches_tracked == 0 for expert in experts)
+
+
+@pytest.mark.parametrize("bank", ["lora", "conv"])
+def test_other_experts_take_what_torch_counts(bank):
+    layer = Engine(["topk", bank], experts=6, top_k=2, bias=True).moe(9, 11)
+    assert counted(layer, torch.randn(TOKENS, 9)) == layer_flops(layer).active
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "swiglu"])
