@@ -43,7 +43,7 @@ def layer_flops(layer: MoE, rows: float | None = None, slots: float = 0.0) -> Fl
     unless given.
     """
     spec, each = layer.spec, _expert_flops(layer)
-    always = 2 * _weights(layer.router) + mlp_flops(spec, spec.hidden * spec.shared)
+    always: float = 2 * _weights(layer.router) + mlp_flops(spec, spec.hidden * spec.shared)
     always += 2 * (spec.dim + spec.out_dim) * slots
     return Flops(always + (spec.top_k if rows is None else rows) * each, always + spec.experts * each)
 
@@ -72,7 +72,7 @@ def _expert_flops(layer: MoE) -> float:
         bank.eval().outputs(like.new_zeros(1, spec.dim))
     for module in training:
         module.training = True
-    return counter.get_total_flops() / spec.experts
+    return float(counter.get_total_flops()) / spec.experts
 
 
 def _weights(module: nn.Module) -> int:
