@@ -10,6 +10,7 @@ import click
 from ..errors import PluginError, RunError, UsageError
 from .check import check
 from .compare import compare
+from .compare_plugins import compare_plugins
 from .plugins import plugins
 from .replay import replay
 from .resume import resume
@@ -42,12 +43,14 @@ def group(context: click.Context) -> None:
         moe-engine replay runs/A --routers sigmoid_topk
     Hold a plugin against what is promised of every plugin:
         moe-engine check my_router
+    Set all routers beside each other and a dense model, over three seeds:
+        moe-engine compare-plugins --routers all
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
 
 
-for command in (run, resume, plugins, check, compare, replay):
+for command in (run, resume, plugins, check, compare, compare_plugins, replay):
     group.add_command(command)
 
 

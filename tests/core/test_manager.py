@@ -237,6 +237,10 @@ CORE_ORDER = (
     "traces",
     "replay",
     "training",
+    "flops",
+    "intervals",
+    "grid",
+    "comparison",
 )
 
 
