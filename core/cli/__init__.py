@@ -1,4 +1,4 @@
-"""The command line: `moe-engine run | resume | plugins | compare`. Nothing here imports torch before it must."""
+"""The command line: `moe-engine run | resume | plugins | compare | new-plugin`. Nothing here imports torch before it must."""
 
 import sys
 import traceback
@@ -9,6 +9,7 @@ import click
 
 from ..errors import PluginError, RunError, UsageError
 from .compare import compare
+from .new_plugin import new_plugin
 from .plugins import plugins
 from .resume import resume
 from .run import run
@@ -36,12 +37,14 @@ def group(context: click.Context) -> None:
         moe-engine run --plugins saturation,switch_aux,schedule --experts 2
     Set two runs side by side:
         moe-engine compare runs/A runs/B
+    Write a router of your own, which works as written:
+        moe-engine new-plugin router my_router
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
 
 
-for command in (run, resume, plugins, compare):
+for command in (run, resume, plugins, compare, new_plugin):
     group.add_command(command)
 
 

@@ -231,6 +231,7 @@ CORE_ORDER = (
     "engine",
     "tasks",
     "runs",
+    "scaffold",
     "checkpoints",
     "training",
 )
