@@ -18,9 +18,9 @@ def on_config(config):
     """Give generated pages their places in the navigation."""
     for section in config.nav:
         if "Hooks" in section:
-            section["Hooks"] += sorted(hook_pages())
+            section["Hooks"] += hook_pages()
         if "Plugins" in section:
-            section["Plugins"] += [{kind: [_path(one) for one in several]} for kind, several in built_in().items()]
+            section["Plugins"] += [{title: [_path(one) for one in several]} for title, several in built_in().items()]
     return config
 
 
@@ -48,19 +48,19 @@ def hook_pages():
 
 
 def built_in():
-    """moe-engine's own plugins by kind, in the order of the kinds."""
+    """moe-engine's own plugins by group, "Routers" first."""
     own = [one for several in find().values() for one in several if one.distribution == "moe-engine"]
-    kinds = {kind: [one for one in own if one.kind == kind] for kind in KINDS.values()}
-    return {kind: several for kind, several in kinds.items() if several}
+    groups = {group.capitalize(): [one for one in own if one.kind == kind] for group, kind in KINDS.items()}
+    return {title: several for title, several in groups.items() if several}
 
 
 def plugin_pages():
     """{path: text}: one page for each plugin that moe-engine brings, and a list of them."""
     pages = {_path(one): _plugin_page(one) for several in built_in().values() for one in several}
     lines = ["# Plugins", "What moe-engine brings, made from each plugin's own docstring and options."]
-    for kind, several in built_in().items():
+    for title, several in built_in().items():
         rows = [f"| [`{one.name}`]({one.name}.md) | {_prose(_summary(load(one)))} |" for one in several]
-        lines.append("\n".join([f"## {kind.capitalize()}\n", "| plugin | what it does |", "|---|---|", *rows]))
+        lines.append("\n".join([f"## {title}\n", "| plugin | what it does |", "|---|---|", *rows]))
     return {"plugins/index.md": "\n\n".join(lines) + "\n", **pages}
 
 
@@ -104,7 +104,11 @@ def _summary(cls):
 def _prose(text):
     """A docstring as Markdown: its formulas hold characters that Markdown would take for its own."""
     pieces = re.split(r"(`[^`]*`)", text)  # what stands in backticks is code already
-    return "".join(one if one.startswith("`") else re.sub(r"([\\*_{}\[\]<>#|~^])", r"\\\1", one) for one in pieces)
+    return "".join(one if one.startswith("`") else _escaped(one) for one in pieces)
+
+
+def _escaped(text):
+    return re.sub(r"([\\*_{}\[\]>#|])", r"\\\1", text).replace("<", "&lt;")
 
 
 def recipes_page():
