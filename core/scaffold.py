@@ -75,12 +75,13 @@ class Project:
 
 
 def project(kind: str, name: str, out: Path | None) -> Project:
-    """The project of a plugin NAME of that kind, in folder `out` or ./NAME. Raises UsageError where it makes no sense."""
+    """The project of a plugin of that kind, to be written to `out` or ./NAME. Raises UsageError."""
     if kind not in KINDS.values():
         raise UsageError(f"there is no kind of plugin '{kind}'; {nearest(kind, KINDS.values())}")
     wanted = Project(kind, name.replace("-", "_"), out or Path(name))
     if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", wanted.name):
-        raise UsageError(f"'{name}' can't be a plugin's name; use small letters, digits and underscores, as in my_{kind}")
+        advice = f"use small letters, digits and underscores, as in my_{kind}"
+        raise UsageError(f"'{name}' can't be a plugin's name; {advice}")
     if iskeyword(wanted.cls) or wanted.cls in public:
         raise UsageError(f"plugin '{name}' would be the class {wanted.cls}, a name that is taken; choose another name")
     if others := find().get(wanted.name):

@@ -71,17 +71,15 @@ def _path(found):
 def _plugin_page(found):
     cls = load(found)
     hooks = [name for name in HOOKS if hasattr(cls, name)]
-    facts = [f"Kind: {found.kind}.", "Hooks: " + ", ".join(f"[`{one}`](../hooks/{one}.md)" for one in hooks) + "."]
-    facts += [
-        f"{word.capitalize()}: {', '.join(getattr(cls, word)) or 'nothing'}."
-        for word in ("gives", "needs")
-        if hasattr(cls, word)
+    traits = {word: getattr(cls, word) for word in ("gives", "needs") if hasattr(cls, word)}
+    facts = [
+        f"Kind: {found.kind}.",
+        "Hooks: " + ", ".join(f"[`{one}`](../hooks/{one}.md)" for one in hooks) + ".",
+        *(f"{word.capitalize()}: {', '.join(several) or 'nothing'}." for word, several in traits.items()),
     ]
-    source = inspect.getsource(inspect.getmodule(cls))
-    return "\n\n".join(
-        [f"# `{found.name}`", " ".join(facts), _prose(inspect.getdoc(cls) or ""), _options(found.name, cls)]
-        + ["## The whole plugin", f"```python\n{source}```", ""]
-    )
+    help_text = _prose(inspect.getdoc(cls) or "")
+    source = f"## The whole plugin\n\n```python\n{inspect.getsource(inspect.getmodule(cls))}```\n"
+    return "\n\n".join([f"# `{found.name}`", " ".join(facts), help_text, _options(found.name, cls), source])
 
 
 def _options(name, cls):
@@ -89,7 +87,7 @@ def _options(name, cls):
     for one in options_of(cls).values():
         limits = [f"{word} {value}" for word, value in (("min", one.min), ("max", one.max)) if value is not None]
         limits += [f"one of {', '.join(map(str, one.choices))}"] if one.choices else []
-        default = "none" if one.default is None else str(one.default).lower() if one.type == "true or false" else one.default
+        default = str(one.default).lower() if one.default in (None, True, False) else one.default
         rows.append(f"| `{one.name}` | `{default}` | {_prose('; '.join([one.type, *limits]))} | {_prose(one.help)} |")
     if not rows:
         return "It has no options."

@@ -23,7 +23,7 @@ PUBLISHED = {
         "run": {"top_k": 1, "capacity": 1.25},
         "switch_aux": {"weight": 0.01},
     },
-    "mixtral": {  # arXiv 2401.04088, section 2.1: 2 of 8; router_aux_loss_coef 0.02 of the released configuration, times K
+    "mixtral": {  # arXiv 2401.04088, section 2.1: 2 of 8; the released router_aux_loss_coef 0.02, times K
         "run": {"experts": 8, "top_k": 2},
         "topk": {"renorm": True},
         "switch_aux": {"weight": 2 * 0.02},

@@ -1,4 +1,4 @@
-"""The command line: `moe-engine run | resume | plugins | compare | new-plugin`. Nothing here imports torch before it must."""
+"""The command line: `moe-engine run`, `resume`, `plugins` and so on. Nothing here imports torch before it must."""
 
 import sys
 import traceback
