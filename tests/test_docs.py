@@ -146,6 +146,16 @@ def test_megatron_and_deepspeed_give_our_value(top_k):
     assert [float(megatron), float(deepspeed)] == pytest.approx([ours("switch_aux", logits_TE, top_k)] * 2, rel=1e-5)
 
 
+@pytest.mark.skipif("gshard" not in find(), reason="needs the loss gshard")
+def test_deepspeeds_loss_for_two_choices_is_gshards():
+    """DeepSpeed, K = 2: mean(P c) E^2, c counts first choices alone."""
+    logits_TE = torch.randn(32, 8)
+    p_TE = logits_TE.softmax(-1)
+    first_E = torch.zeros(32, 8).scatter(1, p_TE.argmax(-1, keepdim=True), 1).mean(0)
+    deepspeed = (p_TE.mean(0) * first_E).mean() * 8**2
+    assert float(deepspeed) == pytest.approx(ours("gshard", logits_TE, 2), rel=1e-5)
+
+
 def test_z_loss_is_the_mean_of_squared_logsumexp():
     """As Megatron-LM, MegaBlocks and OLMo have it: (ln 8)^2 for logits of 0."""
     assert ours("z_loss", torch.zeros(32, 8), 2) == pytest.approx(math.log(8) ** 2, rel=1e-6)
