@@ -232,6 +232,7 @@ CORE_ORDER = (
     "observed",
     "tasks",
     "runs",
+    "scaffold",
     "checkpoints",
     "traces",
     "traces",
