@@ -42,6 +42,7 @@ def on_page_markdown(markdown, page, **_):
 def hook_pages():
     """{path: text}, cut from docs/hooks.md."""
     text = (ROOT / "docs" / HOOKS_PAGE).read_text("utf-8")
+    text = re.sub(r"\]\((?=\w+\.md)", "](../", text)  # these pages lie one folder deeper
     sections = re.split(r"^## (?=`moe_)", text, flags=re.M)[1:]
     named = {re.match(r"`(moe_\w+)", section)[1]: section for section in sections}
     return {f"hooks/{name}.md": f"---\ntitle: {name}\n---\n\n# {named[name]}" for name in HOOKS if name in named}
