@@ -43,7 +43,7 @@ $(READY): setup.cfg pyproject.toml
 		{ echo "a virtual environment can't be made here: install Python's venv module (Debian: apt install python3-venv)" >&2; exit 1; }
 	@echo "Installing moe-engine and what it needs into $(VENV); PyTorch is large, so this takes minutes."
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=23" "setuptools>=77" wheel
-	$(BIN)/python -m pip install --quiet --editable ".[dev,lightning,transformers]"
+	$(BIN)/python -m pip install --quiet --editable ".[dev,lightning,transformers,tensorboard]"
 	@touch $@
 
 clean:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .dispatch import grouped_linear as grouped_linear
     from .dispatch import row_counts as row_counts
     from .effects import Effects as Effects
+    from .effects import evaluating as evaluating
     from .engine import Engine as Engine
     from .errors import PluginError as PluginError
     from .errors import RunError as RunError
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from .parts import linear_logits as linear_logits
     from .parts import uniform as uniform
     from .parts import zeros as zeros
+    from .processes import over_processes as over_processes
+    from .processes import shared as shared
     from .routing import Assignments as Assignments
     from .routing import Level as Level
     from .routing import LevelSpec as LevelSpec
@@ -45,14 +48,18 @@ if TYPE_CHECKING:
     from .routing import Tokens as Tokens
     from .routing import assign as assign
     from .routing import assign_where as assign_where
+    from .routing import at_least_fp32 as at_least_fp32
     from .routing import causal_problem as causal_problem
     from .routing import centred_log as centred_log
     from .routing import count_by as count_by
+    from .routing import cv2 as cv2
+    from .routing import entropy_of as entropy_of
     from .routing import groups_problem as groups_problem
     from .routing import keep_best_groups as keep_best_groups
     from .stats import Finding as Finding
     from .stats import Stats as Stats
     from .stats import Step as Step
+    from .stats import mean_of_pairs as mean_of_pairs
     from .tasks import Task as Task
     from .tasks import TaskSpec as TaskSpec
     from .training import adam as adam
@@ -62,7 +69,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "checkpoints": ("load", "save"),
     "dispatch": ("grouped_linear", "row_counts"),
-    "effects": ("Effects",),
+    "effects": ("Effects", "evaluating"),
     "engine": ("Engine",),
     "errors": ("PluginError", "RunError", "UsageError"),
     "experts": ("ACTIVATIONS", "ModuleBank", "StackedMLP"),
@@ -74,11 +81,13 @@ _HOMES = {
         *("Bias", "Experts", "GroupLimitedRouter", "LinearRouter", "Part", "Router", "RunningLoad"),
         *("linear_logits", "uniform", "zeros"),
     ),
+    "processes": ("over_processes", "shared"),
     "routing": (
         *("Assignments", "Level", "LevelSpec", "Routing", "Slots", "Spec", "Tokens"),
-        *("assign", "assign_where", "causal_problem", "centred_log", "count_by", "groups_problem", "keep_best_groups"),
+        *("assign", "assign_where", "at_least_fp32", "causal_problem", "centred_log", "count_by", "cv2", "entropy_of"),
+        *("groups_problem", "keep_best_groups"),
     ),
-    "stats": ("Finding", "Stats", "Step"),
+    "stats": ("Finding", "Stats", "Step", "mean_of_pairs"),
     "tasks": ("Task", "TaskSpec"),
     "training": ("adam",),
     "triggers": ("History", "lasting"),

@@ -91,19 +91,22 @@ def write_tree(path: Path, tree: Any) -> None:
     write_atomically(path, to_bytes(tensors, {"tree": text, "sha256": _checksum(text, tensors)}))
 
 
-def read_tree(path: Path) -> Any:
-    """The tree that `write_tree` wrote. Raises UsageError for a file that is absent or damaged."""
+def read_tree(path: Path, kind: str = "checkpoint") -> Any:
+    """The tree that `write_tree` wrote; kind: what an error calls it.
+
+    Raises UsageError for a file that is absent or damaged.
+    """
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             meta = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no Mapping)
         if "tree" not in meta:
-            raise UsageError(f"{path} holds tensors, but is no checkpoint of moe_engine")
+            raise UsageError(f"{path} holds tensors, but is no {kind} of moe_engine")
         if meta.get("sha256") != _checksum(meta["tree"], tensors):
             raise UsageError(f"{path} is damaged: its checksum is wrong")
         return _unpacked(json.loads(meta["tree"]), tensors)
     except FileNotFoundError as error:
-        raise UsageError(f"there is no checkpoint {path}") from error
+        raise UsageError(f"there is no {kind} {path}") from error
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise UsageError(f"{path} is damaged: {error}") from error
 

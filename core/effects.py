@@ -1,10 +1,11 @@
 """What moves a router: gradients and choices on one held-out batch."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import attrs
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import UsageError
 from .layer import MoE
@@ -18,7 +19,7 @@ class Effects:
     """How much each term moves one layer's router, on the probe batch.
 
     task: norm of the task loss's gradient at the raw logits. losses: the same of each weighted loss
-    term. biases: by plugin, the share of choices that differ without it.
+    term that acts there, and not on weights alone. biases: by plugin, the share of choices that differ without it.
     """
 
     task: float
@@ -28,16 +29,35 @@ class Effects:
 
 def observe(layers: Sequence[MoE], run: Callable[[], Tensor]) -> tuple[Tensor, dict[MoE, Routing]]:
     """Run a forward with its graph, uncounted: (the task loss that it answers, the routing of each layer)."""
-    for layer in layers:
-        layer.watched = []
-    try:
+    with uncounted(layers):
         # eagerly: from a compiled graph's logits no path leads to the loss
         with torch.compiler.set_stance("force_eager"), torch.enable_grad():
             loss = run()
         return loss, {layer: layer.watched[-1] for layer in layers if layer.watched}
+
+
+@contextmanager
+def uncounted(layers: Sequence[MoE]) -> Iterator[None]:
+    """Forwards in this context are not counted: each layer keeps its routings in `watched` instead."""
+    for layer in layers:
+        layer.watched = []
+    try:
+        yield
     finally:
         for layer in layers:
             layer.watched = None
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Inside, the module is in eval mode; then each of its modules is as it was."""
+    training = [one for one in module.modules() if one.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for one in training:
+            one.training = True
 
 
 @torch.no_grad()
@@ -47,31 +67,27 @@ def output_on(layer: MoE, tokens: Tokens) -> Tensor:
     def shaped(values: Tensor | None) -> Tensor | None:
         return None if values is None else values.view(*tokens.shape, *values.shape[1:])
 
-    was_training, layer.watched = layer.training, []
-    layer.eval()
+    layer.watched = []
     try:
         x = tokens.x.detach().view(*tokens.shape, -1)
-        y: Tensor = layer(x, shaped(tokens.mask), shaped(tokens.ids), shaped(tokens.labels))
+        with evaluating(layer):
+            y: Tensor = layer(x, shaped(tokens.mask), shaped(tokens.ids), shaped(tokens.labels))
         return y.detach()
     finally:
         layer.watched = None
-        layer.train(was_training)
 
 
 def effects_of(layer: MoE, routing: Routing, loss: Tensor, layers: int) -> Effects:
     """The effects on one of a model's layers, given its routing and the task loss of the same forward."""
-    was_training = layer.training
-    layer.eval()  # a router that is noisy in training would differ from itself
-    try:
+    with evaluating(layer):  # a router that is noisy in training would differ from itself
         return _effects(layer, routing, loss, layers)
-    finally:
-        layer.train(was_training)
 
 
 def _effects(layer: MoE, routing: Routing, loss: Tensor, layers: int) -> Effects:
     logits = [level.logits for level in routing.levels if level.logits.requires_grad]
     terms = layer.aux_terms(routing) if logits else {}
-    losses = {name: _norm(_gradients(layer.weight_of(name) / layers * term, logits)) for name, term in terms.items()}
+    found = {name: _gradients(layer.weight_of(name) / layers * term, logits) for name, term in terms.items()}
+    losses = {name: _norm(grads) for name, grads in found.items() if grads}
     plugins = dict.fromkeys(name for biases in layer.bias_levels() for name in biases)
     return Effects(_norm(_gradients(loss, logits)), losses, {name: _moved(layer, routing, name) for name in plugins})
 

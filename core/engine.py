@@ -33,6 +33,7 @@ from .transaction import stage
 from .triggers import History, Triggers
 
 if TYPE_CHECKING:
+    from .integrations.watching import Watcher
     from .tasks import TaskSpec
 
 Metrics = dict[str, float | Tensor | Finding]
@@ -253,10 +254,11 @@ class Engine:
             layer.book.grad = None
             over_processes(sums)
             if not skipped:
-                self._settle(layer, sums)
+                self.settle(layer, sums)
         self.step += not skipped
 
-    def _settle(self, layer: MoE, flat: Tensor) -> None:
+    def settle(self, layer: MoE, flat: Tensor) -> None:
+        """Let one layer's controllers act on the sums of a step, `layer.booked` and signals."""
         named = unflat(flat, layer.training_layout)
         layer.last_terms = {name.removeprefix("loss."): v for name, v in named.items() if name.startswith("loss.")}
         flat = torch.where(flat.isfinite().all(), flat, 0)  # nothing that is not finite reaches a state
@@ -348,7 +350,7 @@ class Engine:
                 offer = {"stats": stats, "layer": layer, "effects": effects, "probe": routing}
                 own: Metrics = {f"loss.{term}": value for term, value in stats.terms().items()}
                 said = [(one.plugin, one({**offer, "memory": self._memory(layer, one, split)})) for one in bounds]
-                answers[layer.name] = _merged([("the core", own), *said])
+                answers[layer.name] = merged([("the core", own), *said])
         return answers
 
     def _memory(self, layer: MoE, bound: Bound, split: str) -> dict[str, Any]:
@@ -358,6 +360,23 @@ class Engine:
         own = self.remembered.setdefault(layer.name, {}).setdefault(bound.plugin, {})
         memory: dict[str, Any] = own.setdefault(split, {})
         return memory
+
+    def watch(self, model: nn.Module, record: bool = False) -> "Watcher":
+        """Put the metrics and the verdict on the blocks of a transformers model, which stays as it is.
+
+            with engine.watch(model) as watcher:
+                model(input_ids, attention_mask=mask)
+                print(watcher.metrics())
+
+        model: a Mixtral, OLMoE, Qwen2-MoE, Qwen3-MoE, DeepSeek-V2 or DeepSeek-V3 of transformers, or what
+        holds one; call it as a whole: padding is known by the `attention_mask` [B, S] that it is called
+        with, and without one all tokens count. A forward that a checkpoint makes once more counts
+        once. record: keep a routing trace too, for `watcher.write_routing(path)`. Raises UsageError for
+        a model without such a block.
+        """
+        from .integrations.watching import Watcher
+
+        return Watcher(self.plugins, model, record)
 
     def _take(self, layer: MoE, split: str) -> Stats | None:
         """The sums of one split so far, which begin again at zero; None where there are none."""
@@ -429,8 +448,9 @@ def _settings(given: Iterable[str] | Settings) -> Settings:
     return dict(given) if isinstance(given, Mapping) else parse_settings(given)
 
 
-def _merged(answers: Iterable[tuple[str, Metrics]]) -> Metrics:
-    merged: Metrics = {}
+def merged(answers: Iterable[tuple[str, Metrics]]) -> Metrics:
+    """The answers of several metrics as one. Raises RunError for a name that two of them answer."""
+    together: Metrics = {}
     owner: dict[str, str] = {}
     for plugin, answer in answers:
         if not isinstance(answer, Mapping):
@@ -443,8 +463,8 @@ def _merged(answers: Iterable[tuple[str, Metrics]]) -> Metrics:
             if name in owner:
                 raise RunError(f"metric '{name}' is answered by {listed([owner[name], plugin])}; rename one")
             owner[name] = plugin
-            merged[name] = value
-    return merged
+            together[name] = value
+    return together
 
 
 def _signals(layer: MoE, flat: Tensor) -> dict[tuple[int, str], Tensor]:

@@ -1,7 +1,7 @@
 """The layer: score -> biases -> selection -> capacity -> dispatch -> experts -> combine."""
 
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -147,24 +147,13 @@ class MoE(nn.Module):
 
     def measure(self, routing: Routing) -> dict[str, Tensor]:
         """The sums of one forward by name, as `Stats` describes them."""
-        tokens = routing.tokens
-        sums = {"tokens": tokens.count.view(1), "load": routing.load, "dropped": routing.dropped}
-        if routing.probs is not None:
-            sums["prob"] = tokens.real(routing.probs.detach()).sum(0)
-        for bound in self.measures:
-            answer = bound({"routing": routing, "layer": self, "state": self._state(bound.plugin)})
-            if not isinstance(answer, Mapping) or not all(isinstance(value, Tensor) for value in answer.values()):
-                raise UsageError(
-                    f"layer '{self.name}': moe_measure of '{bound.plugin}' answers {answer!r}, not tensors by name"
-                )
-            sums.update({f"{bound.plugin}.{name}": value.detach() for name, value in answer.items()})
-        return sums
+        return {**sums_of(routing), **measured(routing, self.measures, self)}
 
     def aux_terms(self, routing: Routing) -> dict[str, Tensor]:
         """Every loss term of one forward, unweighted: "plugin", or "plugin.key" where it answers several."""
         terms: dict[str, Tensor] = {}
         for bound in self.losses:
-            answer = bound({"routing": routing, "layer": self, "state": self._state(bound.plugin)})
+            answer = bound({"routing": routing, "layer": self, "state": self.state_of(bound.plugin)})
             named = answer if isinstance(answer, Mapping) else {"": answer}
             terms.update({f"{bound.plugin}.{key}" if key else bound.plugin: value for key, value in named.items()})
         return terms
@@ -173,7 +162,8 @@ class MoE(nn.Module):
         """The coefficient of a loss term: its plugin's option `weight`."""
         return self.weights[term.partition(".")[0]]
 
-    def _state(self, plugin: str) -> Any:
+    def state_of(self, plugin: str) -> Any:
+        """The plugin's own state in this layer, or None."""
         return self.states[plugin] if plugin in self.states else None  # noqa: SIM401 (no ModuleDict.get)
 
     def _bias_sums(self, routing: Routing) -> dict[str, Tensor]:
@@ -188,10 +178,7 @@ class MoE(nn.Module):
         """Pass a training forward's output through the ledger."""
         with torch.autocast(y_TO.device.type, enabled=False):
             terms = self.aux_terms(routing)
-            some = (routing.tokens.count > 0).float().view(1)  # a forward without a token is no data
-            sums = {**self.measure(routing), "forwards": some, **self._bias_sums(routing)}
-            sums.update({f"loss.{name}": value.detach().view(1) for name, value in terms.items()})
-            flat = _flat(sums, self.training_layout)
+            flat = self.booked(routing, terms)
             aux = torch.zeros((), dtype=torch.float32, device=y_TO.device)
             for name, value in terms.items():
                 aux = aux + self.weight_of(name) * value
@@ -204,6 +191,13 @@ class MoE(nn.Module):
         )
         return entered
 
+    def booked(self, routing: Routing, terms: Mapping[str, Tensor]) -> Tensor:
+        """What a training forward with these loss terms enters into the step's sums, by `training_layout`."""
+        some = (routing.tokens.count > 0).float().view(1)  # a forward without a token is no data
+        sums = {**self.measure(routing), "forwards": some, **self._bias_sums(routing)}
+        sums.update({f"loss.{name}": value.detach().view(1) for name, value in terms.items()})
+        return _flat(sums, self.training_layout)
+
     def _signals(self, grad_TD: Tensor, token_N: Tensor, expert_N: Tensor, weight_N: Tensor) -> Tensor:
         found = []
         for index, name in self.signal_sizes:
@@ -212,6 +206,16 @@ class MoE(nn.Module):
             bias = self.biases[index][name]  # type: ignore[index]
             found.append(bias.signal(grad_TD, token_N, unit_N, weight_N).float().view(-1))
         return torch.cat(found)
+
+    def step_load(self, routing: Routing) -> Tensor:
+        """[E]: a forward's load and what this process's backwards of this step have counted so far.
+
+        A forward that is recomputed in its own backward gets the same answer again.
+        """
+        booked = self.book.grad if hasattr(self, "book") else None  # there is none in the first rehearsal
+        if booked is None:
+            return routing.load
+        return routing.load + unflat(booked.detach(), self.training_layout)["load"]
 
     # -- building --------------------------------------------------------------------------------
 
@@ -343,6 +347,28 @@ class MoE(nn.Module):
         return f"{spec.dim} -> {spec.out_dim}, experts={spec.experts}, top_k={spec.top_k}"
 
 
+def sums_of(routing: Routing) -> dict[str, Tensor]:
+    """What is counted of every forward: tokens, load, dropped, and prob where the router has probabilities."""
+    tokens = routing.tokens
+    sums = {"tokens": tokens.count.view(1), "load": routing.load, "dropped": routing.dropped}
+    if routing.probs is not None:
+        sums["prob"] = tokens.real(routing.probs.detach()).sum(0)
+    return sums
+
+
+def measured(routing: Routing, measures: Iterable[Bound], layer: Any) -> dict[str, Tensor]:
+    """What plugins measure of one forward, as "PLUGIN.NAME"; layer: a MoE, or what stands for it."""
+    sums: dict[str, Tensor] = {}
+    for bound in measures:
+        answer = bound({"routing": routing, "layer": layer, "state": layer.state_of(bound.plugin)})
+        if not isinstance(answer, Mapping) or not all(isinstance(value, Tensor) for value in answer.values()):
+            raise UsageError(
+                f"layer '{layer.name}': moe_measure of '{bound.plugin}' answers {answer!r}, not tensors by name"
+            )
+        sums.update({f"{bound.plugin}.{name}": value.detach() for name, value in answer.items()})
+    return sums
+
+
 def _flat(sums: Mapping[str, Tensor], layout: Layout) -> Tensor:
     if sums.keys() != layout.keys():
         changed = sorted(sums.keys() ^ layout.keys())
@@ -381,6 +407,7 @@ def _after_load(layer: MoE, _: Any) -> None:
     """The tensors that were loaded may be of another number of experts."""
     if layer._sizes() != layer.sizes:
         old = layer.book
+        old.grad = None  # counts of experts that are gone
         layer.refit()
         retire(old)
         forget_old_shapes(layer.parameters())

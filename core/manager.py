@@ -46,9 +46,10 @@ TRAITS = {
     "probs": "a distribution over experts for each token",
     "load": "a load that training can shift between experts",
     "picks": "the same number of choices for every token",
+    "choices": "experts that each token chose, or was chosen by",
     "smooth_load": "an estimate of the load that has a gradient",
 }
-USUAL = ("logits", "probs", "load", "picks")  # given by a router that does not say
+USUAL = ("logits", "probs", "load", "picks", "choices")  # given by a router that does not say
 DISABLED = "MOE_ENGINE_DISABLE_PLUGINS"
 
 

@@ -30,6 +30,18 @@ def mean_over_processes(value: Tensor | float, device: torch.device) -> float:
     return float(over_processes(torch.tensor([own], device=device))) / torch.distributed.get_world_size()
 
 
+def shared(value: Tensor) -> Tensor:
+    """The mean of value over all processes, in whose gradient this process has its own part.
+
+    For what comes before a nonlinearity: gradients that are averaged over processes, as
+    DistributedDataParallel does, are then those of the mean.
+    """
+    if not distributed():
+        return value
+    own = value.detach()
+    return value + (over_processes(own.clone()) / torch.distributed.get_world_size() - own)
+
+
 @contextmanager
 def agreed(what: str, device: torch.device) -> Iterator[None]:
     """What happens inside happens in every process or raises in every process; what: must be the same in all."""

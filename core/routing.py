@@ -4,6 +4,7 @@ Raw logits, biased logits, scores, selection and what capacity kept are five thi
 Suffixes: T tokens, E experts, K chosen a token, N assignments, n units of a level.
 """
 
+import math
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -275,8 +276,9 @@ class Routing:
         return self._scattered(at_least_fp32(self.plan.selected))
 
     def per_sequence(self, values_TE: Tensor) -> Tensor:
-        """values_TE [T, n] in the layer's leading shape, [B, S, n]."""
-        return values_TE.view(*self.tokens.shape, values_TE.shape[-1])
+        """values_TE [T, n] as [B, S, n]; a layer called with [T, D] was given one sequence."""
+        *batch, length = self.tokens.shape or (1,)
+        return values_TE.view(math.prod(batch), length, values_TE.shape[-1])
 
 
 def keep_best_groups(scores_TE: Tensor, groups: int, kept: int, top_k: int) -> Tensor:
@@ -314,6 +316,16 @@ def groups_problem(spec: Any, groups: int, kept: int, equal: bool = True) -> str
     if kept * (spec.experts // groups) < spec.top_k:
         return f"groups_kept={kept} of {groups} groups hold fewer than top_k={spec.top_k} experts"
     return None
+
+
+def cv2(values_E: Tensor) -> Tensor:
+    """CV^2 = population variance / mean^2: 0 for equal values, E / K - 1 for K equal ones of E, 0 for all 0."""
+    return values_E.var(correction=0) / (values_E.mean().square() + 1e-10)
+
+
+def entropy_of(probs: Tensor) -> Tensor:
+    """-sum p ln p over the last dimension, in nats, with a gradient that is finite where p is 0."""
+    return -(probs * probs.clamp(min=torch.finfo(probs.dtype).tiny).log()).sum(-1)
 
 
 def centred_log(values: Tensor, eps: float) -> Tensor:

@@ -38,6 +38,7 @@ class RunConfig:
     data_dir: str = option("data", help="folder of the data sets that are not embedded")
     log_every: int = option(50, help="steps between two log points", min=1)
     checkpoint_every: int = option(500, help="steps between two checkpoints, from which a run is resumed", min=1)
+    record_routing: bool = option(False, help="save what each layer chose on the test set, for `moe-engine replay`")
 
 
 def read_config(file: Path | None) -> tuple[dict[str, Any], Settings]:

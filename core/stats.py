@@ -88,6 +88,11 @@ class Step:
         return values / means.clamp(min=1e-30)[self.within]
 
 
+def mean_of_pairs(values_EE: Tensor) -> Tensor:
+    """The mean over pairs i < j of what is defined; nan where nothing is."""
+    return values_EE[torch.ones_like(values_EE).triu(1).bool()].nanmean()
+
+
 def plain(value: Any) -> Any:
     """A metric's answer as JSON can hold it: what is not a finite number becomes None."""
     if isinstance(value, Finding):

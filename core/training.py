@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoints import Checkpoints
+from .effects import evaluating
 from .engine import Engine, Metrics
 from .errors import RunError, UsageError, listed, nearest
 from .options import Settings
@@ -23,6 +25,7 @@ from .runs import Run, RunConfig, config_toml, dump, new_folder, read_run, recor
 from .seeds import generator, own_random_state, random_state, set_random_state
 from .stats import Finding, plain
 from .tasks import Batch, Task, TaskSpec
+from .traces import FILE, record
 
 PROBE_SIZE = 128  # samples of the held-out batch on which effects are measured
 EVAL_BATCH = 512
@@ -230,6 +233,8 @@ class Training:
         """The last evaluation, the summary and the weights."""
         self._save()  # a run that is killed from here on has only this to do again
         self._evaluate(self.config.epochs, final=True)
+        if self.config.record_routing:
+            self._record_routing()
         tensors = {name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}
         write_atomically(self.folder / "model.safetensors", safetensors.torch.save(tensors))
 
@@ -302,8 +307,7 @@ class Training:
         self.model.eval()
         seen = []
         with torch.no_grad():
-            for rows in torch.arange(self.task.test[0].shape[0]).split(EVAL_BATCH):
-                batch = tuple(column.index_select(0, rows).to(self.device) for column in self.task.test)
+            for batch in self._test_batches():
                 seen.append(_sums(self.task.score(self.model, batch), batch))
         means, layers = _means(seen), self.engine.metrics("eval", self._probe)
         self._record("eval", epoch, means, layers)
@@ -315,15 +319,24 @@ class Training:
             self.best = means["loss"]
             self._checkpoints.write_best(self._state())
 
+    def _test_batches(self) -> Iterator[Batch]:
+        for rows in torch.arange(self.task.test[0].shape[0]).split(EVAL_BATCH):
+            yield tuple(column.index_select(0, rows).to(self.device) for column in self.task.test)
+
+    def _record_routing(self) -> None:
+        """Save what the layers choose on the test set."""
+        about = {"task": self.config.task, "step": self.step, "split": "test", "versions": versions()}
+        forwards = (partial(self.task.score, self.model, batch) for batch in self._test_batches())
+        trace = record(self.engine, forwards, about)
+        trace.write(self.folder / FILE)
+        held = f"the first {trace.limit} tokens of each layer, not all" if trace.cut else "all tokens"
+        self.say(f"routing of the test set: {self.folder / FILE} ({held})")
+
     def _probe(self) -> Tensor:
         """The task loss on a fixed held-out batch, in eval mode."""
-        training = [module for module in self.model.modules() if module.training]
-        self.model.eval()
         batch = tuple(column[:PROBE_SIZE].to(self.device) for column in self.task.test)
-        loss = self.task.score(self.model, batch)["loss"]
-        for module in training:
-            module.training = True
-        return loss
+        with evaluating(self.model):
+            return self.task.score(self.model, batch)["loss"]
 
     # -- what is written ---------------------------------------------------------------------------
 

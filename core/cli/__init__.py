@@ -1,4 +1,7 @@
-"""The command line: `moe-engine run | resume | plugins | check | compare`. Nothing imports torch before it must."""
+"""The command line: `moe-engine run | resume | plugins | check | compare | replay`.
+
+Nothing here imports torch before it must.
+"""
 
 import sys
 import traceback
@@ -11,6 +14,7 @@ from ..errors import PluginError, RunError, UsageError
 from .check import check
 from .compare import compare
 from .plugins import plugins
+from .replay import replay
 from .resume import resume
 from .run import run
 
@@ -39,12 +43,14 @@ def group(context: click.Context) -> None:
         moe-engine compare runs/A runs/B
     Hold a plugin against what is promised of every plugin:
         moe-engine check my_router
+    Let another router choose on the logits of a run that recorded them:
+        moe-engine replay runs/A --routers sigmoid_topk
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
 
 
-for command in (run, resume, plugins, check, compare):
+for command in (run, resume, plugins, check, compare, replay):
     group.add_command(command)
 
 

@@ -59,12 +59,12 @@ def compare(runs: tuple[Path, ...], out: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(rows, indent=2))
         return
-    from .progress import table
+    from .progress import cell, table
 
     shown = [name for name in [*rows[0]][2:] if any(one[name] is not None for one in rows)]
     table(
         ["run", "plugins", *shown],
-        [[one["run"], one["plugins"], *(_cell(one[column]) for column in shown)] for one in rows],
+        [[one["run"], one["plugins"], *(cell(one[column]) for column in shown)] for one in rows],
     )
     click.echo(f"picture: {out}")
 
@@ -80,9 +80,3 @@ def _of(run: Run, name: str) -> Any:
         return run.summary[name]
     values = [layer[name] for layer in run.summary["layers"] if layer.get(name) is not None]
     return sum(values) / len(values) if values else None
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

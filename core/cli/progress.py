@@ -62,8 +62,11 @@ class Progress:
         """The result, on standard output."""
         summary = run.summary
         console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
-        accuracy = summary["accuracy"]
-        result = f"accuracy {accuracy:.2%}" if accuracy is not None else f"loss {summary['loss']}"
+        result = f"loss {summary['loss']}"
+        if summary["perplexity"] is not None:
+            result = f"perplexity {summary['perplexity']:.4g}"
+        elif summary["accuracy"] is not None:
+            result = f"accuracy {summary['accuracy']:.2%}"
         work = f"{summary['steps']} steps, {summary['seconds']:.0f} s"
         console.print(f"{summary['verdict'] or 'no verdict'}: {result} on the test set after {work}")
         for finding in summary["findings"]:
@@ -126,6 +129,13 @@ def event(growth: dict[str, Any]) -> str:
     what = " and ".join(part for part in (source, f"{gone} removed" if gone else "") if part)
     moved = "" if growth["change"] is None else f", output changed by {growth['change']:.1%}"
     return f"{growth['layer']} has {growth['after']} experts, {what}{moved} ({growth['why']})"
+
+
+def cell(value: Any) -> str:
+    """One cell of a table."""
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def table(columns: list[str], rows: list[list[str]]) -> None:

@@ -22,7 +22,7 @@ def _names(_: Any, __: Any, value: str | None) -> tuple[str, ...] | None:
 
 def _flag(name: str, kind: Any = str, **more: Any) -> Callable[[Command], Command]:
     default = SHOWN[name]
-    shown = "" if default in (None, ()) else f"  [default: {default}]"
+    shown = "" if default in (None, ()) or default is False else f"  [default: {default}]"
     flag = "--" + name.replace("_", "-")
     return click.option(flag, name, type=kind, help=HELP[name][0].upper() + HELP[name][1:] + "." + shown, **more)
 
@@ -42,6 +42,7 @@ def _flag(name: str, kind: Any = str, **more: Any) -> Callable[[Command], Comman
 @_flag("data_dir", metavar="FOLDER")
 @_flag("log_every", int)
 @_flag("checkpoint_every", int)
+@_flag("record_routing", None, is_flag=True, default=None)
 @click.option(
     "--set",
     "settings",

@@ -12,7 +12,7 @@ from moe_engine import ACTIVATIONS, Experts, grouped_linear, hookimpl, option, r
 class Conv:
     """Each expert is two 2-d convolutions, with the activation between, on a token seen as a picture.
 
-    y = act(x * W_in + b_in) * W_out + b_out, x [channels, side, side] with channels side^2 = dim, the edge
+    y = act(x * k_in + b_in) * k_out + b_out, x [channels, side, side] with channels side^2 = dim, the edge
     padded with zeros. The layer's hidden width plays no part: `hidden` counts the channels between.
 
     Source: LeCun et al., 1989 (convolution).
@@ -38,9 +38,10 @@ class Conv:
 
 
 class ConvExperts(Experts):
-    """w_in [E, C k^2, H], for swiglu [E, C k^2, 2H], w_out [E, H k^2, C'], windows flattened as F.unfold does.
+    """k_in [E, C k^2, H], for swiglu [E, C k^2, 2H], k_out [E, H k^2, C'], windows flattened as F.unfold does.
 
-    A convolution is a linear map of each pixel's window, so all that holds of stacked MLPs holds here.
+    A convolution is a linear map of each pixel's window. The names are not those of a stacked MLP, because a
+    hidden channel is many rows of k_out: sources that part hidden units refuse what they don't know.
     """
 
     def __init__(self, spec, channels, hidden, kernel):
@@ -51,7 +52,7 @@ class ConvExperts(Experts):
         ends = {"in": (channels, wide, "in"), "out": (hidden, spec.out_dim // self.side**2, "output")}
         for end, (before, after, role) in ends.items():
             fan_in = before * kernel**2
-            self.expert_param(f"w_{end}", (spec.experts, fan_in, after), fresh=uniform(fan_in), role=role)
+            self.expert_param(f"k_{end}", (spec.experts, fan_in, after), fresh=uniform(fan_in), role=role)
             if spec.bias:
                 self.expert_param(f"b_{end}", (spec.experts, after), fresh=uniform(fan_in), role=role)
         if not spec.bias:
@@ -59,8 +60,8 @@ class ConvExperts(Experts):
 
     def forward(self, x_ND, counts_E):
         counts = row_counts(counts_E * self.side**2)
-        hidden = self.act(grouped_linear(self._windows(x_ND), self.w_in, self.b_in, counts))
-        return self._tokens(grouped_linear(self._windows(self._tokens(hidden)), self.w_out, self.b_out, counts))
+        hidden = self.act(grouped_linear(self._windows(x_ND), self.k_in, self.b_in, counts))
+        return self._tokens(grouped_linear(self._windows(self._tokens(hidden)), self.k_out, self.b_out, counts))
 
     def _windows(self, x_ND):
         """[N pixels, C k^2]: the window around each pixel, one after the other."""

@@ -2,22 +2,23 @@
 
 import attrs
 
-from moe_engine import hookimpl, option
+from moe_engine import hookimpl, option, shared
 
 
 @attrs.define(eq=False)
 class GateVariance:
     """The unbiased variance over experts of E P_i, P_i expert i's mean probability.
 
-    Equal to CV^2(P) E / (E - 1): 0 at balance, E if one expert has all the mass.
+    Equal to CV^2(P) E / (E - 1): 0 at balance, E if one expert has all the mass. P is the mean over processes.
 
     Source: kennycason/srnn, 2025.
     """
 
+    needs = ("probs", "load")
     balanced = 0.0
     weight: float = option(0.1, help="coefficient", min=0)
 
     @hookimpl
     def moe_aux_loss(self, routing):
-        scaled_E = routing.experts * routing.mean(routing.probs)
+        scaled_E = routing.experts * shared(routing.mean(routing.probs))
         return (scaled_E - scaled_E.mean()).square().sum() / max(routing.experts - 1, 1)

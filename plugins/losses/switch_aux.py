@@ -16,6 +16,7 @@ class SwitchAux:
     Source: Fedus et al., 2021, eq. 4-6.
     """
 
+    needs = ("probs", "load")
     balanced = 1.0
     weight: float = option(0.01, help="coefficient", min=0)
 

@@ -15,6 +15,7 @@ class ZLoss:
     Source: Zoph et al., 2022 (ST-MoE), eq. 5.
     """
 
+    needs = ("logits",)
     balanced = None
     weight: float = option(0.001, help="coefficient", min=0)
 

@@ -14,7 +14,8 @@ class Balance:
 
     load x / sum; cv = std / mean (population); cv2 = cv^2; gini; entropy H / ln E; max_min = max / min;
     maxvio = max / mean - 1; active = experts with at least a tenth of the mean load; dropped = share
-    of assignments over capacity. At balance 1/E, 0, 0, 0, 1, 1, 0, E, and 0.
+    of assignments over capacity. At balance 1/E, 0, 0, 0, 1, 1, 0, E, and 0. Where a router assigns nothing
+    but mixes all tokens, there is only mass, each expert's share of the summed probabilities.
 
     Source of maxvio: Wang et al., 2024, eq. 4 (on the window or data set that the numbers are of).
     """
@@ -23,6 +24,8 @@ class Balance:
     def moe_metrics(self, stats):
         x = stats.load
         total, mean, size = x.sum(), x.mean(), x.numel()
+        if not total and "prob" in stats.sums and stats["prob"].any():
+            return {"mass": stats["prob"] / stats["prob"].sum()}
         f = x / total
         cv = x.std(correction=0) / mean
         rank = torch.arange(1, size + 1, dtype=x.dtype)

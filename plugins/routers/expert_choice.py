@@ -18,7 +18,7 @@ class ExpertChoice:
     Source: Zhou et al., 2022.
     """
 
-    gives = ("logits", "probs")
+    gives = ("logits", "probs", "choices")
     group: str = option("batch", help="tokens among which experts choose", choices=("batch", "sequence"))
     allow_noncausal: bool = option(False, help="allow it in a causal layer, where it sees later tokens")
 

@@ -18,7 +18,7 @@ class Hash:
     Source: Roller et al., 2021 (there the weight is 1; here 1 / K, so that the output's scale does not depend on K).
     """
 
-    gives = ("picks",)
+    gives = ("picks", "choices")
     parts_copies = True  # exact copies of an expert get different tokens
     seed: int = option(0, help="which table", min=0)
 

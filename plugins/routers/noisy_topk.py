@@ -22,7 +22,7 @@ class NoisyTopK:
     Source: Shazeer et al., 2017, section 2.1 and appendix A; the floor is tensor2tensor's.
     """
 
-    gives = ("logits", "probs", "load", "picks", "smooth_load")
+    gives = ("logits", "probs", "load", "picks", "choices", "smooth_load")
     noise_floor: float = option(0.01, help="least standard deviation of the noise", min=1e-6)
 
     @hookimpl

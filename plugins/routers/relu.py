@@ -19,7 +19,7 @@ class ReLU:
     Source: Wang et al., 2024 (ReMoE); the coefficient is each layer's own here, one of all layers there.
     """
 
-    gives = ("load",)
+    gives = ("load", "choices")
     weight: float = option(1e-8, help="coefficient of the L1 loss at the start", min=0)
     rate: float = option(1.2, help="factor by which a step moves the coefficient", min=1)
 

@@ -18,7 +18,7 @@ class Sinkhorn:
     Source: Clark et al., 2022 (S-BASE).
     """
 
-    gives = ("logits", "probs", "picks")
+    gives = ("logits", "probs", "picks", "choices")
     iterations: int = option(8, help="rounds of normalisation; 8 bring columns within 1e-7", min=1)
     allow_noncausal: bool = option(False, help="allow it in a causal layer, where it sees later tokens")
 

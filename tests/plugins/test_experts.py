@@ -70,10 +70,10 @@ def conv_expert(bank, e, x, act, k=3):
     def conv(x, w, b):
         return F.conv2d(x, w[e].t().unflatten(1, (-1, k, k)), None if b is None else b[e], padding=k // 2)
 
-    hidden = conv(x.view(-1, 2, 3, 3), bank.w_in, bank.b_in)
+    hidden = conv(x.view(-1, 2, 3, 3), bank.k_in, bank.b_in)
     gate, up = hidden.chunk(2, dim=1)
     hidden = F.silu(gate) * up if act == "swiglu" else ACTIVATIONS[act](hidden)
-    return conv(hidden, bank.w_out, bank.b_out).flatten(1)
+    return conv(hidden, bank.k_out, bank.b_out).flatten(1)
 
 
 def stacked_expert(bank, e, x, act):
@@ -124,7 +124,8 @@ def test_expert_grad_is_the_mean_over_an_experts_own_tensors(name):
     bank = shaken(build(name, bias=True)[1].experts)
     assert bank.expert_grad().tolist() == [0, 0, 0, 0]
     bank(torch.randn(6, DIM, dtype=torch.float64), torch.tensor([3, 0, 2, 1])).square().sum().backward()
-    own = {"lora": ("a_in", "b_in", "a_out", "b_out")}.get(name, ("w_in", "w_out", "b_in", "b_out"))
+    first = {"lora": ("a_in", "a_out"), "conv": ("k_in", "k_out"), "upcycle": ("w_in", "w_out")}
+    own = (*first[name], "b_in", "b_out")
     grads = [getattr(bank, tensor).grad for tensor in own]
     expected = [sum(float(grad[e].abs().mean()) for grad in grads) / 4 for e in range(4)]
     assert bank.expert_grad().tolist() == pytest.approx(expected, rel=1e-5)
@@ -189,6 +190,14 @@ def test_a_bank_grows_and_learns_on(name, act, bias, source):
     engine.grow(Growth("moe", drop=(0, 4)), optimizer)
     step(engine, layer, optimizer)
     assert layer.experts.outputs(x).shape == (3, 7, DIM)
+
+
+@pytest.mark.parametrize("source", ["exclusive_split", "partial_reinit"])
+@pytest.mark.parametrize("name", ["lora", "conv"])
+def test_sources_that_part_hidden_units_are_refused_where_these_are_no_rows(name, source):
+    engine, _, optimizer = trained(name, source)
+    with pytest.raises(UsageError, match=f"{source} .* hidden units of stacked MLPs, and these experts are others"):
+        engine.grow(Growth("moe", (1,)), optimizer)
 
 
 def test_a_newcomer_of_lora_that_is_drawn_anew_is_the_shared_mlp():

@@ -1,0 +1,29 @@
+"""Entropy of the router's probabilities, of each token or of the batch."""
+
+import attrs
+
+from moe_engine import entropy_of, hookimpl, option, shared
+
+
+@attrs.define(eq=False)
+class Entropy:
+    """token_min: +mean_t H(p_t), which makes each token sure of its experts. batch_max: -H(mean_t p_t), which
+    spreads the batch over all of them.
+
+    token_min is ln E for even probabilities and 0 for sure ones; a router that takes experts up to a share
+    of the mass needs it, or it takes all. batch_max is -ln E at balance and 0 at collapse, of the mean over
+    processes. Their sum is mutual_information.
+
+    Sources: Huang et al., 2024 ("Harder Tasks Need More Experts"); Csordás et al., 2023 (sigma-MoE).
+    """
+
+    needs = ("probs",)
+    balanced = None
+    weight: float = option(0.0001, help="coefficient", min=0)
+    form: str = option("token_min", help="whose entropy goes where", choices=("token_min", "batch_max"))
+
+    @hookimpl
+    def moe_aux_loss(self, routing):
+        if self.form == "token_min":
+            return routing.mean(entropy_of(routing.probs))
+        return -entropy_of(shared(routing.mean(routing.probs)))

@@ -1,0 +1,29 @@
+"""The load-balancing loss on the load of a whole step."""
+
+import attrs
+
+from moe_engine import hookimpl, option, over_processes
+
+
+@attrs.define(eq=False)
+class GlobalAux:
+    """E sum_i f_i P_i: P of this micro-batch, f of all micro-batches of this step so far, over all processes.
+
+    1 at balance. A micro-batch of one domain may use few experts, as long as the step uses all. With one
+    process and one micro-batch it is switch_aux; the first micro-batches of a step see a part of f. What
+    is counted so far is what the step's finished backwards counted, and this forward: so a forward that is
+    recomputed under activation checkpointing sees the same f, and counts nothing twice. Processes
+    talk in each forward, so all of them must run the layer equally often.
+
+    Source: Qiu et al., 2025 ("Demons in the Detail").
+    """
+
+    needs = ("probs", "load")
+    balanced = 1.0
+    weight: float = option(0.01, help="coefficient", min=0)
+
+    @hookimpl
+    def moe_aux_loss(self, routing, layer):
+        load_E = over_processes(layer.step_load(routing))
+        f_E = load_E / load_E.sum().clamp(min=1)
+        return routing.experts * (f_E * routing.mean(routing.probs)).sum()

@@ -1,0 +1,39 @@
+"""The importance loss: equal sums of gates."""
+
+import attrs
+import torch
+
+from moe_engine import Finding, count_by, cv2, hookimpl, option, shared
+
+
+@attrs.define(eq=False)
+class ImportanceCV2:
+    """CV^2(v) = var(v) / mean(v)^2 over experts (population variance), v_i the importance of expert i.
+
+    of=gates: v_i = sum_t g_ti over the tokens that chose it, before capacity drops any (Shazeer et al.).
+    of=probs: v_i = sum_t p_ti over all tokens (V-MoE), which is gate_variance (E - 1) / E.
+    0 at balance, E / K - 1 if K experts share everything. v is the mean over processes.
+
+    Sources: Shazeer et al., 2017, eq. 6-7; Riquelme et al., 2021 (V-MoE).
+    """
+
+    needs = ("probs", "load")
+    balanced = 0.0
+    weight: float = option(0.1, help="coefficient", min=0)
+    of: str = option(
+        "gates", help="what is summed: gates after top-k, or all probabilities", choices=("gates", "probs")
+    )
+
+    @hookimpl
+    def moe_check(self, setup):
+        if self.of == "probs" and "gate_variance" in setup.plugins:
+            why = "importance_cv2.of=probs and gate_variance are the same loss but for the factor E / (E - 1)"
+            return Finding("counted twice", 1, why, "leave one of them out")
+        return None
+
+    @hookimpl
+    def moe_aux_loss(self, routing):
+        if self.of == "probs":
+            return cv2(shared(routing.mean(routing.probs)))
+        plan = routing.plan
+        return cv2(shared(count_by(plan.expert, torch.where(plan.selected, plan.weight, 0), routing.experts)))

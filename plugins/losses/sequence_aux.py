@@ -1,0 +1,43 @@
+"""The load-balancing loss of single sequences."""
+
+import attrs
+import torch
+
+from moe_engine import Level, hookimpl, option
+
+
+@attrs.define(eq=False)
+class SequenceAux:
+    """The mean over sequences of E sum_i f_i P_i, with f and P of each sequence's real tokens alone.
+
+    f_i is expert i's share of the top-K of the scores without selection biases (a constant), P_i its mean
+    probability. 1 at balance. It complements a controller such as loss_free, whose bias it must not see;
+    the batch as a whole may be balanced where its sequences are not. The last leading dimension of the
+    layer's input is the sequence: [B, S, D] holds B of them, [T, D] is one. It works against
+    specialisation by domain, hence the small weight.
+
+    Source: DeepSeek-AI, 2024 (DeepSeek-V3), eq. 17-20.
+    """
+
+    needs = ("probs", "load", "picks")
+    balanced = 1.0
+    weight: float = option(0.0001, help="coefficient", min=0)
+
+    @hookimpl
+    def moe_aux_loss(self, routing):
+        p_TE = routing.probs
+        top_TK = _unbiased(p_TE).topk(routing.top_k, dim=-1).indices
+        chosen_TE = torch.zeros_like(p_TE).scatter(1, top_TK, 1.0)
+        length_B1, chosen_BE, mass_BE = (
+            routing.per_sequence(routing.tokens.real(values)).sum(1)
+            for values in (torch.ones_like(p_TE[:, :1]), chosen_TE, p_TE)
+        )
+        f_BE = chosen_BE / (routing.top_k * length_B1).clamp(min=1)
+        P_BE = mass_BE / length_B1.clamp(min=1)
+        return routing.experts * (f_BE * P_BE).sum() / (length_B1 > 0).sum().clamp(min=1)
+
+
+def _unbiased(p_TE):
+    """Scores in the order of the probabilities, which no selection bias enters, ties broken as in a choice."""
+    log_TE = p_TE.detach().clamp(min=torch.finfo(p_TE.dtype).tiny).log()
+    return Level("", log_TE, log_TE).select_by(log_TE)

@@ -1,0 +1,57 @@
+"""How sure the router is."""
+
+import math
+
+import attrs
+import torch
+
+from moe_engine import Level, evaluating, hookimpl
+
+
+@attrs.define(eq=False)
+class Confidence:
+    """confidence: mean_t max_i p_ti; 1 / E is least. margin: mean_t s_(K) - s_(K+1), the K-th best score less the next.
+
+    Both on the held-out batch, in eval mode. s are the scores by which the router selects, in its own units,
+    selection biases included: a small margin is easily overturned. The margin is null where a token's
+    choice is not the top K of one list of scores: K = E, groups, two levels, other numbers of choices.
+
+    Source: this project.
+    """
+
+    needs = ("probs",)
+
+    @hookimpl
+    def moe_metrics(self, probe, layer):
+        if probe is None or probe.probs is None:
+            return {}
+        return {"confidence": probe.mean(probe.probs.detach().amax(-1)), "margin": margin(probe, layer.router)}
+
+
+@attrs.define(eq=False)
+class Seen(Level):
+    """A level that remembers by which scores a choice was made."""
+
+    scores: torch.Tensor | None = None
+
+    def select_by(self, scores):
+        self.scores = Level.select_by(self, scores)
+        return self.scores
+
+
+@torch.no_grad()
+def margin(probe, router):
+    """The mean margin over the real tokens of a routing, or nan."""
+    levels = tuple(Seen(level.name, level.logits, level.biased, level.bias) for level in probe.levels)
+    if len(levels) != 1 or not 0 < router.levels[0].picks < probe.experts:
+        return math.nan
+    with evaluating(router):
+        router.select(probe.tokens, levels)
+    scores_TE, picks = levels[0].scores, router.levels[0].picks
+    if scores_TE is None or scores_TE.shape != probe.chosen().shape:
+        return math.nan
+    best_TK = scores_TE.topk(picks + 1, dim=-1)
+    top_TE = torch.zeros_like(probe.chosen()).scatter(1, best_TK.indices[:, :picks], 1.0)
+    if not torch.equal(probe.tokens.real(top_TE), probe.chosen()):
+        return math.nan
+    return probe.mean(best_TK.values[:, -2] - best_TK.values[:, -1])
