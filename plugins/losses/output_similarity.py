@@ -44,9 +44,9 @@ class OutputSimilarity:
 
 
 def spread(tokens, count):
-    """[S]: the places of at most `count` evenly spaced real tokens; some come twice if there are fewer."""
+    """[S]: the places of `count` evenly spaced real tokens; where there are fewer, all of them, and padding."""
     total = tokens.x.shape[0]
     size = min(count, total)
     real_T = torch.ones(total, device=tokens.x.device) if tokens.mask is None else tokens.mask.float()
     first_T = real_T.argsort(descending=True, stable=True)  # real ones first, in their order
-    return first_T[torch.arange(size, device=real_T.device) * tokens.count // max(size, 1)]
+    return first_T[torch.arange(size, device=real_T.device) * tokens.count.clamp(min=size) // max(size, 1)]

@@ -521,6 +521,8 @@ def test_output_similarity_takes_evenly_spaced_real_tokens():
     assert spread(layer.tokens(torch.randn(8, 4), mask), 2).tolist() == [1, 4]
     x = torch.randn(8, 4)
     assert similarity(layer, x, mask) == pytest.approx(similarity(layer, x[mask]))
+    mask[0] = True  # five of eight: none may count twice
+    assert similarity(layer, x, mask) == pytest.approx(similarity(layer, x[mask]))
     assert similarity(layer, x, torch.zeros(8, dtype=torch.bool)) == 0
 
 
