@@ -12,7 +12,7 @@ STEPS = 10
 def balanced(tokens: int, units: int) -> Tensor:
     """Logits [tokens, units] with which token t chooses t, t + 1, ... best first: all are chosen equally often."""
     place = (torch.arange(units) - torch.arange(tokens)[:, None]) % units
-    return 20 * (units - place) / units
+    return 60 * (units - place) / units
 
 
 def skewed(tokens: int, units: int) -> Tensor:

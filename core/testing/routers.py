@@ -229,7 +229,7 @@ def causal_sees_no_future(bench: Bench) -> str | None:
     """In a causal layer no token's output depends on a later token; or such a layer is refused."""
     one, other = data(1, 8, seed=1), data(1, 8, seed=2)
     changed = one.map(lambda v: v.clone())
-    for mine, its in ((changed.x, other.x), (changed.ids, other.ids)):
+    for mine, its in ((changed.x, 3 * other.x), (changed.ids, other.ids)):
         mine[:, 4:] = its[:, 4:]
     advice = "a causal layer must not see it: refuse it in moe_check by moe_engine.causal_problem"
     for capacity in (None, 1.0):

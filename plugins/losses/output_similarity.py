@@ -33,21 +33,20 @@ class OutputSimilarity:
 
     @hookimpl
     def moe_aux_loss(self, routing, layer):
-        at_S, own_S = spread(routing.tokens, self.tokens)
+        at_S = spread(routing.tokens, self.tokens)
         x_SD = routing.tokens.x[at_S]
         x_SD = x_SD.to(next(layer.experts.parameters(), x_SD))  # autocast is off here
         unit_ESO = normalize(at_least_fp32(layer.experts.outputs(x_SD)), dim=-1)
         cos_SEE = torch.einsum("iso,jso->sij", unit_ESO, unit_ESO)
-        chosen_SE = routing.chosen()[at_S] * own_S[:, None]
+        chosen_SE = routing.chosen()[at_S]
         pair_SEE = (chosen_SE[:, :, None] * chosen_SE[:, None]).triu(1)
         return (pair_SEE * cos_SEE.square()).sum() / pair_SEE.sum().clamp(min=1)
 
 
 def spread(tokens, count):
-    """[S] and [S]: the places of at most `count` evenly spaced real tokens, and 1 for each, 0 for places left over."""
+    """[S]: the places of `count` evenly spaced real tokens; where there are fewer, all of them, and padding."""
     total = tokens.x.shape[0]
+    size = min(count, total)
     real_T = torch.ones(total, device=tokens.x.device) if tokens.mask is None else tokens.mask.float()
     first_T = real_T.argsort(descending=True, stable=True)  # real ones first, in their order
-    index_S, wanted = torch.arange(min(count, total), device=real_T.device), tokens.count.clamp(max=count)
-    own_S = index_S < wanted
-    return first_T[torch.where(own_S, index_S * tokens.count // wanted.clamp(min=1), 0)], own_S.to(real_T.dtype)
+    return first_T[torch.arange(size, device=real_T.device) * tokens.count.clamp(min=size) // max(size, 1)]

@@ -515,17 +515,13 @@ def test_output_similarity_takes_evenly_spaced_real_tokens():
     from moe_engine.plugins.losses.output_similarity import spread
 
     _, layer, _ = similar()
-
-    def taken(total, count, mask=None):
-        places, own = spread(layer.tokens(torch.randn(total, 4), mask), count)
-        return places[own.bool()].tolist()
-
-    assert taken(10, 5) == [0, 2, 4, 6, 8]
-    assert taken(3, 5) == [0, 1, 2]
+    assert spread(layer.tokens(torch.randn(10, 4)), 5).tolist() == [0, 2, 4, 6, 8]
+    assert spread(layer.tokens(torch.randn(3, 4)), 5).tolist() == [0, 1, 2]
     mask = torch.tensor([0, 1, 0, 1, 1, 0, 0, 1], dtype=torch.bool)
-    assert taken(8, 2, mask) == [1, 4]
-    assert taken(8, 6, mask) == [1, 3, 4, 7]
+    assert spread(layer.tokens(torch.randn(8, 4), mask), 2).tolist() == [1, 4]
     x = torch.randn(8, 4)
+    assert similarity(layer, x, mask) == pytest.approx(similarity(layer, x[mask]))
+    mask[0] = True  # five of eight: none may count twice
     assert similarity(layer, x, mask) == pytest.approx(similarity(layer, x[mask]))
     assert similarity(layer, x, torch.zeros(8, dtype=torch.bool)) == 0
 
