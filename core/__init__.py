@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from .tasks import TaskSpec as TaskSpec
     from .training import adam as adam
     from .triggers import History as History
+    from .triggers import children_of_peaks as children_of_peaks
     from .triggers import lasting as lasting
 
 _HOMES = {
@@ -90,7 +91,7 @@ _HOMES = {
     "stats": ("Finding", "Stats", "Step", "mean_of_pairs"),
     "tasks": ("Task", "TaskSpec"),
     "training": ("adam",),
-    "triggers": ("History", "lasting"),
+    "triggers": ("History", "children_of_peaks", "lasting"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

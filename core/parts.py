@@ -216,7 +216,7 @@ class Bias(Part):
 
 
 class RunningLoad(Part):
-    """A state for triggers: `load` [E], the running mean over steps of each expert's load over the mean load.
+    """A state for triggers: `value` [E], the running mean over steps of each expert's load over the mean load.
 
     It starts at 1, a newcomer's too, and stays where it is in a step without data.
     """
@@ -224,13 +224,13 @@ class RunningLoad(Part):
     def __init__(self, size: int, decay: float) -> None:
         super().__init__()
         self.decay = decay
-        self.expert_buffer("load", torch.ones(size), new=1.0)
+        self.expert_buffer("value", torch.ones(size), new=1.0)
 
-    load: Tensor
+    value: Tensor
 
     def after_step(self, step: "Step") -> None:
-        some = (step.load.sum() > 0).to(self.load.dtype)
-        self.load.lerp_(step.relative(step.load).to(self.load.dtype), (1 - self.decay) * some)
+        some = (step.load.sum() > 0).to(self.value.dtype)
+        self.value.lerp_(step.relative(step.load).to(self.value.dtype), (1 - self.decay) * some)
 
 
 class Experts(Part):

@@ -53,6 +53,23 @@ def lasting(memory: dict[str, float], layer: MoE, holds: bool) -> float:
     return memory[layer.name]
 
 
+def children_of_peaks(trigger: Any, history: History, memory: dict[str, float], what: str) -> list[Growth]:
+    """A child for the unit with the largest value in each layer, where that stays above the trigger's threshold.
+
+    trigger: with the options threshold, patience, cooldown and max_experts. Its state in a layer has
+    `value` [E], over the mean; what: what that is, for the reason.
+    """
+    wanted = []
+    for layer in history.layers:
+        value_E = history.state(layer).value
+        ready = history.since_growth > trigger.cooldown and layer.spec.experts < trigger.max_experts
+        peak, highest = int(value_E.argmax()), float(value_E.max())
+        if lasting(memory, layer, ready and highest > trigger.threshold) >= trigger.patience:
+            why = f"expert {peak} has {highest:.2f} of the mean {what}"
+            wanted.append(Growth(layer.name, parents=(peak,), why=why))
+    return wanted
+
+
 @attrs.define(eq=False)
 class Triggers:
     """The chosen triggers and what each remembers. asked: the step for which they were asked last."""

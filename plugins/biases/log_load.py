@@ -36,5 +36,4 @@ class LogLoadBias(Bias):
         return -self.beta * centred_log(self.s, self.eps)
 
     def after_step(self, step):
-        some = (step.load.sum() > 0).to(self.s.dtype)  # no data moves nothing
-        self.s.lerp_(step.load.to(self.s.dtype), (1 - self.decay) * some)
+        self.s.lerp_(step.load.to(self.s), (1 - self.decay) * (step.load.sum() > 0).to(self.s))  # no data, no move

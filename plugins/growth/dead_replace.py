@@ -30,7 +30,7 @@ class DeadReplace:
     def moe_growth(self, history, memory):
         wanted = []
         for layer in history.layers:
-            load_E = history.state(layer).load
+            load_E = history.state(layer).value
             dead, busiest = int(load_E.argmin()), int(load_E.argmax())
             holds = history.since_growth > self.cooldown and float(load_E[dead]) < self.threshold
             if lasting(memory, layer, holds) >= self.patience and dead != busiest:

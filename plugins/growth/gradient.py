@@ -3,7 +3,7 @@
 import attrs
 import torch
 
-from moe_engine import Growth, Part, hookimpl, lasting, option
+from moe_engine import Part, children_of_peaks, hookimpl, option
 
 
 @attrs.define(eq=False)
@@ -31,14 +31,7 @@ class Gradient:
 
     @hookimpl
     def moe_growth(self, history, memory):
-        wanted = []
-        for layer in history.layers:
-            grad_E = history.state(layer).grad_E
-            ready = history.since_growth > self.cooldown and layer.spec.experts < self.max_experts
-            if lasting(memory, layer, ready and float(grad_E.max()) > self.threshold) >= self.patience:
-                why = f"expert {int(grad_E.argmax())} has {float(grad_E.max()):.2f} of the mean gradient"
-                wanted.append(Growth(layer.name, parents=(int(grad_E.argmax()),), why=why))
-        return wanted
+        return children_of_peaks(self, history, memory, "gradient")
 
 
 class RunningGradient(Part):
@@ -47,8 +40,8 @@ class RunningGradient(Part):
     def __init__(self, size, decay):
         super().__init__()
         self.decay = decay
-        self.expert_buffer("grad_E", torch.ones(size), new=1.0)
+        self.expert_buffer("value", torch.ones(size), new=1.0)
 
     def after_step(self, step):
-        some = (step.expert_grad.sum() > 0).to(self.grad_E.dtype)
-        self.grad_E.lerp_(step.relative(step.expert_grad).to(self.grad_E), (1 - self.decay) * some)
+        some = (step.expert_grad.sum() > 0).to(self.value.dtype)
+        self.value.lerp_(step.relative(step.expert_grad).to(self.value), (1 - self.decay) * some)

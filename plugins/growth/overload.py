@@ -2,7 +2,7 @@
 
 import attrs
 
-from moe_engine import Growth, RunningLoad, hookimpl, lasting, option
+from moe_engine import RunningLoad, children_of_peaks, hookimpl, option
 
 
 @attrs.define(eq=False)
@@ -34,11 +34,4 @@ class Overload:
 
     @hookimpl
     def moe_growth(self, history, memory):
-        wanted = []
-        for layer in history.layers:
-            load_E = history.state(layer).load
-            ready = history.since_growth > self.cooldown and layer.spec.experts < self.max_experts
-            if lasting(memory, layer, ready and float(load_E.max()) > self.threshold) >= self.patience:
-                why = f"expert {int(load_E.argmax())} has {float(load_E.max()):.2f} of the mean load"
-                wanted.append(Growth(layer.name, parents=(int(load_E.argmax()),), why=why))
-        return wanted
+        return children_of_peaks(self, history, memory, "load")

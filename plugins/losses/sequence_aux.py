@@ -11,10 +11,8 @@ class SequenceAux:
     """The mean over sequences of E sum_i f_i P_i, with f and P of each sequence's real tokens alone.
 
     f_i is expert i's share of the top-K of the scores without selection biases (a constant), P_i its mean
-    probability. 1 at balance. It complements a controller such as loss_free, whose bias it must not see;
-    the batch as a whole may be balanced where its sequences are not. The last leading dimension of the
-    layer's input is the sequence: [B, S, D] holds B of them, [T, D] is one. It works against
-    specialisation by domain, hence the small weight.
+    probability. 1 at balance. It complements a controller such as loss_free, whose bias it must not see.
+    [B, S, D] holds B sequences, [T, D] is one. It works against specialisation by domain, hence its weight.
 
     Source: DeepSeek-AI, 2024 (DeepSeek-V3), eq. 17-20.
     """
@@ -28,10 +26,8 @@ class SequenceAux:
         p_TE = routing.probs
         top_TK = _unbiased(p_TE).topk(routing.top_k, dim=-1).indices
         chosen_TE = torch.zeros_like(p_TE).scatter(1, top_TK, 1.0)
-        length_B1, chosen_BE, mass_BE = (
-            routing.per_sequence(routing.tokens.real(values)).sum(1)
-            for values in (torch.ones_like(p_TE[:, :1]), chosen_TE, p_TE)
-        )
+        three = (torch.ones_like(p_TE[:, :1]), chosen_TE, p_TE)
+        length_B1, chosen_BE, mass_BE = (routing.per_sequence(routing.tokens.real(one)).sum(1) for one in three)
         f_BE = chosen_BE / (routing.top_k * length_B1).clamp(min=1)
         P_BE = mass_BE / length_B1.clamp(min=1)
         return routing.experts * (f_BE * P_BE).sum() / (length_B1 > 0).sum().clamp(min=1)

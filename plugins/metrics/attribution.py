@@ -9,22 +9,19 @@ from moe_engine import Finding, hookimpl, option
 class Attribution:
     """How much each loss term and each bias moves the router, on a fixed held-out batch.
 
-    effect.LOSS: norm of the weighted term's gradient at the raw logits, over the task loss's.
-    effect.BIAS: share of choices that differ without the bias. router_gradient: norm of the task's
-    gradient itself. A term below `threshold` is named: it has no effect (unless all experts are chosen anyway).
+    effect.LOSS: norm of the weighted term's gradient at the raw logits, over the task loss's (router_gradient).
+    effect.BIAS: share of choices that differ without the bias. A term below `threshold` is named (unless K = E).
 
     Source: this project.
     """
 
-    threshold: float = option(
-        1e-4, help="relative gradient, or share of choices, below which a term has no effect", min=0
-    )
+    threshold: float = option(1e-4, help="relative gradient, or share of choices, that is no effect", min=0)
 
     @hookimpl
     def moe_metrics(self, effects, layer):
         if effects is None:
             return {}
-        choice = layer.spec.experts > layer.spec.top_k  # where every token takes every expert, nothing can act
+        choice = layer.spec.experts > layer.spec.top_k  # else nothing can act
         relative = {name: norm / effects.task if effects.task else norm for name, norm in effects.losses.items()}
         answers = {"router_gradient": effects.task}
         for name, value in {**relative, **effects.biases}.items():
@@ -34,10 +31,9 @@ class Attribution:
         return answers
 
     def _inert(self, name, value, is_bias):
+        why = f"loss {name} had no effect: its gradient at the router is {value:.1e} of the task's"
+        advice = f"remove {name}, or raise {name.partition('.')[0]}.weight"
         if is_bias:
             why = f"bias {name} had no effect: without it {1 - value:.2%} of all choices are the same"
             advice = f"remove {name}, or raise its strength until effect.{name} is above {self.threshold:g}"
-        else:
-            why = f"loss {name} had no effect: its gradient at the router is {value:.1e} of the task's"
-            advice = f"remove {name}, or raise {name.partition('.')[0]}.weight"
         return Finding("no effect", 1, why, advice)

@@ -31,14 +31,7 @@ class Balance:
         rank = torch.arange(1, size + 1, dtype=x.dtype)
         gini = ((2 * rank - size - 1) * x.sort().values).sum() / (size * total)
         entropy = -torch.special.xlogy(f, f).sum() / math.log(size) if size > 1 else torch.tensor(math.nan)
-        return {
-            "load": f,
-            "active": int((x >= 0.1 * mean).sum()) if total else None,
-            "cv": cv,
-            "cv2": cv.square(),
-            "gini": gini,
-            "entropy": entropy,
-            "max_min": x.max() / x.min(),
-            "maxvio": x.max() / mean - 1,
-            "dropped": stats.dropped.sum() / total,
-        }
+        active = int((x >= 0.1 * mean).sum()) if total else None
+        spread = {"cv": cv, "cv2": cv.square(), "gini": gini, "entropy": entropy}
+        ends = {"max_min": x.max() / x.min(), "maxvio": x.max() / mean - 1}
+        return {"load": f, "active": active, **spread, **ends, "dropped": stats.dropped.sum() / total}

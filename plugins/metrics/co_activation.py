@@ -11,8 +11,7 @@ class CoActivation:
     """N_ij / N_i: of the tokens that chose expert i, the share that also chose j, over all pairs of choices.
 
     co_activation [E, E], row i null if nobody chose i, 1 on the diagonal. co_activation_max: the largest off the
-    diagonal. (K - 1) / (E - 1) everywhere if choices are even and independent; 1 for a pair that always
-    goes together.
+    diagonal. (K - 1) / (E - 1) if choices are even and independent; 1 for a pair that always goes together.
 
     Source: Muennighoff et al., 2024 (OLMoE), eq. 6.
     """

@@ -5,18 +5,16 @@ import torch
 
 from moe_engine import hookimpl
 
-POINTS = 64  # log points that are remembered
-TOKENS = 1024  # of the held-out batch: enough for an overlap within a few percent
+POINTS, TOKENS = 64, 1024  # log points that are remembered, tokens of the held-out batch
 
 
 @attrs.define(eq=False)
 class RouterSaturation:
     """mean_t |S_t then and S_t now| / K for earlier log points, on the fixed held-out batch, in eval mode.
 
-    router_saturation_curve [points, 2]: the number of an earlier log point, from 1 on, and the overlap of its
-    choices with those of now; of the first 1024 tokens, at up to 64 evenly spaced points.
-    router_saturation: its mean, near 1 if the router settled early; K / E is chance. Saturation as the
-    paper has it, against the final choices, is the last record's. A growth begins it anew.
+    router_saturation_curve [points, 2]: the number of an earlier log point, from 1 on, and its overlap with now;
+    of the first 1024 tokens, at up to 64 evenly spaced points. router_saturation: its mean, near 1 if the router
+    settled early; K / E is chance. The paper's, against the final choices, is the last record's.
 
     Source: Muennighoff et al., 2024 (OLMoE), eq. 5.
     """

@@ -11,9 +11,8 @@ class TopP:
     """A token goes to its most probable experts until they hold the share `p` of its probability.
 
     p = softmax(x W), sorted; expert i is chosen while the mass before it is at most p, so that the one which
-    crosses it is in, and there is at least one. Gates are the raw probabilities. A flat softmax takes many
-    experts (floor(p E) + 1 of equal ones), so that the cost is high at birth; the loss `entropy`
-    (form=token_min) keeps the model from flattening it. top_k only scales the layer's capacity.
+    crosses it is in. Gates are the raw probabilities. A flat softmax takes many experts (floor(p E) + 1 of equal
+    ones), which costs; the loss `entropy` keeps the model from flattening it. top_k only scales the capacity.
 
     Source: Huang et al., 2024.
     """
@@ -35,7 +34,6 @@ class TopPRouter(LinearRouter):
         (level,) = levels
         probs_TE = level.biased.softmax(-1)
         order_TE = level.select_by(probs_TE).argsort(dim=-1, descending=True)
-        sorted_TE = probs_TE.detach().gather(-1, order_TE)
-        before_TE = sorted_TE.cumsum(-1) - sorted_TE
+        before_TE = (sorted_TE := probs_TE.detach().gather(-1, order_TE)).cumsum(-1) - sorted_TE
         chosen_TE = torch.zeros_like(probs_TE, dtype=torch.bool).scatter(-1, order_TE, before_TE <= self.p)
         return probs_TE, assign_where(probs_TE, chosen_TE, tokens)

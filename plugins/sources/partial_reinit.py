@@ -10,8 +10,7 @@ from moe_engine import NewExpert, UsageError, hookimpl, option
 class PartialReinit:
     """A newcomer is its parent, with the share r of its hidden units redrawn: W'_J ~ N(mean(W_J), std(W_J)).
 
-    J are round(r H) hidden units, the same ones in every tensor: columns of the weights and biases that enter them, and
-    rows of the weights that leave them. Router row and moments are copied. r = 0 would be a twin that never parts.
+    J are round(r H) hidden units, the same ones in every tensor. Router row and moments are copied.
 
     Source: Nakamura et al., 2025 (Drop-Upcycling), where r = 0.5 is best.
     """
@@ -24,9 +23,8 @@ class PartialReinit:
             return NewExpert(fresh)
         if "experts.w_out" not in parent:
             raise UsageError("partial_reinit redraws hidden units of stacked MLPs, and these experts are others")
-        hidden = parent["experts.w_out"].shape[0]
+        rows, hidden = {**parent}, parent["experts.w_out"].shape[0]
         drawn_J = torch.randperm(hidden, generator=generator)[: max(1, round(self.share * hidden))]
-        rows = dict(parent)
         for name, axis in (("experts.w_in", 1), ("experts.b_in", 0), ("experts.w_out", 0)):
             if name in rows:
                 wide = rows[name].shape[axis] // hidden  # 2 for swiglu: gate, then up

@@ -105,3 +105,13 @@ sys.exit(main(["run", "--plugins", "saturation,switch_aux", "--epochs", "1", "--
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=tmp_path)
     files = {"config.toml", "metrics.jsonl", "summary.json", "model.safetensors", "report.html", "plots", "checkpoints"}
     assert files == {path.name for path in (tmp_path / "out").iterdir()}
+
+
+def test_a_strategy_is_one_file_that_can_be_read_at_a_glance():
+    """At most 80 lines each, docstrings included, and most of them under 40."""
+    kinds = ("routers", "biases", "losses", "growth", "sources", "metrics", "reports", "experts")
+    files = [path for kind in kinds for path in (ROOT / "plugins" / kind).glob("[!_]*.py")]
+    lines = {path.name: len(path.read_text("utf-8").splitlines()) for path in files}
+    assert {name: count for name, count in lines.items() if count > 80} == {}
+    strategies = [count for path in files for count in [lines[path.name]] if path.parent.name != "experts"]
+    assert sum(count < 40 for count in strategies) > len(strategies) / 2
