@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test test-long lint bench clean
+.PHONY: help demo test test-long lint docs bench clean
 
 help:
 	@echo "make demo       set up everything, train on the embedded digits, write a report"
 	@echo "make test       set up everything, run the tests"
 	@echo "make test-long  the tests that take minutes (DATA=folder: of MNIST, Fashion-MNIST and CIFAR-10)"
 	@echo "make lint       ruff and mypy"
+	@echo "make docs       the documentation as a site, in build/site"
 	@echo "make bench      speed of the layer, of a training step, of a growth and of the command line"
 	@echo "make clean      remove the virtual environment and what tools left"
 
@@ -29,6 +30,10 @@ lint: $(READY)
 	rm -rf build  # mypy can't follow the editable install's mapping of core/ and plugins/: it reads a copy
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target build/typed .
 	MYPYPATH=build/typed $(BIN)/mypy -p moe_engine
+
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "python -m http.server --directory build/site   shows it, its search too"
 
 bench: $(READY)
 	$(BIN)/python benchmarks/layer.py

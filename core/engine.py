@@ -17,12 +17,12 @@ from torch.optim import Optimizer
 
 from .effects import Effects, check_learning, effects_of, observe
 from .errors import PluginError, RunError, UsageError, listed
-from .experts import ModuleBank, StackedMLP
+from .experts import ModuleBank, StackedMLP, dense_twin
 from .growing import grow, sources
 from .growth import Grown, Growth
 from .layer import MoE, numel, unflat
 from .ledger import Anchor
-from .manager import Bound, Plugins, Setup
+from .manager import WATCHING, Bound, Plugins, Setup
 from .options import Settings, parse_settings
 from .parts import Bias, Experts, Part, Router
 from .processes import distributed, mean_over_processes, over_processes
@@ -46,7 +46,8 @@ class Engine:
 
     plugins: names in the order typed, comma-separated or as a list. settings: "plugin.option=value"
     texts, or nested dicts. without: names of default plugins to leave out. task: name of a task
-    plugin. seed: fixes what new experts draw. spec: defaults of every layer (experts, top_k, capacity, ...).
+    plugin. seed: fixes what new experts draw. dense: build in the place of each layer one MLP of the width that is
+    active for a token. spec: defaults of every layer (experts, top_k, capacity, ...).
     Raises UsageError.
 
     step: optimizer steps so far. growths: what has grown, oldest first.
@@ -59,11 +60,18 @@ class Engine:
         without: Iterable[str] = (),
         task: str | None = None,
         seed: int = 0,
+        dense: bool = False,
         **spec: Any,
     ) -> None:
         names = [name.strip() for name in plugins.split(",") if name.strip()] if isinstance(plugins, str) else plugins
+        names = list(names)
         self.plugins = Plugins(names, without, _settings(settings), task)
-        self.defaults, self.seed = spec, seed
+        self.defaults, self.seed, self.dense = spec, seed, dense
+        acting = [name for name, found in self.plugins.found.items() if name in names and found.kind not in WATCHING]
+        if dense and acting:
+            raise UsageError(
+                f"a dense model has neither router nor experts: {listed(map(repr, acting))} acts on nothing"
+            )
         self.step = 0
         self.growths: list[Grown] = []
         self.remembered: dict[str, dict[str, dict[str, Any]]] = {}  # by layer, metric plugin and split
@@ -106,6 +114,8 @@ class Engine:
         for plugin in settings:
             if not any(hasattr(plugins[plugin], f"moe_{hook}") for hook in OF_LAYERS):
                 raise UsageError(f"'{plugin}' acts on the whole engine, so it can't be set for one layer")
+        if self.dense:
+            return dense_twin(layer_spec)  # type: ignore[return-value]  # a model calls both alike
         self.plugins.check(Setup(plugins, layer_spec))
         try:
             layer = self._build(layer_spec, plugins, modules, settings, name)
@@ -349,6 +359,7 @@ class Engine:
                 routing, effects = probed.get(layer, (None, None))
                 offer = {"stats": stats, "layer": layer, "effects": effects, "probe": routing}
                 own: Metrics = {f"loss.{term}": value for term, value in stats.terms().items()}
+                own |= stats.work()
                 said = [(one.plugin, one({**offer, "memory": self._memory(layer, one, split)})) for one in bounds]
                 answers[layer.name] = merged([("the core", own), *said])
         return answers

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .dispatch import grouped_linear, row_counts
+from .errors import UsageError
 from .parts import Experts, mean_grad, uniform
 from .routing import Spec
 
@@ -86,21 +87,34 @@ def _mean_of(means: list[Tensor]) -> Tensor:
     return torch.stack(means).mean() if means else torch.zeros(())
 
 
-def shared_expert(spec: Spec) -> nn.Module | None:
-    """The MLP through which every token goes, as wide as `spec.shared` experts, or None (DeepSeekMoE, 2024)."""
-    if not spec.shared:
-        return None
-    return _Shared(spec)
+class DenseMLP(nn.Module):
+    """One perceptron through which every token goes. Takes the arguments of an MoE layer; answers 0 at padding."""
 
-
-class _Shared(nn.Module):
-    def __init__(self, spec: Spec) -> None:
+    def __init__(self, spec: Spec, hidden: int) -> None:
         super().__init__()
-        hidden = spec.hidden * spec.shared
         self.act = ACTIVATIONS[spec.activation]
         self.enter = nn.Linear(spec.dim, 2 * hidden if spec.activation == "swiglu" else hidden, bias=spec.bias)
         self.leave = nn.Linear(hidden, spec.out_dim, bias=spec.bias)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        out: Tensor = self.leave(self.act(self.enter(x_TD)))
-        return out
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, ids: Tensor | None = None, labels: Tensor | None = None
+    ) -> Tensor:
+        if mask is not None:
+            x = torch.where(mask[..., None], x, 0)  # even NaN at a pad must reach nobody
+        y: Tensor = self.leave(self.act(self.enter(x)))
+        return y if mask is None else torch.where(mask[..., None], y, 0)
+
+
+def shared_expert(spec: Spec) -> DenseMLP | None:
+    """The MLP through which every token goes, as wide as `spec.shared` experts, or None (DeepSeekMoE, 2024)."""
+    return DenseMLP(spec, spec.hidden * spec.shared) if spec.shared else None
+
+
+def dense_twin(spec: Spec) -> DenseMLP:
+    """The MLP that does as much for a token as the layer's experts do: as wide as top_k and the shared ones together.
+
+    Raises UsageError if the experts have no width.
+    """
+    if not spec.hidden:
+        raise UsageError("a dense model is as wide as the experts that a token is sent to; modules have no width")
+    return DenseMLP(spec, spec.hidden * (spec.top_k + spec.shared))

@@ -1,7 +1,7 @@
 """The pictures of runs, drawn with matplotlib: curves, usage over time, class by expert, effects."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
@@ -52,6 +52,58 @@ def overlaid(runs: Sequence["Run"]) -> Figure:
     figure = curves(runs, ["loss", "accuracy", "cv", "maxvio"])
     assert figure is not None  # every run has a loss
     return figure
+
+
+QUALITIES = {
+    "accuracy": ("test accuracy, % (more is better)", 100),
+    "perplexity": ("test perplexity (less is better)", 1),
+    "loss": ("test loss (less is better)", 1),
+}
+BESIDE = {"cv": ("cv of the load (0 = even)", 1), "step_ratio": ("time of a training step (dense = 1)", 1)}
+
+
+def compared(comparison: Mapping[str, Any]) -> Figure:
+    """Quality, cv and step time of a comparison, a line a row: every seed, their mean and its 95 % interval."""
+    rows = [row for row in comparison["rows"] if row["numbers"]]
+    kinds = list(dict.fromkeys(row["kind"] for row in rows))
+    panels = {comparison["quality"]: QUALITIES[comparison["quality"]], **BESIDE}
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(10.5, 1.5 + 0.3 * len(rows)), layout="constrained")
+        first, *others = figure.subplots(1, len(panels), sharey=True)
+        for axes, (name, (title, factor)) in zip((first, *others), panels.items(), strict=True):
+            axes.set_title(title, fontsize=9.5)
+            for height, row in enumerate(rows):
+                color = INK if row["kind"] == "dense" else f"C{kinds.index(row['kind']) - 1}"
+                _interval(axes, row["numbers"].get(name), factor, height, color, row["kind"] == "dense")
+        first.set_yticks(range(len(rows)), [_titled(row, kinds) for row in rows])
+        first.set_ylim(len(rows) - 0.4, -0.6)
+        if comparison["quality"] == "accuracy":
+            first.set_xlim(right=min(first.get_xlim()[1], 100))
+        for axes in others:
+            axes.set_xlim(left=-0.02 * axes.get_xlim()[1])
+        seeds = len(comparison["seeds"])
+        figure.suptitle(
+            f"{comparison['title']}: mean{' and 95 % interval' if seeds > 1 else ''} of {seeds} seeds", fontsize=11
+        )
+    return figure
+
+
+def _titled(row: Mapping[str, Any], kinds: Sequence[str]) -> str:
+    """A row's name; with its kind, where plugins of several are compared."""
+    several = len({*kinds} - {"dense", "base"}) > 1 and row["kind"] not in ("dense", "base")
+    return f"{row['variant']} ({row['kind']})" if several else row["variant"]
+
+
+def _interval(axes: Any, number: Mapping[str, Any] | None, factor: float, height: int, color: str, line: bool) -> None:
+    if number is None:
+        return
+    mean, half = factor * number["mean"], factor * (number["half"] or 0)
+    axes.scatter(
+        [factor * value for value in number["values"]], [height] * len(number["values"]), s=12, color=color, alpha=0.45
+    )
+    axes.errorbar(mean, height, xerr=half, fmt="o", color=color, markersize=5, capsize=3)
+    if line:  # what the others are held against
+        axes.axvline(mean, color=color, linewidth=0.8, linestyle="--", alpha=0.6, zorder=0)
 
 
 def picture(figure: Figure, kind: str) -> bytes:

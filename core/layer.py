@@ -348,9 +348,9 @@ class MoE(nn.Module):
 
 
 def sums_of(routing: Routing) -> dict[str, Tensor]:
-    """What is counted of every forward: tokens, load, dropped, and prob where the router has probabilities."""
+    """What is counted of every forward: tokens, load, dropped, work, and prob where the router has probabilities."""
     tokens = routing.tokens
-    sums = {"tokens": tokens.count.view(1), "load": routing.load, "dropped": routing.dropped}
+    sums = {"tokens": tokens.count.view(1), "load": routing.load, "dropped": routing.dropped, "work": routing.work}
     if routing.probs is not None:
         sums["prob"] = tokens.real(routing.probs.detach()).sum(0)
     return sums

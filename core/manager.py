@@ -38,6 +38,7 @@ KINDS = {  # entry-point group -> what one of its plugins is called
     "tasks": "task",
     "experts": "experts",
 }
+WATCHING = ("metric", "report")  # the kinds that look on while a model learns
 
 
 # What a router may give (its class attribute `gives`), and any plugin may need (`needs`).

@@ -249,6 +249,15 @@ class Routing:
         return None if self.plan.chances is None else self.tokens.real(self.plan.chances()).sum(0)
 
     @property
+    def work(self) -> Tensor:
+        """[2]: how many tokens or slots experts work on, and for how many pairs a token is mixed into a slot."""
+        rows, pairs = self.plan.kept.sum(), torch.zeros_like(self.tokens.count)
+        if self.slots is not None:
+            groups, _, experts, each = self.slots.dispatch.shape
+            rows, pairs = rows + groups * experts * each, pairs + self.slots.dispatch.numel()
+        return torch.stack([rows, pairs])
+
+    @property
     def load(self) -> Tensor:
         """[E]: assignments of real tokens to each expert, before capacity drops any. A constant for autograd."""
         return count_by(self.plan.expert, self.plan.selected, self.experts)

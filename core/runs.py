@@ -27,6 +27,9 @@ class RunConfig:
     no_plugin: tuple[str, ...] = option((), help="plugins to leave out, also default ones")
     experts: int = option(8, help="number of experts in a layer", min=1)
     top_k: int = option(2, help="experts that a token is sent to", min=1)
+    dense: bool = option(
+        False, help="a plain MLP as wide as the experts that a token is sent to, in each layer's place"
+    )
     capacity: float | None = option(
         None, help="an expert keeps at most ceil(C*T*K/E) of T real tokens in training; unset: drops nothing"
     )
@@ -126,6 +129,17 @@ def old_folder(folder: Path) -> tuple[RunConfig, Settings]:
 
 
 @contextmanager
+def locked(path: Path, folder: Path) -> Iterator[IO[bytes]]:
+    """A file, open for reading and appending, which keeps other processes out of its folder. Raises UsageError."""
+    with open(path, "a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UsageError(f"another process is writing {folder}; wait for it, or stop it") from error
+        yield file
+
+
+@contextmanager
 def record_file(folder: Path) -> Iterator[IO[bytes]]:
     """metrics.jsonl, open for reading and appending by this process alone. Raises UsageError."""
     path = folder / "metrics.jsonl"
@@ -133,11 +147,7 @@ def record_file(folder: Path) -> Iterator[IO[bytes]]:
         path.touch()
     except OSError as error:
         raise UsageError(f"{path} can't be written: {error.strerror}") from error
-    with open(path, "a+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UsageError(f"another process is writing {folder}; wait for it, or stop it") from error
+    with locked(path, folder) as file:
         for leftover in (*folder.glob(".*.tmp"), *folder.glob("checkpoints/.*.tmp")):
             leftover.unlink(missing_ok=True)  # of a write that was killed
         yield file
@@ -197,6 +207,14 @@ def read_run(folder: Path) -> Run:
     if problem := _problem(summary, records, config):
         raise UsageError(f"run folder {folder} is damaged: {problem}")
     return Run(folder, summary, records, config)
+
+
+def number_of(summary: Mapping[str, Any], name: str) -> Any:
+    """A number of a run's summary, or the mean over its layers of a number of theirs; None if there is none."""
+    if name in summary:
+        return summary[name]
+    values = [layer[name] for layer in summary["layers"] if layer.get(name) is not None]
+    return sum(values) / len(values) if values else None
 
 
 def _problem(summary: Any, records: list[Any], config: dict[str, Any]) -> str | None:

@@ -26,7 +26,8 @@ class Finding:
 class Stats:
     """Sums over forwards of one layer, in float64 on the CPU.
 
-    tokens [1]: real tokens. load [E]: their assignments. dropped [E]: those over capacity. prob [E]:
+    tokens [1]: real tokens. load [E]: their assignments. dropped [E]: those over capacity. work [2]: tokens or
+    slots that experts worked on, and pairs of a token and a slot that it was mixed into. prob [E]:
     summed probabilities. load.LEVEL [n]: load of a router's level. loss.TERM [1]: summed values of a
     loss term, over `forwards` [1]. PLUGIN.NAME: what a plugin measured.
     """
@@ -52,6 +53,11 @@ class Stats:
     def dropped(self) -> Tensor:
         """[E]: assignments that capacity dropped."""
         return self.sums["dropped"]
+
+    def work(self) -> dict[str, float]:
+        """rows: tokens or slots that experts work on for a token. slots: how many a token is mixed into, if any."""
+        rows, pairs = (self.sums["work"] / self.tokens).tolist()
+        return {"rows": rows, "slots": pairs} if pairs else {"rows": rows}
 
     def of(self, plugin: str) -> dict[str, Tensor]:
         """What one plugin measured, by its own names."""

@@ -2,6 +2,7 @@
 
 import math
 import os
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -78,7 +79,7 @@ class Training:
 
     out: the run's folder; with `resumed`, that of a run which was begun, and goes on from its newest
     checkpoint. listener: gets each record of metrics.jsonl as it is written. say: gets remarks.
-    stop: set it to end at the next step.
+    stop: set it to end at the next step. timed: measure each step, for `step_seconds`; a GPU is waited for.
     """
 
     config: RunConfig
@@ -88,6 +89,7 @@ class Training:
     listener: Listener = lambda record: None
     say: Callable[[str], None] = lambda remark: None
     stop: bool = False
+    timed: bool = False
     step: int = attrs.field(default=0, init=False)
     epoch: int = attrs.field(default=1, init=False)
     batch: int = attrs.field(default=0, init=False)  # batches of this epoch that are done
@@ -105,11 +107,12 @@ class Training:
     _eval_loss: float | None = attrs.field(default=None, init=False)  # of an evaluation that no trigger saw yet
     _log: IO[bytes] = attrs.field(init=False)
     _started: float = attrs.field(init=False, default=0.0)
+    _times: list[float] = attrs.field(factory=list, init=False)  # seconds of each step, where it is timed
 
     def __attrs_post_init__(self) -> None:
         config = self.config
         self.device = find_device(config.device)
-        shape = {"experts": config.experts, "top_k": config.top_k, "capacity": config.capacity}
+        shape = {name: getattr(config, name) for name in ("dense", "experts", "top_k", "capacity")}
         self.engine = Engine(config.plugins, self.settings, config.no_plugin, config.task, config.seed, **shape)
         spec = TaskSpec(config.data_dir, config.seed)
         self.engine.check(spec)
@@ -130,7 +133,7 @@ class Training:
         if not self.engine.plugins.bind("moe_growth") and "source" in kinds.values():
             idle = next(name for name, kind in kinds.items() if kind == "source")
             raise UsageError(f"source '{idle}' acts on nothing: no plugin makes the layers grow; add a growth plugin")
-        if not self.engine.layers:
+        if not self.engine.layers and not config.dense:
             raise UsageError(f"the model of task '{config.task}' has no MoE layer")
         self.engine.check_learning(self._probe)
 
@@ -187,7 +190,7 @@ class Training:
             self.epoch = epoch
             self.model.train()
             for batch in self._batches():
-                loss = self._learn(batch)
+                loss = (self._timed_learn if self.timed else self._learn)(batch)
                 if self.step % self.config.log_every == 0 or self.step == self.total_steps:
                     self._log_window()
                 self._grow(loss)
@@ -211,6 +214,27 @@ class Training:
         self._seen.append(_sums(score, batch))
         self._terms.append(self.engine.last_terms())
         return score["loss"].detach()
+
+    def _timed_learn(self, batch: Batch) -> Tensor:
+        """One step and its time: on a CPU the thread's own, so that what else runs on the machine takes no part."""
+        on_cpu = self.device.type == "cpu"
+        clock = time.thread_time if on_cpu else time.perf_counter
+        started = clock()
+        loss = self._learn(batch)
+        if not on_cpu:
+            torch.accelerator.synchronize()
+        self._times.append(clock() - started)
+        return loss
+
+    @property
+    def step_seconds(self) -> float | None:
+        """The median time of a step: forward, backward, optimizer, controllers. None if it was not `timed`."""
+        return statistics.median(self._times) if self._times else None
+
+    def culprit(self, error: BaseException) -> str | None:
+        """A sentence on the plugin out of which an exception came, or None."""
+        who = self.engine.plugins.culprit(error)
+        return who and f"{who} failed at step {self.step}: {type(error).__name__}: {error}"
 
     def _grow(self, loss: Tensor) -> None:
         """Do what the triggers want, with a log point before: a window is of one number of experts."""

@@ -1,8 +1,11 @@
 """What the tests share."""
 
+import os
+import subprocess
 import sys
 import types
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,3 +35,42 @@ def install(monkeypatch):
 
     with manager.pretend(found):
         yield add
+
+
+def has(name, major):
+    """Is a distribution installed, in that major version or a later one?"""
+    found = metadata.distributions(name=name)
+    return any(int(one.version.split(".")[0]) >= major for one in found)
+
+
+@pytest.fixture(scope="session")
+def new_venv():
+    """new_venv(folder, sources): the python of a fresh environment, in which these source trees are installed.
+
+    It sees what these tests see, moe-engine installed as editable included.
+    """
+    if not (has("pip", 22) and has("setuptools", 77)):
+        pytest.skip("needs pip and setuptools 77")
+
+    def make(folder, sources=()):
+        python = make_venv(folder)
+        quiet = ("--quiet", "--disable-pip-version-check", "--no-input", "--no-index", "--no-cache-dir")
+        install = [python, "-m", "pip", "install", *quiet, "--no-deps", "--no-build-isolation", *sources]
+        if sources:
+            subprocess.run(install, check=True, cwd=folder)
+        return python
+
+    return make
+
+
+def make_venv(folder):
+    """The python of a fresh environment beside ours."""
+    subprocess.run([sys.executable, "-m", "venv", "--system-site-packages", "--without-pip", folder], check=True)
+    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    site = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+    ours = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    # a line that begins with import is run: addsitedir reads the .pth files of our environment, a path would not
+    lines = [f"import site; site.addsitedir({path!r})\n" for path in ours]
+    (Path(site) / "ours.pth").write_text("".join(lines), "utf-8")
+    return python

@@ -4,24 +4,11 @@ One fresh virtual environment holds all of them, as pip installs them; no line o
 """
 
 import json
-import os
 import subprocess
-import sys
-from importlib import metadata
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import tomli_w
-
-
-def has(name, major):
-    """Is a distribution installed, in that major version or a later one?"""
-    found = metadata.distributions(name=name)
-    return any(int(one.version.split(".")[0]) >= major for one in found)
-
-
-pytestmark = pytest.mark.skipif(not (has("pip", 22) and has("setuptools", 77)), reason="needs pip and setuptools 77")
 
 MY_PLUGINS = '''\
 import attrs
@@ -146,28 +133,11 @@ def write(folder, name):
     return folder
 
 
-def make_venv(folder):
-    """The python of a fresh environment that sees what these tests see, moe-engine installed as editable included."""
-    subprocess.run([sys.executable, "-m", "venv", "--system-site-packages", "--without-pip", folder], check=True)
-    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    site = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
-    ours = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
-    # a line that begins with import is run: addsitedir reads the .pth files of our environment, a path would not
-    lines = [f"import site; site.addsitedir({path!r})\n" for path in ours]
-    (Path(site) / "ours.pth").write_text("".join(lines), "utf-8")
-    return python
-
-
 @pytest.fixture(scope="module")
-def command(tmp_path_factory):
+def command(new_venv, tmp_path_factory):
     """`moe-engine` where all the distributions are installed; answers code, out and err."""
     home = tmp_path_factory.mktemp("third_party")
-    python = make_venv(home / "venv")
-    sources = [write(home / name, name) for name in DISTRIBUTIONS]
-    quiet = ("--quiet", "--disable-pip-version-check", "--no-input", "--no-index", "--no-cache-dir")
-    install = [python, "-m", "pip", "install", *quiet, "--no-deps", "--no-build-isolation", *sources]
-    subprocess.run(install, check=True, cwd=home)
+    python = new_venv(home / "venv", [write(home / name, name) for name in DISTRIBUTIONS])
 
     def call(*argv, cwd=home):
         code = "import sys; from moe_engine.cli import main; sys.exit(main())"

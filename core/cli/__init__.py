@@ -1,7 +1,4 @@
-"""The command line: `moe-engine run | resume | plugins | check | compare | replay`.
-
-Nothing here imports torch before it must.
-"""
+"""The command line: a file for each command. Nothing here imports torch before it must."""
 
 import sys
 import traceback
@@ -13,6 +10,8 @@ import click
 from ..errors import PluginError, RunError, UsageError
 from .check import check
 from .compare import compare
+from .compare_plugins import compare_plugins
+from .new_plugin import new_plugin
 from .plugins import plugins
 from .replay import replay
 from .resume import resume
@@ -39,18 +38,20 @@ def group(context: click.Context) -> None:
         moe-engine resume runs/A
     Grow by an expert every 100 steps, from 2 on; loss_plateau does it when the loss stops falling:
         moe-engine run --plugins saturation,switch_aux,schedule --experts 2
-    Set two runs side by side:
+    Set two runs side by side; or all routers and a dense model, over three seeds:
         moe-engine compare runs/A runs/B
-    Hold a plugin against what is promised of every plugin:
-        moe-engine check my_router
+        moe-engine compare-plugins --routers all
     Let another router choose on the logits of a run that recorded them:
         moe-engine replay runs/A --routers sigmoid_topk
+    Write a router of your own, which works as written, and hold it against what is promised of every router:
+        moe-engine new-plugin router my_router
+        moe-engine check my_router
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
 
 
-for command in (run, resume, plugins, check, compare, replay):
+for command in (run, resume, plugins, compare, compare_plugins, replay, new_plugin, check):
     group.add_command(command)
 
 

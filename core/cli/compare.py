@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from ..errors import UsageError
-from ..runs import Run, read_run, write_atomically
+from ..runs import Run, number_of, read_run, write_atomically
 
 COLUMNS = (
     "accuracy",
@@ -25,7 +25,19 @@ COLUMNS = (
 # what every run has and the table leaves out; any other number, as a metric of yours, gets a column
 USUAL = {
     *COLUMNS,
-    *("name", "experts", "top_k", "load", "cv2", "gini", "max_min", "mutual_information", "router_gradient"),
+    *(
+        "name",
+        "experts",
+        "top_k",
+        "load",
+        "cv2",
+        "gini",
+        "max_min",
+        "mutual_information",
+        "router_gradient",
+        "rows",
+        "slots",
+    ),
 }
 
 
@@ -47,7 +59,7 @@ def compare(runs: tuple[Path, ...], out: Path, as_json: bool) -> None:
     rows = [row(run) for run in read]
     more = sorted({name for run in read for layer in run.summary["layers"] for name in layer} - USUAL)
     for line, run in zip(rows, read, strict=True):
-        line.update({name: _of(run, name) for name in more if not name.startswith("effect.")})
+        line.update({name: number_of(run.summary, name) for name in more if not name.startswith("effect.")})
     if out.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise UsageError(f"the picture's name {out} must end in .png, .svg or .pdf")
     from ..figures import overlaid, picture
@@ -71,12 +83,4 @@ def compare(runs: tuple[Path, ...], out: Path, as_json: bool) -> None:
 
 def row(run: Run) -> dict[str, Any]:
     """One run's line: its summary's numbers, those of layers averaged."""
-    return {"run": run.name, "plugins": run.typed, **{name: _of(run, name) for name in COLUMNS}}
-
-
-def _of(run: Run, name: str) -> Any:
-    """A number of the run, or the mean over its layers of a number of theirs."""
-    if name in run.summary:
-        return run.summary[name]
-    values = [layer[name] for layer in run.summary["layers"] if layer.get(name) is not None]
-    return sum(values) / len(values) if values else None
+    return {"run": run.name, "plugins": run.typed, **{name: number_of(run.summary, name) for name in COLUMNS}}

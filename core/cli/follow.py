@@ -40,10 +40,10 @@ def follow(training: "Training", as_json: bool, quiet: bool, debug: bool) -> int
         click.echo(f"moe-engine: stopped at step {training.step} of {training.total_steps}; {again}", err=True)
         return STOPS[signal.Signals(got[0])]
     except (Exception, SystemExit) as error:
-        culprit = training.engine.plugins.culprit(error)
-        if culprit is None:
+        failure = training.culprit(error)
+        if failure is None:
             raise
-        raise _blame(training, culprit, error, debug) from error
+        raise _blame(training, failure, error, debug) from error
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -54,11 +54,10 @@ def follow(training: "Training", as_json: bool, quiet: bool, debug: bool) -> int
     return 0
 
 
-def _blame(training: "Training", culprit: str, error: BaseException, debug: bool) -> RunError:
+def _blame(training: "Training", failure: str, error: BaseException, debug: bool) -> RunError:
     text = "".join(traceback.format_exception(error))
     if debug:
         sys.stderr.write(text)
     log = training.folder / "run.log"
     write_atomically(log, text.encode())
-    failure = f"{culprit} failed at step {training.step}: {type(error).__name__}: {error}"
     return RunError(f"{failure} (traceback in {log}, or use --debug)")

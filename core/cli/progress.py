@@ -1,5 +1,6 @@
 """Live progress of a run: a bar with the numbers that matter, or plain lines where there is no terminal."""
 
+import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -103,6 +104,57 @@ class _Bar(rich.progress.Progress):
     def say(self, facts: str) -> None:
         if self.only is not None:
             self.update(self.only, description=facts)
+
+
+class Cells:
+    """A context in which `show` takes each cell of a grid. All goes to standard error."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet
+        self.console = Console(stderr=True, markup=False, emoji=False)
+        self.bar = rich.progress.Progress(
+            rich.progress.BarColumn(24),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.TimeRemainingColumn(elapsed_when_finished=True),
+            rich.progress.TextColumn("{task.description}", markup=False),
+            console=self.console,
+            speed_estimate_period=1e6,  # a cell may take longer than the 30 seconds that rich looks back
+            disable=quiet or not self.console.is_terminal,
+        )
+        self.only = self.bar.add_task("", total=None)
+        self.began = (0, time.monotonic())  # cells that were there already, and when the others were begun
+
+    def __enter__(self) -> "Cells":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def show(self, done: int, total: int, record: dict[str, Any] | None) -> None:
+        """Take one cell's record; None at first, when `done` of the `total` are there already."""
+        if record is None:
+            self.began = (done, time.monotonic())
+            words = f"{total - done} runs to do" + (f", {done} are there already" if done else "")
+        else:
+            words = f"{record['variant']}, seed {record['seed']}: {_summed(record)}"
+        self.bar.update(self.only, completed=done, total=total, description=words)
+        if not self.quiet and not self.console.is_terminal:
+            self._line(done, total, words)
+
+    def _line(self, done: int, total: int, words: str) -> None:
+        before, start = self.began
+        made = done - before
+        left = f"  ({(time.monotonic() - start) / made * (total - done):.0f} s left)" if made and done < total else ""
+        self.console.print(f"{done}/{total}  {words}{left}", highlight=False, soft_wrap=True)
+
+
+def _summed(record: dict[str, Any]) -> str:
+    """A cell's summary in the words of `_facts`, or why it has none."""
+    if "summary" not in record:
+        return str(record["reason"])
+    summary = record["summary"]
+    return _facts({**summary, "layers": {layer["name"]: layer for layer in summary["layers"]}})
 
 
 def _facts(record: dict[str, Any] | None, other: dict[str, Any] | None = None) -> str:

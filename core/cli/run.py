@@ -1,6 +1,5 @@
 """`moe-engine run`."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,48 +7,28 @@ import click
 
 from ..manager import Plugins, find
 from ..options import Settings, parse_settings
-from ..runs import flag_names, merged, read_config
+from ..runs import merged, read_config
+from .flags import flag, names, settings_flag
 from .follow import follow
-
-Command = Callable[..., Any]
-HELP = {name: option.help for name, option in flag_names().items()}
-SHOWN = {name: option.default for name, option in flag_names().items()}
-
-
-def _names(_: Any, __: Any, value: str | None) -> tuple[str, ...] | None:
-    return None if value is None else tuple(name.strip() for name in value.split(",") if name.strip())
-
-
-def _flag(name: str, kind: Any = str, **more: Any) -> Callable[[Command], Command]:
-    default = SHOWN[name]
-    shown = "" if default in (None, ()) or default is False else f"  [default: {default}]"
-    flag = "--" + name.replace("_", "-")
-    return click.option(flag, name, type=kind, help=HELP[name][0].upper() + HELP[name][1:] + "." + shown, **more)
 
 
 @click.command()
-@_flag("plugins", metavar="A,B,...", callback=_names)
-@_flag("no_plugin", metavar="A,B,...", callback=_names)
-@_flag("task")
-@_flag("experts", int)
-@_flag("top_k", int)
-@_flag("capacity", float)
-@_flag("epochs", int)
-@_flag("batch_size", int)
-@_flag("lr", float)
-@_flag("seed", int)
-@_flag("device")
-@_flag("data_dir", metavar="FOLDER")
-@_flag("log_every", int)
-@_flag("checkpoint_every", int)
-@_flag("record_routing", None, is_flag=True, default=None)
-@click.option(
-    "--set",
-    "settings",
-    multiple=True,
-    metavar="PLUGIN.OPTION=VALUE",
-    help="Set an option of a plugin; may be repeated.",
-)
+@flag("plugins", metavar="A,B,...", callback=names)
+@flag("no_plugin", metavar="A,B,...", callback=names)
+@flag("task")
+@flag("experts", int)
+@flag("top_k", int)
+@flag("capacity", float)
+@flag("epochs", int)
+@flag("batch_size", int)
+@flag("lr", float)
+@flag("seed", int)
+@flag("device")
+@flag("data_dir", metavar="FOLDER")
+@flag("log_every", int)
+@flag("checkpoint_every", int)
+@flag("record_routing", None, is_flag=True, default=None)
+@settings_flag
 @click.option(
     "--config",
     type=click.Path(path_type=Path),

@@ -10,14 +10,14 @@ class LoadCV2:
     """CV^2(v) = var(v) / mean(v)^2 over experts, v_i the router's smooth estimate of expert i's load.
 
     The load itself is a count and has no gradient; a noisy router knows how likely each token is to
-    choose each expert if its noise is drawn again, and the sum of that has one. 0 at balance, E / K - 1 if K
+    choose each expert if its noise is drawn again, and the sum of that has one. 0 if all are equal, E / K - 1 if K
     experts get everything. v is the mean over processes.
 
     Source: Shazeer et al., 2017, appendix A.
     """
 
     needs = ("smooth_load",)
-    balanced = 0.0
+    balanced = None  # equal loads do not make the estimate of them equal
     weight: float = option(0.1, help="coefficient", min=0)
 
     @hookimpl

@@ -33,7 +33,7 @@ class Balance:
         entropy = -torch.special.xlogy(f, f).sum() / math.log(size) if size > 1 else torch.tensor(math.nan)
         return {
             "load": f,
-            "active": int((x >= 0.1 * mean).sum()) if total else 0,
+            "active": int((x >= 0.1 * mean).sum()) if total else None,
             "cv": cv,
             "cv2": cv.square(),
             "gini": gini,

@@ -42,6 +42,8 @@ def _write(folder, records):
         for record in records:
             for name, value in _numbers(record).items():
                 writer.add_scalar(name, value, record["step"])
+    (events,) = folder.iterdir()
+    events.rename(folder / "events.out.tfevents.run")  # not a name with the time in it
 
 
 def _numbers(record):

@@ -232,11 +232,16 @@ CORE_ORDER = (
     "observed",
     "tasks",
     "runs",
+    "scaffold",
     "checkpoints",
     "traces",
     "traces",
     "replay",
     "training",
+    "flops",
+    "intervals",
+    "grid",
+    "comparison",
 )
 
 

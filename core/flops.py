@@ -1,0 +1,80 @@
+"""Forward FLOPs of a layer for one token, in closed form.
+
+A multiply-add is 2. Only matrix products are counted, as torch's FlopCounterMode counts them:
+biases, activations, softmax, sorting and the weighting of outputs are left out; they are of lower order (H, E or
+D, beside H D and E D).
+"""
+
+from collections.abc import Mapping
+
+import attrs
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .experts import DenseMLP, StackedMLP
+from .layer import MoE
+from .routing import Spec
+
+
+@attrs.frozen
+class Flops:
+    """Forward FLOPs a token. active: of the experts that a token is sent to; total: as if it went to all of them."""
+
+    active: float
+    total: float
+
+    def __add__(self, other: "Flops") -> "Flops":
+        return Flops(self.active + other.active, self.total + other.total)
+
+
+def mlp_flops(spec: Spec, hidden: int) -> int:
+    """2 D H + 2 H out; for swiglu, whose first matrix is twice as wide, 4 D H + 2 H out."""
+    wide = 2 * hidden if spec.activation == "swiglu" else hidden
+    return 2 * spec.dim * wide + 2 * hidden * spec.out_dim
+
+
+def layer_flops(layer: MoE, rows: float | None = None, slots: float = 0.0) -> Flops:
+    """router + shared + mixing + rows * expert, and for the total E * expert.
+
+    router: 2 for each weight of its matrices, which for linear scores is 2 E D at the level of E experts
+    and 2 n D at one of n groups. mixing: 2 (D + out) for each slot that a token enters and
+    leaves. rows and slots are measured (`Stats.work`), for routers that choose a varying number; rows is K
+    unless given.
+    """
+    spec, each = layer.spec, _expert_flops(layer)
+    always: float = 2 * _weights(layer.router) + mlp_flops(spec, spec.hidden * spec.shared)
+    always += 2 * (spec.dim + spec.out_dim) * slots
+    return Flops(always + (spec.top_k if rows is None else rows) * each, always + spec.experts * each)
+
+
+def model_flops(model: nn.Module, work: Mapping[str, Mapping[str, float]]) -> Flops:
+    """The sum over a model's MoE layers, or over the MLPs of a dense model; `work` is measured, by layer.
+
+    What both have beside those, as attention or a head, is left out.
+    """
+    layers = [module for module in model.modules() if isinstance(module, MoE)]
+    counted = [layer_flops(layer, **work.get(layer.name, {})) for layer in layers]
+    if not layers:
+        twins = [2 * _weights(module) for module in model.modules() if isinstance(module, DenseMLP)]
+        counted = [Flops(flops, flops) for flops in twins]
+    return sum(counted, Flops(0, 0))
+
+
+def _expert_flops(layer: MoE) -> float:
+    """Of one expert for one token; what has no closed form, as a bank of modules, is counted by torch."""
+    bank, spec = layer.experts, layer.spec
+    if isinstance(bank, StackedMLP):
+        return mlp_flops(spec, spec.hidden)
+    training = [module for module in bank.modules() if module.training]
+    like = next(bank.parameters(), torch.zeros(()))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        bank.eval().outputs(like.new_zeros(1, spec.dim))
+    for module in training:
+        module.training = True
+    return float(counter.get_total_flops()) / spec.experts
+
+
+def _weights(module: nn.Module) -> int:
+    """How many weights its matrices have; vectors are biases and gains."""
+    return sum(tensor.numel() for tensor in module.parameters() if tensor.dim() > 1)

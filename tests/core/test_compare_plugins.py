@@ -1,0 +1,315 @@
+"""`moe-engine compare-plugins`, through the command line; and the dense model that it holds all others against."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import attrs
+import pytest
+import torch
+from torch import nn
+
+from moe_engine import Engine, LinearRouter, UsageError, assign, hookimpl
+from moe_engine.cli import main
+from moe_engine.comparison import variants_of, wanted
+from moe_engine.intervals import interval
+from moe_engine.runs import RunConfig
+from moe_engine.training import Training
+
+BLOBS = ["--task", "blobs", "--set", "blobs.images=300", "--set", "blobs.test_images=100", "--epochs", "1"]
+QUICK = [*BLOBS, "--jobs", "1", "--out", "out"]
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def compare(*words, code=0):
+    """comparison.json of a comparison that ends with this exit code."""
+    assert main(["compare-plugins", *QUICK, "--quiet", *words]) == code
+    with open("out/comparison.json") as file:
+        return json.load(file)
+
+
+def by_name(comparison):
+    return {row["variant"]: row for row in comparison["rows"]}
+
+
+def values(row, name):
+    return row["numbers"][name]["values"]
+
+
+# -- from the command line -------------------------------------------------------------------------
+
+
+def test_two_routers_with_two_seeds(capsys, tmp_path):
+    """A row each and one for the dense model; the table, the page and the object say the same."""
+    got = compare("--routers", "topk,sigmoid_topk", "--seeds", "2")
+    rows = by_name(got)
+    assert {"dense model", "topk", "sigmoid_topk"} == rows.keys()
+    assert got["rows"][0]["variant"] == "dense model"
+    assert all(row["seeds"] == [0, 1] for row in got["rows"])
+    alone = Training(
+        RunConfig(task="blobs", plugins=("topk",), no_plugin=("plots", "html"), epochs=1, seed=1),
+        {"blobs": {"images": 300, "test_images": 100}},
+        tmp_path / "alone",
+    ).run()
+    assert alone.summary["accuracy"] == values(rows["topk"], "accuracy")[1]
+    assert alone.summary["layers"][0]["cv"] == values(rows["topk"], "cv")[1]
+    number = rows["topk"]["numbers"]["accuracy"]
+    assert attrs.asdict(interval(number["values"])) == {**number, "values": tuple(number["values"])}
+    out = capsys.readouterr().out
+    cell = f"{100 * number['mean']:.1f} ± {100 * number['half']:.1f}"
+    with open("out/comparison.md") as file:
+        page = file.read()
+    assert cell in out
+    assert f"| topk | {cell} |" in page
+    with open("out/comparison.png", "rb") as file:
+        assert file.read(8) == b"\x89PNG\r\n\x1a\n"
+
+
+def test_a_second_call_runs_nothing(monkeypatch):
+    first = compare("--routers", "topk,sigmoid_topk", "--seeds", "2")
+    before = {path: os.stat(f"out/cells/{path}").st_mtime_ns for path in os.listdir("out/cells")}
+
+    def never(_):
+        raise AssertionError("a finished cell was run again")
+
+    monkeypatch.setattr(Training, "run", never)
+    assert first == compare("--routers", "topk,sigmoid_topk", "--seeds", "2")
+    assert before == {path: os.stat(f"out/cells/{path}").st_mtime_ns for path in os.listdir("out/cells")}
+    assert len(before) == 6
+
+
+def test_json_is_the_file_and_nothing_else(capsys):
+    assert main(["compare-plugins", *QUICK, "--routers", "topk", "--seeds", "1", "--json"]) == 0
+    out, err = capsys.readouterr()
+    with open("out/comparison.json") as file:
+        assert file.read() == out
+    assert json.loads(out)["quality"] == "accuracy"
+    lines = err.splitlines()
+    assert lines[0] == "0/2  2 runs to do"
+    assert re.fullmatch(r"1/2  dense model, seed 0: loss [\d.]+  accuracy [\d.]+%  \(\d+ s left\)", lines[1])
+
+
+def test_one_seed_has_no_interval(capsys):
+    got = by_name(compare("--routers", "topk", "--seeds", "1"))
+    assert all(number["half"] is None for number in got["topk"]["numbers"].values())
+    out = capsys.readouterr().out
+    assert "One seed: no intervals" in out
+    assert "±" not in out
+
+
+def test_the_dense_model_takes_as_many_flops_as_the_active_experts():
+    """8 experts of 64 - 64 - 64, top 3: dense 2 * 2 * 64 * 192; the others and their router's 2 * 8 * 64 more."""
+    rows = by_name(compare("--routers", "topk,hierarchical", "--seeds", "1", "--top-k", "3"))
+    dense = values(rows["dense model"], "active_flops")[0]
+    assert dense == 2 * 2 * 64 * 192 == values(rows["dense model"], "total_flops")[0]
+    assert values(rows["topk"], "active_flops") == [dense + 2 * 8 * 64]
+    assert values(rows["topk"], "total_flops") == [dense / 3 * 8 + 2 * 8 * 64]
+    assert values(rows["hierarchical"], "active_flops") == [dense + 2 * (8 + 2) * 64]
+
+
+def test_step_times_are_held_against_the_dense_models_mean():
+    rows = by_name(compare("--routers", "topk", "--seeds", "2"))
+    mean = rows["dense model"]["numbers"]["step_ms"]["mean"]
+    expected = [value / mean for value in values(rows["topk"], "step_ms")]
+    assert expected == pytest.approx(values(rows["topk"], "step_ratio"))
+    assert rows["dense model"]["numbers"]["step_ratio"]["mean"] == pytest.approx(1)
+
+
+def test_drops_are_shown_where_there_is_a_capacity(capsys):
+    rows = by_name(compare("--routers", "topk", "--seeds", "1", "--capacity", "1"))
+    assert rows["topk"]["numbers"]["dropped"]["mean"] > 0
+    assert "dropped %" in capsys.readouterr().out
+    compare("--routers", "topk", "--seeds", "1")
+    assert "dropped %" not in capsys.readouterr().out
+
+
+def test_a_row_that_is_refused_says_why_and_stops_no_other(capsys):
+    rows = by_name(compare("--routers", "topk,hierarchical", "--seeds", "1", "--set", "hierarchical.groups=5"))
+    why = "groups_kept=1 of 5 groups hold fewer than top_k=2 experts"
+    assert rows["hierarchical"]["status"] == "refused"
+    assert rows["hierarchical"]["reason"].startswith(why)
+    assert rows["topk"]["status"] == "finished"
+    out = capsys.readouterr().out
+    assert f"hierarchical was refused: {why}" in out
+    with open("out/comparison.md") as file:
+        assert f"- hierarchical was refused: {why}" in file.read()
+
+
+def test_if_nothing_can_be_compared_that_is_bad_input(capsys):
+    got = compare("--routers", "hierarchical", "--seeds", "1", "--set", "hierarchical.groups=5", code=2)
+    assert [row["status"] for row in got["rows"]] == ["finished", "refused"]
+    err = capsys.readouterr().err
+    assert err.startswith("moe-engine: nothing could be compared; the first reason: groups_kept=1 of 5 groups")
+
+
+@attrs.define(eq=False)
+class Odd:
+    """A trigger, or with a router's hook a router, that fails in training."""
+
+    @hookimpl
+    def moe_growth(self):
+        raise ValueError("I am odd")
+
+
+def test_a_row_that_fails_says_why_and_stops_no_other(capsys, install):
+    install("growth", "odd", Odd)
+    got = compare("--growth", "odd", "--seeds", "1")
+    assert [row["status"] for row in got["rows"]] == ["finished", "finished", "failed"]
+    why = "growth 'odd' (elsewhere 1.0) in moe_growth failed at step 1: ValueError: I am odd"
+    assert got["rows"][2]["reason"] == why
+    assert f"odd failed: {why}" in capsys.readouterr().out
+
+
+def test_if_all_failed_in_training_that_is_a_failure(capsys, install):
+    @attrs.define(eq=False)
+    class OddRouter(Odd):
+        @hookimpl
+        def moe_router(self, spec):
+            return Plain(spec)
+
+    class Plain(LinearRouter):
+        def select(self, tokens, levels):
+            gate_TK, expert_TK = levels[0].biased.softmax(-1).topk(self.top_k, dim=-1)
+            return levels[0].biased.softmax(-1), assign(gate_TK, expert_TK, tokens)
+
+    install("router", "odd", OddRouter)
+    compare("--routers", "odd", "--seeds", "1", code=1)
+    assert "nothing could be compared; the first reason: router 'odd'" in capsys.readouterr().err
+
+
+def test_ctrl_c_keeps_what_is_finished():
+    """Two processes are stopped as a terminal does it; the same command runs only what is missing."""
+    words = ["compare-plugins", *BLOBS, "--epochs", "8", "--routers", "topk", "--jobs", "2", "--out", "out"]
+    code = "import sys; from moe_engine.cli import main; sys.exit(main(sys.argv[1:]))"
+    whole = [sys.executable, "-c", code, *words]
+    with subprocess.Popen(whole, stderr=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True) as process:
+        while not process.stderr.readline().startswith(b"2/6"):
+            assert process.poll() is None
+        os.killpg(process.pid, signal.SIGINT)
+        err = process.stderr.read().decode()
+        process.wait(60)
+    assert process.returncode == 130
+    assert err.endswith("moe-engine: stopped\n")
+    assert "Traceback" not in err
+    kept = set(os.listdir("out/cells"))
+    assert 2 <= len(kept) < 6
+    again = subprocess.run(whole, capture_output=True, check=True, text=True)
+    assert f"{len(kept)}/6  {6 - len(kept)} runs to do, {len(kept)} are there already" == again.stderr.splitlines()[0]
+    assert kept < set(os.listdir("out/cells"))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "there is nothing to compare; name plugins with --routers, --biases, --losses or --growth"),
+        (["--routers", "tpk"], "--routers: there is no router 'tpk'; did you mean 'topk'"),
+        (["--routers", "saturation"], "--routers: 'saturation' is a bias; there is"),
+        (
+            ["--routers", "sigmoid_topk", "--plugins", "topk"],
+            "routers are compared, but --plugins gives all of them 'topk'",
+        ),
+        (["--biases", "saturation", "--plugins", "saturation"], "'saturation': shared by all, or compared?"),
+        (["--routers", "topk", "--task", "digitz"], "there is no task 'digitz'; did you mean 'digits'?"),
+        (["--routers", "topk", "--top-k", "9"], "top_k is 9, but a token can choose 1 to 8 of 8 experts"),
+        (["--routers", "topk", "--set", "digits.dimm=3"], "task 'digits' has no option 'dimm'; did you mean 'dim'?"),
+        (["--routers", "topk", "--seeds", "0"], "Invalid value for '--seeds'"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_nothing_is_written(words, said, capsys):
+    assert main(["compare-plugins", *words]) == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert err.count("\n") == 1
+    assert not os.listdir()
+
+
+# -- what is compared with what --------------------------------------------------------------------
+
+
+def test_each_plugin_is_added_to_the_base_alone():
+    compared = {"routers": ["topk"], "biases": ["saturation", "loss_free"]}
+    got = variants_of(compared, ["switch_aux", "html"], {}, {"experts": 4})
+    assert [(kind, variant.name, variant.plugins) for kind, variant in got] == [
+        ("dense", "dense model", ("html",)),
+        ("base", "base alone", ("switch_aux", "html")),
+        ("router", "topk", ("switch_aux", "html", "topk")),
+        ("bias", "saturation", ("switch_aux", "html", "saturation")),
+        ("bias", "loss_free", ("switch_aux", "html", "loss_free")),
+    ]
+    assert [variant.flags for _, variant in got] == [{"experts": 4, "dense": True}, *[{"experts": 4}] * 4]
+
+
+def test_routers_alone_have_no_base_to_be_added_to():
+    assert [kind for kind, _ in variants_of({"routers": ["topk"]}, [], {}, {})] == ["dense", "router"]
+
+
+def test_settings_go_to_whom_they_are_for():
+    settings = {"saturation": {"beta": 2}, "switch_aux": {"weight": 0.1}, "blobs": {"dim": 8}}
+    got = variants_of({"biases": ["saturation"], "losses": ["z_loss"]}, ["switch_aux"], settings, {})
+    assert [list(variant.settings) for _, variant in got] == [
+        ["blobs"],
+        ["switch_aux", "blobs"],
+        ["saturation", "switch_aux", "blobs"],
+        ["switch_aux", "blobs"],
+    ]
+
+
+def test_all_is_every_installed_plugin_of_the_kind(install):
+    @attrs.define(eq=False)
+    class Mine:
+        @hookimpl
+        def moe_bias(self, spec, level):
+            return None
+
+    before = wanted("biases", ["all"])
+    install("bias", "mine", Mine)
+    assert {*before, "mine"} == set(wanted("biases", ["all"]))
+    assert wanted("biases", ["saturation", "all"])[0] == "saturation"
+
+
+# -- the dense model -------------------------------------------------------------------------------
+
+
+def test_a_dense_layer_is_one_mlp_of_the_active_width():
+    """act(x W_in) W_out with K + shared = 3 times the hidden units."""
+    layer = Engine(experts=8, top_k=2, shared=1, dense=True).moe(4, 5, out=6)
+    assert [tuple(tensor.shape) for tensor in layer.parameters()] == [(15, 4), (6, 15)]
+    x = torch.randn(7, 4)
+    assert torch.equal(torch.relu(x @ layer.enter.weight.T) @ layer.leave.weight.T, layer(x, labels=torch.zeros(7)))
+
+
+def test_padding_takes_no_part_in_a_dense_layer():
+    layer = Engine(top_k=2, bias=True, dense=True).moe(4, 5)
+    x, mask = torch.randn(2, 3, 4), torch.tensor([[True, True, False], [True, False, False]])
+    x[~mask] = torch.nan
+    y = layer(x, mask)
+    assert torch.equal(torch.zeros(3, 4), y[~mask])
+    y.sum().backward()
+    assert all(tensor.grad.isfinite().all() for tensor in layer.parameters())
+
+
+def test_a_dense_engine_goes_through_a_step():
+    engine = Engine(dense=True)
+    model = nn.Sequential(engine.moe(4, 5))
+    (model(torch.randn(3, 4)).sum() + engine.aux_loss()).backward()
+    engine.after_backward()
+    engine.after_step()
+    assert engine.metrics() == {}
+    assert engine.step == 1
+
+
+def test_a_plugin_that_would_do_nothing_in_a_dense_model_is_refused():
+    with pytest.raises(UsageError, match="neither router nor experts: 'saturation' and 'switch_aux' acts on nothing"):
+        Engine("saturation,switch_aux,balance", dense=True)
+
+
+def test_a_dense_layer_of_modules_has_no_width():
+    with pytest.raises(UsageError, match="modules have no width"):
+        Engine(dense=True).moe(4, modules=[nn.Linear(4, 4), nn.Linear(4, 4)])

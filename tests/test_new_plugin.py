@@ -1,0 +1,53 @@
+"""What `moe-engine new-plugin` writes works as written: installed by pip, it passes its own tests and the linter.
+
+The distribution that is kept in examples/ is held to the same.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moe_engine.cli import main
+from moe_engine.manager import KINDS
+
+DEMO = Path(__file__).parents[1] / "examples" / "moe-engine-demo"
+NAME = "quite_a_long_name_for_a_{}"  # the longest lines of a module hold its class's name
+
+
+@pytest.fixture(scope="module")
+def projects(tmp_path_factory):
+    """The folders of one project of each kind, and of a copy of the example."""
+    home = tmp_path_factory.mktemp("baked")
+    for kind in KINDS.values():
+        assert main(["new-plugin", kind, NAME.format(kind), "--out", str(home / kind)]) == 0
+    for path in DEMO.rglob("*"):
+        if path.is_file() and path.suffix in (".py", ".toml", ".md") and "build" not in path.parts:
+            copy = home / "demo" / path.relative_to(DEMO)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(path.read_bytes())
+    return sorted(home.iterdir())
+
+
+def test_they_pass_their_own_tests(projects, new_venv, tmp_path):
+    """Every check of its kind, for each of the nine kinds; the command line lists them all as fine."""
+    python = new_venv(tmp_path / "venv", projects)
+    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *projects]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=tmp_path)
+    assert not done.returncode, done.stdout[-3000:] + done.stderr[-1000:]
+    ran = int(done.stdout.splitlines()[-1].split(" passed")[0].split()[-1])
+    assert ran >= 3 * len(projects)
+    code = "import sys; from moe_engine.cli import main; sys.exit(main(['plugins', '--check']))"
+    done = subprocess.run([python, "-c", code], check=False, capture_output=True, text=True, cwd=tmp_path)
+    assert not done.returncode, done.stdout
+    assert {NAME.format(kind) for kind in KINDS.values()} < {line.split()[0] for line in done.stdout.splitlines()}
+
+
+def test_they_pass_the_linter(projects):
+    """With the rules in each one's own pyproject.toml."""
+    pytest.importorskip("ruff")
+    for words in (["check"], ["format", "--check"]):
+        command = [sys.executable, "-m", "ruff", *words, "--no-cache", "--quiet", *projects]
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        assert not done.returncode, done.stdout

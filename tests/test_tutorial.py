@@ -1,0 +1,65 @@
+"""docs/tutorial.md, followed to the letter by a stranger in a fresh environment."""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+TUTORIAL = (Path(__file__).parents[1] / "docs" / "tutorial.md").read_text("utf-8")
+BLOCKS = re.findall(r"^```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^```", TUTORIAL, re.M | re.S)
+
+
+@pytest.fixture(scope="module")
+def reader(new_venv, tmp_path_factory):
+    """Where the reader's files are, and what was printed by each block of commands."""
+    home = tmp_path_factory.mktemp("reader")
+    python = new_venv(home / ".venv")
+    engine = python.parent / "moe-engine"
+    engine.write_text(f"#!{python}\nimport sys\nfrom moe_engine.cli import main\nsys.exit(main())\n")
+    engine.chmod(0o755)
+    offline = {"PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    path = os.pathsep.join([str(python.parent), os.environ["PATH"]])
+    environment = {**os.environ, **offline, "PATH": path, "COLUMNS": "200"}
+    done = []
+    for number, (language, file, text) in enumerate(BLOCKS):
+        if file:
+            assert (home / file).exists(), f"{file} is to be replaced, and is not there"
+            (home / file).write_text(text)
+        elif language in ("sh", "python"):
+            command = ["bash", "-ec", text] if language == "sh" else [python, "-c", text]
+            ran = subprocess.run(command, check=False, capture_output=True, text=True, cwd=home, env=environment)
+            follows = BLOCKS[number + 1 : number + 2]
+            expected = follows[0][2] if follows and follows[0][0] == "text" else ""
+            assert ran.returncode == (2 if expected.startswith("moe-engine: ") else 0), (text, ran.stdout, ran.stderr)
+            assert expected in ran.stdout + ran.stderr
+            done.append(ran.stdout)
+    return SimpleNamespace(home=home, said=done)
+
+
+def test_the_readers_router_is_listed(reader):
+    """With the distribution that it came from."""
+    row = next(line for line in reader.said[1].splitlines() if line.startswith("my_router "))
+    assert row.split() == ["my_router", "router", "moe-engine-my-router", "0.1.0"]
+
+
+def test_the_algorithm_alone_prints_its_load_and_gates(reader):
+    """Six tokens with two choices each."""
+    first = next(text for text in reader.said if text.startswith("tensor(["))
+    assert sum(float(number) for number in re.findall(r"[\d.]+", first.splitlines()[0])) == 12
+
+
+def test_the_readers_router_is_in_the_report(reader):
+    """First as it was written by new-plugin, then with the option that the reader gave it."""
+    assert "my_router" in (reader.home / "runs/hello/report.html").read_text()
+    report = (reader.home / "runs/mine/report.html").read_text()
+    assert "my_router" in report and "floor = 0.2" in report
+
+
+def test_the_comparison_and_the_wheel_are_there(reader):
+    """A picture, and a file for others."""
+    assert (reader.home / "compare.png").stat().st_size > 1000
+    (wheel,) = (reader.home / "dist").iterdir()
+    assert wheel.name == "moe_engine_my_router-0.1.0-py3-none-any.whl"
