@@ -17,6 +17,7 @@ from ..layer import MoE, unflat
 from ..routing import Routing
 from ..training import adam
 from .claims import demand
+from .comparing import distance
 from .subjects import Subject
 
 DIM, HIDDEN, EXPERTS, TOP_K, VOCAB, CLASSES = 16, 8, 6, 2, 16, 3  # 16: also a picture of 4 x 4
@@ -96,10 +97,10 @@ class Rig:
         self.layer.train(training)
         return y
 
-    def route(self, batch: Data, seed: int = 0, without: str | None = None) -> Routing:
+    def route(self, batch: Data, seed: int = 0) -> Routing:
         """The layer's decision on a batch, uncounted."""
         torch.manual_seed(seed)
-        return self.layer.route(self.layer.tokens(*batch.arguments), without)
+        return self.layer.route(self.layer.tokens(*batch.arguments))
 
     def backward(self, *batches: Data, seed: int = 0, wrap: Wrap = plain) -> Seen:
         """Forward and backward of a step in micro-batches: outputs, loss terms, gradients and sums."""
@@ -123,12 +124,11 @@ class Rig:
         seen["sum of signals"] = flat[sum(value.numel() for value in counted.values()) :]
         return seen
 
-    def step(self, *batches: Data, seed: int = 0, wrap: Wrap = plain, skipped: bool = False) -> Seen:
+    def step(self, *batches: Data, seed: int = 0, wrap: Wrap = plain) -> Seen:
         """A whole training step; what `backward` answers, and every saved tensor after it."""
         seen = self.backward(*(batches or (data(),)), seed=seed, wrap=wrap)
-        if not skipped:
-            self.optimizer.step()
-        self.engine.after_step(skipped)
+        self.optimizer.step()
+        self.engine.after_step()
         return {**seen, **self.state()}
 
     def gradients(self) -> Seen:
@@ -226,39 +226,3 @@ class Bench:
 def _sizes(spec: Mapping[str, Any]) -> dict[str, Any]:
     usual = {"experts": EXPERTS, "top_k": TOP_K, "vocab": VOCAB, "classes": CLASSES, "dim": DIM, "hidden": HIDDEN}
     return {**usual, **spec}
-
-
-def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are the same bit for bit, NaN like NaN."""
-    return one.shape == other.shape and one.dtype == other.dtype and bool(torch.equal(_bits(one), _bits(other)))
-
-
-def _bits(values: Tensor) -> Tensor:
-    return values.detach().contiguous().reshape(-1).view(torch.uint8)
-
-
-def agree(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], why: str, tolerance: float = 1e-5) -> None:
-    """Demand that both hold the same, up to the tolerance; `why` says what else must be wrong."""
-    for name, wanted in expected.items():
-        demand(name in found, f"{name} is gone; {why}")
-        got = found[name]
-        demand(got.shape == wanted.shape, f"{name} is {list(got.shape)}, not {list(wanted.shape)}; {why}")
-        gap = distance(wanted, got)
-        demand(gap <= tolerance, f"{name} differs by {gap:.2g}; {why}")
-    demand(not (new := found.keys() - expected.keys()), f"{min(new, default='')} is new; {why}")
-
-
-def distance(expected: Tensor, found: Tensor) -> float:
-    """The largest difference, over the largest value or 1; NaN and infinity agree with themselves only."""
-    one, other = expected.detach().double(), found.detach().double()
-    if not one.numel():
-        return 0.0
-    different = torch.where((one == other) | (one.isnan() & other.isnan()), 0, (one - other).abs())
-    scale = max(float(one[one.isfinite()].abs().max()) if one.isfinite().any() else 1.0, 1.0)
-    return float(different.nan_to_num(torch.inf).max()) / scale
-
-
-def finite(seen: Mapping[str, Tensor], when: str, advice: str) -> None:
-    """Demand that everything seen is finite."""
-    for name, value in seen.items():
-        demand(not value.is_floating_point() or bool(value.isfinite().all()), f"{name} is not finite {when}; {advice}")

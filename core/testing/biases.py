@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from .bench import Bench, Data, Rig, data, distance
+from .bench import Bench, Data, Rig, data
 from .claims import claim, demand
+from .comparing import distance
 
 STEPS = 10
 

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from .bench import EXPERTS, Bench, data, distance
+from .bench import EXPERTS, Bench, data
 from .claims import claim, demand
+from .comparing import distance
 
 COUNTS = ([4, 0, 7, 1, 0, 3], [0, 0, 0, 0, 0, 15], [0, 0, 0, 0, 0, 0])
 

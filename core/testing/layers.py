@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..layer import MoE
-from .bench import EXPERTS, Bench, Data, Rig, Seen, agree, data, distance, finite, same_bits
+from .bench import EXPERTS, Bench, Data, Rig, Seen, data
 from .claims import claim, demand
+from .comparing import agree, distance, finite, same_bits
 
 ACTING = ("moe_router", "moe_bias", "moe_experts", "moe_state", "moe_aux_loss", "moe_measure")
 

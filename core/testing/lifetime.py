@@ -9,8 +9,9 @@ import torch
 from ..checkpoints import load, save
 from ..errors import PluginError, UsageError
 from ..growth import Growth
-from .bench import Bench, agree, data, distance, finite
+from .bench import Bench, data
 from .claims import claim, demand
+from .comparing import agree, distance, finite
 from .layers import ACTING
 
 DEAREST = 12.0  # times a step with the default plugins

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ..options import options_of
 from ..routing import Routing
-from .bench import Bench, Rig, data, distance
+from .bench import Bench, Rig, data
 from .biases import balanced
 from .claims import NotApplicable, claim, demand
+from .comparing import distance
 
 
 def _terms(bench: Bench, rig: Rig, routing: Routing | None = None) -> dict[str, Tensor]:

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ..growth import Growth
 from ..stats import Stats, plain
-from .bench import Bench, Data, Rig, data, same_bits
+from .bench import Bench, Data, Rig, data
 from .biases import balanced, skewed
 from .claims import claim, demand
+from .comparing import same_bits
 
 Answers = dict[str, Any]  # by name, as JSON holds them
 Make = Callable[[int, int], Tensor]  # logits for so many tokens and units

@@ -6,8 +6,9 @@ import attrs
 import torch
 from torch import Tensor
 
-from .bench import Bench, agree, data, finite, same_bits
+from .bench import Bench, data
 from .claims import claim, demand
+from .comparing import agree, finite, same_bits
 from .layers import ACTING, quiet
 
 CLAMP = "divide by a count only after clamp(min=1)"

@@ -11,9 +11,10 @@ from ..errors import UsageError
 from ..manager import USUAL
 from ..parts import Bias
 from ..routing import Routing
-from .bench import EXPERTS, TOP_K, Bench, Rig, data, distance, same_bits
+from .bench import EXPERTS, TOP_K, Bench, Rig, data
 from .biases import skewed
 from .claims import NotApplicable, claim, demand
+from .comparing import distance, same_bits
 
 
 class Push(Bias):
@@ -108,15 +109,12 @@ def first_choice_is_best(bench: Bench) -> None:
         plan = rig.route(data()).plan
         if plan.token.numel() != 24 * top_k:
             raise NotApplicable("it does not pick K experts, which another claim says")
-        gate_TK, rank_TK = (torch.zeros(24, top_k).to(one) for one in (plan.weight.detach(), plan.rank))
-        place_N = torch.arange(24 * top_k) % top_k
-        order_N = torch.argsort(plan.token, stable=True)
-        gate_TK[plan.token[order_N], place_N] = plan.weight.detach()[order_N]
-        rank_TK[plan.token[order_N], place_N] = plan.rank[order_N]
-        ranks = bool((rank_TK.sort(-1).values == torch.arange(top_k)).all())
-        demand(ranks, f"at top_k={top_k} a token's ranks are not 0 to {top_k - 1}; assign(...) makes them")
-        first_T = gate_TK.gather(-1, rank_TK.argmin(-1, keepdim=True))[:, 0]
-        best = bool((first_T >= gate_TK.amax(-1) - 1e-6).all())
+        ranked = plan.rank.bincount().tolist() == [24] * top_k
+        demand(ranked, f"at top_k={top_k} a token's ranks are not 0 to {top_k - 1}; assign(...) makes them")
+        gate_N, first_N = plan.weight.detach(), plan.rank == 0
+        largest_T = gate_N.new_zeros(24).scatter_reduce(0, plan.token, gate_N, "amax")
+        first_T = gate_N.new_zeros(24).scatter(0, plan.token[first_N], gate_N[first_N])
+        best = bool((first_T >= largest_T - 1e-6).all())
         demand(best, f"at top_k={top_k} the first choice has not the largest gate; sort choices, as topk does")
 
 

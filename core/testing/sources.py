@@ -9,8 +9,9 @@ from torch import Tensor
 from ..growing import sources
 from ..growth import Growth, NewExpert
 from ..transaction import stage
-from .bench import Bench, Rig, agree, data, distance, same_bits
+from .bench import Bench, Rig, data
 from .claims import claim, demand
+from .comparing import agree, distance, same_bits
 
 
 def _trained(bench: Bench) -> Rig:

@@ -9,8 +9,9 @@ from ..errors import UsageError
 from ..layer import MoE
 from ..tasks import Batch, Task, TaskSpec
 from ..training import adam
-from .bench import Bench, finite, same_bits
+from .bench import Bench
 from .claims import NotApplicable, claim, demand
+from .comparing import finite, same_bits
 
 ROWS = 32  # of a batch
 
