@@ -33,7 +33,7 @@ class Growth:
     drop: tuple[int, ...] = attrs.field(default=(), converter=_several)
     of: str = "expert"
     require_exact: bool = False
-    rows: Mapping[str, Tensor] = attrs.field(factory=dict, repr=False)
+    rows: Mapping[str, Tensor] = attrs.field(factory=dict, repr=False, eq=False)
     why: str = ""
 
 

@@ -250,11 +250,15 @@ class Routing:
 
     @property
     def work(self) -> Tensor:
-        """[2]: how many tokens or slots experts work on, and for how many pairs a token is mixed into a slot."""
+        """[2]: how many tokens or slots experts work on, and for how many pairs a token is mixed into a slot.
+
+        Padding, and groups of nothing else, count as no work.
+        """
         rows, pairs = self.plan.kept.sum(), torch.zeros_like(self.tokens.count)
         if self.slots is not None:
-            groups, _, experts, each = self.slots.dispatch.shape
-            rows, pairs = rows + groups * experts * each, pairs + self.slots.dispatch.numel()
+            dispatch_GSEn = self.slots.dispatch.detach()
+            slots = dispatch_GSEn.shape[2] * dispatch_GSEn.shape[3]
+            rows, pairs = (dispatch_GSEn.sum((1, 2, 3)) > 0).sum() * slots, self.tokens.count * slots
         return torch.stack([rows, pairs])
 
     @property

@@ -55,7 +55,11 @@ class Life:
 
     def told(self, since: int = 0) -> list[list[dict[str, Any]]]:
         """The wishes from a step on, to be compared."""
-        return [[attrs.asdict(one) for one in several] for several in self.wishes[since:]]
+        return [[_plain(one) for one in several] for several in self.wishes[since:]]
+
+
+def _plain(growth: Growth) -> dict[str, Any]:
+    return {**attrs.asdict(growth), "rows": {name: row.tolist() for name, row in growth.rows.items()}}
 
 
 @attrs.frozen(eq=False)

@@ -7,11 +7,10 @@ from moe_engine import Growth, RunningLoad, hookimpl, lasting, option
 
 @attrs.define(eq=False)
 class DeadReplace:
-    """The least used expert is replaced by a child of the busiest when it stays dead; the number of experts stays.
+    """The least used expert is replaced by a child of the busiest when it stays dead.
 
     l <- decay l + (1 - decay) load / mean(load); if min_i l_i < threshold for `patience` steps in a row, expert i
-    goes. One for each layer at a time, in a group by a child of that group; after any growth `cooldown` steps
-    pass first, in which biases may still move tokens towards it. Its rows, biases and moments are the newcomer's.
+    goes, one of each layer at a time, for a child of its own group. After any growth `cooldown` steps pass first.
 
     Source: this project.
     """
@@ -33,8 +32,8 @@ class DeadReplace:
             load_E = history.state(layer).value
             dead, within = int(load_E.argmin()), layer.router.within("expert")
             busiest = int((load_E if within is None else load_E.where(within == within[dead], -1)).argmax())
-            holds = history.settled(self.cooldown) and float(load_E[dead]) < self.threshold
-            if lasting(memory, layer, holds) >= self.patience and dead != busiest:
+            holds = history.settled(self.cooldown) and float(load_E[dead]) < self.threshold and dead != busiest
+            if lasting(memory, layer, holds) >= self.patience:
                 why = f"expert {dead} has {float(load_E[dead]):.2g} of the mean load"
                 wanted.append(Growth(layer.name, parents=(busiest,), drop=(dead,), why=why))
         return wanted

@@ -11,7 +11,6 @@ class PartialReinit:
     """A newcomer is its parent, with the share r of its hidden units redrawn: W'_J ~ N(mean(W_J), std(W_J)).
 
     J are round(r H) hidden units, at least one, the same ones in every tensor. Router row and moments are copied.
-
     Source: Nakamura et al., 2025 (Drop-Upcycling), where r = 0.5 is best.
     """
 
@@ -19,18 +18,16 @@ class PartialReinit:
 
     @hookimpl
     def moe_new_expert(self, parent, fresh, generator):
-        if parent is None:
-            return NewExpert(fresh)
-        if not any(name.startswith("experts.") for name in parent):
-            return NewExpert(parent, moments="copy")  # a group's own row
+        if parent is None or not any(name.startswith("experts.") for name in parent):  # a group's own row
+            return NewExpert(fresh) if parent is None else NewExpert(parent, moments="copy")
         if "experts.w_out" not in parent:
             raise UsageError("partial_reinit redraws hidden units of stacked MLPs, and these experts are others")
         rows, hidden = {**parent}, parent["experts.w_out"].shape[0]
         drawn_J = torch.randperm(hidden, generator=generator)[: max(1, round(self.share * hidden))]
         for name, axis in (("experts.w_in", 1), ("experts.b_in", 0), ("experts.w_out", 0)):
             if name in rows:
-                wide = rows[name].shape[axis] // hidden  # 2 for swiglu: gate, then up
-                units = torch.cat([drawn_J + part * hidden for part in range(wide)])
+                parts = range(rows[name].shape[axis] // hidden)  # 2 for swiglu: gate, then up
+                units = torch.cat([drawn_J + part * hidden for part in parts])
                 rows[name] = _redrawn(rows[name], axis, units, generator)
         return NewExpert(rows, moments="copy")
 
