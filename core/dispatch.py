@@ -28,11 +28,14 @@ def dispatch(experts: Experts, routing: Routing, out: int) -> Tensor:
 
 def _through_slots(experts: Experts, x_TD: Tensor, slots: Slots, out: int) -> Tensor:
     groups, size, count, each = slots.dispatch.shape
-    x_GSD = x_TD.view(groups, size, x_TD.shape[1]).to(slots.dispatch.dtype)
-    slot_EGnD = torch.einsum("gsen,gsd->egnd", slots.dispatch, x_GSD).to(x_TD.dtype)
     counts_E = torch.full((count,), groups * each, device=x_TD.device)
+    with torch.autocast(x_TD.device.type, enabled=False):
+        x_GSD = x_TD.view(groups, size, x_TD.shape[1]).to(slots.dispatch.dtype)
+        slot_EGnD = torch.einsum("gsen,gsd->egnd", slots.dispatch, x_GSD).to(x_TD.dtype)
     out_NO = at_least_fp32(experts(slot_EGnD.flatten(0, 2), counts_E)).to(slots.combine.dtype)
-    return torch.einsum("gsen,egno->gso", slots.combine, out_NO.view(count, groups, each, out)).reshape(-1, out)
+    with torch.autocast(x_TD.device.type, enabled=False):
+        y_GSO = torch.einsum("gsen,egno->gso", slots.combine, out_NO.view(count, groups, each, out))
+    return y_GSO.reshape(-1, out)
 
 
 def row_counts(counts_E: Tensor) -> list[int] | Tensor:

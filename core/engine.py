@@ -125,10 +125,16 @@ class Engine:
             (router,) = (bound.plugin for bound in self.plugins.bind("moe_router", plugins))
             who = self.plugins.culprit(error) or f"layer '{name}' with router '{router}'"
             raise PluginError(f"{who} can't be built: {type(error).__name__}: {error}") from error
-        if self.triggers.bounds:  # a rehearsal too: what can't grow is to fail here
-            stage(layer, (), Growth(name, (0,)), sources(self.plugins, layer), generator(self.seed, "rehearsal"))
+        self._rehearse_growth(layer)
         self._layers.append(weakref.ref(layer))
         return layer
+
+    def _rehearse_growth(self, layer: MoE) -> None:
+        """Where a trigger is chosen, what can't grow is to fail when the layer is built."""
+        triggers = [self.plugins.active[bound.plugin] for bound in self.triggers.bounds]
+        for parent in {None if getattr(trigger, "orphans", False) else 0 for trigger in triggers}:
+            growth, random = Growth(layer.name, (parent,)), generator(self.seed, "rehearsal")
+            stage(layer, (), growth, sources(self.plugins, layer), random)
 
     def _spec(self, **own: Any) -> Spec:
         try:

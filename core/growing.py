@@ -72,12 +72,11 @@ def grow(
 def sources(plugins: Plugins, layer: MoE, seen: Routing | None = None) -> Ask:
     """Who makes a layer's new experts, the layer's own settings applied; seen: its routing of the probe batch."""
     bounds = plugins.bind("moe_new_expert", plugins.override(layer.settings))
-    states = layer.parts_of_plugins()
 
     def ask(of: str, origin: int | None, offer: Mapping[str, Any]) -> tuple[str, NewExpert]:
         inputs = None if seen is None else _inputs(layer, of, origin, seen)
         for bound in bounds:
-            new = bound({**offer, "inputs": inputs, "state": states.get(bound.plugin)})
+            new = bound({**offer, "inputs": inputs})
             if isinstance(new, NewExpert):
                 return bound.plugin, new
             if new is not None:

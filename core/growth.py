@@ -24,7 +24,8 @@ class Growth:
     layer: its name. parents: one newcomer for each; the expert that it descends from, or None. drop:
     experts to remove; newcomers take their places first, so that one parent and one drop replace an
     expert. of: "expert", or the level of a hierarchical router whose units these are: a group comes
-    and goes with its experts. require_exact: refuse a growth that changes what the layer computes.
+    and goes with its experts. require_exact: refuse a growth that changes what the layer computes. rows: by
+    "part.tensor", what each newcomer has in the place of what the source answers.
     """
 
     layer: str
@@ -32,6 +33,7 @@ class Growth:
     drop: tuple[int, ...] = attrs.field(default=(), converter=_several)
     of: str = "expert"
     require_exact: bool = False
+    rows: Mapping[str, Tensor] = attrs.field(factory=dict, repr=False)
     why: str = ""
 
 

@@ -129,7 +129,6 @@ def moe_new_expert(
     roles: "Mapping[str, str]",
     generator: "Generator",
     inputs: "Tensor | None",
-    state: "Part | None",
 ) -> "NewExpert | None":
     """Answer the weights of an expert that is being born, or None.
 
@@ -137,8 +136,8 @@ def moe_new_expert(
     that it descends from, if any, as earlier newcomers of the same growth left them; `fresh` newly drawn
     ones. `roles` says what each is (in, output, logit_row, logit_bias, state), `index` which expert it
     will be. `inputs` [n, D] are the tokens of a held-out batch that go to the parent, without a parent those
-    that no expert got, None where there is no such batch; `state` is this plugin's own in the layer.
-    Draw from `generator` only. The first answer in the order typed is taken.
+    that no expert got, None where there is no such batch. Draw from `generator` only. The first answer in
+    the order typed is taken.
     """
 
 

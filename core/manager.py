@@ -229,7 +229,7 @@ class Plugins:
         self.remarks: dict[str, Finding] = {}  # by the plugin that made it
         self.manager = pluggy.PluginManager("moe_engine")
         self.manager.add_hookspecs(hookspecs)
-        for name in without:
+        for name in set(without) - disabled():
             self.manager.set_blocked(pick(name, installed).name)
         for name in disabled():
             self.manager.set_blocked(name)
@@ -387,7 +387,7 @@ def _chosen(names: Iterable[str], installed: Mapping[str, list[Found]]) -> list[
 
 def _task(name: str, installed: Mapping[str, list[Found]]) -> Found:
     tasks = {one: all_found for one, all_found in installed.items() if any(f.kind == "task" for f in all_found)}
-    if name not in tasks:
+    if name not in tasks and name not in disabled():
         raise UsageError(f"there is no task '{name}'; {nearest(name, tasks)}")
     return pick(name, installed)
 

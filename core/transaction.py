@@ -145,6 +145,8 @@ def _newcomers(
         fresh = {where: _fresh_row(tensor, axis, generator) for where, (tensor, axis) in weights.items()}
         offer = {"parent": parent, "growth": growth, "index": position, "fresh": fresh, "roles": roles}
         source, new = ask(of, origin, {**offer, "generator": generator})
+        own_rows = {where: row.to("cpu", fresh[where].dtype) for where, row in growth.rows.items() if where in fresh}
+        new = attrs.evolve(new, values={**new.values, **own_rows})
         _check_rows(source, "", new.values, fresh, all_of_them=True)
         _check_rows(source, " of the parent", new.parent_values, fresh if origin is not None else {})
         if origin is not None:

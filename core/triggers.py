@@ -34,6 +34,10 @@ class History:
         """Steps since anything grew, whichever trigger wanted it, or since the start."""
         return self.step - max((one.step for one in self.growths), default=0)
 
+    def settled(self, cooldown: int) -> bool:
+        """Whether more than `cooldown` steps have passed since anything grew, and more than one."""
+        return self.since_growth > max(cooldown, 1)
+
     def load(self, layer: MoE) -> Tensor:
         """[E]: assignments of real tokens to each expert since the layer grew last, over all processes."""
         return torch.zeros(layer.spec.experts) if layer.recent is None else layer.recent
@@ -62,7 +66,7 @@ def children_of_peaks(trigger: Any, history: History, memory: dict[str, float], 
     wanted = []
     for layer in history.layers:
         value_E = history.state(layer).value
-        ready = history.since_growth > trigger.cooldown and layer.spec.experts < trigger.max_experts
+        ready = history.settled(trigger.cooldown) and layer.spec.experts < trigger.max_experts
         peak, highest = int(value_E.argmax()), float(value_E.max())
         if lasting(memory, layer, ready and highest > trigger.threshold) >= trigger.patience:
             why = f"expert {peak} has {highest:.2f} of the mean {what}"

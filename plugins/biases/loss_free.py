@@ -22,6 +22,10 @@ class LossFree:
     @hookimpl
     def moe_check(self, setup):
         heavy = [name for name in setup.balance_losses if getattr(setup.plugins[name], "weight", 1) >= 1e-3]
+        rivals = [name for name, one in setup.plugins.items() if one is not self and hasattr(one, "moe_bias")]
+        if rivals:
+            why = f"{rivals[0]} and loss_free both steer the choice, each against what the other does"
+            return Finding("two controllers", 1, why, f"leave {rivals[0]} away, or loss_free")
         if not heavy:
             return None
         why = f"{heavy[0]} pulls at the gradients from which loss_free is meant to keep balancing away"

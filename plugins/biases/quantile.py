@@ -54,7 +54,7 @@ class QuantileBias(Bias):
         above_TE = scores_TE - edge_T1
         if tokens.mask is not None:
             above_TE = above_TE.masked_fill(~tokens.mask[:, None], -torch.inf)
-        place = (tokens.count * self.picks / above_TE.shape[1]).round().long().clamp(max=max(len(above_TE) - 1, 0))
+        place = (tokens.count * self.picks / above_TE.shape[1]).round().long().minimum((tokens.count - 1).clamp(min=0))
         some = tokens.count > 0
         new_E = (
             above_TE.sort(dim=0, descending=True).values.index_select(0, place.view(1))[0]

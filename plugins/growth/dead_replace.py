@@ -10,8 +10,8 @@ class DeadReplace:
     """The least used expert is replaced by a child of the busiest when it stays dead; the number of experts stays.
 
     l <- decay l + (1 - decay) load / mean(load); if min_i l_i < threshold for `patience` steps in a row, expert i
-    goes. One for each layer at a time; after any growth `cooldown` steps pass first, in which biases may
-    still move tokens towards it. Its rows, biases, histories and moments begin anew with it.
+    goes. One for each layer at a time, in a group by a child of that group; after any growth `cooldown` steps
+    pass first, in which biases may still move tokens towards it. Its rows, biases and moments are the newcomer's.
 
     Source: this project.
     """
@@ -31,8 +31,9 @@ class DeadReplace:
         wanted = []
         for layer in history.layers:
             load_E = history.state(layer).value
-            dead, busiest = int(load_E.argmin()), int(load_E.argmax())
-            holds = history.since_growth > self.cooldown and float(load_E[dead]) < self.threshold
+            dead, within = int(load_E.argmin()), layer.router.within("expert")
+            busiest = int((load_E if within is None else load_E.where(within == within[dead], -1)).argmax())
+            holds = history.settled(self.cooldown) and float(load_E[dead]) < self.threshold
             if lasting(memory, layer, holds) >= self.patience and dead != busiest:
                 why = f"expert {dead} has {float(load_E[dead]):.2g} of the mean load"
                 wanted.append(Growth(layer.name, parents=(busiest,), drop=(dead,), why=why))

@@ -3,7 +3,7 @@
 import attrs
 import torch
 
-from moe_engine import Growth, NewExpert, Part, hookimpl, lasting, option
+from moe_engine import Growth, Part, hookimpl, lasting, option
 
 
 @attrs.define(eq=False)
@@ -11,15 +11,17 @@ class Novelty:
     """A layer grows by one expert when too many tokens find none that suits them, and the newcomer looks their way.
 
     A token is novel if no expert got it, or, where the router has probabilities, if the largest is below
-    `confidence`. n and d are running means of the share of novel tokens and of their sum. n > share for
-    `patience` steps in a row lets the layer grow; the newcomer's router row is d / |d|, as long as a fresh
-    row is; everything else is drawn anew. Without novel tokens nothing grows.
+    `confidence` / E. n and d are running means of the share of novel tokens and of their sum. n > share for
+    `patience` steps in a row lets the layer grow; the newcomer has no parent, and its router row is d / |d|, as
+    long as the others are on average (1 if they are 0). Without novel tokens nothing grows.
 
     Source: Guo et al., 2024 (DynMoE), without its removal of experts.
     """
 
+    needs = ("choices",)
+    orphans = True
     share: float = option(0.1, help="share of novel tokens from which the layer grows", min=0, max=1)
-    confidence: float = option(0.2, help="largest probability below which a token is novel", min=0, max=1)
+    confidence: float = option(1.5, help="largest probability, times E, below which a token is novel", min=0)
     patience: int = option(20, help="steps in a row before a growth", min=1)
     cooldown: int = option(50, help="steps after a growth, and at the start, without a check", min=0)
     decay: float = option(0.9, help="memory of the running means", min=0, max=0.9999)
@@ -33,7 +35,7 @@ class Novelty:
     def moe_measure(self, routing):
         novel_T = routing.chosen().sum(-1) == 0
         if routing.probs is not None:
-            novel_T = novel_T | (routing.probs.amax(-1) < self.confidence)
+            novel_T = novel_T | (routing.probs.amax(-1) * routing.experts < self.confidence)
         novel_T1 = routing.tokens.real(novel_T.float()[:, None])
         direction_D = (novel_T1 * routing.tokens.x).sum(0)
         return {"novel": novel_T1.sum().view(1), "tokens": routing.tokens.count.view(1), "direction": direction_D}
@@ -42,20 +44,22 @@ class Novelty:
     def moe_growth(self, history, memory):
         wanted = []
         for layer in history.layers:
-            share = float(history.state(layer).share)
-            ready = history.since_growth > self.cooldown and layer.spec.experts < self.max_experts
-            if lasting(memory, layer, ready and share > self.share) >= self.patience:
-                wanted.append(Growth(layer.name, parents=(None,), why=f"{share:.0%} of the tokens suit no expert"))
+            state = history.state(layer)
+            ready = history.settled(self.cooldown) and layer.spec.experts < self.max_experts
+            if lasting(memory, layer, ready and float(state.share) > self.share) >= self.patience:
+                why = f"{float(state.share):.0%} of the tokens suit no expert"
+                rows = _towards(state.direction, layer.router)
+                wanted.append(Growth(layer.name, parents=(None,), rows=rows, why=why))
         return wanted
 
-    @hookimpl
-    def moe_new_expert(self, fresh, roles, state):
-        towards_D = torch.nn.functional.normalize(state.direction.cpu(), dim=0)
-        rows = {
-            name: towards_D.to(row) * row.norm() if roles[name] == "logit_row" and row.shape == towards_D.shape else row
-            for name, row in fresh.items()
-        }
-        return NewExpert(rows if towards_D.any() else fresh)
+
+def _towards(direction_D, router):
+    """A row that looks along the direction, for each tensor that has one row of the input's width for an expert."""
+    axes = {name: axis for name, axis in router.axes.items() if (axis.role, axis.of) == ("logit_row", "expert")}
+    rows = {name: getattr(router, name).detach().movedim(axis.axis, 0) for name, axis in axes.items()}
+    unit_D = torch.nn.functional.normalize(direction_D, dim=0)
+    lengths = {name: row.float().norm(dim=-1).mean() for name, row in rows.items() if row.shape[1:] == unit_D.shape}
+    return {f"router.{name}": unit_D * (length if length > 0 else 1) for name, length in lengths.items()}
 
 
 class Novel(Part):

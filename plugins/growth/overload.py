@@ -25,7 +25,7 @@ class Overload:
 
     @hookimpl
     def moe_check(self, setup):
-        forced = [name for name in ("loss_free", "quantile") if name in setup.plugins]
+        forced = [name for name in ("loss_free", "quantile", "log_load") if name in setup.plugins]
         return f"overload never fires while {forced[0]} makes all loads equal; choose one of them" if forced else None
 
     @hookimpl

@@ -8,7 +8,7 @@ from moe_engine import Assignments, LinearRouter, causal_problem, hookimpl, opti
 
 @attrs.define(eq=False)
 class ExpertChoice:
-    """Each expert takes the C = round(T K / E) tokens of a group with the highest probability for it.
+    """Each expert takes the C = round(T K / E), at least 1, tokens of a group with the highest probability for it.
 
     p = softmax(x W) over experts; the gate is p_ti. So the load is equal by force, top_k = K is the mean
     number of experts of a token, and a token may get none or all. A group is the whole batch, or each sequence.
@@ -24,6 +24,8 @@ class ExpertChoice:
 
     @hookimpl
     def moe_check(self, setup):
+        if setup.spec.capacity is not None:
+            return "expert_choice fills every expert alike, so a capacity has nothing to limit; leave --capacity away"
         return causal_problem(setup.spec, "expert_choice", self.allow_noncausal)
 
     @hookimpl

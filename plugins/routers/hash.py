@@ -59,6 +59,8 @@ class HashRouter(Router):
         if "expert" not in plans:
             return
         plan, table_VK = plans["expert"], staged["table"]
+        if len(plan.origins) < table_VK.shape[1]:
+            raise UsageError(f"hash gives each token {table_VK.shape[1]} different experts; as many must remain")
         for position in plan.newcomers:
             parent = plan.kept.get(plan.origins[position])
             mine_VK = table_VK >= 0 if parent is None else table_VK == parent

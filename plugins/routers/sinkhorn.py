@@ -13,13 +13,14 @@ class Sinkhorn:
     pi = diag(u) exp(s) diag(v) with row sums 1/T and column sums 1/E, by `iterations` of normalisation in the log
     domain, without gradient; S = top-K of pi_t. Gates come from the raw logits: sigmoid(s_i) at K = 1,
     softmax(s)_i otherwise. Evaluation takes the top-K of s. A constant added to all logits of one expert
-    changes no choice. The batch decides together, so that it is not causal; the load is equal by force.
+    changes no choice. Eight rounds bring columns within 1e-6 for logits of deviation 1, within 1 % for 3. The
+    batch decides together, so that it is not causal; the load is equal by force.
 
     Source: Clark et al., 2022 (S-BASE).
     """
 
     gives = ("logits", "probs", "picks", "choices")
-    iterations: int = option(8, help="rounds of normalisation; 8 bring columns within 1e-7", min=1)
+    iterations: int = option(8, help="rounds of normalisation; sharp logits need more", min=1)
     allow_noncausal: bool = option(False, help="allow it in a causal layer, where it sees later tokens")
 
     @hookimpl
@@ -53,6 +54,7 @@ def log_transport(scores_TE, tokens, iterations):
     price_E = torch.zeros_like(scores_TE[:1]).sum(0)
     for _ in range(iterations):
         plan_TE = (scores_TE - price_E).log_softmax(-1)
-        mass_E = tokens.real(plan_TE.exp()).sum(0).log()
-        price_E = price_E + (mass_E - want).nan_to_num(0, 0, 0)  # no token moves nothing
+        if tokens.mask is not None:
+            plan_TE = plan_TE.masked_fill(~tokens.mask[:, None], -torch.inf)
+        price_E = price_E + (plan_TE.logsumexp(0) - want).nan_to_num(0, 0, 0)  # no token moves nothing
     return (scores_TE - price_E).log_softmax(-1)

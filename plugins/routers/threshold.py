@@ -39,11 +39,11 @@ class ThresholdRouter(LinearRouter):
 
     def select(self, tokens, levels):
         (level,) = levels
-        theta_E = (self.tau * self.G.to(level.biased.dtype)).sigmoid()
-        over_TE = torch.relu(level.biased.sigmoid() - theta_E)
-        chosen_TE = over_TE > 0
+        edge_E = self.tau * self.G.to(level.biased.dtype)
+        over_TE = torch.relu(level.biased.sigmoid() - edge_E.sigmoid())
+        chosen_TE = level.biased > edge_E  # sigmoids tie where they are 1
         if not self.training:
-            best_T1 = level.select_by(level.biased.sigmoid() - theta_E).argmax(-1, keepdim=True)
+            best_T1 = level.select_by(level.biased - edge_E).argmax(-1, keepdim=True)
             best_TE = torch.zeros_like(chosen_TE).scatter(-1, best_T1, True)
             chosen_TE = chosen_TE | (best_TE & ~chosen_TE.any(-1, keepdim=True))
         straight_TE = chosen_TE + over_TE - over_TE.detach()

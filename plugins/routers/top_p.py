@@ -35,5 +35,5 @@ class TopPRouter(LinearRouter):
         probs_TE = level.biased.softmax(-1)
         order_TE = level.select_by(probs_TE).argsort(dim=-1, descending=True)
         before_TE = (sorted_TE := probs_TE.detach().gather(-1, order_TE)).cumsum(-1) - sorted_TE
-        chosen_TE = torch.zeros_like(probs_TE, dtype=torch.bool).scatter(-1, order_TE, before_TE <= self.p)
+        chosen_TE = torch.zeros_like(probs_TE, dtype=torch.bool).scatter(-1, order_TE, before_TE <= self.p + 2**-20)
         return probs_TE, assign_where(probs_TE, chosen_TE, tokens)

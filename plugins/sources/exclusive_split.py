@@ -22,6 +22,8 @@ class ExclusiveSplit:
     def moe_new_expert(self, parent, fresh, generator):
         if parent is None:
             return NewExpert(fresh)
+        if not any(name.startswith("experts.") for name in parent):
+            return NewExpert(parent, moments="copy")  # a group's own row
         if "experts.w_out" not in parent:
             raise UsageError("exclusive_split parts the hidden units of stacked MLPs, and these experts are others")
         hidden = parent["experts.w_out"].shape[0]

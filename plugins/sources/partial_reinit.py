@@ -10,7 +10,7 @@ from moe_engine import NewExpert, UsageError, hookimpl, option
 class PartialReinit:
     """A newcomer is its parent, with the share r of its hidden units redrawn: W'_J ~ N(mean(W_J), std(W_J)).
 
-    J are round(r H) hidden units, the same ones in every tensor. Router row and moments are copied.
+    J are round(r H) hidden units, at least one, the same ones in every tensor. Router row and moments are copied.
 
     Source: Nakamura et al., 2025 (Drop-Upcycling), where r = 0.5 is best.
     """
@@ -21,6 +21,8 @@ class PartialReinit:
     def moe_new_expert(self, parent, fresh, generator):
         if parent is None:
             return NewExpert(fresh)
+        if not any(name.startswith("experts.") for name in parent):
+            return NewExpert(parent, moments="copy")  # a group's own row
         if "experts.w_out" not in parent:
             raise UsageError("partial_reinit redraws hidden units of stacked MLPs, and these experts are others")
         rows, hidden = {**parent}, parent["experts.w_out"].shape[0]

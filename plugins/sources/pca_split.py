@@ -11,11 +11,12 @@ class PcaSplit:
     """Parent and newcomer share the parent's tokens along their principal direction.
 
     w' = w + delta u and w <- w - delta u for the router's rows; u = (v - c o) / s for the tokens x of a held-out
-    batch that go to the parent: v their first principal direction, s the deviation of u x. A router without a
-    bias has no threshold; o, the inverse covariance times the mean, stands for it, because o x is the most even
-    over tokens. c is the median of v x / o x if all o x > 0, so that u x > 0 for half of them. The two logits
-    differ by 2 delta u x. The experts are equal at first, moments are copied. Without a held-out batch, or
-    with fewer than four tokens, u is drawn.
+    batch that go to the parent: v their first principal direction, s the deviation of (v - c o) x. A router
+    without a bias has no threshold; o, the inverse covariance (with a ridge of a thousandth of its mean
+    variance) times the mean, stands for it, because o x is the most even over tokens. c is the median of v x / o x
+    if all o x > 0, so that u x > 0 for half of them. Linear logits then differ by 2 delta u x. The experts are
+    equal at first, moments are copied. Without a held-out batch, with fewer than four tokens or with equal
+    ones, u is drawn.
 
     Source: this project, after splitting by the principal direction in clustering (Boley, 1998: PDDP).
     """
@@ -29,7 +30,7 @@ class PcaSplit:
         steps = {
             name: self.delta * _side(row, inputs, generator)
             for name, row in parent.items()
-            if roles[name] == "logit_row" and row.dim() == 1
+            if roles[name] == "logit_row"
         }
         return NewExpert(
             {name: row + steps.get(name, 0) for name, row in parent.items()},
@@ -39,8 +40,8 @@ class PcaSplit:
 
 
 def _side(row, inputs, generator):
-    """u, for a router's row [D]."""
-    if inputs is None or len(inputs) < 4 or not inputs.any():
+    """u, for a router's row [D], or each of an expert's rows [n, D]."""
+    if inputs is None or len(inputs) < 4 or not (inputs - inputs[0]).any():
         drawn = torch.randn(row.shape, generator=generator)
         return (drawn * row.float().std(correction=0)).to(row.dtype)
     x_nD = inputs.double()
@@ -52,4 +53,4 @@ def _side(row, inputs, generator):
     level = x_nD @ o
     if bool((level > 0).all()):
         v = v - (x_nD @ v / level).quantile(0.5) * o
-    return (v / (x_nD @ v).std().clamp(min=1e-12)).to(row.dtype)
+    return (v / (x_nD @ v).std().clamp(min=1e-12)).to(row.dtype).expand_as(row)

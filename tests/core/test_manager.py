@@ -299,3 +299,10 @@ def test_disabled_plugins_are_gone_from_lists_and_defaults_and_refused_when_chos
     monkeypatch.setenv("MOE_ENGINE_DISABLE_PLUGINS", "topk")
     with pytest.raises(UsageError, match="no router is left"):
         Plugins([])
+
+
+def test_what_is_disabled_may_be_left_out_too_and_a_disabled_task_says_so(monkeypatch):
+    monkeypatch.setenv("MOE_ENGINE_DISABLE_PLUGINS", "html,digits")
+    Plugins([], without=["html"])
+    with pytest.raises(UsageError, match="plugin 'digits' is disabled"):
+        Plugins([], task="digits")

@@ -212,3 +212,13 @@ def test_quantile_leaves_padding_out_and_averages_micro_batches():
     mean = sum(bias.measure(one.levels[0], one.tokens)["beta"] for one in halves) / 2
     engine.after_step()
     torch.testing.assert_close(bias.beta, mean - mean.mean())
+
+
+def test_quantile_of_very_few_tokens_does_not_see_padding():
+    layer = Engine("topk,quantile", experts=4, top_k=3).moe(4, 4)
+    bias, x = bias_of(layer, "quantile"), torch.randn(1, 4)
+    alone = layer.route(layer.tokens(x))
+    padded = layer.route(layer.tokens(torch.cat([x, torch.zeros(6, 4)]), torch.arange(7) < 1))
+    own, same = (bias.measure(one.levels[0], one.tokens)["beta"] for one in (alone, padded))
+    assert own.any()
+    torch.testing.assert_close(own, same)

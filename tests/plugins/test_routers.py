@@ -454,3 +454,43 @@ def test_a_router_that_sees_later_tokens_is_refused_in_a_causal_layer(router):
 def test_soft_has_no_capacity():
     with pytest.raises(UsageError, match="soft has slots in the place of a capacity"):
         Engine("soft", experts=4, top_k=1, capacity=1.0).moe(4, 4)
+
+
+def test_top_p_counts_equal_probabilities_without_rounding_and_takes_all_at_one():
+    for experts, p in ((5, 0.4), (15, 0.4), (10, 0.2), (15, 0.8), (40, 0.7)):
+        chosen = route("top_p", torch.zeros(1, experts), [f"top_p.p={p}"], top_k=1).load.sum()
+        assert chosen == int(p * experts + 1e-9) + 1
+    assert route("top_p", 5 * torch.randn(500, 64), ["top_p.p=1"], top_k=1).load.sum() == 500 * 64
+
+
+def test_sinkhorn_takes_an_expert_that_is_far_behind():
+    logits = torch.randn(64, 4)
+    even, far = (route("sinkhorn", logits + shift, top_k=1) for shift in (0, torch.tensor([-150.0, 0, 0, 0])))
+    assert (even.chosen() == far.chosen()).float().mean() > 0.98
+
+
+def test_threshold_chooses_by_scores_that_no_sigmoid_has_rounded():
+    layer = Engine("threshold", ["threshold.tau=100"], experts=2, top_k=1).moe(2, 4)
+    layer.router.rows.data[:] = torch.eye(2)
+    layer.router.G.data[:] = 0.3
+    assert layer.route(layer.tokens(torch.tensor([[1.0, 0.0]]))).chosen().tolist() == [[1, 0]]
+
+
+def test_hash_needs_as_many_experts_as_a_token_chooses():
+    engine, _ = hashed(experts=2)
+    with pytest.raises(UsageError, match=r"hash gives each token 2 different experts|top_k is 2"):
+        engine.grow(Growth("m", drop=(1,)))
+
+
+def test_expert_choice_has_no_capacity():
+    with pytest.raises(UsageError, match="expert_choice fills every expert alike"):
+        Engine("expert_choice", experts=4, top_k=1, capacity=1.0).moe(4, 4)
+
+
+def test_soft_mixes_in_fp32_under_autocast():
+    layer = Engine("soft", experts=4, top_k=1).moe(16, 8)
+    x = torch.randn(2, 6, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, routing = layer(x), layer.route(layer.tokens(x))
+    assert routing.slots.dispatch.dtype == torch.float32
+    torch.testing.assert_close(y.float(), layer(x), atol=0.02, rtol=0.02)

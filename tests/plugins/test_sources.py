@@ -90,3 +90,22 @@ def test_partial_reinit_draws_with_the_moments_of_what_it_replaces():
     engine.grow(Growth("m", parents=(1,)))
     torch.testing.assert_close(layer.experts.w_in[2].mean(), torch.tensor(3.0), atol=0.02, rtol=0)
     torch.testing.assert_close(layer.experts.w_in[2].std(), torch.tensor(0.5), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("source", ["exclusive_split", "partial_reinit", "pca_split"])
+def test_whole_groups_grow_too(source):
+    engine = Engine(f"hierarchical,{source}", experts=4, top_k=1)
+    layer = engine.moe(6, 4, name="m")
+    engine.grow(Growth("m", parents=(0,), of="group"))
+    assert layer.router.group_of.bincount().tolist() == [2, 2, 2]
+
+
+def test_pca_split_parts_what_mixes_tokens_too_and_draws_where_all_tokens_are_equal():
+    torch.manual_seed(0)
+    engine = Engine("soft,pca_split", top_k=1)
+    layer = engine.moe(6, 4, experts=2, name="m")
+    x = torch.randn(3, 5, 6)
+    engine.grow(Growth("m", parents=(0,)), probe=lambda: layer.eval()(x).sum())
+    assert (layer.router.phi[0] - layer.router.phi[2]).abs().max() > 0.01
+    layer, _, _, _ = grown("pca_split", x=torch.randn(1, 8).repeat(16, 1))
+    assert not torch.equal(layer.router.rows[3], layer.router.rows[1])

@@ -207,9 +207,49 @@ def test_novelty_is_quiet_where_every_token_suits_some_expert():
     settings = ["novelty.cooldown=0", "novelty.patience=1"]
     engine = Engine("topk,novelty", settings, top_k=1)
     layer = engine.moe(4, 8, experts=2)
+    layer.router.rows.data *= 99  # sure of every token
     for _ in range(20):
         (layer(torch.randn(9, 4)).square().mean() + engine.aux_loss()).backward()
         engine.after_backward()
         engine.after_step()
         layer.zero_grad()
         assert not engine.due(1.0)
+
+
+def test_a_newcomer_looks_the_triggers_way_whatever_the_source():
+    """The source gives all its other rows; where the router starts at zero, the row has length 1."""
+    for router, length in (("topk", None), ("noisy_topk", 1.0)):
+        torch.manual_seed(0)
+        engine = Engine(f"{router},clone,novelty", ["novelty.cooldown=1", "novelty.patience=1"], top_k=1)
+        layer = engine.moe(4, 8, experts=2, name="m")
+        old = layer.router.rows.detach().norm(dim=-1).mean()
+        layer.states["novelty"].share.fill_(0.5)
+        layer.states["novelty"].direction[:] = torch.tensor([0.0, 3.0, 0.0, 4.0])
+        engine.step = 5
+        (growth,) = engine.due(1.0)
+        assert engine.grow(growth).source == "clone"
+        expected = torch.tensor([0.0, 0.6, 0.0, 0.8]) * (length or old)
+        torch.testing.assert_close(layer.router.rows[2].detach(), expected)
+
+
+def test_a_trigger_of_orphans_is_refused_where_nobody_is_born_without_a_parent():
+    with pytest.raises(UsageError, match="a newcomer needs a parent"):
+        Engine("hierarchical,novelty", experts=4, top_k=2).moe(4, 4)
+
+
+def test_patience_begins_anew_after_a_growth():
+    engine, (layer,) = engine_of("overload", ["overload.cooldown=0", "overload.patience=5"], (4,))
+    layer.states["overload"].value[:] = torch.tensor([9.0, 1.0, 1.0, 1.0])
+    assert fires(engine, [1.0] * 20) == [(6, [1]), (12, [1]), (18, [1])]
+
+
+def test_a_dead_expert_of_a_group_is_replaced_by_a_child_of_that_group():
+    settings = ["dead_replace.cooldown=0", "dead_replace.patience=1", "hierarchical.groups=2"]
+    engine = Engine("hierarchical,dead_replace", settings, top_k=2)
+    layer = engine.moe(4, 8, experts=4, name="m")
+    layer.states["dead_replace"].value[:] = torch.tensor([9.0, 8.0, 0.0, 1.0])
+    engine.step = 5
+    (growth,) = engine.due(1.0)
+    assert (growth.parents, growth.drop) == ((3,), (2,))
+    engine.grow(growth)
+    assert layer.router.group_of.tolist() == [0, 0, 1, 1]
