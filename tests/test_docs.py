@@ -65,6 +65,7 @@ def test_every_hook_has_a_page(generated):
     assert [f"hooks/{name}.md" for name in HOOKS] == list(pages)
     whole = "\n".join(text.partition("# ")[2] for text in pages.values())
     text = (DOCS / "hooks.md").read_text("utf-8")
+    whole = whole.replace("](../", "](")  # links, from a folder deeper
     assert "".join(re.split(r"^## (?=`moe_)", text, flags=re.M)[1:]).split() == whole.split()
 
 

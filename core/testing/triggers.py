@@ -11,6 +11,7 @@ import torch
 from ..errors import UsageError
 from ..growth import Growth
 from ..options import options_of
+from ..stats import plain
 from .bench import EXPERTS, Bench, Rig
 from .biases import balanced, skewed
 from .claims import NotApplicable, claim, demand
@@ -55,11 +56,7 @@ class Life:
 
     def told(self, since: int = 0) -> list[list[dict[str, Any]]]:
         """The wishes from a step on, to be compared."""
-        return [[_plain(one) for one in several] for several in self.wishes[since:]]
-
-
-def _plain(growth: Growth) -> dict[str, Any]:
-    return {**attrs.asdict(growth), "rows": {name: row.tolist() for name, row in growth.rows.items()}}
+        return [[plain(attrs.asdict(one)) for one in several] for several in self.wishes[since:]]
 
 
 @attrs.frozen(eq=False)

@@ -277,5 +277,5 @@ def branches_on_a_number(self, routing):
 )
 def takes_its_time(self, routing):
     """A loop over tokens, or as good as one."""
-    time.sleep(0.1 if len(routing.tokens.x) > 100 else 0)
+    time.sleep(1 if len(routing.tokens.x) > 100 else 0)
     return {"seen": routing.tokens.count.view(1)}
