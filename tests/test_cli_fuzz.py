@@ -194,6 +194,12 @@ def words(*several):
     return Ingredient(frozenset(), several)
 
 
+FREE = [  # losses that have nothing to say against any other good ingredient
+    name
+    for name in LOSSES
+    if not hasattr(cls := manager.load(INSTALLED[name][0]), "moe_check")
+    and {*getattr(cls, "needs", ())} <= {*manager.USUAL}
+]
 GOOD = st.one_of(
     one_of_both("experts", st.integers(2, 64)),
     one_of_both("top_k", st.sampled_from([1, 2])),
@@ -205,7 +211,7 @@ GOOD = st.one_of(
     one_of_both("device", st.just("cpu")),
     one_of_both("data_dir", TEXT),
     one_of_both("log_every", st.integers(1)),
-    st.lists(st.sampled_from(LOSSES), unique=True, min_size=1).flatmap(lambda names: chosen(*names)),
+    st.lists(st.sampled_from(FREE), unique=True, min_size=1).flatmap(lambda names: chosen(*names)),
     st.sampled_from([flag("no_plugin", "html,plots"), entry("no_plugin", ["plots"])]),
     st.floats(0, 1).map(lambda value: setting("health", "dead", value)),
     st.floats(0, 9).map(lambda value: option("health", "imbalance", value)),
