@@ -121,7 +121,7 @@ class Engine:
             layer = self._build(layer_spec, plugins, modules, settings, name)
         except UsageError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             (router,) = (bound.plugin for bound in self.plugins.bind("moe_router", plugins))
             who = self.plugins.culprit(error) or f"layer '{name}' with router '{router}'"
             raise PluginError(f"{who} can't be built: {type(error).__name__}: {error}") from error
@@ -455,7 +455,7 @@ class Engine:
         """(task loss, routing of each layer) of a forward that is not counted; `run` as for `probe`."""
         try:
             return observe(self.layers, run)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if (culprit := self.plugins.culprit(error)) is None:
                 raise
             raise PluginError(f"{culprit} failed on a held-out batch: {type(error).__name__}: {error}") from error

@@ -341,7 +341,7 @@ class Plugins:
             answer = bound(offer)
         except UsageError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise PluginError(f"{origin} fails in {hook}: {type(error).__name__}: {error}") from error
         if not isinstance(answer, kind):
             name = getattr(kind, "__name__", str(kind).replace("moe_engine.parts.", ""))

@@ -24,6 +24,7 @@ FILES = {  # what is written: its template; {kind}, {name} and {module} are fill
 }
 
 
+RESERVED = ("all", "none", "recorded")  # words that stand where names of plugins do
 NOUNS = {"growth": "growth trigger", "source": "source of new experts", "experts": "bank of experts"}
 
 
@@ -84,6 +85,8 @@ def project(kind: str, name: str, out: Path | None) -> Project:
         raise UsageError(f"'{name}' can't be a plugin's name; {advice}")
     if iskeyword(wanted.cls) or wanted.cls in public:
         raise UsageError(f"plugin '{name}' would be the class {wanted.cls}, a name that is taken; choose another name")
+    if len(name) > 64 or name in RESERVED:
+        raise UsageError(f"'{name}' can't be a plugin's name: it is too long, or a word of the command line")
     if others := find().get(wanted.name):
         raise UsageError(f"there is a plugin '{wanted.name}' already, of {others[0].distribution}; choose another name")
     if wanted.folder.exists() or wanted.folder.is_symlink():

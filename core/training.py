@@ -126,7 +126,7 @@ class Training:
                 self.model = self.task.model(self.engine).to(self.device)
             except UsageError:
                 raise
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 raise UsageError(f"the model of task '{config.task}' can't be built: {error}") from error
         self.engine.attach(self.model)
         kinds = {name: self.engine.plugins.found[name].kind for name in config.plugins if name not in config.no_plugin}

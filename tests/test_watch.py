@@ -415,3 +415,8 @@ def test_embeddings_in_place_of_ids():
     model(inputs_embeds=F.embedding(ids, model.get_input_embeddings().weight), attention_mask=mask)
     (forward,) = watcher._traces[name(0)].forwards
     assert (forward.shape, forward.ids, int(forward.mask.sum())) == ((3, 10), None, 26)
+
+
+def test_what_is_no_model_is_refused():
+    with pytest.raises(UsageError, match="takes a model, not None"):
+        Engine("topk").watch(None)

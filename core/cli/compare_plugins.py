@@ -1,6 +1,7 @@
 """`moe-engine compare-plugins`: plugins beside each other on one task, over several seeds."""
 
 import json
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,9 @@ def _compared(group: str) -> Callable[[Command], Command]:
 @_compared("biases")
 @_compared("losses")
 @_compared("growth")
-@click.option("--seeds", type=click.IntRange(1), default=3, help="Runs of each, with seeds 0, 1, ...  [default: 3]")
+@click.option(
+    "--seeds", type=click.IntRange(1, 1000), default=3, help="Runs of each, with seeds 0, 1, ...  [default: 3]"
+)
 @flag("plugins", metavar="A,B,...", callback=names)
 @flag("no_plugin", metavar="A,B,...", callback=names)
 @flag("task")
@@ -76,6 +79,9 @@ def compare_plugins(
     if not any(lists.values()):
         raise UsageError("there is nothing to compare; name plugins with --routers, --biases, --losses or --growth")
     config = merged({}, {**flags, "plugins": flags["plugins"] or ()})  # also checks what was typed
+    if both := {name for words in lists.values() for name in words or ()} & {*config.no_plugin}:
+        raise UsageError(f"'{min(both)}' is compared, but --no-plugin leaves it out; choose one")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs would not be interrupted
     given = {name: value for name, value in flags.items() if value is not None and name != "plugins"}
 
     from ..comparison import compare, page_of, variants_of, wanted

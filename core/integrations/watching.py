@@ -55,6 +55,8 @@ class Watcher:
     """
 
     def __init__(self, plugins: Plugins, model: nn.Module, record: bool = False) -> None:
+        if not isinstance(model, nn.Module):
+            raise UsageError(f"watch() takes a model, not {model!r}")
         found = {
             name or type(module).__name__: module
             for name, module in model.named_modules()

@@ -42,7 +42,7 @@ class Check:
                 raise
             except (Broken, UsageError) as error:
                 raise Broken(f"{where}: {error}") from error
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 raise Broken(f"{where}: it raises {type(error).__name__}: {error}") from error
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine import Engine
-from ..errors import UsageError
+from ..errors import PluginError, UsageError
 from ..layer import MoE
 from ..tasks import Batch, Task, TaskSpec
 from ..training import adam
@@ -44,6 +44,8 @@ def _task(bench: Bench, engine: Engine) -> Task:
     try:
         task: Task = engine.plugins.ask(bound, Task, {"spec": TaskSpec(bench.subject.data_dir, seed=0)})
     except UsageError as error:
+        if isinstance(error, PluginError) or "--data-dir" not in str(error):
+            raise
         raise NotApplicable(f"its data are not here: {error}") from error
     return task
 

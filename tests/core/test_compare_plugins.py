@@ -220,6 +220,8 @@ def test_ctrl_c_keeps_what_is_finished():
         (["--routers", "topk", "--top-k", "9"], "top_k is 9, but a token can choose 1 to 8 of 8 experts"),
         (["--routers", "topk", "--set", "digits.dimm=3"], "task 'digits' has no option 'dimm'; did you mean 'dim'?"),
         (["--routers", "topk", "--seeds", "0"], "Invalid value for '--seeds'"),
+        (["--routers", "topk", "--seeds", "9" * 20], "Invalid value for '--seeds'"),
+        (["--biases", "saturation", "--no-plugin", "saturation"], "'saturation' is compared, but --no-plugin leaves"),
     ],
 )
 def test_bad_input_is_one_sentence_and_nothing_is_written(words, said, capsys):

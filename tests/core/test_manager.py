@@ -306,3 +306,15 @@ def test_what_is_disabled_may_be_left_out_too_and_a_disabled_task_says_so(monkey
     Plugins([], without=["html"])
     with pytest.raises(UsageError, match="plugin 'digits' is disabled"):
         Plugins([], task="digits")
+
+
+def test_a_plugin_that_exits_is_named_like_one_that_raises(install):
+    def leave(self, **_):
+        raise SystemExit(0)
+
+    install("metric", "mine", plugin(moe_check=hookimpl(lambda self, setup: leave(self))))
+    with pytest.raises(PluginError, match=r"metric 'mine' \(elsewhere 1.0\) fails in .*: SystemExit: 0"):
+        Engine("topk,mine", experts=4).moe(4, 4)
+    install("loss", "exits", plugin(moe_aux_loss=hookimpl(lambda self, routing: leave(self))))
+    with pytest.raises(PluginError, match=r"loss 'exits' \(elsewhere 1.0\) in moe_aux_loss can't be built: SystemExit"):
+        Engine("topk,exits", experts=4).moe(4, 4)
