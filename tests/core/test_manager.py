@@ -316,5 +316,5 @@ def test_a_plugin_that_exits_is_named_like_one_that_raises(install):
     with pytest.raises(PluginError, match=r"metric 'mine' \(elsewhere 1.0\) fails in .*: SystemExit: 0"):
         Engine("topk,mine", experts=4).moe(4, 4)
     install("loss", "exits", plugin(moe_aux_loss=hookimpl(lambda self, routing: leave(self))))
-    with pytest.raises(PluginError, match=r"loss 'exits' \(elsewhere 1.0\) in moe_aux_loss can't be built: SystemExit"):
+    with pytest.raises(PluginError, match=r"loss 'exits' \(elsewhere 1.0\) in .* can't be built: SystemExit"):
         Engine("topk,exits", experts=4).moe(4, 4)
