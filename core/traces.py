@@ -172,10 +172,27 @@ def read_trace(path: Path) -> Trace:
             raise ValueError("it is empty")
         for layer in layers:
             for forward in layer.forwards:
-                sums_of(forward.routing(layer.spec))
+                _check(layer, forward)
         return trace
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
         raise UsageError(f"{path} is damaged: it is no whole trace ({type(error).__name__}: {error})") from error
+
+
+def _check(layer: LayerTrace, forward: Forward) -> None:
+    """Raise what is wrong with a decision that was read, which may be any tree that hangs together."""
+    count, routing = math.prod(forward.shape), forward.routing(layer.spec)
+    for column in (forward.mask, forward.ids, forward.labels, *forward.logits.values()):
+        if column is not None and column.shape[0] != count:
+            raise ValueError(f"a column of {column.shape[0]} for {count} tokens")
+    routing.chosen()
+    routing.gates()
+    sums_of(routing)
+    forward.rows(0, forward.shape[0])
+    {bias["level"]: (bias["name"], bias["selection_only"], bias["value"].shape) for bias in layer.biases}
+    if not isinstance(layer.router, str):
+        raise TypeError(f"its router is {layer.router!r}")
+    dict(layer.options)
+    [tensor.shape for tensor in dict(layer.state).values()]
 
 
 def _on_cpu(value: Any) -> Any:

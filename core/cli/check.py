@@ -11,6 +11,7 @@ import click
 from ..errors import UsageError, nearest
 from ..manager import find, pick
 from ..options import parse_settings
+from .flags import settings_flag
 
 if TYPE_CHECKING:
     from ..testing import Result
@@ -18,13 +19,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("names", metavar="NAME...", nargs=-1, required=True)
-@click.option(
-    "--set",
-    "settings",
-    multiple=True,
-    metavar="PLUGIN.OPTION=VALUE",
-    help="Set an option of a plugin; may be repeated.",
-)
+@settings_flag
 @click.option(
     "--data-dir",
     type=click.Path(path_type=Path),

@@ -9,10 +9,12 @@ from typing import Any
 import click
 
 from ..errors import RunError, UsageError
-from ..options import parse_settings
+from ..manager import find, load, pick
+from ..options import build, parse_settings
 from ..runs import merged, write_atomically
 from .flags import Command, flag, names, settings_flag
 
+RESULTS = ("comparison.json", "comparison.md", "comparison.png")
 GROUPS = ("routers", "biases", "losses", "growth")  # what can be compared, by entry-point group
 
 
@@ -88,17 +90,24 @@ def compare_plugins(
     from .progress import Cells
 
     compared = {group: wanted(group, words) for group, words in lists.items() if words}
-    variants = variants_of(compared, config.plugins, parse_settings(settings), given)
+    own, installed = parse_settings(settings), find()
+    for name, table in own.items():  # an option that does not exist is known before anything is written
+        found = pick(name, installed)
+        build(load(found), found.title, table)
+    variants = variants_of(compared, config.plugins, own, given)
     folder = out or Path("comparisons") / config.task
+    for file in (".lock", *RESULTS):
+        if (folder / file).is_dir():
+            raise UsageError(f"{folder / file} is a folder, where a file is to be written; name another with --out")
     with Cells(quiet) as cells:
         comparison = compare(variants, range(seeds), folder, jobs, cells.show)
     from ..figures import compared as drawn
     from ..figures import picture
 
     text = json.dumps(comparison, indent=2, allow_nan=False, ensure_ascii=False)
-    write_atomically(folder / "comparison.json", (text + "\n").encode())
-    write_atomically(folder / "comparison.md", page_of(comparison).encode())
-    write_atomically(folder / "comparison.png", picture(drawn(comparison), "png"))
+    contents = ((text + "\n").encode(), page_of(comparison).encode(), picture(drawn(comparison), "png"))
+    for file, content in zip(RESULTS, contents, strict=True):
+        write_atomically(folder / file, content)
     if as_json:
         click.echo(text)
     else:

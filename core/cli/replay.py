@@ -9,6 +9,7 @@ import click
 
 from ..errors import UsageError
 from ..options import parse_settings
+from .flags import settings_flag
 
 if TYPE_CHECKING:
     from ..traces import Trace
@@ -54,13 +55,7 @@ def _several(kind: type) -> Callable[[Any, click.Option, str | None], list[Any]]
     help="Rows (samples, or sequences) of a step: what a bias learns from, and what a capacity is of.  "
     "[default: the evaluation's forwards]",
 )
-@click.option(
-    "--set",
-    "settings",
-    multiple=True,
-    metavar="PLUGIN.OPTION=VALUE",
-    help="Set an option of a plugin; may be repeated.",
-)
+@settings_flag
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def replay(
     trace: Path,

@@ -78,7 +78,6 @@ def quiet(rig: Rig, batch: Data) -> Seen:
     terms = layer.aux_terms(routing)
     (batch.loss(y) + sum(terms.values(), torch.zeros(()))).backward()
     measured = layer.measure(routing)
-    del measured["work"]  # padding may cost, if it counts for nothing
     sums = {f"sum '{name}'": value.detach() for name, value in measured.items()}
     values = {f"loss '{name}'": value.detach() for name, value in terms.items()}
     return {"output": y.detach(), **values, **sums, **rig.gradients()}

@@ -315,3 +315,12 @@ def test_a_plugin_that_would_do_nothing_in_a_dense_model_is_refused():
 def test_a_dense_layer_of_modules_has_no_width():
     with pytest.raises(UsageError, match="modules have no width"):
         Engine(dense=True).moe(4, modules=[nn.Linear(4, 4), nn.Linear(4, 4)])
+
+
+def test_a_folder_in_the_place_of_a_result_and_an_option_that_is_not_there_are_known_before(capsys, tmp_path):
+    (tmp_path / "out" / "comparison.json").mkdir(parents=True)
+    assert main(["compare-plugins", "--routers", "topk", "--out", str(tmp_path / "out")]) == 2
+    assert "comparison.json is a folder, where a file is to be written" in capsys.readouterr().err
+    assert main(["compare-plugins", "--routers", "topk", "--set", "topk.nope=1", "--out", str(tmp_path / "no")]) == 2
+    assert "router 'topk' has no option 'nope'" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists() and not (tmp_path / "out" / "cells").exists()

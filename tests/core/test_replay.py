@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from moe_engine import Engine, LinearRouter, UsageError, assign, hookimpl, training
-from moe_engine.checkpoints import write_tree
+from moe_engine.checkpoints import read_tree, write_tree
 from moe_engine.cli import main
 from moe_engine.manager import find
 from moe_engine.replay import Variant, recorded, replay, variants
@@ -555,3 +555,28 @@ def test_frozen_biases_are_no_controllers(finished):
     value = trace.layers[0].biases[0]["value"].clone()
     replay(trace, Variant("topk", "recorded"), batch=10)
     assert torch.equal(trace.layers[0].biases[0]["value"], value)
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        (("layers", 0, "router"), [1, 2]),
+        (("layers", 0, "options"), None),
+        (("layers", 0, "state"), -1),
+        (("layers", 0, "biases"), [{}]),
+        (("layers", 0, "forwards", 0, "gate"), "x"),
+        (("layers", 0, "forwards", 0, "token"), torch.tensor([10**6])),
+        (("layers", 0, "forwards", 0, "labels"), torch.zeros(3)),
+        (("layers", 0, "forwards", 0, "shape"), ""),
+    ],
+)
+def test_a_file_that_is_whole_and_wrong_inside_is_damaged(finished, tmp_path, capsys, where, value):
+    """Somebody rewrote a field; the checksum is right."""
+    tree = read_tree(finished / FILE, "routing trace")
+    inside = tree
+    for step in where[:-1]:
+        inside = inside[step]
+    inside[where[-1]] = value
+    write_tree(tmp_path / "trace", tree)
+    assert main(["replay", str(tmp_path / "trace")]) == 2
+    assert "is damaged: it is no whole trace" in capsys.readouterr().err
