@@ -34,11 +34,19 @@ class RunConfig:
         None, help="an expert keeps at most ceil(C*T*K/E) of T real tokens in training; unset: drops nothing"
     )
     epochs: int = option(20, help="passes over the training data", min=1)
+    steps: int | None = option(None, help="optimizer steps after which to end before that; unset: all epochs", min=1)
     batch_size: int = option(64, help="samples in a step", min=1)
     lr: float = option(0.001, help="learning rate of Adam", min=0)
+    lr_schedule: str = option(
+        "constant", help="cosine: the learning rate falls to 0 over the run", choices=("constant", "cosine")
+    )
+    weight_decay: float = option(0.0, help="share of lr by which a step shrinks every weight, as AdamW does", min=0)
     seed: int = option(0, help="fixes every random draw", min=0)
     device: str = option("auto", help="auto (cuda, mps, cpu: the first there is), or a device by name")
     data_dir: str = option("data", help="folder of the data sets that are not embedded")
+    eval_every: int | None = option(
+        None, help="steps between two evaluations on the test set; unset: at the end of each epoch", min=1
+    )
     log_every: int = option(50, help="steps between two log points", min=1)
     checkpoint_every: int = option(500, help="steps between two checkpoints, from which a run is resumed", min=1)
     record_routing: bool = option(False, help="save what each layer chose on the test set, for `moe-engine replay`")

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
@@ -14,6 +14,9 @@ from torch.nn import functional as F
 from .engine import Engine
 from .errors import UsageError
 from .seeds import generator
+
+if TYPE_CHECKING:
+    from torchmetrics import MetricCollection
 
 Batch = tuple[Tensor, ...]
 
@@ -31,9 +34,13 @@ class Task:
     """Data, model and measure of one run.
 
     train, test: columns of equal length, which batches are rows of. model: builds the model, its
-    layers by the engine. score: what a batch gives: "loss", the mean loss with its graph, and, as
-    sums over the batch, "correct" where there is an accuracy. Everything is measured on `test`.
-    perplexity: report exp(loss).
+    layers by the engine. score: what a batch gives: "loss", the mean loss with its graph, and sums over the
+    batch by name: "correct" where there is an accuracy; NAME beside "count.NAME" where NAME is of some rows
+    only. Everything is measured on `test`. perplexity: report exp(loss). ordered: show the rows for training
+    as they stand, as a stream, instead of shuffled. augment: changes a batch for training, on its device;
+    it draws from torch's global generator, which is the run's own. measures: builds the torchmetrics that the
+    test set is judged by beside; they get score's "predicted" and "true", which it adds where the model is
+    in evaluation.
     """
 
     train: Batch
@@ -41,6 +48,9 @@ class Task:
     model: Callable[[Engine], nn.Module]
     score: Callable[[nn.Module, Batch], Mapping[str, Tensor]]
     perplexity: bool = False
+    ordered: bool = False
+    augment: Callable[[Batch], Batch] | None = None
+    measures: Callable[[], "MetricCollection"] | None = None
 
 
 def image_task(train: Batch, test: Batch, classes: int, dim: int, hidden: int, scale: float = 255.0) -> Task:

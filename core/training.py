@@ -33,16 +33,16 @@ EVAL_BATCH = 512
 BALANCE = ("active", "load", "cv", "gini", "entropy", "max_min", "maxvio", "dropped")  # of each layer in summary.json
 
 # what the loop itself must remember to go on, beside model, optimizer and engine
-LOOP = ("step", "epoch", "batch", "best", "_epoch_order", "_seen", "_terms")
+LOOP = ("step", "epoch", "batch", "best", "_epoch_order", "_seen", "_terms", "_eval_loss")
 
 Listener = Callable[[dict[str, Any]], None]
 
 
-def adam(model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """Adam, fused where it can be: one pass over each stacked weight and its moments."""
+def adam(model: nn.Module, lr: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
+    """AdamW, which without decay is Adam; fused where it can be: one pass over each stacked weight and its moments."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda", "mps") for p in parameters)
-    return torch.optim.Adam(parameters, lr=lr, fused=fused)
+    return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=fused)
 
 
 def find_device(name: str) -> torch.device:
@@ -143,7 +143,7 @@ class Training:
 
     @property
     def total_steps(self) -> int:
-        return self.steps_per_epoch * self.config.epochs
+        return min(self.steps_per_epoch * self.config.epochs, self.config.steps or sys.maxsize)
 
     # -- the run -----------------------------------------------------------------------------------
 
@@ -181,7 +181,7 @@ class Training:
     def _begin(self) -> None:
         self._started = time.monotonic()
         self.step, self.epoch, self.batch = 0, 1, 0
-        self.optimizer = adam(self.model, self.config.lr)
+        self.optimizer = adam(self.model, self.config.lr, self.config.weight_decay)
         self._order = generator(self.config.seed, "data order")
         self._epoch_order = self._order.get_state()
 
@@ -194,16 +194,23 @@ class Training:
                 if self.step % self.config.log_every == 0 or self.step == self.total_steps:
                     self._log_window()
                 self._grow(loss)
+                if self.step % (self.config.eval_every or sys.maxsize) == 0 and self.step < self.total_steps:
+                    self._evaluate()
+                    self.model.train()
                 if self.stop or self.step % self.config.checkpoint_every == 0:
                     self._save()
                 if self.stop:
                     raise Stopped
-            if epoch < self.config.epochs:
-                self._evaluate(epoch)
+            if self.step == self.total_steps:
+                break
+            if self.config.eval_every is None:
+                self._evaluate()
             self.epoch, self.batch, self._epoch_order = epoch + 1, 0, self._order.get_state()
 
     def _learn(self, batch: Batch) -> Tensor:
         """One step; answers the task's loss."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._lr()
         self.optimizer.zero_grad()
         score = self.task.score(self.model, batch)
         (score["loss"] + self.engine.aux_loss()).backward()
@@ -214,6 +221,11 @@ class Training:
         self._seen.append(_sums(score, batch))
         self._terms.append(self.engine.last_terms())
         return score["loss"].detach()
+
+    def _lr(self) -> float:
+        """The learning rate of this step; cosine: lr (1 + cos(pi step / steps)) / 2 (Loshchilov and Hutter, 2017)."""
+        falls = self.config.lr_schedule == "cosine"
+        return self.config.lr * (0.5 * (1 + math.cos(math.pi * self.step / self.total_steps)) if falls else 1)
 
     def _timed_learn(self, batch: Batch) -> Tensor:
         """One step and its time: on a CPU the thread's own, so that what else runs on the machine takes no part."""
@@ -256,7 +268,7 @@ class Training:
     def _finish(self) -> None:
         """The last evaluation, the summary and the weights."""
         self._save()  # a run that is killed from here on has only this to do again
-        self._evaluate(self.config.epochs, final=True)
+        self._evaluate(final=True)
         if self.config.record_routing:
             self._record_routing()
         tensors = {name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}
@@ -322,19 +334,29 @@ class Training:
 
     def _batches(self) -> Iterator[Batch]:
         """The batches of this epoch that are still to come."""
-        rows = torch.randperm(self.task.train[0].shape[0], generator=self._order)
-        for chosen in rows.split(min(self.config.batch_size, len(rows)))[self.batch :]:
-            yield tuple(column.index_select(0, chosen).to(self.device) for column in self.task.train)
+        count = self.task.train[0].shape[0]
+        rows = torch.arange(count) if self.task.ordered else torch.randperm(count, generator=self._order)
+        todo = slice(self.batch, self.batch + self.total_steps - self.step)
+        for chosen in rows.split(min(self.config.batch_size, count))[todo]:
+            batch = tuple(column.index_select(0, chosen).to(self.device) for column in self.task.train)
+            yield self.task.augment(batch) if self.task.augment else batch
 
-    def _evaluate(self, epoch: int, final: bool = False) -> None:
+    def _evaluate(self, final: bool = False) -> None:
         """Measure on the test set."""
         self.model.eval()
+        measures = self.task.measures().to(self.device) if self.task.measures else None
         seen = []
         with torch.no_grad():
             for batch in self._test_batches():
-                seen.append(_sums(self.task.score(self.model, batch), batch))
+                score = dict(self.task.score(self.model, batch))
+                predicted, true = score.pop("predicted", None), score.pop("true", None)
+                if measures is not None:
+                    measures.update(predicted, true)
+                seen.append(_sums(score, batch))
         means, layers = _means(seen), self.engine.metrics("eval", self._probe)
-        self._record("eval", epoch, means, layers)
+        if measures is not None:
+            means |= {name: float(value) for name, value in measures.compute().items()}
+        self._record("eval", self.epoch, means, layers)
         if final:
             summary = self._summary(means, layers)
             write_atomically(self.folder / "summary.json", (dump(summary) + "\n").encode())
@@ -405,6 +427,7 @@ class Training:
             "loss": plain(means["loss"]),
             "accuracy": plain(means.get("accuracy")),
             "perplexity": plain(float(torch.tensor(means["loss"]).exp())) if self.task.perplexity else None,
+            "measures": {name: plain(value) for name, value in means.items() if name not in ("loss", "accuracy")},
             "verdict": verdicts[0] if verdicts else None,
             "findings": [finding for _, finding in findings],
             "layers": [_layer_summary(layer, layers.get(layer.name, {})) for layer in self.engine.layers],
@@ -462,6 +485,7 @@ def _sums(score: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor]:
 
 def _means(seen: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
     totals = {name: float(torch.stack([sums[name] for sums in seen]).cpu().double().sum()) for name in seen[0]}
+    own = {name: totals.pop(f"count.{name}") for name in [*totals] if f"count.{name}" in totals}
     count = totals.pop("count")
     names = {"correct": "accuracy"}
-    return {names.get(name, name): total / count for name, total in totals.items()}
+    return {names.get(name, name): total / own.get(name, count) for name, total in totals.items() if own.get(name, 1)}

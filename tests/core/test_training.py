@@ -8,9 +8,11 @@ import attrs
 import pytest
 import safetensors.torch
 import torch
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassRecall
 
-from moe_engine import Engine, RunError, hookimpl
-from moe_engine.runs import RunConfig, read_config, read_run
+from moe_engine import Engine, RunError, Task, hookimpl, option
+from moe_engine.runs import RunConfig, merged, read_config, read_run
 from moe_engine.training import Training, adam
 
 SMALL = {"task": "blobs", "epochs": 2, "log_every": 20, "no_plugin": ("plots", "html")}
@@ -48,17 +50,109 @@ def test_the_seed_fixes_what_plugins_draw_too(tmp_path, install):
 def test_rerunning_config_toml_gives_the_same_run(tmp_path):
     one, _ = train(tmp_path / "one", capacity=1.5, lr=0.002)
     flags, settings = read_config(one.folder / "config.toml")
-    config = RunConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in flags.items()})
-    two = Training(config, settings, tmp_path / "two").run()
+    two = Training(merged(flags, {}), settings, tmp_path / "two").run()
     assert one.records == two.records
     assert (one.folder / "config.toml").read_text() == (two.folder / "config.toml").read_text()
+
+
+def test_a_run_ends_at_its_step_in_the_middle_of_an_epoch(tmp_path):
+    run, _ = train(tmp_path / "run", steps=40, log_every=5)  # an epoch has 32
+    long, _ = train(tmp_path / "long", log_every=5)
+    assert run.summary["steps"] == 40
+    assert [(record["step"], record["epoch"]) for record in run.records if record["split"] == "eval"] == [
+        (32, 1),
+        (40, 2),
+    ]
+    before = [record for record in run.records if record["split"] == "train"]
+    assert before == [record for record in long.records if record["split"] == "train"][: len(before)]
+
+
+def test_evaluations_come_every_so_many_steps_and_change_nothing(tmp_path):
+    often, _ = train(tmp_path / "often", eval_every=10, steps=50)
+    rarely, _ = train(tmp_path / "rarely", steps=50)
+    assert [record["step"] for record in often.records if record["split"] == "eval"] == [10, 20, 30, 40, 50]
+    assert often.summary["loss"] == rarely.summary["loss"]
+    assert often.summary["layers"] == rarely.summary["layers"]
+
+
+def test_the_learning_rate_falls_as_a_cosine(tmp_path):
+    """Of 64 steps: lr at the first, half of it in the middle, next to nothing at the last."""
+    _, training = train(tmp_path / "run", lr=0.002, lr_schedule="cosine")
+    assert training.total_steps == 64
+    for step, factor in ((0, 1.0), (32, 0.5), (63, (1 - math.cos(math.pi / 64)) / 2)):
+        training.step = step
+        assert training._lr() == pytest.approx(0.002 * factor, rel=1e-9)
+    assert training.optimizer.param_groups[0]["lr"] == pytest.approx(0.002 * (1 - math.cos(math.pi / 64)) / 2)
+
+
+def test_weight_decay_shrinks_every_weight_by_its_share(tmp_path):
+    """Without a gradient a step of AdamW only multiplies by 1 - lr decay (Loshchilov and Hutter, 2019)."""
+    model = torch.nn.Linear(2, 2)
+    before = model.weight.detach().clone()
+    model.weight.grad, model.bias.grad = torch.zeros(2, 2), torch.zeros(2)
+    adam(model, 0.1, 0.5).step()
+    torch.testing.assert_close(model.weight.detach(), before * 0.95)
+
+
+SHOWN = []
+
+
+@attrs.define(eq=False)
+class Stream:
+    """Rows whose numbers tell which they are, shown as they stand."""
+
+    shift: float = option(0.0, help="added to every batch for training, times a random draw")
+
+    @hookimpl
+    def moe_task(self, spec):
+        rows = torch.arange(20.0).view(-1, 1).expand(-1, 4) / 20
+        return Task(
+            (rows,),
+            (rows[:6] + 0.01,),
+            lambda engine: engine.moe(4, 4),
+            score,
+            ordered=True,
+            augment=lambda batch: (batch[0] + self.shift * torch.rand(()),),
+            measures=lambda: MetricCollection({"recall": MulticlassRecall(2)}),
+        )
+
+
+def score(model, batch):
+    (x,) = batch
+    if model.training:
+        SHOWN.append(x[:, 0] * 20)
+    late = x[:, 0] > 0.1
+    parts = {"late": x[late].sum() / 4, "count.late": late.sum()}
+    judged = {} if model.training else {"predicted": torch.zeros(len(x)), "true": late.long()}
+    return {"loss": (model(x) - x).square().mean(), **parts, **judged}
+
+
+def test_a_stream_is_shown_as_it_stands_and_judged_by_its_measures(tmp_path, install):
+    install("task", "stream", Stream)
+    SHOWN.clear()
+    run, _ = train(tmp_path / "run", plugins=(), settings={}, task="stream", batch_size=6)
+    assert [*range(20), *range(20)] == torch.cat(SHOWN).round().int().tolist()
+    # of the test rows .01 .06 .11 .16 .21 .26 four are late; all six are taken for early
+    assert run.summary["measures"] == {"late": pytest.approx(0.185), "recall": 0.5}
+
+
+def test_a_batch_is_augmented_by_the_runs_own_draws(tmp_path, install):
+    install("task", "stream", Stream)
+    seen = []
+    for name, seed in (("one", 0), ("two", 0), ("three", 1)):
+        SHOWN.clear()
+        torch.rand(len(seen))  # whatever went before
+        train(tmp_path / name, plugins=(), settings={"stream": {"shift": 1.0}}, task="stream", seed=seed)
+        seen.append(torch.cat(SHOWN).tolist())
+    assert seen[0] == seen[1] != seen[2]
+    assert len({round(value) for value in seen[0]}) > 20
 
 
 def test_summary_holds_what_was_measured_on_the_test_set(tmp_path):
     run, training = train(tmp_path / "run")
     summary = json.loads((run.folder / "summary.json").read_text())
     last = [record for record in run.records if record["split"] == "eval"][-1]
-    assert list(summary)[:11] == [
+    assert list(summary)[:12] == [
         *(
             "task",
             "plugins",
@@ -70,6 +164,7 @@ def test_summary_holds_what_was_measured_on_the_test_set(tmp_path):
             "loss",
             "accuracy",
             "perplexity",
+            "measures",
             "verdict",
         )
     ]
