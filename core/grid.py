@@ -1,6 +1,7 @@
 """Variants times seeds: each cell is one run, and one small file when it is finished, so that a grid can be resumed."""
 
 import json
+import os
 import shutil
 import signal
 import traceback
@@ -31,12 +32,18 @@ FINISHED, REFUSED, FAILED = "finished", "refused", "failed"
 
 @attrs.frozen
 class Variant:
-    """One of the things compared. plugins: in the order typed. settings: their options. flags: of the run, by name."""
+    """One of the things compared.
+
+    plugins: in the order typed. settings: their options. flags: of the run, by name. seeds: its own, if not
+    the grid's. keep: keep the weights of its runs too (`weights_of`).
+    """
 
     name: str
     plugins: tuple[str, ...] = ()
     settings: Settings = attrs.field(factory=dict)
     flags: Mapping[str, Any] = attrs.field(factory=dict)
+    seeds: Sequence[int] | None = None
+    keep: bool = False
 
     def config(self, seed: int) -> RunConfig:
         """The run of one seed; it writes no default reports, which take longer than a small run."""
@@ -57,6 +64,7 @@ class Cell:
     settings: Settings
     inputs: Record
     key: str
+    keep: bool = False
 
 
 def cells_of(variant: Variant, seeds: Iterable[int]) -> list[Cell]:
@@ -67,7 +75,7 @@ def cells_of(variant: Variant, seeds: Iterable[int]) -> list[Cell]:
         config = variant.config(seed)
         inputs = {"config": values_of(config), "settings": variant.settings, "versions": versions(), "plugins": plugins}
         key = sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:20]
-        cells.append(Cell(variant.name, config, variant.settings, inputs, key))
+        cells.append(Cell(variant.name, config, variant.settings, inputs, key, variant.keep))
     return cells
 
 
@@ -77,33 +85,37 @@ def run_grid(
     out: Path,
     jobs: int = 1,
     show: Show = lambda done, total, record: None,
+    backend: str = "loky",
 ) -> list[Record]:
     """The records of all cells, by seed and then in the variants' order; what lies in `out` is not run again.
 
     A record has "variant", "seed", "status" and "reason" beside the cell's inputs. A finished one also has
-    "summary" (the run's), "dropped" (share over capacity in the last window of training, by layer), "flops"
-    (of the layers, "active" and "total") and "step_seconds". What was refused (bad input) or failed is tried
-    again the next time. jobs: processes, of one thread each; 1 is this process. show: gets how many cells are
-    done, of how many, and the record that was made now; at first None. Raises UsageError for a folder that
-    can't be used, RunError if a process was killed.
+    "summary" and "records" (the run's), "dropped" (share over capacity in the last window of training, by
+    layer), "flops" (of the layers, "active" and "total") and "step_seconds". What was refused (bad input) or
+    failed is tried again the next time. jobs: processes, of one thread each; 1 is this process. backend: joblib's;
+    "dask" takes the workers of the distributed.Client there is. show: gets how many cells are done, of how
+    many, and the record that was made now; at first None. Raises UsageError for a folder that can't be used,
+    RunError if a process was killed.
     """
-    cells = [cell for same_seed in zip(*(cells_of(one, seeds) for one in variants), strict=True) for cell in same_seed]
+    cells = [cell for variant in variants for cell in cells_of(variant, variant.seeds or seeds)]
+    cells.sort(key=lambda cell: cell.config.seed)
     with _folder(out) as folder:
         records = {cell.key: record for cell in cells if (record := _read(folder, cell))}
         missing = {cell.key: cell for cell in cells if cell.key not in records}
         total = len(records) + len(missing)
         show(len(records), total, None)
-        for record in _made(list(missing.values()), folder, jobs):
+        for record in _made(list(missing.values()), folder, jobs, backend):
             records[record["key"]] = record
             show(len(records), total, record)
     return [{**records[cell.key], "variant": cell.variant} for cell in cells]
 
 
-def _made(cells: Sequence[Cell], folder: Path, jobs: int) -> Iterator[Record]:
+def _made(cells: Sequence[Cell], folder: Path, jobs: int, backend: str) -> Iterator[Record]:
     """The records of these cells, each as soon as it is there."""
     work = (joblib.delayed(_run)(cell, folder) for cell in cells)
-    ignore = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes; the first one ends the others
-    with joblib.parallel_config("loky", initializer=signal.signal, initargs=ignore):
+    # Ctrl-C goes to all processes; the first one ends the others
+    loky: dict[str, Any] = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
+    with joblib.parallel_config(backend, **(loky if backend == "loky" else {})):
         try:
             yield from joblib.Parallel(n_jobs=min(jobs, len(cells)) or 1, return_as="generator_unordered")(work)
         except TerminatedWorkerError as error:
@@ -118,13 +130,15 @@ def _run(cell: Cell, folder: Path) -> Record:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        record = {
+        record: Record = {
             "variant": cell.variant,
             "seed": cell.config.seed,
             "key": cell.key,
             **cell.inputs,
             **_result(cell, scratch),
         }
+        if cell.keep and record["status"] == FINISHED:
+            os.replace(scratch / "model.safetensors", weights_of(folder, cell.key))
     finally:
         torch.set_num_threads(threads)
         shutil.rmtree(scratch, ignore_errors=True)
@@ -158,6 +172,7 @@ def _result(cell: Cell, scratch: Path) -> Record:
         "status": FINISHED,
         "reason": None,
         "summary": run.summary,
+        "records": run.records,
         "dropped": {layer: numbers.get("dropped") for layer, numbers in windows[-1].items()},
         "flops": attrs.asdict(model_flops(training.model, work)),
         "step_seconds": training.step_seconds,
@@ -188,8 +203,15 @@ def _file(folder: Path, cell: Cell) -> Path:
     return folder / "cells" / f"{cell.key}.json"
 
 
+def weights_of(folder: Path, key: str) -> Path:
+    """Where the weights of a finished cell are, if its variant keeps them."""
+    return folder / "cells" / f"{key}.safetensors"
+
+
 def _read(folder: Path, cell: Cell) -> Record | None:
     """A cell's record if it is finished and whole."""
+    if cell.keep and not weights_of(folder, cell.key).exists():
+        return None
     try:
         record: Record = json.loads(_file(folder, cell).read_text("utf-8"))
         return record if record["status"] == FINISHED and record["key"] == cell.key else None

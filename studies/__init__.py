@@ -1,0 +1,1 @@
+"""The studies that come with the engine: a TOML file each."""
