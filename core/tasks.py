@@ -1,10 +1,7 @@
 """Tasks: the data, model and measure of a run, and what image tasks share."""
 
-import os
 from collections.abc import Callable, Mapping, Sequence
-from hashlib import sha256
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import attrs
 import torch
@@ -12,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .engine import Engine
-from .errors import UsageError
 from .seeds import generator
 
 if TYPE_CHECKING:
@@ -85,43 +81,32 @@ def _classification(model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
     return {"loss": F.cross_entropy(logits, labels), "correct": (logits.detach().argmax(-1) == labels).sum()}
 
 
-def mnist_like(dataset: Callable[..., Any], name: str, sums: Mapping[str, str], data_dir: str) -> tuple[Batch, Batch]:
-    """(train, test) of a torchvision data set in MNIST's format, held against the SHA-256 sums of its four files.
+def reconstruction_task(
+    train: Batch,
+    test: Batch,
+    model: Callable[[Engine], nn.Module],
+    sets: Sequence[str],
+    classes: int,
+    ordered: bool = False,
+) -> Task:
+    """Restore images: (images uint8 [N, ...], labels long [N]); the loss is the mean squared error of pixels in 0..1.
 
-    What is absent is downloaded into data_dir, with progress and the publisher's checksum. Raises
-    UsageError if that fails, or if a file is damaged.
+    model(pixels, labels) answers pixels. sets: the names of the data sets of which the images are, `classes` labels
+    each, one after the other; evaluation tells their losses apart.
     """
-    folder = Path(data_dir) / name / "raw"
-    if not all(os.path.exists(folder / file) for file in sums):
-        download(lambda: dataset(data_dir, download=True), name, folder)
-    for file, expected in sums.items():
-        _verify(folder / file, expected)
-    halves = [dataset(data_dir, train=train, download=False) for train in (True, False)]
-    train, test = [(half.data, half.targets.long()) for half in halves]
-    return train, test
 
+    def score(model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        images, labels = batch
+        pixels = images / 255
+        error_B = (model(pixels, labels) - pixels).square().flatten(1).mean(1)
+        sums = {"loss": error_B.mean()}
+        if not model.training:
+            for number, name in enumerate(sets):
+                own_B = labels // classes == number
+                sums |= {f"loss.{name}": error_B[own_B].sum(), f"count.loss.{name}": own_B.sum()}
+        return sums
 
-def download(fetch: Callable[[], Any], name: str, folder: Path) -> None:
-    """Call `fetch`, which downloads into `folder`; a failure becomes one sentence that says what to do."""
-    try:
-        fetch()
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".:")
-        raise UsageError(
-            f"{name} is not in {folder}, and can't be downloaded ({reason}); "
-            "name the folder that holds it with --data-dir, or go online"
-        ) from error
-
-
-def _verify(file: Path, expected: str) -> None:
-    try:
-        found = sha256(file.read_bytes()).hexdigest()
-    except OSError as error:
-        raise UsageError(f"data file {file} can't be read: {error.strerror}") from error
-    if found != expected:
-        raise UsageError(
-            f"data file {file} is damaged (SHA-256 {found[:12]}..., not {expected[:12]}...); delete it and run again"
-        )
+    return Task(train, test, model, score, ordered=ordered)
 
 
 def shuffled_split(columns: Sequence[Tensor], test_share: float, seed: int, name: str) -> tuple[Batch, Batch]:

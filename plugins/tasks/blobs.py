@@ -1,9 +1,8 @@
 """Generated images of any number: a task without data."""
 
 import attrs
-import torch
 
-from moe_engine import hookimpl, option
+from moe_engine import datasets, hookimpl, option
 from moe_engine.seeds import generator
 from moe_engine.tasks import image_task
 
@@ -23,16 +22,6 @@ class Blobs:
     @hookimpl
     def moe_task(self, spec):
         random = generator(spec.seed, "blobs")
-        centres_CP2 = torch.rand(self.classes, 3, 2, generator=random) * 0.7 + 0.15
-        train, test = (self._draw(count, centres_CP2, random) for count in (self.images, self.test_images))
+        counts, shape = (self.images, self.test_images), {"side": self.size, "parts": 3, "width": 0.12, "jitter": 0.0}
+        train, test = datasets.blobs(counts, self.classes, random, noise=self.noise, **shape)
         return image_task(train, test, self.classes, self.dim, self.hidden)
-
-    def _draw(self, count, centres_CP2, random):
-        labels = torch.randint(self.classes, (count,), generator=random)
-        shift = 0.05 * torch.randn(count, 1, 2, generator=random)
-        centres_NP2 = centres_CP2[labels] + shift
-        line = (torch.arange(self.size) + 0.5) / self.size
-        y, x = (((line - centres_NP2[..., axis, None]) / 0.12).square() for axis in (0, 1))
-        images = torch.exp(-(y[..., :, None] + x[..., None, :]) / 2).amax(1)
-        images = images + self.noise * torch.randn(images.shape, generator=random)
-        return (images.clamp(0, 1) * 255).to(torch.uint8), labels

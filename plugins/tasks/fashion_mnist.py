@@ -2,15 +2,8 @@
 
 import attrs
 
-from moe_engine import hookimpl, option
-from moe_engine.tasks import image_task, mnist_like
-
-SHA256 = {
-    "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
-    "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
-    "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
-    "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
-}
+from moe_engine import datasets, hookimpl, option
+from moe_engine.tasks import image_task
 
 
 @attrs.define(eq=False)
@@ -22,7 +15,5 @@ class FashionMnist:
 
     @hookimpl
     def moe_task(self, spec):
-        from torchvision.datasets import FashionMNIST
-
-        train, test = mnist_like(FashionMNIST, "FashionMNIST", SHA256, spec.data_dir)
+        train, test = datasets.fashion_mnist(spec.data_dir)
         return image_task(train, test, 10, self.dim, self.hidden)

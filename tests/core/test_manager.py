@@ -232,6 +232,7 @@ CORE_ORDER = (
     "observed",
     "tasks",
     "runs",
+    "datasets",
     "scaffold",
     "checkpoints",
     "traces",

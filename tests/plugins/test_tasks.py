@@ -1,17 +1,15 @@
 """Tasks: the data that is there, and that the model learns it."""
 
 import os
-from hashlib import md5
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from moe_engine import Engine, TaskSpec, UsageError
-from moe_engine.plugins.tasks import cifar10
+from moe_engine.plugins.tasks import autoencoder
+from moe_engine.plugins.tasks.autoencoder import Autoencoder
 from moe_engine.plugins.tasks.blobs import Blobs
-from moe_engine.plugins.tasks.cifar10 import Cifar10
 from moe_engine.plugins.tasks.digits import Digits
 from moe_engine.runs import RunConfig
 from moe_engine.training import Training
@@ -44,60 +42,75 @@ def test_blobs_are_of_any_number_and_drawn_from_the_seed():
     assert not torch.equal(task.train[0], draw(1).train[0])
 
 
-def official(count):
-    """Six batches in CIFAR-10's binary format, `count` rows each."""
-    random = np.random.default_rng(0)
-    batches = [random.integers(256, size=(count, 3073), dtype=np.uint8) for _ in range(6)]
-    for batch in batches:
-        batch[:, 0] %= 10
-    return batches
+def test_the_autoencoders_generated_data_are_two_sets_of_ten_classes():
+    task = Autoencoder().moe_task(TaskSpec())
+    (images, labels), (test_images, test_labels) = task.train, task.test
+    assert [tuple(images.shape), tuple(test_images.shape)] == [(12000, 28, 28), (2000, 28, 28)]
+    assert (test_labels // 10).bincount().tolist() == [1000, 1000]
+    assert (labels // 10).bincount().tolist() == [6000, 6000]
 
 
-@pytest.fixture
-def small_cifar(monkeypatch):
-    batches = official(4)
-    sums = {name: md5(batch.tobytes()).hexdigest() for name, batch in zip(cifar10.MD5, batches, strict=True)}
-    monkeypatch.setattr(cifar10, "MD5", sums)
-    return batches
+def test_samples_are_drawn_by_the_seed_and_shown_set_after_set_in_turn():
+    def rows(seed, **options):
+        return Autoencoder(**options).moe_task(TaskSpec(seed=seed)).train
+
+    _, labels = rows(0, samples=500, order="in_turn")
+    assert torch.equal(labels // 10, (labels // 10).sort().values)
+    assert 200 < int((labels >= 10).sum()) < 300  # half of 500, five standard deviations of 11.2 either way
+    every, images = (rows(0, **options)[0] for options in ({}, {"samples": 500}))
+    assert torch.equal(every[:500], images)
+    with pytest.raises(UsageError, match="autoencoder.samples=12001 is more than the 12000 images of blobs"):
+        rows(0, samples=12001)
 
 
-def write_binary(folder, batches):
-    (folder / cifar10.FOLDER).mkdir()
-    for name, batch in zip(cifar10.MD5, batches, strict=True):
-        (folder / cifar10.FOLDER / name).write_bytes(batch.tobytes())
+def test_a_reconstruction_is_scored_by_set_in_evaluation_alone():
+    """Answering 0 everywhere, the error of an image is the mean of its squared pixels."""
+    task = Autoencoder().moe_task(TaskSpec())
+    images, labels = (column[:7] for column in task.test)
+    labels = torch.tensor([3, 12, 3, 19, 0, 10, 11])
+    answer = torch.nn.Module()
+    answer.forward = lambda pixels, labels: torch.zeros_like(pixels)
+    assert list(task.score(answer, (images, labels))) == ["loss"]
+    score = task.score(answer.eval(), (images, labels))
+    error = [sum((int(v) / 255) ** 2 for v in image.flatten()) / 784 for image in images]
+    expected = {
+        "loss": sum(error) / 7,
+        "loss.large": error[0] + error[2] + error[4],
+        "count.loss.large": 3,
+        "loss.small": error[1] + error[3] + error[5] + error[6],
+        "count.loss.small": 4,
+    }
+    assert pytest.approx(expected, rel=1e-5) == {name: float(value) for name, value in score.items()}
 
 
-def write_npz(folder, batches):
-    def images(rows):
-        return rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-
-    train, test = np.concatenate(batches[:5]), batches[5]
-    arrays = {"x_train": images(train), "y_train": train[:, 0], "x_test": images(test), "y_test": test[:, 0]}
-    np.savez(folder / "cifar10.npz", **arrays)
-
-
-@pytest.mark.parametrize("write", [write_binary, write_npz])
-def test_cifar10_reads_both_forms(small_cifar, tmp_path, write):
-    write(tmp_path, small_cifar)
-    task = Cifar10().moe_task(TaskSpec(str(tmp_path)))
-    (images, labels), (test_images, _) = task.train, task.test
-    assert [tuple(images.shape), tuple(test_images.shape)] == [(20, 3, 32, 32), (4, 3, 32, 32)]
-    assert images[5].flatten().tolist() == small_cifar[1][1, 1:].tolist()
-    assert labels.tolist() == np.concatenate(small_cifar[:5])[:, 0].tolist()
+def test_everything_passes_the_autoencoders_experts():
+    """With experts that answer 0 an image comes back as the last linear map's bias, which starts at 0."""
+    task = Autoencoder().moe_task(TaskSpec())
+    engine = Engine("topk", experts=4)
+    model = task.model(engine)
+    with torch.no_grad():
+        for parameter in (model.moe.experts.w_out, model.moe.experts.b_out):
+            parameter.zero_()
+    pixels = torch.rand(3, 28, 28)
+    assert torch.equal(torch.zeros(3, 28, 28), model(pixels, None))
+    assert model.enter.weight.std().item() == pytest.approx(784**-0.5, rel=0.02)  # 50,176 draws
 
 
-@pytest.mark.parametrize("write", [write_binary, write_npz])
-def test_cifar10_names_a_damaged_file(small_cifar, tmp_path, write):
-    small_cifar[2][0, 7] ^= 1
-    write(tmp_path, small_cifar)
-    with pytest.raises(UsageError, match=r"data_batch_3.bin of .* is damaged; delete"):
-        Cifar10().moe_task(TaskSpec(str(tmp_path)))
+@pytest.mark.parametrize("data", ["mnist", "fashion_mnist"])
+def test_one_set_has_no_turn(data):
+    with pytest.raises(UsageError, match=f"in_turn needs several sets, and {data} is one; set autoencoder.data=mix"):
+        Engine("topk", [f"autoencoder.data={data}", "autoencoder.order=in_turn"], task="autoencoder").check(TaskSpec())
 
 
-def test_cifar10_unpickles_nothing(tmp_path):
-    np.savez(tmp_path / "cifar10.npz", x_train=np.array([{}], dtype=object))
-    with pytest.raises(UsageError, match="damaged"):
-        Cifar10().moe_task(TaskSpec(str(tmp_path)))
+def test_mix_joins_both_sets(monkeypatch):
+    def half(count, value):
+        return torch.full((count, 28, 28), value, dtype=torch.uint8), torch.arange(count) % 10
+
+    both = {"a": lambda _: (half(20, 1), half(3, 2)), "b": lambda _: (half(30, 3), half(2, 4))}
+    monkeypatch.setattr(autoencoder, "READERS", both)
+    task = Autoencoder(data="mix", order="in_turn").moe_task(TaskSpec())
+    assert task.train[0][:, 0, 0].tolist() == [1] * 20 + [3] * 30
+    assert task.test[1].tolist() == [0, 1, 2, 10, 11]
 
 
 @pytest.mark.parametrize("task", [Digits(), Blobs(images=100, test_images=10)])
