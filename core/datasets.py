@@ -2,7 +2,7 @@
 
 import os
 import tarfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import md5, sha256
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .errors import UsageError
 from .runs import write_atomically
+from .seeds import generator
 
 Half = tuple[Tensor, Tensor]  # images uint8 [N, ...], labels long [N]
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
@@ -112,6 +113,20 @@ def blobs(
         return (images.clamp(0, 1) * 255).to(torch.uint8), labels
 
     return [draw(count) for count in counts]
+
+
+def joined(sets: Iterable[tuple[Half, Half]], classes: int) -> tuple[Half, Half]:
+    """(train, test) of data sets of so many classes each as one, the labels of each after those of the one before.
+
+    Training rows are set after set. Test rows are mixed, in an order that is drawn once for all: a forward over
+    the rows of one set would look like collapse.
+    """
+    train, test = (
+        (torch.cat([images for images, _ in half]), torch.cat([classes * n + own for n, (_, own) in enumerate(half)]))
+        for half in zip(*sets, strict=True)
+    )
+    order = torch.randperm(len(test[0]), generator=generator(0, "joined test order"))
+    return train, (test[0][order], test[1][order])
 
 
 def _mnist_like(dataset: Callable[..., Any], name: str, sums: Mapping[str, str], data_dir: str) -> tuple[Half, Half]:

@@ -39,7 +39,7 @@ class Autoencoder:
     def moe_task(self, spec):
         sets = {name: read(spec.data_dir) for name, read in READERS.items() if self.data in (name, "mix")}
         sets = sets or _generated(spec.seed)
-        train, test = map(_joined, zip(*sets.values(), strict=True))
+        train, test = datasets.joined(sets.values(), CLASSES)
         train = self._shown(*train, generator(spec.seed, "autoencoder samples"))
         model = partial(Net, classes=CLASSES * len(sets), dim=self.dim, hidden=self.hidden)
         return reconstruction_task(train, test, model, tuple(sets), CLASSES, ordered=self.order == "in_turn")
@@ -58,12 +58,6 @@ def _generated(seed):
     random = generator(seed, "autoencoder blobs")
     shapes = {"large": {"parts": 4, "width": 0.1}, "small": {"parts": 8, "width": 0.05}}
     return {name: datasets.blobs((6000, 1000), CLASSES, random, **shape) for name, shape in shapes.items()}
-
-
-def _joined(halves):
-    """One half of several sets as one, the labels of each set after those of the set before."""
-    labels = [labels + CLASSES * number for number, (_, labels) in enumerate(halves)]
-    return torch.cat([images for images, _ in halves]), torch.cat(labels)
 
 
 class Net(nn.Module):

@@ -83,3 +83,16 @@ def test_coloured_blobs_have_channels_and_other_counts_other_rows():
     assert [tuple(half[0].shape) for half in (one, two)] == [(5, 3, 6, 6), (3, 3, 6, 6)]
     assert one[0].dtype == torch.uint8 and int(one[1].max()) <= 1
     assert not torch.equal(one[0][0], two[0][0])
+
+
+def test_joined_sets_keep_their_order_for_training_and_are_mixed_for_testing():
+    """Two sets of two classes: the second's labels are 2 and 3; every test row is there, with its own label."""
+
+    def half(first, count):
+        return torch.arange(first, first + count)[:, None], torch.arange(count) % 2
+
+    (images, labels), test = datasets.joined([(half(0, 3), half(10, 40)), (half(3, 2), half(50, 40))], 2)
+    assert (images[:, 0].tolist(), labels.tolist()) == ([0, 1, 2, 3, 4], [0, 1, 0, 2, 3])
+    pairs = list(zip(test[0][:, 0].tolist(), test[1].tolist(), strict=True))
+    assert [(10 + n, n % 2 + 2 * (n >= 40)) for n in range(80)] == sorted(pairs) != pairs
+    assert 10 < sum(label >= 2 for _, label in pairs[:40]) < 30

@@ -102,7 +102,7 @@ def test_one_set_has_no_turn(data):
         Engine("topk", [f"autoencoder.data={data}", "autoencoder.order=in_turn"], task="autoencoder").check(TaskSpec())
 
 
-def test_mix_joins_both_sets(monkeypatch):
+def test_mix_is_both_sets(monkeypatch):
     def half(count, value):
         return torch.full((count, 28, 28), value, dtype=torch.uint8), torch.arange(count) % 10
 
@@ -110,7 +110,9 @@ def test_mix_joins_both_sets(monkeypatch):
     monkeypatch.setattr(autoencoder, "READERS", both)
     task = Autoencoder(data="mix", order="in_turn").moe_task(TaskSpec())
     assert task.train[0][:, 0, 0].tolist() == [1] * 20 + [3] * 30
-    assert task.test[1].tolist() == [0, 1, 2, 10, 11]
+    score = task.score(task.model(Engine("topk")).eval(), task.test)
+    assert list(score) == ["loss", "loss.a", "count.loss.a", "loss.b", "count.loss.b"]
+    assert not Autoencoder(data="mix").moe_task(TaskSpec()).ordered and task.ordered
 
 
 @pytest.mark.parametrize("task", [Digits(), Blobs(images=100, test_images=10)])
