@@ -20,11 +20,13 @@ class Effects:
 
     task: norm of the task loss's gradient at the raw logits. losses: the same of each weighted loss
     term that acts there, and not on weights alone. biases: by plugin, the share of choices that differ without it.
+    spreads: by plugin, the largest bias less the smallest, at the level where they differ most.
     """
 
     task: float
     losses: Mapping[str, float]
     biases: Mapping[str, float]
+    spreads: Mapping[str, float]
 
 
 def observe(layers: Sequence[MoE], run: Callable[[], Tensor]) -> tuple[Tensor, dict[MoE, Routing]]:
@@ -88,8 +90,12 @@ def _effects(layer: MoE, routing: Routing, loss: Tensor, layers: int) -> Effects
     terms = layer.aux_terms(routing) if logits else {}
     found = {name: _gradients(layer.weight_of(name) / layers * term, logits) for name, term in terms.items()}
     losses = {name: _norm(grads) for name, grads in found.items() if grads}
-    plugins = dict.fromkeys(name for biases in layer.bias_levels() for name in biases)
-    return Effects(_norm(_gradients(loss, logits)), losses, {name: _moved(layer, routing, name) for name in plugins})
+    values = [(name, bias()) for biases in layer.bias_levels() for name, bias in biases.items()]
+    spreads: dict[str, float] = {}
+    for name, bias_n in values:
+        spreads[name] = max(spreads.get(name, 0.0), float(bias_n.detach().max() - bias_n.detach().min()))
+    moved = {name: _moved(layer, routing, name) for name in spreads}
+    return Effects(_norm(_gradients(loss, logits)), losses, moved, spreads)
 
 
 def check_learning(loss: Tensor, routings: Mapping[MoE, Routing]) -> None:

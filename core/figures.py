@@ -228,30 +228,39 @@ def usage(run: "Run", layer: str) -> Figure | None:
     if not loads:
         return None
     experts = 1 + max([one for _, load in loads for one in load] + [*born, *dead])
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(5.6, max(2.4, 1.2 + 0.16 * experts)), layout="constrained")
+        axes = figure.add_subplot(title="load of each expert in training (1 = an even share)")
+        figure.colorbar(draw_usage(axes, loads, born, dead, experts))
+    return figure
+
+
+def draw_usage(
+    axes: Any,
+    loads: Sequence[tuple[int, dict[int, float]]],
+    born: Mapping[int, int],
+    dead: Mapping[int, int],
+    experts: int,
+    top: float = 0.0,
+) -> Any:
+    """The heatmap of `usage` from what `lives` answers; answers the image. top: where the colours end, at least."""
     relative_ES = np.full((experts, len(loads)), np.nan)
     for at, (_, load) in enumerate(loads):
         relative_ES[list(load), at] = np.array(list(load.values())) * len(load)
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(5.6, max(2.4, 1.2 + 0.16 * experts)), layout="constrained")
-        axes = figure.add_subplot(
-            title="load of each expert in training (1 = an even share)",
-            xlabel="step",
-            ylabel="expert, in order of birth" if born or dead else "expert",
-        )
-        edges = np.array([0, *(step for step, _ in loads)])
-        top = max(2.0, float(np.nanmax(relative_ES)))
-        image = axes.pcolormesh(edges, np.arange(experts + 1), relative_ES, cmap=HEAT, vmin=0, vmax=top)
-        for which, mark, word in ((born, ">", "born"), (dead, "X", "removed")):
-            if which:
-                heights = [one + 0.5 for one in which]
-                axes.scatter(list(which.values()), heights, marker=mark, s=24, color="C3", label=word, zorder=3)
-        if born or dead:
-            axes.legend(loc="lower left", ncols=2)
-        axes.set_yticks(np.arange(experts) + 0.5, [str(e) for e in range(experts)])
-        axes.invert_yaxis()
-        axes.grid(False)
-        figure.colorbar(image)
-    return figure
+    edges = np.array([0, *(step for step, _ in loads)])
+    top = top or max(2.0, float(np.nanmax(relative_ES)))
+    image = axes.pcolormesh(edges, np.arange(experts + 1), relative_ES, cmap=HEAT, vmin=0, vmax=top)
+    for which, mark, word in ((born, ">", "born"), (dead, "X", "removed")):
+        if which:
+            heights = [one + 0.5 for one in which]
+            axes.scatter(list(which.values()), heights, marker=mark, s=24, color="C3", label=word, zorder=3)
+    if born or dead:
+        axes.legend(loc="lower left", ncols=2)
+    axes.set(xlabel="step", ylabel="expert, in order of birth" if born or dead else "expert")
+    axes.set_yticks(np.arange(experts) + 0.5, [str(e) for e in range(experts)])
+    axes.invert_yaxis()
+    axes.grid(False)
+    return image
 
 
 def classes(run: "Run", layer: str) -> Figure | None:
@@ -259,16 +268,21 @@ def classes(run: "Run", layer: str) -> Figure | None:
     tables = series(run, "eval", "class_expert", layer)[1]
     if not tables:
         return None
-    counts_CE = np.array(tables[-1], dtype=float)
-    share_CE = counts_CE / np.maximum(counts_CE.sum(1, keepdims=True), 1)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(5.6, max(2.4, 1.2 + 0.22 * len(share_CE))), layout="constrained")
-        axes = figure.add_subplot(title="share of a class's assignments, test set", xlabel="expert", ylabel="class")
-        image = axes.imshow(share_CE, cmap=HEAT, aspect="auto", vmin=0)
-        axes.set(xticks=range(share_CE.shape[1]), yticks=range(share_CE.shape[0]))
-        axes.grid(False)
-        figure.colorbar(image)
+        figure = Figure(figsize=(5.6, max(2.4, 1.2 + 0.22 * len(tables[-1]))), layout="constrained")
+        axes = figure.add_subplot(title="share of a class's assignments, test set")
+        figure.colorbar(draw_classes(axes, tables[-1]))
     return figure
+
+
+def draw_classes(axes: Any, table: Sequence[Sequence[float]]) -> Any:
+    """The heatmap of `classes` from counts [classes, E]; answers the image."""
+    counts_CE = np.array(table, dtype=float)
+    share_CE = counts_CE / np.maximum(counts_CE.sum(1, keepdims=True), 1)
+    image = axes.imshow(share_CE, cmap=HEAT, aspect="auto", vmin=0)
+    axes.set(xticks=range(share_CE.shape[1]), yticks=range(share_CE.shape[0]), xlabel="expert", ylabel="class")
+    axes.grid(False)
+    return image
 
 
 def effects(run: "Run", layer: str) -> Figure | None:

@@ -16,6 +16,7 @@ from .plugins import plugins
 from .replay import replay
 from .resume import resume
 from .run import run
+from .study import study
 
 USAGE, FAILED, STOPPED = 2, 1, 130
 
@@ -41,6 +42,8 @@ def group(context: click.Context) -> None:
     Set two runs side by side; or all routers and a dense model, over three seeds:
         moe-engine compare runs/A runs/B
         moe-engine compare-plugins --routers all
+    Run one of the published studies, beside its published figures:
+        moe-engine study growth --quick
     Let another router choose on the logits of a run that recorded them:
         moe-engine replay runs/A --routers sigmoid_topk
     Write a router of your own, which works as written, and hold it against what is promised of every router:
@@ -51,7 +54,7 @@ def group(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (run, resume, plugins, compare, compare_plugins, replay, new_plugin, check):
+for command in (run, resume, plugins, compare, compare_plugins, study, replay, new_plugin, check):
     group.add_command(command)
 
 

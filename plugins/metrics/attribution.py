@@ -10,7 +10,7 @@ class Attribution:
     """How much each loss term and each bias moves the router, on a fixed held-out batch.
 
     effect.LOSS: norm of the weighted term's gradient at the raw logits, over the task loss's (router_gradient).
-    effect.BIAS: share of choices that differ without the bias. A term below `threshold` is named (unless K = E).
+    effect.BIAS: share of choices that differ without the bias; spread.BIAS: its largest less its smallest value. A term below `threshold` is named (unless K = E).
 
     Source: this project.
     """
@@ -24,6 +24,7 @@ class Attribution:
         choice = layer.spec.experts > layer.spec.top_k  # else nothing can act
         relative = {name: norm / effects.task if effects.task else norm for name, norm in effects.losses.items()}
         answers = {"router_gradient": effects.task}
+        answers |= {f"spread.{name}": value for name, value in effects.spreads.items()}
         for name, value in {**relative, **effects.biases}.items():
             answers[f"effect.{name}"] = value
             if choice and value < self.threshold:

@@ -1,0 +1,78 @@
+"""How long a trained model takes to answer: one thread, alone, the models by turns."""
+
+import json
+import random
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from ..grid import FINISHED, Record, Variant, weights_of
+from ..options import build
+from ..runs import RunConfig, dump, write_atomically
+from ..training import Training
+from .spec import At, Part
+
+WARM, TIMES, MANY = 5, 40, 5  # forwards before; of one sample; of a batch
+BATCH = 64
+
+
+def timed(planned: Sequence[tuple[Part, At, Variant]], records: Sequence[Record], out: Path) -> None:
+    """Give the records of the parts that ask for it "latency"; what lies in `out` is not measured again.
+
+    median, p95: seconds for one sample, of 40 forwards after 5. throughput: samples a second in batches of 64,
+    by the median of 5. The models answer by turns, in an order drawn for each, so that what else the
+    machine does meets all alike.
+    """
+    asked = {variant.name for part, _, variant in planned if part.latency}
+    mine = {record["key"]: record for record in records if record["variant"] in asked and record["status"] == FINISHED}
+    file = out / "latency.json"
+    known: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.exists() else {}
+    if mine.keys() - known.keys():
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            known |= _measured({key: _forward(record, out) for key, record in mine.items()})
+        finally:
+            torch.set_num_threads(threads)
+        write_atomically(file, (dump(known) + "\n").encode())
+    for key, record in mine.items():
+        record["latency"] = known[key]
+
+
+Forward = Callable[[int], Any]  # of so many samples
+
+
+def _forward(record: Record, out: Path) -> Forward:
+    """The trained model of a record, to be called with a number of test samples."""
+    config: RunConfig = build(RunConfig, "run", record["config"])
+    training = Training(config, record["settings"])
+    training.model.load_state_dict(safetensors.torch.load_file(weights_of(out, record["key"])))
+    training.model.eval()
+    test = training.task.test
+
+    def forward(count: int) -> Any:
+        with torch.no_grad():
+            return training.task.score(training.model, tuple(column[:count] for column in test))
+
+    return forward
+
+
+def _measured(forwards: dict[str, Forward]) -> dict[str, dict[str, float]]:
+    ones, many = ({key: [] for key in forwards} for _ in range(2))  # type: dict[str, list[float]], dict[str, list[float]]
+    order = random.Random(0)
+    for count, times, repeats in ((1, ones, TIMES), (BATCH, many, MANY)):
+        for turn in range(-WARM if count == 1 else -1, repeats):
+            for key in order.sample([*forwards], len(forwards)):
+                started = time.perf_counter()
+                forwards[key](count)
+                if turn >= 0:
+                    times[key].append(time.perf_counter() - started)
+    return {
+        key: {"median": median(ones[key]), "p95": quantiles(ones[key], n=20)[-1], "throughput": BATCH / median(many[key])}
+        for key in forwards
+    }

@@ -1,0 +1,220 @@
+"""A study run, judged, and written: study.json, study.md, study.html and its pictures."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+import joblib
+
+from ..errors import listed
+from ..grid import FINISHED, REFUSED, Record, Show, Variant, run_grid
+from ..intervals import interval
+from ..training import Training, versions
+from .bars import judge
+from .latency import timed
+from .quantities import quantity
+from .spec import At, Part, Study
+
+TIMES = ("step_seconds", "summary.seconds", "latency")  # what differs from one machine, and run, to the next
+
+
+def run_study(
+    study: Study,
+    flags: Mapping[str, Any],
+    out: Path,
+    seeds: int | None = None,
+    jobs: int | None = None,
+    show: Show = lambda done, total, record: None,
+    backend: str = "loky",
+) -> tuple[dict[str, Any], list[Record]]:
+    """Run what is missing, and answer (what study.json holds, the cells' records).
+
+    flags: of the runs, over the study's. seeds: of every part, instead of its own. jobs: None is one a core.
+    Raises UsageError, for absent data too, and RunError.
+    """
+    if seeds is not None:
+        study = attrs.evolve(study, seeds=seeds, part=[attrs.evolve(part, seeds=None) for part in study.part])
+    planned = list(study.variants(flags))
+    variants = [variant for _, _, variant in planned]
+    for variant in {variant.config(0).task: variant for variant in reversed(variants)}.values():
+        Training(variant.config(0), variant.settings)  # data that are absent are fetched once, or said to be absent
+    records = run_grid(variants, range(study.seeds), out, jobs or joblib.cpu_count(), show, backend)
+    timed(planned, records, out)
+    rows = _rows(study, planned, records)
+    return judged(study, {"rows": rows, "versions": versions()}), records
+
+
+def judged(study: Study, results: Mapping[str, Any]) -> dict[str, Any]:
+    """Results with all that the study's file says beside them, and its bars held against them."""
+    bars = [attrs.asdict(judge(bar, results["rows"])) for bar in study.bar]
+    parts = [{"name": part.name, "title": part.title, "columns": list(part.columns)} for part in study.part]
+    return {
+        **{name: getattr(study, name) for name in ("name", "title", "question", "source")},
+        "notes": list(study.notes),
+        "versions": results["versions"],
+        "bars": bars,
+        "parts": parts,
+        "published": [attrs.asdict(one) for one in study.published],
+        "rows": results["rows"],
+    }
+
+
+def _rows(study: Study, planned: Sequence[tuple[Part, At, Variant]], records: Iterable[Record]) -> list[dict[str, Any]]:
+    by_variant: dict[str, list[Record]] = {variant.name: [] for _, _, variant in planned}
+    for record in records:
+        by_variant[record["variant"]].append(record)
+    return [_row(study, part, at, variant, by_variant[variant.name]) for part, at, variant in planned]
+
+
+def _row(study: Study, part: Part, at: At, variant: Variant, records: Sequence[Record]) -> dict[str, Any]:
+    done = [record for record in records if record["status"] == FINISHED]
+    missed = [record for record in records if record["status"] != FINISHED]
+    numbers = {}
+    for name in _wanted(study, part):
+        values = [quantity(record, name) for record in done]
+        if known := [value for value in values if value is not None]:
+            spread = interval(known)
+            numbers[name] = {"mean": spread.mean, "half": spread.half, "values": values}
+    return {
+        "part": part.name,
+        "variant": variant.name.partition(": ")[2],
+        "at": at,
+        "plugins": list(variant.plugins),
+        "status": FINISHED if done else missed[0]["status"],
+        "reason": missed[0]["reason"] if missed else None,
+        "seeds": [record["seed"] for record in done],
+        "verdicts": dict(Counter(record["summary"]["verdict"] or "none" for record in done).most_common()),
+        "numbers": numbers,
+    }
+
+
+def _wanted(study: Study, part: Part) -> list[str]:
+    """The quantities of a part's columns, bars and pictures."""
+    bars = [bar.quantity for bar in study.bar if part.name in bar.where.get("part", (part.name,))]
+    pictures = [one for picture in study.picture for one in picture.quantities]
+    return list(dict.fromkeys((*part.columns, *bars, *pictures)))
+
+
+# -- how it is written -----------------------------------------------------------------------------
+
+# quantity without scope: (title, factor, digits after the point)
+TITLES = {
+    "accuracy": ("accuracy %", 100, 2),
+    "precision": ("precision %", 100, 2),
+    "recall": ("recall %", 100, 2),
+    "f1": ("F1 %", 100, 2),
+    "loss": ("loss", 1, 4),
+    "perplexity": ("perplexity", 1, 2),
+    "active": ("active", 1, 1),
+    "active_1pct": ("active (1 %)", 1, 1),
+    "top_share": ("top share %", 100, 1),
+    "flops.active": ("MFLOPs", 1e-6, 2),
+    "flops.total": ("MFLOPs, all experts", 1e-6, 2),
+    "model.active": ("model MFLOPs", 1e-6, 1),
+    "model.total": ("model MFLOPs, all experts", 1e-6, 1),
+    "model.parameters": ("parameters (M)", 1e-6, 2),
+    "step_seconds": ("step ms", 1000, 2),
+    "summary.seconds": ("seconds", 1, 0),
+    "latency.median": ("inference ms", 1000, 2),
+    "latency.p95": ("inference p95 ms", 1000, 2),
+}
+SCOPES = {"tail": "stream", "settled": "settled"}
+
+
+def title_of(name: str) -> tuple[str, float, int]:
+    """(title, factor, digits after the point) of a quantity."""
+    scope, _, rest = name.partition(".")
+    scoped = scope in SCOPES or (scope.startswith("step") and scope[4:].isdigit())
+    plain, _, fold = (rest if scoped else name).partition(":")
+    title, factor, digits = TITLES.get(plain, (plain, 1, 3))
+    words = [SCOPES.get(scope, f"step {scope[4:]}") if scoped else "", title, f"({fold})" if fold else ""]
+    return " ".join(word for word in words if word), factor, digits
+
+
+def tables_of(results: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """(title, column titles, lines of cells) of each part: published rows first, then ours."""
+    tables = []
+    for part in results["parts"]:
+        shown = part["columns"]
+        titles = ["", *(title_of(name)[0] for name in shown), "verdicts"]
+        lines = [
+            [f"published: {row['name']}", *(_plain(row["numbers"].get(name), name) for name in shown), "-"]
+            for row in results["published"]
+            if row["part"] == part["name"]
+        ]
+        own = [row for row in results["rows"] if row["part"] == part["name"]]
+        lines += [[row["variant"], *(_cell(row, name) for name in shown), _verdicts(row)] for row in own]
+        tables.append((part["title"], titles, lines))
+    return tables
+
+
+def _plain(value: float | None, name: str) -> str:
+    _, factor, digits = title_of(name)
+    return "-" if value is None else f"{factor * value:,.{digits}f}"
+
+
+def _cell(row: Mapping[str, Any], name: str) -> str:
+    number = row["numbers"].get(name)
+    if number is None:
+        return "-"
+    _, factor, digits = title_of(name)
+    mean, half = factor * number["mean"], number["half"]
+    return f"{mean:,.{digits}f}" + ("" if not half else f" ± {factor * half:,.{digits}f}")
+
+
+def _verdicts(row: Mapping[str, Any]) -> str:
+    words = [f"{verdict} {count}/{len(row['seeds'])}" for verdict, count in row["verdicts"].items()]
+    return ", ".join(words if row["status"] == FINISHED else [*words, row["status"]]) or "-"
+
+
+def bars_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """(column titles, lines of cells): what was expected, and what came of it."""
+    lines = [
+        [bar["says"], bar["verdict"], "-" if bar["value"] is None else f"{bar['value']:.4g}", bar["limit"], bar["variant"] or "-"]
+        for bar in results["bars"]
+    ]
+    return ["expected", "", "worst", "limit", "of"], lines
+
+
+def remarks_of(results: Mapping[str, Any]) -> list[str]:
+    """A sentence for each row of which a run is missing: why."""
+    return [
+        f"{row['part']}, {row['variant']} {'was refused' if row['status'] == REFUSED else 'failed'}: {row['reason']}"
+        if row["status"] != FINISHED
+        else f"{row['part']}, {row['variant']}: {len(row['seeds'])} seeds finished, one did not: {row['reason']}"
+        for row in results["rows"]
+        if row["reason"]
+    ]
+
+
+LEGEND = (
+    "Ours: mean over the seeds ± half of the 95 % interval (Student's t), on data that was not trained on; "
+    "stream: over the last tenth of the training steps. Published rows are quoted."
+)
+
+
+def page_of(results: Mapping[str, Any], pictures: Iterable[str] = ()) -> str:
+    """A study as Markdown."""
+    about = [f"# {results['title']}", results["question"], f"Source: {results['source']}"]
+    notes = ["\n".join(f"- {note}" for note in results["notes"])] if results["notes"] else []
+    parts = [*about, *(["What is wrong with it:", *notes] if notes else [])]
+    if results["bars"]:
+        parts += ["## What was expected", _markdown(*bars_table(results))]
+    for title, columns, lines in tables_of(results):
+        parts += [f"## {title}", _markdown(columns, lines)]
+    parts += [LEGEND, "\n".join(f"- {remark}" for remark in remarks_of(results))]
+    parts += [f"![{name.removesuffix('.png')}]({name})" for name in pictures]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _markdown(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    bars = ["---", *["---:"] * (len(columns) - 2), "---"]
+    return "\n".join(f"| {' | '.join(one.replace('|', '/') for one in cells)} |" for cells in (columns, bars, *lines))
+
+
+def failed(results: Mapping[str, Any]) -> str | None:
+    """The names of the rows that have no run, in a sentence; None if there is none."""
+    names = [row["variant"] for row in results["rows"] if row["status"] != FINISHED]
+    return f"no run of {listed(names[:5])} finished" if names else None
