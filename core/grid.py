@@ -56,7 +56,8 @@ class Cell:
     """One variant with one seed.
 
     inputs: all that decides its numbers: configuration, settings, versions, and the text of its
-    plugins' files. key: their hash; a finished record that lies under it need not be made again.
+    plugins' files. key: a hash of them, without what is as by default, so that a new option changes no key; a
+    finished record that lies under it need not be made again.
     """
 
     variant: str
@@ -74,7 +75,8 @@ def cells_of(variant: Variant, seeds: Iterable[int]) -> list[Cell]:
     for seed in seeds:
         config = variant.config(seed)
         inputs = {"config": values_of(config), "settings": variant.settings, "versions": versions(), "plugins": plugins}
-        key = sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:20]
+        own = {name: value for name, value in values_of(config).items() if value != getattr(RunConfig(), name)}
+        key = sha256(json.dumps({**inputs, "config": own}, sort_keys=True).encode()).hexdigest()[:20]
         cells.append(Cell(variant.name, config, variant.settings, inputs, key, variant.keep))
     return cells
 

@@ -88,18 +88,19 @@ def reconstruction_task(
     sets: Sequence[str],
     classes: int,
     ordered: bool = False,
+    scale: float = 1.0,
 ) -> Task:
     """Restore images: (images uint8 [N, ...], labels long [N]); the loss is the mean squared error of pixels in 0..1.
 
     model(pixels, labels) answers pixels. sets: the names of the data sets of which the images are, `classes` labels
-    each, one after the other; evaluation tells their losses apart.
+    each, one after the other; evaluation tells their losses apart. scale: of the loss in training.
     """
 
     def score(model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
         images, labels = batch
         pixels = images / 255
         error_B = (model(pixels, labels) - pixels).square().flatten(1).mean(1)
-        sums = {"loss": error_B.mean()}
+        sums = {"loss": error_B.mean() * (scale if model.training else 1)}
         if not model.training:
             for number, name in enumerate(sets):
                 own_B = labels // classes == number

@@ -2,8 +2,8 @@
 
 import json
 import signal
-from contextlib import contextmanager
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,18 @@ from .flags import flag
 
 @click.command()
 @click.argument("name", required=False)
-@click.option("--seeds", type=click.IntRange(1, 1000), help="Runs of each variant, with seeds 0, 1, ...  [default: the study's]")
-@click.option("--jobs", type=click.IntRange(1), help="Runs at a time, of one thread each.  [default: one a core]")
-@click.option("--quick", is_flag=True, help="A short form on generated data, to see that everything works; no bar is judged.")
 @click.option(
-    "--backend", type=click.Choice(["loky", "dask"]), default="loky", help="joblib's; dask: a local cluster, or DASK_SCHEDULER_ADDRESS's."
+    "--seeds", type=click.IntRange(1, 1000), help="Runs of each variant, with seeds 0, 1, ...  [default: the study's]"
+)
+@click.option("--jobs", type=click.IntRange(1), help="Runs at a time, of one thread each.  [default: one a core]")
+@click.option(
+    "--quick", is_flag=True, help="A short form on generated data, to see that everything works; no bar is judged."
+)
+@click.option(
+    "--backend",
+    type=click.Choice(["loky", "dask"]),
+    default="loky",
+    help="joblib's; dask: a local cluster, or DASK_SCHEDULER_ADDRESS's.",
 )
 @flag("device")
 @flag("data_dir", metavar="FOLDER")
@@ -135,7 +142,10 @@ def _cluster(backend: str, jobs: int | None) -> Iterator[None]:
         with Client(address):
             yield
         return
-    with LocalCluster(n_workers=jobs or joblib.cpu_count(), threads_per_worker=1, dashboard_address=None) as cluster, Client(cluster):
+    with (
+        LocalCluster(n_workers=jobs or joblib.cpu_count(), threads_per_worker=1, dashboard_address=None) as cluster,
+        Client(cluster),
+    ):
         yield
 
 
@@ -148,7 +158,9 @@ def _stored(folder: Path, study: Any) -> dict[str, Any]:
         stored = json.loads(file.read_text("utf-8"))
         return judged(study, stored)
     except OSError as error:
-        raise UsageError(f"{file} can't be read: {error.strerror}; run the study first, or name its folder with --out") from error
+        raise UsageError(
+            f"{file} can't be read: {error.strerror}; run the study first, or name its folder with --out"
+        ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{file} is damaged ({error}); run the study again") from error
 

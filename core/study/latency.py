@@ -73,6 +73,10 @@ def _measured(forwards: dict[str, Forward]) -> dict[str, dict[str, float]]:
                 if turn >= 0:
                     times[key].append(time.perf_counter() - started)
     return {
-        key: {"median": median(ones[key]), "p95": quantiles(ones[key], n=20)[-1], "throughput": BATCH / median(many[key])}
+        key: {
+            "median": median(ones[key]),
+            "p95": quantiles(ones[key], n=20)[-1],
+            "throughput": BATCH / median(many[key]),
+        }
         for key in forwards
     }

@@ -40,7 +40,10 @@ def _labels(rows: Rows) -> list[str]:
     """Each row by the choices in which the rows differ."""
     places = [{"part": row["part"], **row["at"]} for row in rows]
     axes = [axis for axis in places[0] if len({place.get(axis) for place in places}) > 1]
-    return [", ".join(place.get(axis, "") for axis in axes) or row["variant"] for place, row in zip(places, rows, strict=True)]
+    return [
+        ", ".join(place.get(axis, "") for axis in axes) or row["variant"]
+        for place, row in zip(places, rows, strict=True)
+    ]
 
 
 def _numbers(one: Picture, rows: Rows, _: Sequence[Record]) -> Figure:
@@ -56,7 +59,9 @@ def _numbers(one: Picture, rows: Rows, _: Sequence[Record]) -> Figure:
                 values = [factor * value for value in number["values"] if value is not None]
                 axes.scatter(values, [height] * len(values), s=10, color="C0", alpha=0.45)
                 half = factor * (number["half"] or 0)
-                axes.errorbar(factor * number["mean"], height, xerr=half, fmt="o", color="C0", markersize=4, capsize=2.5)
+                axes.errorbar(
+                    factor * number["mean"], height, xerr=half, fmt="o", color="C0", markersize=4, capsize=2.5
+                )
     panels[0].set_yticks(range(len(rows)), _labels(rows), fontsize=8)
     panels[0].set_ylim(len(rows) - 0.4, -0.6)
     return figure
@@ -76,7 +81,9 @@ def _against(one: Picture, rows: Rows, _: Sequence[Record]) -> Figure:
             found = [(places.index(row["at"][one.x]), number) for row in own if (number := row["numbers"].get(name))]
             middle = [factor * number["mean"] for _, number in found]
             halves = [factor * (number["half"] or 0) for _, number in found]
-            axes.errorbar([at for at, _ in found], middle, yerr=halves, marker="o", markersize=4, capsize=2.5, label=label)
+            axes.errorbar(
+                [at for at, _ in found], middle, yerr=halves, marker="o", markersize=4, capsize=2.5, label=label
+            )
         axes.set_title(title, fontsize=9.5)
         axes.set_xticks(range(len(places)), places)
     panels[0].legend(fontsize=8)
@@ -122,7 +129,9 @@ def _classes(one: Picture, rows: Rows, records: Sequence[Record]) -> Figure | No
     return _panels(rows, records, draw, height=2.8)
 
 
-def _panels(rows: Rows, records: Sequence[Record], draw: Callable[[Any, Run, str], Any], height: float) -> Figure | None:
+def _panels(
+    rows: Rows, records: Sequence[Record], draw: Callable[[Any, Run, str], Any], height: float
+) -> Figure | None:
     """A grid of panels, one for each row and layer."""
     runs = [(label, run) for label, row in zip(_labels(rows), rows, strict=True) if (run := _first_run(row, records))]
     wanted = [(label, run, layer["name"]) for label, run in runs for layer in run.summary["layers"]][:MANY]

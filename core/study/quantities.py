@@ -1,7 +1,7 @@
 """The numbers of a finished cell by name: `[SCOPE.]NAME[:max|:min]`.
 
 SCOPE: none is the test set; `tail` the last tenth of the training steps, loads added up; `settled` the log points from
-60 steps after the last growth on, of which the largest counts; `stepN` the log point that ends at step N. NAME: a
+60 steps after the last growth on, of which the largest counts; `stepN` and `evalN` the log point and the evaluation at step N. NAME: a
 number of summary.json, of its measures or of its layers; `top_share` and `active_1pct` of the load;
 `found.METRIC`, 1 where a finding has that name; `flops.active` and the other numbers of a cell by path. Of several
 layers the mean counts, unless :max or :min.
@@ -27,7 +27,7 @@ OF_LOAD: dict[str, Callable[[Sequence[float]], float]] = {
     "active_1pct": lambda load: float(sum(share >= 0.01 for share in load)),
 }
 FOLD: dict[str, Callable[[Sequence[float]], float]] = {"": fmean, "max": max, "min": min}
-SCOPE = re.compile(r"(?:(tail|settled|step(\d+))\.)?([^:]+?)(?::(max|min))?")
+SCOPE = re.compile(r"(?:(tail|settled|step(\d+)|eval(\d+))\.)?([^:]+?)(?::(max|min))?")
 
 
 def quantity(record: Record, name: str) -> float | None:
@@ -35,7 +35,7 @@ def quantity(record: Record, name: str) -> float | None:
     match = SCOPE.fullmatch(name)
     if match is None or record["status"] != "finished":
         return None
-    scope, step, plain, how = match.groups()
+    scope, step, evaluation, plain, how = match.groups()
     if scope is None:
         return _of_test(record, plain, FOLD[how or ""])
     points = [one for one in record["records"] if one["split"] == "train"]
@@ -45,7 +45,10 @@ def quantity(record: Record, name: str) -> float | None:
         last = max((one["step"] for one in record["records"] if one["split"] == "growth"), default=0)
         values = [_of_point(one, plain, max) for one in points if one["step"] >= last + SETTLED]
         return max((value for value in values if value is not None), default=None)
-    return next((_of_point(one, plain, FOLD[how or ""]) for one in points if one["step"] == int(step)), None)
+    if evaluation:
+        points = [one for one in record["records"] if one["split"] == "eval"]
+    at = int(step or evaluation)
+    return next((_of_point(one, plain, FOLD[how or ""]) for one in points if one["step"] == at), None)
 
 
 def _of_test(record: Record, name: str, fold: Callable[[Sequence[float]], float]) -> float | None:

@@ -126,7 +126,7 @@ SCOPES = {"tail": "stream", "settled": "settled"}
 def title_of(name: str) -> tuple[str, float, int]:
     """(title, factor, digits after the point) of a quantity."""
     scope, _, rest = name.partition(".")
-    scoped = scope in SCOPES or (scope.startswith("step") and scope[4:].isdigit())
+    scoped = scope in SCOPES or (scope[:4] in ("step", "eval") and scope[4:].isdigit())
     plain, _, fold = (rest if scoped else name).partition(":")
     title, factor, digits = TITLES.get(plain, (plain, 1, 3))
     words = [SCOPES.get(scope, f"step {scope[4:]}") if scoped else "", title, f"({fold})" if fold else ""]
@@ -172,7 +172,13 @@ def _verdicts(row: Mapping[str, Any]) -> str:
 def bars_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """(column titles, lines of cells): what was expected, and what came of it."""
     lines = [
-        [bar["says"], bar["verdict"], "-" if bar["value"] is None else f"{bar['value']:.4g}", bar["limit"], bar["variant"] or "-"]
+        [
+            bar["says"],
+            bar["verdict"],
+            "-" if bar["value"] is None else f"{bar['value']:.4g}",
+            bar["limit"],
+            bar["variant"] or "-",
+        ]
         for bar in results["bars"]
     ]
     return ["expected", "", "worst", "limit", "of"], lines

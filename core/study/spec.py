@@ -197,8 +197,7 @@ def read_study(name: str) -> Study:
 
 def _converter() -> cattrs.Converter:
     converter = cattrs.Converter(forbid_extra_keys=True)
-    words = tuple[str, ...]
-    converter.register_structure_hook(words, _words)
+    converter.register_structure_hook_func(lambda kind: kind == tuple[str, ...], _words)
     return converter
 
 
@@ -215,7 +214,9 @@ def _check(study: Study) -> None:
     parts = [part.name for part in study.part]
     twice = [name for name in parts if parts.count(name) > 1]
     if twice or not parts:
-        raise UsageError(f"study {study.name}: " + (f"two parts are called '{twice[0]}'" if twice else "it has no part"))
+        raise UsageError(
+            f"study {study.name}: " + (f"two parts are called '{twice[0]}'" if twice else "it has no part")
+        )
     for part in study.part:
         _known(study, f"part '{part.name}'", part.cross)
     for bar in study.bar:
@@ -225,7 +226,11 @@ def _check(study: Study) -> None:
         _known(study, f"picture '{picture.name}'", picture.where)
     for row in study.published:
         _known(study, f"published '{row.name}'", {"part": (row.part,)})
-    wholes = [study.base, *(part.add for part in study.part), *(c for axis in study.axis.values() for c in axis.values())]
+    wholes = [
+        study.base,
+        *(part.add for part in study.part),
+        *(c for axis in study.axis.values() for c in axis.values()),
+    ]
     installed = manager.find()
     for plugin in [name for whole in wholes for name in (*whole.plugins, *whole.set)]:
         if plugin not in installed:

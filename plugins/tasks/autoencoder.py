@@ -28,6 +28,7 @@ class Autoencoder:
     order: str = option("shuffled", help="in_turn: one set after the other", choices=("shuffled", "in_turn"))
     dim: int = option(64, help="width of the model", min=1)
     hidden: int = option(8, help="hidden width of an expert", min=1)
+    scale: float = option(1.0, help="factor of the loss in training, which a strategy should not depend on", min=0)
 
     @hookimpl
     def moe_check(self, setup):
@@ -42,7 +43,7 @@ class Autoencoder:
         train, test = datasets.joined(sets.values(), CLASSES)
         train = self._shown(*train, generator(spec.seed, "autoencoder samples"))
         model = partial(Net, classes=CLASSES * len(sets), dim=self.dim, hidden=self.hidden)
-        return reconstruction_task(train, test, model, tuple(sets), CLASSES, ordered=self.order == "in_turn")
+        return reconstruction_task(train, test, model, tuple(sets), CLASSES, self.order == "in_turn", self.scale)
 
     def _shown(self, images, labels, random):
         if (self.samples or 1) > len(images):
