@@ -13,7 +13,7 @@ import attrs
 
 from .errors import UsageError, listed
 
-CHUNK = 50_000  # rows
+CHUNK = 2_000  # rows that are held at once: few, so that they stay near the processor
 
 
 @attrs.define(eq=False)
@@ -54,12 +54,10 @@ class CountFile:
             line = reader.line_num
             while rows := list(islice(reader, CHUNK)):
                 where: Sequence[int] = range(line + 1, reader.line_num + 1)
-                if len(where) > len(rows) or [] in rows:  # cells of several lines, or empty lines
-                    ends = accumulate((1 + sum(cell.count("\n") for cell in row) for row in rows), initial=line)
-                    where, rows = zip(
-                        *((end, row) for end, row in zip(islice(ends, 1, None), rows) if row), strict=True
-                    )
-                yield Chunk(names, where, rows)
+                if len(where) > len(rows) or [] in rows:
+                    where, rows = _placed(line, rows)
+                if rows:
+                    yield Chunk(names, where, rows)
                 line = reader.line_num
         except csv.Error as error:
             raise self.refuse(reader.line_num, f"this is no CSV: {error}") from error
@@ -136,13 +134,16 @@ def _is_jsonl(text: str) -> bool:
         return False
 
 
+def _placed(line: int, rows: list[list[str]]) -> tuple[list[int], list[list[str]]]:
+    """The last line of each row that is not empty, and those rows; a cell may hold line ends."""
+    ends = accumulate(1 + sum(cell.count("\n") for cell in row) for row in rows)
+    kept = [(line + end, row) for end, row in zip(ends, rows, strict=True) if row]
+    return [end for end, _ in kept], [row for _, row in kept]
+
+
 def _columns(names: list[str], size: int) -> list[str]:
     """The names of columns; with `counts` spread into so many, or left as it is where that is 0."""
     return [*(name for name in names if name != "counts"), *(f"e{at}" for at in range(size))] if size else names
-
-
-def _value(text: str) -> Any:
-    return json.loads(text, object_pairs_hook=_unique)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -152,3 +153,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"an object has the name {twice[:40]!r} twice")
     return record
+
+
+_value = json.JSONDecoder(object_pairs_hook=_unique).decode

@@ -223,10 +223,14 @@ class _Sums:
         shape = (len(self.ids), size)
         if math.prod(shape) > CELLS:
             raise UsageError(f"{self.file.name} holds {shape[0]} series of {size} experts, which is too much to hold")
+        if shape != self.count_SE.shape:
+            self.count_SE, self.token_SE, self.row_SE = (
+                _grown(one, shape) for one in (self.count_SE, self.token_SE, self.row_SE)
+            )
         flat_N = series_N * size + expert_N
-        self.count_SE = _added(self.count_SE, flat_N, count_N, shape)
-        self.token_SE = _added(self.token_SE, flat_N, tokens_N, shape)
-        self.row_SE = _added(self.row_SE, flat_N, None, shape)
+        np.add.at(self.count_SE.reshape(-1), flat_N, count_N)
+        np.add.at(self.token_SE.reshape(-1), flat_N, tokens_N)
+        np.add.at(self.row_SE.reshape(-1), flat_N, 1)
 
     def _top_k(self, text: str, size: int, where: Any) -> int:
         if not (text.isascii() and text.isdigit() and 1 <= int(text[:7]) <= size):
@@ -234,10 +238,10 @@ class _Sums:
         return int(text)
 
 
-def _added(total_SE: Array, flat_N: Array, value_N: Array | None, shape: tuple[int, int]) -> Array:
-    """The total, grown to a shape, and values added at flat places of it; without values, 1 each."""
-    grown_SE: Array = np.bincount(flat_N, value_N, math.prod(shape)).reshape(shape).astype(np.float64)
-    grown_SE[: total_SE.shape[0], : total_SE.shape[1]] += total_SE
+def _grown(total_SE: Array, shape: tuple[int, int]) -> Array:
+    """The total among zeros of a larger shape."""
+    grown_SE = np.zeros(shape)
+    grown_SE[: total_SE.shape[0], : total_SE.shape[1]] = total_SE
     return grown_SE
 
 

@@ -1,5 +1,6 @@
 """Variants times seeds: each cell is one run, and one small file when it is finished, so that a grid can be resumed."""
 
+import ast
 import json
 import os
 import shutil
@@ -55,9 +56,9 @@ class Variant:
 class Cell:
     """One variant with one seed.
 
-    inputs: all that decides its numbers: configuration, settings, versions, and the text of its
-    plugins' files. key: a hash of them, without what is as by default, so that a new option changes no key; a
-    finished record that lies under it need not be made again.
+    inputs: all that decides its numbers: configuration, settings, versions, and what its plugins' files say,
+    without comments and docstrings. key: a hash of them, without what is as by default, so that a new option
+    changes no key; a finished record that lies under it need not be made again.
     """
 
     variant: str
@@ -237,9 +238,15 @@ def _plugins(names: Iterable[str]) -> dict[str, Any]:
 
 
 def _digest(module: str) -> str | None:
-    """A hash of a module's file: an editable plugin that is changed is another plugin."""
+    """A hash of what a module's file says to Python: an editable plugin that is changed is another plugin."""
     try:
         found = util.find_spec(module)
-        return sha256(Path(found.origin).read_bytes()).hexdigest()[:20] if found and found.origin else None
+        if not found or not found.origin:
+            return None
+        tree = ast.parse(Path(found.origin).read_bytes())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+                node.body[0] = ast.Pass()
+        return sha256(ast.dump(tree).encode()).hexdigest()[:20]
     except Exception:  # of a package that does not load: the run will say so
         return None

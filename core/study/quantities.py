@@ -1,10 +1,10 @@
 """The numbers of a finished cell by name: `[SCOPE.]NAME[:max|:min]`.
 
 SCOPE: none is the test set; `tail` the last tenth of the training steps, loads added up; `settled` the log points from
-60 steps after the last growth on, of which the largest counts; `stepN` and `evalN` the log point and the evaluation at step N. NAME: a
-number of summary.json, of its measures or of its layers; `top_share` and `active_1pct` of the load;
-`found.METRIC`, 1 where a finding has that name; `flops.active` and the other numbers of a cell by path. Of several
-layers the mean counts, unless :max or :min.
+60 steps after the last growth on, of which the largest counts; `stepN` and `evalN` the log point and the evaluation
+at step N. NAME: a number of summary.json, of its measures or of its layers; `top_share` and `active_1pct` of the
+load; `found.METRIC`, 1 where a finding has that name; `flops.active` and the other numbers of a cell by path. Of
+several layers the mean counts, unless :max or :min.
 """
 
 import re
