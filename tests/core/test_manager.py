@@ -230,6 +230,7 @@ CORE_ORDER = (
     "growing",
     "engine",
     "observed",
+    "models",
     "tasks",
     "runs",
     "datasets",
