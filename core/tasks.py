@@ -1,6 +1,7 @@
 """Tasks: the data, model and measure of a run, and what image tasks share."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import attrs
@@ -62,13 +63,25 @@ def image_task(
         test,
         model=lambda engine: image_model(model, engine, train[0][0], classes, dim, hidden, scale),
         score=_classification,
+        measures=partial(_measures, classes),
     )
 
 
 def _classification(model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
     images, labels = batch
     logits = model(images, labels)
-    return {"loss": F.cross_entropy(logits, labels), "correct": (logits.detach().argmax(-1) == labels).sum()}
+    predicted = logits.detach().argmax(-1)
+    score = {"loss": F.cross_entropy(logits, labels), "correct": (predicted == labels).sum()}
+    return score if model.training else {**score, "predicted": predicted, "true": labels}
+
+
+def _measures(classes: int) -> "MetricCollection":
+    """Precision, recall and their harmonic mean, each the mean over the classes that occur (macro)."""
+    from torchmetrics import MetricCollection
+    from torchmetrics.classification import MulticlassF1Score, MulticlassPrecision, MulticlassRecall
+
+    kinds = {"precision": MulticlassPrecision, "recall": MulticlassRecall, "f1": MulticlassF1Score}
+    return MetricCollection({name: kind(classes, average="macro") for name, kind in kinds.items()})
 
 
 def reconstruction_task(
