@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .effects import Effects, check_learning, effects_of, observe
+from .effects import Effects, effects_of, observe, without_gradient
 from .errors import PluginError, RunError, UsageError, listed
 from .experts import ModuleBank, StackedMLP, dense_twin
 from .growing import grow, sources
@@ -428,9 +428,16 @@ class Engine:
     def check_learning(self, run: Callable[[], Tensor]) -> None:
         """Raise UsageError if the task gives some level of a router no gradient: it would never learn.
 
-        run: as for `probe`. A gate that is renormalised to a constant is the common reason.
+        run: as for `probe`. A gate that is renormalised to a constant is the common reason. Layers that are
+        allowed it (`Spec.allow_no_gradient`) are named in the remarks instead.
         """
-        check_learning(*self.observe(run))
+        found = list(without_gradient(*self.observe(run)))
+        for layer, why in found:
+            if not layer.spec.allow_no_gradient:
+                raise UsageError(why)
+        if found:
+            advice = "nothing but losses and biases moves it; let gates be the raw probabilities, or raise top_k"
+            self.plugins.remarks["learning"] = Finding("no gradient", 2, "; ".join(why for _, why in found), advice)
 
     # -- saving ----------------------------------------------------------------------------------
 
