@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .checkpoints import load as load
     from .checkpoints import save as save
     from .dispatch import grouped_linear as grouped_linear
+    from .dispatch import own_values as own_values
     from .dispatch import row_counts as row_counts
     from .effects import Effects as Effects
     from .effects import evaluating as evaluating
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from .parts import Router as Router
     from .parts import RunningLoad as RunningLoad
     from .parts import linear_logits as linear_logits
+    from .parts import ones as ones
     from .parts import uniform as uniform
     from .parts import zeros as zeros
     from .processes import over_processes as over_processes
@@ -69,7 +71,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "checkpoints": ("load", "save"),
-    "dispatch": ("grouped_linear", "row_counts"),
+    "dispatch": ("grouped_linear", "own_values", "row_counts"),
     "effects": ("Effects", "evaluating"),
     "engine": ("Engine",),
     "errors": ("PluginError", "RunError", "UsageError"),
@@ -80,7 +82,7 @@ _HOMES = {
     "options": ("option",),
     "parts": (
         *("Bias", "Experts", "GroupLimitedRouter", "LinearRouter", "Part", "Router", "RunningLoad"),
-        *("linear_logits", "uniform", "zeros"),
+        *("linear_logits", "ones", "uniform", "zeros"),
     ),
     "processes": ("over_processes", "shared"),
     "routing": (

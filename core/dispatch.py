@@ -66,9 +66,14 @@ def _traced_linear(x_ND: Tensor, w_EDH: Tensor, b_EH: Tensor | None, counts_E: T
     out_NH: Tensor = _grouped_mm(x_ND, w_EDH, counts_E)
     if b_EH is None:
         return out_NH
-    place_N = torch.arange(x_ND.shape[0], device=x_ND.device)
+    return out_NH + own_values(b_EH, counts_E, x_ND.shape[0])
+
+
+def own_values(values_EH: Tensor, counts_E: Tensor, rows: int) -> Tensor:
+    """[N, H]: the values of each row's own expert. N rows, sorted by expert; those past the counts' sum get 0."""
+    place_N = torch.arange(rows, device=values_EH.device)
     expert_N = torch.searchsorted(counts_E.cumsum(0), place_N, right=True)
-    return out_NH + torch.cat([b_EH, b_EH.new_zeros(1, b_EH.shape[1])]).index_select(0, expert_N)
+    return torch.cat([values_EH, values_EH.new_zeros(1, values_EH.shape[1])]).index_select(0, expert_N)
 
 
 @torch.library.custom_op("moe_engine::grouped_mm", mutates_args=())

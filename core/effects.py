@@ -7,7 +7,6 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from .errors import UsageError
 from .layer import MoE
 from .routing import Routing, Tokens
 
@@ -98,8 +97,8 @@ def _effects(layer: MoE, routing: Routing, loss: Tensor, layers: int) -> Effects
     return Effects(_norm(_gradients(loss, logits)), losses, moved, spreads)
 
 
-def check_learning(loss: Tensor, routings: Mapping[MoE, Routing]) -> None:
-    """Raise UsageError if some level of a router gets no gradient from the loss, though the gates get one."""
+def without_gradient(loss: Tensor, routings: Mapping[MoE, Routing]) -> Iterator[tuple[MoE, str]]:
+    """(layer, sentence) for each level of a router that gets no gradient from the loss, though the gates get one."""
     for layer, routing in routings.items():
         gate_N = routing.plan.weight
         at_gates = _norm([g * gate_N.detach() for g in _gradients(loss, [gate_N])]) if gate_N.requires_grad else 1.0
@@ -109,9 +108,10 @@ def check_learning(loss: Tensor, routings: Mapping[MoE, Routing]) -> None:
             able = level.logits.requires_grad and competing > 1
             stuck = able and _norm(_gradients(loss, [level.logits])) < LEARNABLE * at_gates
             if stuck and _constant(gate_N, level.logits):
-                raise UsageError(
+                yield (
+                    layer,
                     f"layer '{layer.name}': the task gives the router's level '{level.name}' no gradient, so it "
-                    f"can't learn; with top_k={layer.spec.top_k} its gates must not be renormalised to a constant"
+                    f"can't learn; with top_k={layer.spec.top_k} its gates must not be renormalised to a constant",
                 )
 
 

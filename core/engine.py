@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .effects import Effects, check_learning, effects_of, observe
+from .effects import Effects, effects_of, observe, without_gradient
 from .errors import PluginError, RunError, UsageError, listed
 from .experts import ModuleBank, StackedMLP, dense_twin
 from .growing import grow, sources
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .tasks import TaskSpec
 
 Metrics = dict[str, float | Tensor | Finding]
+IN_DENSE = (*WATCHING, "experts")  # the kinds of plugins that act in a dense model
 # the hooks that act on one layer, so that its settings can change them
 OF_LAYERS = ("router", "bias", "experts", "state", "aux_loss", "measure", "new_expert", "metrics")
 
@@ -47,8 +48,8 @@ class Engine:
     plugins: names in the order typed, comma-separated or as a list. settings: "plugin.option=value"
     texts, or nested dicts. without: names of default plugins to leave out. task: name of a task
     plugin. seed: fixes what new experts draw. dense: build in the place of each layer one MLP of the width that is
-    active for a token. spec: defaults of every layer (experts, top_k, capacity, ...).
-    Raises UsageError.
+    active for a token; of experts that a plugin brings, one, for top_k=1 alone. spec: defaults of every layer
+    (experts, top_k, capacity, ...). Raises UsageError.
 
     step: optimizer steps so far. growths: what has grown, oldest first.
     """
@@ -67,11 +68,9 @@ class Engine:
         names = list(names)
         self.plugins = Plugins(names, without, _settings(settings), task)
         self.defaults, self.seed, self.dense = spec, seed, dense
-        acting = [name for name, found in self.plugins.found.items() if name in names and found.kind not in WATCHING]
+        acting = [name for name, found in self.plugins.found.items() if name in names and found.kind not in IN_DENSE]
         if dense and acting:
-            raise UsageError(
-                f"a dense model has neither router nor experts: {listed(map(repr, acting))} acts on nothing"
-            )
+            raise UsageError(f"a dense model has no router: {listed(map(repr, acting))} acts on nothing")
         self.step = 0
         self.growths: list[Grown] = []
         self.remembered: dict[str, dict[str, dict[str, Any]]] = {}  # by layer, metric plugin and split
@@ -114,10 +113,11 @@ class Engine:
         for plugin in settings:
             if not any(hasattr(plugins[plugin], f"moe_{hook}") for hook in OF_LAYERS):
                 raise UsageError(f"'{plugin}' acts on the whole engine, so it can't be set for one layer")
-        if self.dense:
-            return dense_twin(layer_spec)  # type: ignore[return-value]  # a model calls both alike
         self.plugins.check(Setup(plugins, layer_spec))
         try:
+            if self.dense:
+                twin = dense_twin(layer_spec, lambda one: self._bank(one, plugins, modules))
+                return twin  # type: ignore[return-value]  # a model calls both alike
             layer = self._build(layer_spec, plugins, modules, settings, name)
         except UsageError:
             raise
@@ -159,7 +159,8 @@ class Engine:
         biases: list[dict[str, Bias]] = [
             dict(ask("moe_bias", Bias | None, spec=spec, level=level)) for level in router.levels
         ]
-        experts: Any = ModuleBank(modules, spec.out_dim) if modules is not None else self._experts(spec, plugins)
+        bank = self._bank(spec, plugins, modules)
+        experts = StackedMLP(spec) if bank is None else bank
         for level, answers in zip(router.levels, biases, strict=True):
             for plugin, bias in answers.items():
                 if (shape := list(bias().shape)) != [level.size]:
@@ -184,14 +185,16 @@ class Engine:
         )
         return layer
 
-    def _experts(self, spec: Spec, plugins: Mapping[str, Any]) -> Experts:
-        """The bank that a plugin answers; a stacked MLP if none does."""
+    def _bank(self, spec: Spec, plugins: Mapping[str, Any], modules: Sequence[nn.Module] | None) -> Experts | None:
+        """The bank of the modules given, or that a plugin answers; None for a stacked MLP."""
+        if modules is not None:
+            return ModuleBank(modules[: spec.experts], spec.out_dim)
         bounds = self.plugins.bind("moe_experts", plugins)
         banks = {bound.plugin: self.plugins.ask(bound, Experts | None, {"spec": spec}) for bound in bounds}
         brought: dict[str, Experts] = {plugin: bank for plugin, bank in banks.items() if bank is not None}
         if len(brought) > 1:
             raise UsageError(f"a layer has one bank of experts, but {listed(map(repr, brought))} bring one; choose one")
-        return next(iter(brought.values())) if brought else StackedMLP(spec)
+        return next(iter(brought.values()), None)
 
     def attach(self, model: nn.Module) -> "Engine":
         """Own every MoE layer in `model`, also a deep-copied one, and no other; name each by its place."""
@@ -425,9 +428,16 @@ class Engine:
     def check_learning(self, run: Callable[[], Tensor]) -> None:
         """Raise UsageError if the task gives some level of a router no gradient: it would never learn.
 
-        run: as for `probe`. A gate that is renormalised to a constant is the common reason.
+        run: as for `probe`. A gate that is renormalised to a constant is the common reason. Layers that are
+        allowed it (`Spec.allow_no_gradient`) are named in the remarks instead.
         """
-        check_learning(*self.observe(run))
+        found = list(without_gradient(*self.observe(run)))
+        for layer, why in found:
+            if not layer.spec.allow_no_gradient:
+                raise UsageError(why)
+        if found:
+            advice = "nothing but losses and biases moves it; let gates be the raw probabilities, or raise top_k"
+            self.plugins.remarks["learning"] = Finding("no gradient", 2, "; ".join(why for _, why in found), advice)
 
     # -- saving ----------------------------------------------------------------------------------
 

@@ -12,8 +12,10 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .experts import DenseMLP, StackedMLP
+from .effects import evaluating
+from .experts import Dense, DenseExpert, StackedMLP
 from .layer import MoE
+from .parts import Experts
 from .routing import Spec
 
 
@@ -56,23 +58,27 @@ def model_flops(model: nn.Module, work: Mapping[str, Mapping[str, float]]) -> Fl
     layers = [module for module in model.modules() if isinstance(module, MoE)]
     counted = [layer_flops(layer, **work.get(layer.name, {})) for layer in layers]
     if not layers:
-        twins = [2 * _weights(module) for module in model.modules() if isinstance(module, DenseMLP)]
+        twins = [_dense_flops(module) for module in model.modules() if isinstance(module, Dense)]
         counted = [Flops(flops, flops) for flops in twins]
     return sum(counted, Flops(0, 0))
+
+
+def _dense_flops(module: Dense) -> float:
+    return _bank_flops(module.bank, module.dim) if isinstance(module, DenseExpert) else 2 * _weights(module)
 
 
 def _expert_flops(layer: MoE) -> float:
     """Of one expert for one token; what has no closed form, as a bank of modules, is counted by torch."""
     bank, spec = layer.experts, layer.spec
-    if isinstance(bank, StackedMLP):
-        return mlp_flops(spec, spec.hidden)
-    training = [module for module in bank.modules() if module.training]
+    return mlp_flops(spec, spec.hidden) if isinstance(bank, StackedMLP) else _bank_flops(bank, spec.dim) / spec.experts
+
+
+def _bank_flops(bank: Experts, dim: int) -> float:
+    """Of all experts of a bank for one token."""
     like = next(bank.parameters(), torch.zeros(()))
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        bank.eval().outputs(like.new_zeros(1, spec.dim))
-    for module in training:
-        module.training = True
-    return float(counter.get_total_flops()) / spec.experts
+    with torch.no_grad(), evaluating(bank), FlopCounterMode(display=False) as counter:
+        bank.outputs(like.new_zeros(1, dim))
+    return float(counter.get_total_flops())
 
 
 def _weights(module: nn.Module) -> int:

@@ -275,6 +275,11 @@ def zeros(shape: tuple[int, ...], generator: torch.Generator | None = None) -> T
     return torch.zeros(shape)
 
 
+def ones(shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
+    """Draws nothing: a tensor that starts at one, as a gain does."""
+    return torch.ones(shape)
+
+
 def linear_logits(x_TD: Tensor, rows_nD: Tensor) -> Tensor:
     """x W^T in fp32 or better, whatever the precision of x and W: bf16 logits tie and flip choices."""
     dtype = torch.promote_types(torch.promote_types(x_TD.dtype, rows_nD.dtype), torch.float32)

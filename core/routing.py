@@ -25,6 +25,7 @@ class Spec:
     experts, through which every token goes. capacity: an expert keeps at most ceil(capacity*T*K/E)
     of T real tokens in training; None drops nothing. vocab: number of token ids, where the layer is
     given ids. classes: number of labels, where it is given labels. causal: a token must not see later ones.
+    allow_no_gradient: go on, with a remark, where the task gives the router no gradient.
     """
 
     dim: int
@@ -39,6 +40,7 @@ class Spec:
     vocab: int | None = None
     classes: int | None = None
     causal: bool = False
+    allow_no_gradient: bool = False
 
     def __attrs_post_init__(self) -> None:
         for name in ("dim", "hidden", "out", "experts", "top_k", "shared"):

@@ -33,6 +33,9 @@ class RunConfig:
     capacity: float | None = option(
         None, help="an expert keeps at most ceil(C*T*K/E) of T real tokens in training; unset: drops nothing"
     )
+    allow_no_gradient: bool = option(
+        False, help="run also with a router that can't learn, as the task gives it no gradient; the report says so"
+    )
     epochs: int = option(20, help="passes over the training data", min=1)
     steps: int | None = option(None, help="optimizer steps after which to end before that; unset: all epochs", min=1)
     batch_size: int = option(64, help="samples in a step", min=1)

@@ -1,6 +1,7 @@
 """Tasks: the data, model and measure of a run, and what image tasks share."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import attrs
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .engine import Engine
+from .models import image_model
 from .seeds import generator
 
 if TYPE_CHECKING:
@@ -49,36 +51,37 @@ class Task:
     measures: Callable[[], "MetricCollection"] | None = None
 
 
-def image_task(train: Batch, test: Batch, classes: int, dim: int, hidden: int, scale: float = 255.0) -> Task:
-    """Classify images: (images uint8 [N, ...], labels long [N]) for train and test; pixels are divided by scale."""
+def image_task(
+    train: Batch, test: Batch, classes: int, dim: int, hidden: int, scale: float = 255.0, model: str = "residual"
+) -> Task:
+    """Classify images: (images uint8 [N, ...], labels long [N]) for train and test; pixels are divided by scale.
+
+    model: one of `models.MODELS`.
+    """
     return Task(
         train,
         test,
-        model=lambda engine: ImageClassifier(engine, train[0][0].numel(), classes, dim, hidden, scale),
+        model=lambda engine: image_model(model, engine, train[0][0], classes, dim, hidden, scale),
         score=_classification,
+        measures=partial(_measures, classes),
     )
-
-
-class ImageClassifier(nn.Module):
-    """Flat pixels over scale -> linear -> one residual MoE layer -> linear."""
-
-    def __init__(self, engine: Engine, pixels: int, classes: int, dim: int, hidden: int, scale: float) -> None:
-        super().__init__()
-        self.scale = scale
-        self.stem = nn.Linear(pixels, dim)
-        self.moe = engine.moe(dim, hidden, classes=classes)
-        self.head = nn.Linear(dim, classes)
-
-    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        x_BD = torch.relu(self.stem(images.flatten(1) / self.scale))
-        logits: Tensor = self.head(x_BD + self.moe(x_BD, labels=labels))
-        return logits
 
 
 def _classification(model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
     images, labels = batch
     logits = model(images, labels)
-    return {"loss": F.cross_entropy(logits, labels), "correct": (logits.detach().argmax(-1) == labels).sum()}
+    predicted = logits.detach().argmax(-1)
+    score = {"loss": F.cross_entropy(logits, labels), "correct": (predicted == labels).sum()}
+    return score if model.training else {**score, "predicted": predicted, "true": labels}
+
+
+def _measures(classes: int) -> "MetricCollection":
+    """Precision, recall and their harmonic mean, each the mean over the classes that occur (macro)."""
+    from torchmetrics import MetricCollection
+    from torchmetrics.classification import MulticlassF1Score, MulticlassPrecision, MulticlassRecall
+
+    kinds = {"precision": MulticlassPrecision, "recall": MulticlassRecall, "f1": MulticlassF1Score}
+    return MetricCollection({name: kind(classes, average="macro") for name, kind in kinds.items()})
 
 
 def reconstruction_task(

@@ -31,6 +31,7 @@ from .traces import FILE, record
 PROBE_SIZE = 128  # samples of the held-out batch on which effects are measured
 EVAL_BATCH = 512
 BALANCE = ("active", "load", "cv", "gini", "entropy", "max_min", "maxvio", "dropped")  # of each layer in summary.json
+SHAPE = ("dense", "experts", "top_k", "capacity", "allow_no_gradient")  # what the engine is told of the layers
 
 # what the loop itself must remember to go on, beside model, optimizer and engine
 LOOP = ("step", "epoch", "batch", "best", "_epoch_order", "_seen", "_terms", "_eval_loss")
@@ -112,7 +113,7 @@ class Training:
     def __attrs_post_init__(self) -> None:
         config = self.config
         self.device = find_device(config.device)
-        shape = {name: getattr(config, name) for name in ("dense", "experts", "top_k", "capacity")}
+        shape = {name: getattr(config, name) for name in SHAPE}
         self.engine = Engine(config.plugins, self.settings, config.no_plugin, config.task, config.seed, **shape)
         spec = TaskSpec(config.data_dir, config.seed)
         self.engine.check(spec)

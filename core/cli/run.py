@@ -19,6 +19,7 @@ from .follow import follow
 @flag("experts", int)
 @flag("top_k", int)
 @flag("capacity", float)
+@flag("allow_no_gradient", None, is_flag=True, default=None)
 @flag("epochs", int)
 @flag("steps", int)
 @flag("batch_size", int)

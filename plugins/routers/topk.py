@@ -23,7 +23,7 @@ class TopK:
 
     @hookimpl
     def moe_check(self, setup):
-        if setup.spec.top_k == 1 and self.renorm:
+        if setup.spec.top_k == 1 and self.renorm and not setup.spec.allow_no_gradient:
             return "topk.renorm at top_k=1 makes every gate the constant 1, and the router can't learn; leave it unset"
         return groups_problem(setup.spec, self.groups, self.groups_kept)
 

@@ -3,6 +3,7 @@
 import attrs
 
 from moe_engine import datasets, hookimpl, option
+from moe_engine.models import model_option
 from moe_engine.seeds import generator
 from moe_engine.tasks import image_task
 
@@ -16,7 +17,8 @@ class Blobs:
     classes: int = option(10, help="number of classes", min=2)
     size: int = option(12, help="side of an image in pixels", min=4, max=64)
     noise: float = option(0.2, help="standard deviation of the pixel noise; a blob's peak is 1", min=0)
-    dim: int = option(64, help="width of the model", min=1)
+    model: str = model_option()
+    dim: int = option(64, help="width of the model, but for direct", min=1)
     hidden: int = option(64, help="hidden width of an expert", min=1)
 
     @hookimpl
@@ -24,4 +26,4 @@ class Blobs:
         random = generator(spec.seed, "blobs")
         counts, shape = (self.images, self.test_images), {"side": self.size, "parts": 3, "width": 0.12, "jitter": 0.0}
         train, test = datasets.blobs(counts, self.classes, random, noise=self.noise, **shape)
-        return image_task(train, test, self.classes, self.dim, self.hidden)
+        return image_task(train, test, self.classes, self.dim, self.hidden, model=self.model)

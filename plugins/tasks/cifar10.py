@@ -3,6 +3,7 @@
 import attrs
 
 from moe_engine import datasets, hookimpl, option
+from moe_engine.models import model_option
 from moe_engine.tasks import image_task
 
 
@@ -15,10 +16,11 @@ class Cifar10:
     held against the official checksums; nothing is unpickled.
     """
 
-    dim: int = option(256, help="width of the model", min=1)
+    model: str = model_option()
+    dim: int = option(256, help="width of the model, but for direct", min=1)
     hidden: int = option(256, help="hidden width of an expert", min=1)
 
     @hookimpl
     def moe_task(self, spec):
         train, test = datasets.cifar10(spec.data_dir)
-        return image_task(train, test, 10, self.dim, self.hidden)
+        return image_task(train, test, 10, self.dim, self.hidden, model=self.model)

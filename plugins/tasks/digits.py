@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from moe_engine import hookimpl, option
+from moe_engine.models import model_option
 from moe_engine.tasks import image_task, shuffled_split
 
 
@@ -19,7 +20,8 @@ class Digits:
     Learning Repository, doi 10.24432/C50P49, CC BY 4.0; the file is the one that scikit-learn ships.
     """
 
-    dim: int = option(64, help="width of the model", min=1)
+    model: str = model_option()
+    dim: int = option(64, help="width of the model, but for direct", min=1)
     hidden: int = option(64, help="hidden width of an expert", min=1)
 
     @hookimpl
@@ -28,4 +30,4 @@ class Digits:
         rows = torch.from_numpy(np.loadtxt(gzip.decompress(packed).decode("ascii").splitlines(), delimiter=",")).long()
         # the split is part of the task: it must not change with a run's seed
         train, test = shuffled_split((rows[:, :-1].to(torch.uint8), rows[:, -1]), 0.2, 0, "digits split")
-        return image_task(train, test, 10, self.dim, self.hidden, scale=1)
+        return image_task(train, test, 10, self.dim, self.hidden, 1, self.model)

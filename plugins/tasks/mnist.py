@@ -3,6 +3,7 @@
 import attrs
 
 from moe_engine import datasets, hookimpl, option
+from moe_engine.models import model_option
 from moe_engine.tasks import image_task
 
 
@@ -10,10 +11,11 @@ from moe_engine.tasks import image_task
 class Mnist:
     """70,000 handwritten digits of 28 x 28 pixels, in torchvision's files under --data-dir (LeCun et al., 1998)."""
 
-    dim: int = option(256, help="width of the model", min=1)
+    model: str = model_option()
+    dim: int = option(256, help="width of the model, but for direct", min=1)
     hidden: int = option(128, help="hidden width of an expert", min=1)
 
     @hookimpl
     def moe_task(self, spec):
         train, test = datasets.mnist(spec.data_dir)
-        return image_task(train, test, 10, self.dim, self.hidden)
+        return image_task(train, test, 10, self.dim, self.hidden, model=self.model)

@@ -15,6 +15,7 @@ from torch import nn
 from moe_engine import Engine, LinearRouter, UsageError, assign, hookimpl
 from moe_engine.cli import main
 from moe_engine.comparison import variants_of, wanted
+from moe_engine.flops import Flops, model_flops
 from moe_engine.intervals import interval
 from moe_engine.runs import RunConfig
 from moe_engine.training import Training
@@ -308,13 +309,27 @@ def test_a_dense_engine_goes_through_a_step():
 
 
 def test_a_plugin_that_would_do_nothing_in_a_dense_model_is_refused():
-    with pytest.raises(UsageError, match="neither router nor experts: 'saturation' and 'switch_aux' acts on nothing"):
+    with pytest.raises(UsageError, match="a dense model has no router: 'saturation' and 'switch_aux' acts on nothing"):
         Engine("saturation,switch_aux,balance", dense=True)
 
 
-def test_a_dense_layer_of_modules_has_no_width():
-    with pytest.raises(UsageError, match="modules have no width"):
-        Engine(dense=True).moe(4, modules=[nn.Linear(4, 4), nn.Linear(4, 4)])
+@pytest.mark.parametrize("modules", [None, [nn.Linear(4, 6), nn.Linear(4, 6)]])
+def test_a_dense_layer_of_experts_without_a_width_is_one_of_them(modules):
+    """At K = 1 it takes as many FLOPs as the experts of a token do, 2*4*3 + 2*3*5 + 2*5*6 or 2*4*6; not at K = 2."""
+
+    def build(**spec):
+        chosen = ([], []) if modules else (["deep_mlp"], ["deep_mlp.hidden=3,5"])
+        return Engine(*chosen, dense=True, **spec).moe(4, 7, out=6, modules=modules)
+
+    layer = build(top_k=1)
+    x, mask = torch.randn(2, 3, 4), torch.tensor([[True, True, False], [True, False, False]])
+    expected = torch.where(mask[..., None], layer.bank.outputs(x.view(6, 4))[0].view(2, 3, 6), 0)
+    torch.testing.assert_close(layer(x.masked_fill(~mask[..., None], torch.nan), mask), expected)
+    flops = 2 * 4 * 6 if modules else 2 * (4 * 3 + 3 * 5 + 5 * 6)
+    assert Flops(flops, flops) == model_flops(nn.Sequential(layer), {})
+    for spec in ({"top_k": 2}, {"top_k": 1, "shared": 1}):
+        with pytest.raises(UsageError, match="these have no width, so one of them stands for top_k=1"):
+            build(**spec)
 
 
 def test_a_folder_in_the_place_of_a_result_and_an_option_that_is_not_there_are_known_before(capsys, tmp_path):

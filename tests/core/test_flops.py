@@ -60,7 +60,14 @@ def test_a_bank_of_modules_is_counted():
     assert all(expert[1].num_batches_tracked == 0 for expert in experts)
 
 
-@pytest.mark.parametrize("bank", ["lora", "conv"])
+def test_deep_experts_by_hand():
+    """2*5*4 + 2*4*3 + 2*3*5 for an expert 5-4-3-5 with norms, which are no products; router 2*6*5."""
+    settings = ["deep_mlp.hidden=4,3", "deep_mlp.norm=yes"]
+    layer = Engine("topk,deep_mlp", settings, experts=6, top_k=2, bias=True).moe(5, 11)
+    assert Flops(60 + 2 * 94, 60 + 6 * 94) == layer_flops(layer)
+
+
+@pytest.mark.parametrize("bank", ["lora", "conv", "deep_mlp"])
 def test_other_experts_take_what_torch_counts(bank):
     layer = Engine(["topk", bank], experts=6, top_k=2, bias=True).moe(9, 11)
     assert counted(layer, torch.randn(TOKENS, 9)) == layer_flops(layer).active

@@ -178,6 +178,25 @@ def test_a_router_that_cannot_learn_is_refused(install):
         engine.check_learning(lambda: layer(torch.randn(9, 3)).square().mean())
 
 
+def test_a_router_that_cannot_learn_is_allowed_on_purpose_and_named():
+    engine = Engine("topk", ["topk.renorm=true"], experts=4, top_k=1, allow_no_gradient=True)
+    allowed, fine = engine.moe(3, 4, name="a").eval(), engine.moe(3, 4, name="b", top_k=2).eval()
+    engine.check_learning(lambda: fine(allowed(torch.randn(9, 3))).square().mean())
+    remark = engine.plugins.remarks["learning"]
+    assert (remark.name, remark.severity) == ("no gradient", 2)
+    assert remark.why.startswith("layer 'a': the task gives the router's level 'expert' no gradient")
+    assert "'b'" not in remark.why
+    with pytest.raises(UsageError, match="topk.renorm at top_k=1"):
+        engine.moe(3, 4, allow_no_gradient=False)
+
+
+def test_a_router_that_learns_is_not_named():
+    engine = Engine("topk", experts=4, top_k=1, allow_no_gradient=True)
+    layer = engine.moe(3, 4).eval()
+    engine.check_learning(lambda: layer(torch.randn(9, 3)).square().mean())
+    assert "learning" not in engine.plugins.remarks
+
+
 def imports(path):
     """(module, level) of every import in a file, also those inside functions."""
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
@@ -230,6 +249,7 @@ CORE_ORDER = (
     "growing",
     "engine",
     "observed",
+    "models",
     "tasks",
     "runs",
     "datasets",

@@ -11,7 +11,7 @@ import torch
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassRecall
 
-from moe_engine import Engine, RunError, Task, hookimpl, option
+from moe_engine import Engine, RunError, Task, UsageError, hookimpl, option
 from moe_engine.runs import RunConfig, merged, read_config, read_run
 from moe_engine.training import Training, adam
 
@@ -292,3 +292,18 @@ def test_a_remark_on_the_mix_is_said_and_kept_in_the_summary(tmp_path):
     run = Training(config, {}, tmp_path / "run", say=said.append).run()
     assert any(remark.startswith("loss_free: switch_aux pulls at the gradients") for remark in said)
     assert [one["name"] for one in run.summary["findings"] if one["metric"] == "remark.loss_free"] == ["two remedies"]
+
+
+def test_a_run_with_a_router_without_gradient_says_so_in_its_findings(tmp_path):
+    """What was published: one gate, divided by itself. Beside it the raw probability, which has a gradient."""
+    flags = {"task": "blobs", "steps": 3, "top_k": 1, "no_plugin": ("plots", "html")}
+    settings = {"blobs": {"images": 200, "test_images": 200}, "topk": {"renorm": True}}
+    with pytest.raises(UsageError, match="topk.renorm at top_k=1"):
+        Training(RunConfig(**flags), settings)
+    theirs = Training(RunConfig(**flags, allow_no_gradient=True), settings, tmp_path / "theirs").run().summary
+    (found,) = [one for one in theirs["findings"] if one["metric"] == "remark.learning"]
+    assert (found["name"], found["severity"]) == ("no gradient", 2)
+    settings["topk"] = {"renorm": False}
+    ours = Training(RunConfig(**flags), settings, tmp_path / "ours").run().summary
+    assert not [one for one in ours["findings"] if one["metric"] == "remark.learning"]
+    assert theirs["layers"][0]["router_gradient"] < 1e-5 * ours["layers"][0]["router_gradient"]

@@ -16,6 +16,7 @@ SETTINGS = {
     "lora": ["lora.rank=2", "lora.alpha=3"],
     "conv": ["conv.channels=2", "conv.hidden=4"],
     "upcycle": ["upcycle.file=dense.safetensors"],
+    "deep_mlp": ["deep_mlp.hidden=7,5", "deep_mlp.norm=yes"],
 }
 BANKS = list(SETTINGS)
 KINDS = [(name, act, bias) for name in BANKS for act in ACTIVATIONS for bias in (False, True)]
@@ -81,7 +82,16 @@ def stacked_expert(bank, e, x, act):
     return mlp(x, act, bank.w_in[e], b_in, bank.w_out[e], b_out)
 
 
-ONE = {"lora": lora_expert, "conv": conv_expert, "upcycle": stacked_expert}
+def deep_expert(bank, e, x, act):
+    """Two hidden layers, with PyTorch's own layer_norm."""
+    for i in range(2):
+        x = x @ bank.get_parameter(f"w_{i}")[e] + (bank.get_parameter(f"b_{i}")[e] if hasattr(bank, f"b_{i}") else 0)
+        gain, shift = (bank.get_parameter(f"{name}_{i}")[e] for name in ("gain", "shift"))
+        x = ACTIVATIONS[act](F.layer_norm(x, x.shape[-1:], gain, shift))
+    return x @ bank.w_2[e] + (bank.b_2[e] if hasattr(bank, "b_2") else 0)
+
+
+ONE = {"lora": lora_expert, "conv": conv_expert, "upcycle": stacked_expert, "deep_mlp": deep_expert}
 
 
 @kinds
@@ -124,10 +134,11 @@ def test_expert_grad_is_the_mean_over_an_experts_own_tensors(name):
     bank = shaken(build(name, bias=True)[1].experts)
     assert bank.expert_grad().tolist() == [0, 0, 0, 0]
     bank(torch.randn(6, DIM, dtype=torch.float64), torch.tensor([3, 0, 2, 1])).square().sum().backward()
-    first = {"lora": ("a_in", "a_out"), "conv": ("k_in", "k_out"), "upcycle": ("w_in", "w_out")}
-    own = (*first[name], "b_in", "b_out")
+    ends = {"lora": ("a_in", "a_out"), "conv": ("k_in", "k_out"), "upcycle": ("w_in", "w_out")}
+    deep = [f"{kind}_{i}" for kind in ("w", "b", "gain", "shift") for i in range(3)][:-1]
+    own = [one for one in deep if one != "gain_2"] if name == "deep_mlp" else (*ends[name], "b_in", "b_out")
     grads = [getattr(bank, tensor).grad for tensor in own]
-    expected = [sum(float(grad[e].abs().mean()) for grad in grads) / 4 for e in range(4)]
+    expected = [sum(float(grad[e].abs().mean()) for grad in grads) / len(own) for e in range(4)]
     assert bank.expert_grad().tolist() == pytest.approx(expected, rel=1e-5)
     assert expected[1] == 0 < expected[0]
 
@@ -193,7 +204,7 @@ def test_a_bank_grows_and_learns_on(name, act, bias, source):
 
 
 @pytest.mark.parametrize("source", ["exclusive_split", "partial_reinit"])
-@pytest.mark.parametrize("name", ["lora", "conv"])
+@pytest.mark.parametrize("name", ["lora", "conv", "deep_mlp"])
 def test_sources_that_part_hidden_units_are_refused_where_these_are_no_rows(name, source):
     engine, _, optimizer = trained(name, source)
     with pytest.raises(UsageError, match=f"{source} .* hidden units of stacked MLPs, and these experts are others"):
@@ -272,10 +283,38 @@ def test_the_forward_compiles_whole(name):
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("name", ["lora", "conv"])
+@pytest.mark.parametrize("name", ["lora", "conv", "deep_mlp"])
 def test_another_output_width(name):
     engine = Engine(f"topk,{name}", SETTINGS[name], experts=4, top_k=2)
     assert engine.moe(DIM, HIDDEN, out=27)(torch.randn(5, DIM)).shape == (5, 27)
+
+
+# -- deep experts ------------------------------------------------------------------------------------
+
+
+def test_a_published_perceptron_has_its_weights():
+    """784-128-64-10 with biases: 784*128 + 128 + 128*64 + 64 + 64*10 + 10 = 109,386 for each of three."""
+    bank = Engine("topk,deep_mlp", experts=3).moe(784, 1, out=10, bias=True).experts
+    assert sum(p.numel() for p in bank.parameters()) == 3 * 109_386
+
+
+def test_dropout_drops_a_share_in_training_alone():
+    """1000 hidden units of 1: 700 of 1/0.7 are left, give or take four deviations of 14.5; all of 1 in evaluation."""
+    settings = ["deep_mlp.hidden=1000", "deep_mlp.dropout=0.3", "deep_mlp.norm=no"]
+    bank = build("deep_mlp", settings=settings)[1].experts
+    with torch.no_grad():
+        bank.w_0.fill_(1 / DIM)
+        bank.w_1.fill_(1)
+    x, counts = torch.ones(4, DIM), torch.tensor([1, 1, 1, 1])
+    torch.testing.assert_close(bank.eval()(x, counts), torch.full((4, DIM), 1000.0))
+    left = 0.7 * bank.train()(x, counts)[:, 0]
+    torch.testing.assert_close(left, left.round(), atol=0.01, rtol=0)
+    assert 642 < left.min() < left.max() < 758
+
+
+def test_its_own_activation_comes_before_the_layers():
+    bank = build("deep_mlp", settings=["deep_mlp.activation=swiglu"], activation="relu")[1].experts
+    assert (bank.w_0.shape, bank.w_1.shape, bank.w_2.shape) == ((4, DIM, 14), (4, 7, 10), (4, 5, DIM))
 
 
 # -- upcycling ---------------------------------------------------------------------------------------
@@ -371,6 +410,9 @@ MIXES = {
     ),
     "conv's output": ("conv", {"out": 20}, [], "conv: an output of 20 numbers is no number of pictures of 9 pixels"),
     "conv's window": ("conv", {}, ["conv.kernel=2"], r"experts 'conv': 'kernel' must be in \(1, 3, 5, 7\)"),
+    "deep_mlp's widths": ("deep_mlp", {}, ["deep_mlp.hidden=4,0"], r"deep_mlp.hidden is \[4, 0\]; give at least one"),
+    "deep_mlp's depth": ("deep_mlp", {}, ["deep_mlp.hidden="], r"deep_mlp.hidden is \[\]; give at least one width"),
+    "deep_mlp's noise": ("deep_mlp", {"causal": True}, ["deep_mlp.dropout=0.1"], "a causal layer must leave it at 0"),
     "lora's strength": ("lora", {}, ["lora.alpha=0"], "experts 'lora': 'alpha' must be >= 1e-06: 0"),
     "swiglu's biases": ("upcycle", {"activation": "swiglu", "bias": True}, [], "upcycle can't give biases to a swiglu"),
 }

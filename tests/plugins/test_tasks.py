@@ -12,6 +12,7 @@ from moe_engine.plugins.tasks.autoencoder import Autoencoder
 from moe_engine.plugins.tasks.blobs import Blobs
 from moe_engine.plugins.tasks.digits import Digits
 from moe_engine.runs import RunConfig
+from moe_engine.tasks import image_task
 from moe_engine.training import Training
 
 ROOT = Path(__file__).parents[2]
@@ -122,7 +123,36 @@ def test_the_model_of_a_task_has_a_layer_that_is_given_labels(task):
     model = task.model(engine)
     score = task.score(model.eval(), task.test)
     assert engine.metrics("eval")["moe0"]["class_expert"].sum() == 2 * task.test[0].shape[0]
-    assert set(score) == {"loss", "correct"}
+    assert set(score) == {"loss", "correct", "predicted", "true"}
+    assert set(task.score(model.train(), task.test)) == {"loss", "correct"}
+
+
+def test_precision_recall_and_f1_are_means_over_classes():
+    """Of [0, 0, 0, 1] and then [1, 2], 0, 0, 1, 1 and then 1, 1 are predicted: by class 2/2, 2/4, 0 and 2/3, 2/2, 0."""
+    images = torch.tensor([0, 0, 1, 1, 1, 1], dtype=torch.uint8)[:, None]
+    labels = torch.tensor([0, 0, 0, 1, 1, 2])
+    task = image_task((images, labels), (images, labels), 3, 4, 4)
+    measures = task.measures()
+    for rows in (slice(0, 4), slice(4, 6)):
+        score = task.score(Oracle().eval(), (images[rows], labels[rows]))
+        measures.update(score["predicted"], score["true"])
+    found = {name: float(value) for name, value in measures.compute().items()}
+    f1 = [2 * 1 * (2 / 3) / (1 + 2 / 3), 2 * 0.5 * 1 / (0.5 + 1), 0]
+    assert found == pytest.approx({"precision": 1.5 / 3, "recall": (5 / 3) / 3, "f1": sum(f1) / 3})
+
+
+class Oracle(torch.nn.Module):
+    """Takes the pixel for the class."""
+
+    def forward(self, images, labels=None):
+        return torch.nn.functional.one_hot(images[:, 0].long(), 3).float()
+
+
+def test_a_run_reports_them(tmp_path):
+    config = RunConfig(task="blobs", steps=5, no_plugin=("plots", "html"))
+    summary = Training(config, {"blobs": {"images": 64, "test_images": 600}}, tmp_path / "run").run().summary
+    assert {"precision", "recall", "f1"} == summary["measures"].keys()
+    assert summary["measures"]["recall"] == pytest.approx(summary["accuracy"], abs=0.1)  # classes are about as frequent
 
 
 def accuracy_of(tmp_path, **config):
