@@ -15,7 +15,8 @@ class Balance:
     load x / sum; cv = std / mean (population); cv2 = cv^2; gini; entropy H / ln E; max_min = max / min;
     maxvio = max / mean - 1; active = experts with at least a tenth of the mean load; dropped = share
     of assignments over capacity. At balance 1/E, 0, 0, 0, 1, 1, 0, E, and 0. Where a router assigns nothing
-    but mixes all tokens, there is only mass, each expert's share of the summed probabilities.
+    but mixes all tokens, there is only mass, each expert's share of the summed probabilities. Where a router
+    has further levels, as groups, cv.LEVEL is that of each.
 
     Source of maxvio: Wang et al., 2024, eq. 4 (on the window or data set that the numbers are of).
     """
@@ -34,4 +35,6 @@ class Balance:
         active = int((x >= 0.1 * mean).sum()) if total else None
         spread = {"cv": cv, "cv2": cv.square(), "gini": gini, "entropy": entropy}
         ends = {"max_min": x.max() / x.min(), "maxvio": x.max() / mean - 1}
-        return {"load": f, "active": active, **spread, **ends, "dropped": stats.dropped.sum() / total}
+        above = {name: n for name, n in stats.of("load").items() if n.numel() != size}
+        levels = {f"cv.{name}": n.std(correction=0) / n.mean() for name, n in above.items()}
+        return {"load": f, "active": active, **spread, **ends, **levels, "dropped": stats.dropped.sum() / total}

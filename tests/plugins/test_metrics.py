@@ -49,12 +49,13 @@ GOLDEN = {
 }
 
 
-def balance(load, dropped=None):
+def balance(load, dropped=None, levels=None):
     load = torch.tensor(load, dtype=torch.float64)
     sums = {
         "tokens": load.sum().view(1),
         "load": load,
         "dropped": torch.zeros_like(load) if dropped is None else dropped,
+        **(levels or {}),
     }
     return Balance().moe_metrics(Stats(Spec(1, 1, experts=len(load), top_k=1), sums))
 
@@ -85,6 +86,14 @@ def test_a_load_on_k_of_e_experts(experts, used):
 def test_active_means_a_tenth_of_the_mean():
     assert balance([100, 100, 9, 11])["active"] == 4  # mean 55: the limit is 5.5
     assert balance([100, 100, 1, 11])["active"] == 3
+
+
+def test_a_routers_further_levels_have_a_cv_of_their_own():
+    """Groups with loads 3 and 1: mean 2, deviation 1."""
+    got = balance(
+        [2, 1, 1, 0], levels={"load.expert": torch.tensor([2.0, 1, 1, 0]), "load.group": torch.tensor([3.0, 1])}
+    )
+    assert {name: float(value) for name, value in got.items() if name.startswith("cv.")} == {"cv.group": 0.5}
 
 
 def test_dropped_is_a_share_of_the_assignments():
