@@ -82,11 +82,11 @@ def _values(bar: Bar, row: Row, rows: Sequence[Row], limit: str) -> dict[int, fl
 
 
 def _twins(bar: Bar, row: Row, rows: Sequence[Row]) -> Iterator[Row]:
-    """The rows that differ from this one only on the axes of `against`, and there are what it says."""
+    """The rows that are what `against` says, and differ from this one on no other axis that both have."""
     for one in rows:
         place = {"part": one["part"], **one["at"]}
         mine = {"part": row["part"], **row["at"]}
-        same = all(place.get(axis) == mine.get(axis) for axis in {*place, *mine} - {*bar.against})
+        same = all(place[axis] == mine[axis] for axis in place.keys() & mine.keys() - bar.against.keys())
         if same and _within(one, bar.against):
             yield one
 

@@ -158,8 +158,7 @@ def test_no_data_is_no_verdict():
 class Gone:
     """Effects as `Attribution` reads them."""
 
-    task, losses, biases = 2.0, {"weak": 1e-6, "strong": 1.0}, {"idle": 0.0, "busy": 0.2}
-    spreads = {"idle": 1e-5, "busy": 0.5}
+    task, losses, biases, spreads = 2.0, {"weak": 1e-6, "strong": 1.0}, {"idle": 0.0, "busy": 0.2}, {"busy": 0.5}
 
 
 def test_attribution_names_terms_without_effect():
