@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from .effects import Effects, check_learning, effects_of, observe
 from .errors import PluginError, RunError, UsageError, listed
-from .experts import ModuleBank, StackedMLP, dense_twin
+from .experts import DenseTwin, ModuleBank, StackedMLP
 from .growing import grow, sources
 from .growth import Grown, Growth
 from .layer import MoE, numel, unflat
@@ -115,7 +115,7 @@ class Engine:
             if not any(hasattr(plugins[plugin], f"moe_{hook}") for hook in OF_LAYERS):
                 raise UsageError(f"'{plugin}' acts on the whole engine, so it can't be set for one layer")
         if self.dense:
-            return dense_twin(layer_spec)  # type: ignore[return-value]  # a model calls both alike
+            return DenseTwin(layer_spec)  # type: ignore[return-value]  # a model calls both alike
         self.plugins.check(Setup(plugins, layer_spec))
         try:
             layer = self._build(layer_spec, plugins, modules, settings, name)

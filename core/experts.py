@@ -88,10 +88,14 @@ def _mean_of(means: list[Tensor]) -> Tensor:
 
 
 class DenseMLP(nn.Module):
-    """One perceptron through which every token goes. Takes the arguments of an MoE layer; answers 0 at padding."""
+    """One perceptron through which every token goes. Takes the arguments of an MoE layer; answers 0 at padding.
 
-    def __init__(self, spec: Spec, hidden: int) -> None:
+    hidden: its width, that of one expert unless given.
+    """
+
+    def __init__(self, spec: Spec, hidden: int | None = None) -> None:
         super().__init__()
+        hidden = spec.hidden if hidden is None else hidden
         self.act = ACTIVATIONS[spec.activation]
         self.enter = nn.Linear(spec.dim, 2 * hidden if spec.activation == "swiglu" else hidden, bias=spec.bias)
         self.leave = nn.Linear(hidden, spec.out_dim, bias=spec.bias)
@@ -110,11 +114,13 @@ def shared_expert(spec: Spec) -> DenseMLP | None:
     return DenseMLP(spec, spec.hidden * spec.shared) if spec.shared else None
 
 
-def dense_twin(spec: Spec) -> DenseMLP:
-    """The MLP that does as much for a token as the layer's experts do: as wide as top_k and the shared ones together.
+class DenseTwin(DenseMLP):
+    """The MLP in a layer's place that does as much for a token: as wide as top_k and the shared experts together.
 
     Raises UsageError if the experts have no width.
     """
-    if not spec.hidden:
-        raise UsageError("a dense model is as wide as the experts that a token is sent to; modules have no width")
-    return DenseMLP(spec, spec.hidden * (spec.top_k + spec.shared))
+
+    def __init__(self, spec: Spec) -> None:
+        if not spec.hidden:
+            raise UsageError("a dense model is as wide as the experts that a token is sent to; modules have no width")
+        super().__init__(spec, spec.hidden * (spec.top_k + spec.shared))

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .experts import DenseMLP, StackedMLP
+from .experts import DenseTwin, StackedMLP
 from .layer import MoE
 from .routing import Spec
 
@@ -49,14 +49,14 @@ def layer_flops(layer: MoE, rows: float | None = None, slots: float = 0.0) -> Fl
 
 
 def model_flops(model: nn.Module, work: Mapping[str, Mapping[str, float]]) -> Flops:
-    """The sum over a model's MoE layers, or over the MLPs of a dense model; `work` is measured, by layer.
+    """The sum over a model's MoE layers, or over those in their place in a dense model; `work` is measured, by layer.
 
     What both have beside those, as attention or a head, is left out.
     """
     layers = [module for module in model.modules() if isinstance(module, MoE)]
     counted = [layer_flops(layer, **work.get(layer.name, {})) for layer in layers]
     if not layers:
-        twins = [2 * _weights(module) for module in model.modules() if isinstance(module, DenseMLP)]
+        twins = [2 * _weights(module) for module in model.modules() if isinstance(module, DenseTwin)]
         counted = [Flops(flops, flops) for flops in twins]
     return sum(counted, Flops(0, 0))
 

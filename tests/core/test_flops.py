@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from moe_engine import Engine
-from moe_engine.experts import dense_twin
+from moe_engine.experts import DenseMLP, DenseTwin
 from moe_engine.flops import Flops, layer_flops, mlp_flops, model_flops
 from moe_engine.routing import Spec
 
@@ -69,7 +69,7 @@ def test_other_experts_take_what_torch_counts(bank):
 @pytest.mark.parametrize("activation", ["relu", "gelu", "swiglu"])
 def test_the_dense_twin_takes_what_the_active_experts_take(activation):
     spec = Spec(dim=5, hidden=11, out=7, experts=6, top_k=2, shared=1, activation=activation)
-    assert 3 * mlp_flops(spec, 11) == counted(dense_twin(spec), torch.randn(TOKENS, 5))
+    assert 3 * mlp_flops(spec, 11) == counted(DenseTwin(spec), torch.randn(TOKENS, 5))
 
 
 @pytest.mark.parametrize("slots", [1, 3])
@@ -99,6 +99,7 @@ def test_a_models_flops_are_those_of_its_layers():
 
 
 def test_a_dense_models_flops_are_those_of_its_twins():
+    """And not of what the sparse model has too."""
     engine = Engine(experts=5, top_k=2, dense=True)
-    model = nn.Sequential(engine.moe(4, 3), nn.Linear(4, 4), engine.moe(4, 3))
+    model = nn.Sequential(engine.moe(4, 3), DenseMLP(Spec(4, 3)), nn.Linear(4, 4), engine.moe(4, 3))
     assert Flops(2 * 2 * 48, 2 * 2 * 48) == model_flops(model, {})
