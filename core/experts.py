@@ -105,10 +105,14 @@ class Dense(nn.Module):
 
 
 class DenseMLP(Dense):
-    """One perceptron through which every token goes."""
+    """One perceptron through which every token goes.
 
-    def __init__(self, spec: Spec, hidden: int) -> None:
+    hidden: its width, that of one expert unless given.
+    """
+
+    def __init__(self, spec: Spec, hidden: int | None = None) -> None:
         super().__init__()
+        hidden = spec.hidden if hidden is None else hidden
         self.act = ACTIVATIONS[spec.activation]
         self.enter = nn.Linear(spec.dim, 2 * hidden if spec.activation == "swiglu" else hidden, bias=spec.bias)
         self.leave = nn.Linear(hidden, spec.out_dim, bias=spec.bias)
@@ -136,6 +140,10 @@ def shared_expert(spec: Spec) -> DenseMLP | None:
     return DenseMLP(spec, spec.hidden * spec.shared) if spec.shared else None
 
 
+class DenseTwin(DenseMLP):
+    """The MLP in the place of a layer."""
+
+
 def dense_twin(spec: Spec, bank: Callable[[Spec], Experts | None] = lambda spec: None) -> Dense:
     """What does as much for a token as the layer's experts do.
 
@@ -143,7 +151,7 @@ def dense_twin(spec: Spec, bank: Callable[[Spec], Experts | None] = lambda spec:
     wide as top_k experts and the shared ones together. Raises UsageError for more than one expert without a width.
     """
     if (own := bank(attrs.evolve(spec, experts=1, top_k=1))) is None:
-        return DenseMLP(spec, spec.hidden * (spec.top_k + spec.shared))
+        return DenseTwin(spec, spec.hidden * (spec.top_k + spec.shared))
     if spec.top_k + spec.shared > 1:
         raise UsageError(
             "a dense model is as wide as the experts that a token is sent to; these have no width, so one of them "

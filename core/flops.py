@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .effects import evaluating
-from .experts import Dense, DenseExpert, StackedMLP
+from .experts import DenseExpert, DenseTwin, StackedMLP
 from .layer import MoE
 from .parts import Experts
 from .routing import Spec
@@ -51,19 +51,19 @@ def layer_flops(layer: MoE, rows: float | None = None, slots: float = 0.0) -> Fl
 
 
 def model_flops(model: nn.Module, work: Mapping[str, Mapping[str, float]]) -> Flops:
-    """The sum over a model's MoE layers, or over the MLPs of a dense model; `work` is measured, by layer.
+    """The sum over a model's MoE layers, or over those in their place in a dense model; `work` is measured, by layer.
 
     What both have beside those, as attention or a head, is left out.
     """
     layers = [module for module in model.modules() if isinstance(module, MoE)]
     counted = [layer_flops(layer, **work.get(layer.name, {})) for layer in layers]
     if not layers:
-        twins = [_dense_flops(module) for module in model.modules() if isinstance(module, Dense)]
+        twins = [_dense_flops(module) for module in model.modules() if isinstance(module, DenseTwin | DenseExpert)]
         counted = [Flops(flops, flops) for flops in twins]
     return sum(counted, Flops(0, 0))
 
 
-def _dense_flops(module: Dense) -> float:
+def _dense_flops(module: DenseTwin | DenseExpert) -> float:
     return _bank_flops(module.bank, module.dim) if isinstance(module, DenseExpert) else 2 * _weights(module)
 
 

@@ -401,6 +401,15 @@ def test_data_that_is_absent_and_cannot_be_fetched_is_refused(refusal, data, tas
     assert sentence.endswith("); name the folder that holds it with --data-dir, or go online")
 
 
+@pytest.mark.parametrize(
+    ("task", "source", "name"), [("autoencoder", "mix", "MNIST"), ("conv_autoencoder", "cifar10", "CIFAR-10")]
+)
+def test_a_task_of_other_data_is_refused_where_they_are_absent(refusal, data, task, source, name):
+    sentence = refusal("run", "--task", task, "--set", f"{task}.data={source}", "--data-dir", data)
+    assert sentence.startswith(f"{name} is not in {data}")
+    assert sentence.endswith("); name the folder that holds it with --data-dir, or go online")
+
+
 def write_mnist(folder, name, files=4):
     """Files with the names of a data set, and a few bytes of something else."""
     (folder / name / "raw").mkdir(parents=True)

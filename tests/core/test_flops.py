@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from moe_engine import Engine
-from moe_engine.experts import dense_twin
+from moe_engine.experts import DenseMLP, dense_twin
 from moe_engine.flops import Flops, layer_flops, mlp_flops, model_flops
 from moe_engine.routing import Spec
 
@@ -106,6 +106,7 @@ def test_a_models_flops_are_those_of_its_layers():
 
 
 def test_a_dense_models_flops_are_those_of_its_twins():
+    """And not of what the sparse model has too."""
     engine = Engine(experts=5, top_k=2, dense=True)
-    model = nn.Sequential(engine.moe(4, 3), nn.Linear(4, 4), engine.moe(4, 3))
+    model = nn.Sequential(engine.moe(4, 3), DenseMLP(Spec(4, 3)), nn.Linear(4, 4), engine.moe(4, 3))
     assert Flops(2 * 2 * 48, 2 * 2 * 48) == model_flops(model, {})

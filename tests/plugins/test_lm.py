@@ -55,10 +55,12 @@ def test_a_character_that_only_the_test_set_has_is_known(tmp_path):
     assert [engine.layers[0].spec.vocab, engine.layers[0].spec.causal] == [3, True]
 
 
-@pytest.mark.parametrize(("layers", "sparse"), [(2, [1]), (3, [1]), (4, [1, 3])])
-def test_every_second_block_has_a_layer_of_experts_that_is_given_ids(layers, sparse):
+@pytest.mark.parametrize(
+    ("layers", "every", "sparse"), [(2, 2, [1]), (3, 2, [1]), (4, 2, [1, 3]), (2, 1, [0, 1]), (7, 3, [2, 5])]
+)
+def test_every_second_block_has_a_layer_of_experts_that_is_given_ids(layers, every, sparse):
     engine = Engine("topk", experts=2)
-    model = Lm(layers=layers).moe_task(TaskSpec()).model(engine)
+    model = Lm(layers=layers, every=every).moe_task(TaskSpec()).model(engine)
     assert [f"blocks.{index}.feed" for index in sparse] == [layer.name for layer in engine.attach(model).layers]
     seen = []
     for layer in engine.layers:
@@ -141,6 +143,7 @@ def test_a_text_that_is_none_is_refused_in_one_sentence(refusal, tmp_path, conte
 SETTINGS = {
     "absent": ("file=a.txt", "there is no text a.txt, neither as it stands nor in data; name one with lm.file"),
     "heads": ("heads=5", "lm.heads=5 does not divide lm.dim=64"),
+    "every": ("every=3", "lm.every=3 leaves none of lm.layers=2 blocks experts; lower it"),
     "layers": ("layers=1", "task 'lm': 'layers' must be >= 2: 1"),
 }
 

@@ -10,6 +10,7 @@ from moe_engine import Engine, TaskSpec, UsageError
 from moe_engine.plugins.tasks import autoencoder
 from moe_engine.plugins.tasks.autoencoder import Autoencoder
 from moe_engine.plugins.tasks.blobs import Blobs
+from moe_engine.plugins.tasks.conv_autoencoder import ConvAutoencoder
 from moe_engine.plugins.tasks.digits import Digits
 from moe_engine.runs import RunConfig
 from moe_engine.tasks import image_task
@@ -114,6 +115,34 @@ def test_mix_is_both_sets(monkeypatch):
     score = task.score(task.model(Engine("topk")).eval(), task.test)
     assert list(score) == ["loss", "loss.a", "count.loss.a", "loss.b", "count.loss.b"]
     assert not Autoencoder(data="mix").moe_task(TaskSpec()).ordered and task.ordered
+
+
+@pytest.mark.parametrize("skips", [True, False])
+def test_skips_lead_the_picture_past_the_latent_vector(skips):
+    """With the map back from it at 0, one image still differs from another, or does not."""
+    task = ConvAutoencoder(skips=skips, width=4, latent=8).moe_task(TaskSpec())
+    model = task.model(Engine("topk", experts=4)).eval()
+    with torch.no_grad():
+        for parameter in model.leave.parameters():
+            parameter.zero_()
+    pixels = task.test[0][:2] / 255
+    one, other = model(pixels, None)
+    assert tuple(one.shape) == (3, 32, 32)
+    assert skips == (not torch.equal(one, other))
+
+
+def test_the_latent_vector_goes_round_the_experts_too():
+    """z + MoE(z): with experts that answer 0 the model is the one without a layer."""
+    task = ConvAutoencoder(width=4, latent=8).moe_task(TaskSpec())
+    model = task.model(Engine("topk", experts=4)).eval()
+    pixels = task.test[0][:2] / 255
+    before = model(pixels, None)
+    with torch.no_grad():
+        for parameter in model.moe.experts.parameters():
+            parameter.zero_()
+    alone = model(pixels, None)
+    model.moe.forward = lambda z, labels: torch.zeros_like(z)
+    assert torch.equal(model(pixels, None), alone) and not torch.equal(before, alone)
 
 
 @pytest.mark.parametrize("task", [Digits(), Blobs(images=100, test_images=10)])
