@@ -1,5 +1,6 @@
 """A layer of which only the decisions are seen: somebody else's, or one that was recorded."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from .engine import Metrics, merged
 from .layer import measured, sums_of
 from .manager import Bound, Plugins
 from .routing import Routing, Spec
-from .stats import Finding, Stats
+from .stats import Finding, Stats, Unmeasured
 
 NO_DATA = Finding("no data", 1, "no real token has come through since the last look", "run the model, then ask again")
 
@@ -48,6 +49,10 @@ class Observed:
                 sums |= measured(routing, [bound], self)
             except Unseen:
                 self._blind.add(bound.plugin)
+        self.add(sums)
+
+    def add(self, sums: Mapping[str, Tensor]) -> None:
+        """Add what was counted of some forwards: tokens, load, dropped, and what there is beside."""
         for name, value in sums.items():
             wide = value.to(torch.float32 if value.device.type == "mps" else torch.float64)
             self._sums[name] = self._sums[name] + wide if name in self._sums else wide
@@ -65,7 +70,16 @@ class Observed:
                 answers.append((bound.plugin, bound({**offer, "memory": self._memory[bound.plugin]})))
             except Unseen:
                 self._blind.add(bound.plugin)
+            except Unmeasured:  # only counts were added, and nothing measured
+                if stats.of(bound.plugin):
+                    raise
+                self._blind.add(bound.plugin)
         return merged(answers)
+
+    @property
+    def blind(self) -> list[str]:
+        """The plugins that asked for what is not seen, and so say nothing."""
+        return sorted(self._blind)
 
     def _seeing(self, bounds: tuple[Bound, ...]) -> list[Bound]:
         return [bound for bound in bounds if bound.plugin not in self._blind]

@@ -23,6 +23,10 @@ class Finding:
     advice: str = ""
 
 
+class Unmeasured(KeyError):
+    """A metric asked for a sum that nobody counted."""
+
+
 class Stats:
     """Sums over forwards of one layer, in float64 on the CPU.
 
@@ -37,6 +41,8 @@ class Stats:
         self.sums = {name: value.detach().cpu().to(torch.float64, copy=True) for name, value in sums.items()}
 
     def __getitem__(self, name: str) -> Tensor:
+        if name not in self.sums:
+            raise Unmeasured(name)
         return self.sums[name]
 
     @property

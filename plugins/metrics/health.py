@@ -35,7 +35,7 @@ class Health:
         load, spec = stats.load, stats.spec
         if not load.sum() or spec.experts == 1:
             return {}
-        own = stats.of("health")
+        own = stats.of("health") or {"cv": 0.0, "forwards": 1.0}  # of counts alone: single forwards were not seen
         forwards = float(own["forwards"])
         return {"verdict": self.judge(load, spec.top_k, stats.tokens, float(own["cv"]) / forwards, forwards)}
 
