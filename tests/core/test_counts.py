@@ -318,12 +318,17 @@ def test_a_run_without_classes_is_read_from_its_trace_or_its_shares(stats, folde
     assert ("recorded routing" in report["source"]) == trace
 
 
-def test_a_run_whose_layers_assign_nothing_is_refused(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("layer", "sentence"),
+    [({"mass": [0.5, 0.5]}, "holds no loads: its layers assign nothing"), ({"load": ["a"]}, "is damaged: its loads")],
+)
+def test_a_run_without_loads_is_refused(tmp_path, capsys, layer, sentence):
     (tmp_path / "config.toml").write_text("[run]\n")
     (tmp_path / "summary.json").write_text('{"loss": 1, "layers": [{"name": "moe", "top_k": 2}]}')
-    (tmp_path / "metrics.jsonl").write_text('{"split": "eval", "step": 1, "layers": {"moe": {"mass": [0.5, 0.5]}}}\n')
+    record = {"split": "eval", "step": 1, "layers": {"moe": layer}}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(record))
     assert main(["routing-stats", str(tmp_path)]) == 2
-    assert "holds no loads: its layers assign nothing" in capsys.readouterr().err
+    assert sentence in capsys.readouterr().err
 
 
 # -- what is printed and drawn ---------------------------------------------------------------------
