@@ -5,7 +5,7 @@ Suffixes: R rows, N numbers, S series, E experts.
 
 import math
 import re
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ from .errors import UsageError, listed
 EXPERT = re.compile(r"(?:expert|e)[ _]?([0-9]{1,6})")  # a column of the wide form
 TOP_K = ("choices_per_token", "top_k")
 TIMES = ("step", "epoch", "batch")  # columns that are added up over, and are no labels
-LARGEST, SERIES, CELLS = 1e15, 10_000, 20_000_000
+LARGEST, EXPERTS, SERIES, CELLS = 1e15, 100_000, 10_000, 20_000_000  # what is taken for a mistake beyond
 
 Array = NDArray[Any]
+Cells = Mapping[str, Sequence[Any]]  # columns by name
 
 
 @attrs.define(eq=False)
@@ -143,8 +144,7 @@ class _Sums:
         self._check_sizes(series_R, size, chunk.where)
         count_ER = np.stack([self._numbers(name, cells, chunk.where) for name in columns.experts])
         expert_ER = np.repeat(np.arange(size), len(series_R))
-        tokens_ER = np.append(tokens_R, np.zeros(len(series_R) * (size - 1)))  # a row's tokens count once
-        self._total(np.tile(series_R, size), expert_ER, count_ER.ravel(), tokens_ER)
+        self._total(np.tile(series_R, size), expert_ER, count_ER.ravel(), np.tile(tokens_R, size))
 
     def series(self) -> list[Series]:
         """What has been added up."""
@@ -160,12 +160,12 @@ class _Sums:
             layer,
             split,
             self.count_SE[at, :size],
-            float(self.token_SE[at].max()) if "tokens" in self.names else None,
+            float(self.token_SE[at].max()) if "tokens" in self.names else None,  # each expert's rows give them all
             top_ks[0] if top_ks else None,
             np.flatnonzero(self.row_SE[at, :size] == 0).tolist(),
         )
 
-    def _series(self, cells: dict[str, Sequence[Any]], where: Sequence[Any]) -> Array:
+    def _series(self, cells: Cells, where: Sequence[Any]) -> Array:
         """[R]: the number of each row's series; new ones are opened."""
         columns = [cells[name] for name in self.keys]
         for name, column in zip(self.keys, columns, strict=True) if self.file.typed else ():
@@ -187,10 +187,10 @@ class _Sums:
             )
         return np.fromiter(map(self.raw.__getitem__, keys), np.int64, len(keys))
 
-    def _numbers(self, name: str, cells: dict[str, Sequence[Any]], where: Sequence[Any]) -> Array:
+    def _numbers(self, name: str, cells: Cells, where: Sequence[Any]) -> Array:
         """[R]: a column of numbers from 0 on."""
         column = cells[name]
-        usual = {int, float} if self.file.typed else {str}
+        usual: set[type] = {int, float} if self.file.typed else {str}
         try:
             value_R = np.fromiter(map(float, column), np.float64, len(column))
         except (ValueError, TypeError, OverflowError):
@@ -201,10 +201,10 @@ class _Sums:
             raise self.file.refuse(where[row], f"{name} is {_short(column[row])}, {what}")
         return value_R
 
-    def _experts(self, cells: dict[str, Sequence[Any]], where: Sequence[Any]) -> Array:
+    def _experts(self, cells: Cells, where: Sequence[Any]) -> Array:
         """[R]: the column `expert`, as whole numbers."""
         expert_R = self._numbers("expert", cells, where)
-        limit = self.experts or CELLS
+        limit = self.experts or EXPERTS
         bad_R = (expert_R != np.floor(expert_R)) | (expert_R >= limit)
         if bad_R.any():
             row = int(bad_R.argmax())

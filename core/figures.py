@@ -263,6 +263,29 @@ def draw_usage(
     return image
 
 
+def shares(load_RE: Sequence[Sequence[float]], names: Sequence[str]) -> Figure:
+    """Rows of loads, as many experts in each or fewer: each expert's over its row's mean, on a logarithmic scale."""
+    experts = max(map(len, load_RE))
+    relative_RE = np.full((len(load_RE), experts), np.nan)
+    for row, load in enumerate(load_RE):
+        relative_RE[row, : len(load)] = np.array(load) / max(float(np.mean(load)), 1e-300)
+    tall = len(names) > 300  # more names than can be read
+    with mpl.rc_context(STYLE):
+        width = min(3.5 + 0.14 * experts + 0.05 * max(map(len, names)), 16)
+        figure = Figure(figsize=(width, 30 if tall else 1.3 + 0.17 * len(names)), layout="constrained")
+        axes = figure.add_subplot(title="share of each expert over the mean (1 = an even share)", xlabel="expert")
+        scale = mpl.colors.LogNorm(1 / 8, 8)
+        shown_RE = np.maximum(relative_RE, 1e-6)  # 0 has no logarithm
+        image = axes.imshow(shown_RE, cmap="RdBu_r", aspect="auto", interpolation="nearest", norm=scale)
+        axes.set_yticks([] if tall else range(len(names)), [] if tall else [name.replace("$", r"\$") for name in names])
+        axes.tick_params(axis="y", labelsize=7)
+        axes.grid(False)
+        bar = figure.colorbar(image, extend="both", ticks=[1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8], fraction=0.05, aspect=30)
+        bar.ax.set_yticklabels(["1/8", "1/4", "1/2", "1", "2", "4", "8"])
+        bar.ax.minorticks_off()
+    return figure
+
+
 def classes(run: "Run", layer: str) -> Figure | None:
     """Which share of a class's assignments each expert got, on the test set."""
     tables = series(run, "eval", "class_expert", layer)[1]

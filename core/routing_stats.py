@@ -117,16 +117,20 @@ def of_run(folder: Path) -> list[Series]:
     """The training and test loads of a run's layers, as counts where it kept them. Raises UsageError."""
     run = read_run(folder)
     traced = _traced(folder) if (folder / FILE).exists() else {}
-    out = []
-    for layer in run.summary["layers"]:
-        found = [_trained(run, layer["name"]), _tested(run, layer["name"], traced)]
-        for split, (source, counts, tokens) in zip(("train", "test"), found, strict=True):
-            if counts is not None and counts.size and counts.sum():
-                own = (str(folder), {}, layer["name"], split, counts, tokens, layer["top_k"])
-                out.append(Series(*own, source=source))
+    try:
+        out = [one for layer in run.summary["layers"] for one in _of_layer(run, layer, traced)]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UsageError(f"run folder {folder} is damaged: its loads can't be read ({error!r})") from error
     if not out:
         raise UsageError(f"run {folder} holds no loads: its layers assign nothing, or its metrics were left out")
     return out
+
+
+def _of_layer(run: Run, layer: dict[str, Any], traced: dict[str, tuple[Any, float]]) -> Iterator[Series]:
+    found = {"train": _trained(run, layer["name"]), "test": _tested(run, layer["name"], traced)}
+    for split, (source, counts, tokens) in found.items():
+        if counts is not None and counts.sum():
+            yield Series(str(run.folder), {}, layer["name"], split, counts, tokens, layer["top_k"], source=source)
 
 
 Loads = tuple[str, Any, float | None]  # where they are from, counts or shares [E], tokens

@@ -15,6 +15,7 @@ from .new_plugin import new_plugin
 from .plugins import plugins
 from .replay import replay
 from .resume import resume
+from .routing_stats import routing_stats
 from .run import run
 from .study import study
 
@@ -46,6 +47,8 @@ def group(context: click.Context) -> None:
         moe-engine study growth --quick
     Let another router choose on the logits of a run that recorded them:
         moe-engine replay runs/A --routers sigmoid_topk
+    What the metrics say of routing counts that somebody published, or of a run's:
+        moe-engine routing-stats counts.csv
     Write a router of your own, which works as written, and hold it against what is promised of every router:
         moe-engine new-plugin router my_router
         moe-engine check my_router
@@ -54,7 +57,8 @@ def group(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (run, resume, plugins, compare, compare_plugins, study, replay, new_plugin, check):
+COMMANDS = (run, resume, plugins, compare, compare_plugins, study, replay, routing_stats, new_plugin, check)
+for command in COMMANDS:
     group.add_command(command)
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
-from ..errors import UsageError
-from ..runs import Run, number_of, read_run, write_atomically
+from ..runs import Run, number_of, read_run
+from .pictures import check_picture, write_picture
 
 COLUMNS = (
     "accuracy",
@@ -60,14 +60,10 @@ def compare(runs: tuple[Path, ...], out: Path, as_json: bool) -> None:
     more = sorted({name for run in read for layer in run.summary["layers"] for name in layer} - USUAL)
     for line, run in zip(rows, read, strict=True):
         line.update({name: number_of(run.summary, name) for name in more if not name.startswith("effect.")})
-    if out.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise UsageError(f"the picture's name {out} must end in .png, .svg or .pdf")
-    from ..figures import overlaid, picture
+    check_picture(out)
+    from ..figures import overlaid
 
-    try:
-        write_atomically(out, picture(overlaid(read), out.suffix[1:].lower()))
-    except OSError as error:
-        raise UsageError(f"{out} can't be written: {error.strerror}; name another file with --out") from error
+    write_picture(out, overlaid(read), "--out")
     if as_json:
         click.echo(json.dumps(rows, indent=2))
         return
