@@ -83,10 +83,19 @@ def study(
         click.echo(_text(results))
     else:
         _print(results, folder, check)
+    _fail(results, check)
+    return 0
+
+
+def _fail(results: Mapping[str, Any], check: bool) -> None:
+    """Raise RunError for a run that is missing or, where bars are judged again, for one that is not held."""
+    from ..study.results import remarks_of
+
+    if remarks := remarks_of(results):
+        raise RunError(f"{len(remarks)} of {len(results['rows'])} variants lack a run; {remarks[0]}")
     missed = [bar["says"] for bar in results["bars"] if bar["verdict"] != "held"]
     if check and missed:
         raise RunError(f"{len(missed)} of {len(results['bars'])} bars are not held, the first: {missed[0]}")
-    return 0
 
 
 def _list() -> int:

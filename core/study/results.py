@@ -8,7 +8,6 @@ from typing import Any
 import attrs
 import joblib
 
-from ..errors import listed
 from ..grid import FINISHED, REFUSED, Record, Show, Variant, run_grid
 from ..intervals import interval
 from ..training import Training, versions
@@ -16,8 +15,6 @@ from .bars import judge
 from .latency import timed
 from .quantities import quantity
 from .spec import At, Part, Study
-
-TIMES = ("step_seconds", "summary.seconds", "latency")  # what differs from one machine, and run, to the next
 
 
 def run_study(
@@ -218,9 +215,3 @@ def page_of(results: Mapping[str, Any], pictures: Iterable[str] = ()) -> str:
 def _markdown(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     bars = ["---", *["---:"] * (len(columns) - 2), "---"]
     return "\n".join(f"| {' | '.join(one.replace('|', '/') for one in cells)} |" for cells in (columns, bars, *lines))
-
-
-def failed(results: Mapping[str, Any]) -> str | None:
-    """The names of the rows that have no run, in a sentence; None if there is none."""
-    names = [row["variant"] for row in results["rows"] if row["status"] != FINISHED]
-    return f"no run of {listed(names[:5])} finished" if names else None
