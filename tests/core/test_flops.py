@@ -67,9 +67,10 @@ def test_deep_experts_by_hand():
     assert Flops(60 + 2 * 94, 60 + 6 * 94) == layer_flops(layer)
 
 
-@pytest.mark.parametrize("bank", ["lora", "conv", "deep_mlp"])
+@pytest.mark.parametrize("bank", ["lora", "conv", "convnet", "deep_mlp"])
 def test_other_experts_take_what_torch_counts(bank):
-    layer = Engine(["topk", bank], experts=6, top_k=2, bias=True).moe(9, 11)
+    settings = ["convnet.hidden=4"] if bank == "convnet" else []  # 3 x 3 pixels are pooled once
+    layer = Engine(["topk", bank], settings, experts=6, top_k=2, bias=True).moe(9, 11)
     assert counted(layer, torch.randn(TOKENS, 9)) == layer_flops(layer).active
 
 
