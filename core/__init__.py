@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .checkpoints import load as load
     from .checkpoints import save as save
+    from .dispatch import grouped_conv as grouped_conv
     from .dispatch import grouped_linear as grouped_linear
     from .dispatch import own_values as own_values
     from .dispatch import row_counts as row_counts
@@ -71,7 +72,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "checkpoints": ("load", "save"),
-    "dispatch": ("grouped_linear", "own_values", "row_counts"),
+    "dispatch": ("grouped_conv", "grouped_linear", "own_values", "row_counts"),
     "effects": ("Effects", "evaluating"),
     "engine": ("Engine",),
     "errors": ("PluginError", "RunError", "UsageError"),

@@ -4,8 +4,11 @@ One readable path that takes any shape and precision. Under torch.compile, where
 of an expert can't be read, the same products go through two custom operators.
 """
 
+from math import isqrt
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .parts import Experts
 from .routing import Routing, Slots, at_least_fp32, rows_of
@@ -67,6 +70,18 @@ def _traced_linear(x_ND: Tensor, w_EDH: Tensor, b_EH: Tensor | None, counts_E: T
     if b_EH is None:
         return out_NH
     return out_NH + own_values(b_EH, counts_E, x_ND.shape[0])
+
+
+def grouped_conv(x_NSSC: Tensor, k_EWH: Tensor, b_EH: Tensor | None, counts_E: Tensor) -> Tensor:
+    """[N, S, S, H]: a convolution of pictures with each row's own expert, the edge padded with zeros.
+
+    k_EWH: W = C k^2, a window of side k flattened as F.unfold does: a convolution is a linear map of those.
+    """
+    size, side, _, channels = x_NSSC.shape
+    kernel = isqrt(k_EWH.shape[1] // channels)
+    windows_NWP = F.unfold(x_NSSC.permute(0, 3, 1, 2), kernel, padding=kernel // 2)
+    rows, counts = windows_NWP.transpose(1, 2).flatten(0, 1), row_counts(counts_E * side**2)
+    return grouped_linear(rows, k_EWH, b_EH, counts).view(size, side, side, k_EWH.shape[2])
 
 
 def own_values(values_EH: Tensor, counts_E: Tensor, rows: int) -> Tensor:

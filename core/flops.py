@@ -1,27 +1,35 @@
-"""Forward FLOPs of a layer for one token, in closed form.
+"""Forward FLOPs: of a layer for one token, in closed form; of a whole model for one sample, counted by torch.
 
 A multiply-add is 2. Only matrix products are counted, as torch's FlopCounterMode counts them:
 biases, activations, softmax, sorting and the weighting of outputs are left out; they are of lower order (H, E or
 D, beside H D and E D).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import attrs
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .effects import evaluating
+from .effects import evaluating, uncounted
 from .experts import DenseExpert, DenseTwin, StackedMLP
 from .layer import MoE
 from .parts import Experts
-from .routing import Spec
+from .routing import Routing, Spec
+
+
+@attrs.frozen
+class Parameters:
+    """How many numbers are learnt. active: without the experts of each layer that a token is not sent to, E - K."""
+
+    active: int
+    total: int
 
 
 @attrs.frozen
 class Flops:
-    """Forward FLOPs a token. active: of the experts that a token is sent to; total: as if it went to all of them."""
+    """Forward FLOPs of a token or a sample. active: of the experts that it is sent to; total: as if it went to all."""
 
     active: float
     total: float
@@ -61,6 +69,41 @@ def model_flops(model: nn.Module, work: Mapping[str, Mapping[str, float]]) -> Fl
         twins = [_dense_flops(module) for module in model.modules() if isinstance(module, DenseTwin | DenseExpert)]
         counted = [Flops(flops, flops) for flops in twins]
     return sum(counted, Flops(0, 0))
+
+
+def forward_flops(model: nn.Module, run: Callable[[], object], samples: int = 1) -> Flops:
+    """Of everything in the model, for one sample, in eval mode: what torch counts while `run` is called.
+
+    run: a forward of the model on that many samples. For the total, each token goes to all E experts of a layer
+    instead of to those it was sent to. Runs eagerly, as a compiled graph's custom products would read 0.
+    """
+    layers = [module for module in model.modules() if isinstance(module, MoE)]
+    with torch.no_grad(), evaluating(model), uncounted(layers), torch.compiler.set_stance("force_eager"):
+        with FlopCounterMode(display=False) as counter:
+            run()
+        idle = sum(_idle_rows(routing) * _expert_flops(layer) for layer in layers for routing in layer.watched or ())
+    active = float(counter.get_total_flops())
+    return Flops(active / samples, (active + idle) / samples)
+
+
+def parameters_of(model: nn.Module) -> Parameters:
+    """How many a model has, and how many of them act on a token."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    layers = [module for module in model.modules() if isinstance(module, MoE)]
+    idle = sum((layer.spec.experts - layer.spec.top_k) * _expert_parameters(layer) for layer in layers)
+    return Parameters(total - round(idle), total)
+
+
+def _idle_rows(routing: Routing) -> float:
+    """How many rows more experts would work on, if each token went to all of them."""
+    return float(routing.tokens.count * routing.experts - routing.work[0])
+
+
+def _expert_parameters(layer: MoE) -> float:
+    """Of one expert; the mean over them, where they are modules that differ."""
+    bank = layer.experts
+    own = [getattr(bank, name) for name in bank.axes] if bank.axes else list(bank.parameters())
+    return sum(tensor.numel() for tensor in own if isinstance(tensor, nn.Parameter)) / layer.spec.experts
 
 
 def _dense_flops(module: DenseTwin | DenseExpert) -> float:

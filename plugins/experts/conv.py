@@ -3,9 +3,8 @@
 from math import isqrt
 
 import attrs
-from torch.nn import functional as F
 
-from moe_engine import ACTIVATIONS, Experts, grouped_linear, hookimpl, option, row_counts, uniform
+from moe_engine import ACTIVATIONS, Experts, grouped_conv, hookimpl, option, uniform
 
 
 @attrs.define(eq=False)
@@ -40,13 +39,13 @@ class Conv:
 class ConvExperts(Experts):
     """k_in [E, C k^2, H], for swiglu [E, C k^2, 2H], k_out [E, H k^2, C'], windows flattened as F.unfold does.
 
-    A convolution is a linear map of each pixel's window. The names are not those of a stacked MLP, because a
-    hidden channel is many rows of k_out: sources that part hidden units refuse what they don't know.
+    The names are not those of a stacked MLP, because a hidden channel is many rows of k_out: sources that part
+    hidden units refuse what they don't know.
     """
 
     def __init__(self, spec, channels, hidden, kernel):
         super().__init__()
-        self.act, self.kernel = ACTIVATIONS[spec.activation], kernel
+        self.act = ACTIVATIONS[spec.activation]
         self.side = isqrt(spec.dim // channels)
         wide = 2 * hidden if spec.activation == "swiglu" else hidden
         ends = {"in": (channels, wide, "in"), "out": (hidden, spec.out_dim // self.side**2, "output")}
@@ -59,15 +58,6 @@ class ConvExperts(Experts):
             self.b_in = self.b_out = None
 
     def forward(self, x_ND, counts_E):
-        counts = row_counts(counts_E * self.side**2)
-        hidden = self.act(grouped_linear(self._windows(x_ND), self.k_in, self.b_in, counts))
-        return self._tokens(grouped_linear(self._windows(self._tokens(hidden)), self.k_out, self.b_out, counts))
-
-    def _windows(self, x_ND):
-        """[N pixels, C k^2]: the window around each pixel, one after the other."""
-        pictures = x_ND.unflatten(-1, (-1, self.side, self.side))
-        return F.unfold(pictures, self.kernel, padding=self.kernel // 2).transpose(1, 2).flatten(0, 1)
-
-    def _tokens(self, pixels):
-        """[N, C pixels]: tokens of the pixels [N pixels, C] of their pictures."""
-        return pixels.unflatten(0, (-1, self.side**2)).transpose(1, 2).flatten(1)
+        pictures = x_ND.unflatten(-1, (-1, self.side, self.side)).permute(0, 2, 3, 1)
+        hidden = self.act(grouped_conv(pictures, self.k_in, self.b_in, counts_E))
+        return grouped_conv(hidden, self.k_out, self.b_out, counts_E).permute(0, 3, 1, 2).flatten(1)

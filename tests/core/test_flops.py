@@ -7,7 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moe_engine import Engine
 from moe_engine.experts import DenseMLP, dense_twin
-from moe_engine.flops import Flops, layer_flops, mlp_flops, model_flops
+from moe_engine.flops import Flops, Parameters, forward_flops, layer_flops, mlp_flops, model_flops, parameters_of
+from moe_engine.models import image_model
 from moe_engine.routing import Spec
 
 TOKENS = 24
@@ -67,9 +68,10 @@ def test_deep_experts_by_hand():
     assert Flops(60 + 2 * 94, 60 + 6 * 94) == layer_flops(layer)
 
 
-@pytest.mark.parametrize("bank", ["lora", "conv", "deep_mlp"])
+@pytest.mark.parametrize("bank", ["lora", "conv", "convnet", "deep_mlp"])
 def test_other_experts_take_what_torch_counts(bank):
-    layer = Engine(["topk", bank], experts=6, top_k=2, bias=True).moe(9, 11)
+    settings = ["convnet.hidden=4"] if bank == "convnet" else []  # 3 x 3 pixels are pooled once
+    layer = Engine(["topk", bank], settings, experts=6, top_k=2, bias=True).moe(9, 11)
     assert counted(layer, torch.randn(TOKENS, 9)) == layer_flops(layer).active
 
 
@@ -110,3 +112,124 @@ def test_a_dense_models_flops_are_those_of_its_twins():
     engine = Engine(experts=5, top_k=2, dense=True)
     model = nn.Sequential(engine.moe(4, 3), DenseMLP(Spec(4, 3)), nn.Linear(4, 4), engine.moe(4, 3))
     assert Flops(2 * 2 * 48, 2 * 2 * 48) == model_flops(model, {})
+
+
+# -- whole models ------------------------------------------------------------------------------------
+
+CLASSES, DIM, HIDDEN, EXPERTS, TOP_K = 7, 12, 5, 6, 2
+
+
+def build(name, shape, plugins="topk", settings=(), **spec):
+    engine = Engine(plugins, settings, **{"experts": EXPERTS, "top_k": TOP_K, **spec})
+    return image_model(name, engine, torch.zeros(shape), CLASSES, DIM, HIDDEN, 255.0)
+
+
+def of(model, shape, samples=1):
+    images = torch.randint(256, (samples, *shape))
+    return forward_flops(model, lambda: model(images), samples)
+
+
+def layer_by_hand(dim, out, chosen):
+    """2 E D of the router and 2 D H + 2 H out of each expert."""
+    return 2 * EXPERTS * dim + chosen * 2 * HIDDEN * (dim + out)
+
+
+ENDS = 2 * 192 * DIM + 2 * DIM * CLASSES  # of the linear maps before and behind a layer, for 3 x 8 x 8 pixels
+CONVOLUTIONS = 2 * (27 * 32 * 64 + 9 * 32 * 64 * 16) + 2 * 64 * 4 * DIM
+BY_HAND = {
+    "residual": (ENDS, DIM, DIM),
+    "plain": (ENDS, DIM, DIM),
+    "direct": (0, 192, CLASSES),
+    "cnn": (CONVOLUTIONS, DIM, CLASSES),
+}
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("name", BY_HAND)
+def test_a_model_of_pictures_by_hand(name, samples):
+    rest, dim, out = BY_HAND[name]
+    active, total = (rest + layer_by_hand(dim, out, chosen) for chosen in (TOP_K, EXPERTS))
+    model = build(name, (3, 8, 8))
+    assert Flops(active, total) == of(model, (3, 8, 8), samples)
+    assert model.training
+    dense = build(name, (3, 8, 8), plugins="", dense=True)
+    expected = rest + TOP_K * 2 * HIDDEN * (dim + out)
+    assert Flops(expected, expected) == of(dense, (3, 8, 8), samples)
+
+
+def densenet_by_hand(first, growth, blocks):
+    """Products of its convolutions for 3 x 32 x 32 pixels: 2 * channels * window * filters at each place."""
+    flops, channels, side = 2 * 27 * first * 32**2, first, 16
+    for number, layers in enumerate(blocks):
+        for _ in range(layers):
+            flops += 2 * side**2 * (channels * 4 * growth + 9 * 4 * growth * growth)
+            channels += growth
+        if number < len(blocks) - 1:
+            flops += 2 * side**2 * channels * (channels // 2)
+            channels, side = channels // 2, side // 2
+    return flops, channels
+
+
+@pytest.mark.parametrize(
+    ("name", "growth", "blocks"), [("densenet121", 32, (6, 12, 24, 16)), ("densenet_slim", 12, (3, 6, 12, 8))]
+)
+def test_a_densenet_by_hand(name, growth, blocks):
+    features, channels = densenet_by_hand(64, growth, blocks)
+    active, total = (features + 2 * channels * DIM + layer_by_hand(DIM, CLASSES, chosen) for chosen in (TOP_K, EXPERTS))
+    assert Flops(active, total) == of(build(name, (3, 32, 32)), (3, 32, 32))
+    published = features + 2 * channels * CLASSES
+    assert Flops(published, published) == of(build(name, (3, 32, 32), plugins="", dense=True), (3, 32, 32))
+
+
+def test_flops_follow_k_and_not_e():
+    """Of six experts or of twelve a sample goes to two: only the router's rows are more."""
+    few, many = (of(build("direct", (3, 8, 8), experts=count), (3, 8, 8)) for count in (6, 12))
+    assert many.active - few.active == 2 * 6 * 192
+    assert many.total - few.total == 2 * 6 * 192 + 6 * 2 * HIDDEN * (192 + CLASSES)
+
+
+@pytest.mark.parametrize("plugins", ["topk,deep_mlp", "topk,convnet", "topk,lora", "hierarchical", "top_p"])
+def test_a_layer_alone_takes_its_closed_form(plugins):
+    settings = ["convnet.channels=3"] if "convnet" in plugins else []
+    engine = Engine(plugins, settings, experts=EXPERTS, top_k=TOP_K)
+    model = image_model("direct", engine, torch.zeros(3, 8, 8), CLASSES, DIM, HIDDEN, 255.0)
+    images = torch.randint(256, (5, 3, 8, 8))
+    found = forward_flops(model, lambda: model(images), 5)
+    assert engine.metrics("eval") == {}  # that forward is counted nowhere
+    model.eval()(images)
+    work = {name: value for name, value in engine.metrics("eval")["moe0"].items() if name in ("rows", "slots")}
+    expected = layer_flops(model.moe, **work)
+    assert (found.active, found.total) == pytest.approx((expected.active, expected.total))
+
+
+def test_slots_are_counted():
+    """Two sequences of six tokens, five experts of three slots: rows that idle are those of slots."""
+    engine = Engine("soft", ["soft.slots=3"], experts=5, out=7)
+    layer = engine.moe(4, 3)
+    found = forward_flops(layer, lambda: layer(torch.randn(2, 6, 4)), 12)
+    expected = layer_flops(layer, rows=5 * 3 / 6, slots=5 * 3)
+    assert (found.active, found.total) == pytest.approx((expected.active, expected.total))
+
+
+def test_a_compiled_model_is_counted_too():
+    """Its grouped products are custom operators, of which torch counts nothing."""
+    model = build("direct", (3, 8, 8))
+    expected = of(model, (3, 8, 8))
+    model.moe.compile(backend="aot_eager")
+    assert expected == of(model, (3, 8, 8))
+
+
+def test_parameters_of_the_experts_that_act():
+    """784-128-64-10 for each of four experts, two of which act, and the router's 4 rows of 784."""
+    engine = Engine("topk,deep_mlp", experts=4, top_k=2)
+    model = image_model("direct", engine, torch.zeros(28, 28), 10, 1, 1, 255.0)
+    assert Parameters(2 * 109_386 + 4 * 784, 4 * 109_386 + 4 * 784) == parameters_of(model)
+
+
+def test_parameters_of_modules_and_of_what_experts_share():
+    """Two of three linear maps 4 -> 4 with biases and the router; lora's two matrices of 4 x 3 act on all tokens."""
+    bank = Engine("topk", top_k=2).moe(4, modules=[nn.Linear(4, 4) for _ in range(3)])
+    assert Parameters(2 * 20 + 12, 3 * 20 + 12) == parameters_of(bank)
+    lora = Engine("topk,lora", ["lora.rank=2"], experts=5, top_k=1).moe(4, 3)
+    own = 4 * 2 + 2 * 3 + 3 * 2 + 2 * 4
+    assert Parameters(24 + 20 + own, 24 + 20 + 5 * own) == parameters_of(lora)

@@ -1,6 +1,7 @@
 """Banks of experts: each held against a plain loop over its experts, grown, saved, loaded and run."""
 
 import re
+from math import isqrt
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ DIM, HIDDEN = 18, 6  # two channels of 3 x 3 pixels
 SETTINGS = {
     "lora": ["lora.rank=2", "lora.alpha=3"],
     "conv": ["conv.channels=2", "conv.hidden=4"],
+    "convnet": ["convnet.channels=2", "convnet.hidden=4"],
     "upcycle": ["upcycle.file=dense.safetensors"],
     "deep_mlp": ["deep_mlp.hidden=7,5", "deep_mlp.norm=yes"],
 }
@@ -65,16 +67,27 @@ def lora_expert(bank, e, x, act):
     return mlp(x, act, w_in, bank.enter.bias, w_out, bank.leave.bias)
 
 
-def conv_expert(bank, e, x, act, k=3):
-    """With PyTorch's own convolution, whose weights are [after, before, k, k]."""
+def conv(x, w, b):
+    """PyTorch's own convolution, whose weights are [after, before, k, k]."""
+    k = isqrt(w.shape[0] // x.shape[1])
+    return F.conv2d(x, w.t().unflatten(1, (-1, k, k)), b, padding=k // 2)
 
-    def conv(x, w, b):
-        return F.conv2d(x, w[e].t().unflatten(1, (-1, k, k)), None if b is None else b[e], padding=k // 2)
 
-    hidden = conv(x.view(-1, 2, 3, 3), bank.k_in, bank.b_in)
+def by_channel(act, hidden):
     gate, up = hidden.chunk(2, dim=1)
-    hidden = F.silu(gate) * up if act == "swiglu" else ACTIVATIONS[act](hidden)
-    return conv(hidden, bank.k_out, bank.b_out).flatten(1)
+    return F.silu(gate) * up if act == "swiglu" else ACTIVATIONS[act](hidden)
+
+
+def conv_expert(bank, e, x, act):
+    b_in, b_out = (None if b is None else b[e] for b in (bank.b_in, bank.b_out))
+    return conv(by_channel(act, conv(x.view(-1, 2, 3, 3), bank.k_in[e], b_in)), bank.k_out[e], b_out).flatten(1)
+
+
+def convnet_expert(bank, e, x, act):
+    """3 x 3 pixels are pooled to one."""
+    b_0, b_out = (bank.get_parameter(name)[e] if hasattr(bank, name) else None for name in ("b_0", "b_out"))
+    pooled = F.max_pool2d(by_channel(act, conv(x.view(-1, 2, 3, 3), bank.k_0[e], b_0)), 2)
+    return F.linear(pooled.flatten(1), bank.out[e].t(), b_out)
 
 
 def stacked_expert(bank, e, x, act):
@@ -91,7 +104,13 @@ def deep_expert(bank, e, x, act):
     return x @ bank.w_2[e] + (bank.b_2[e] if hasattr(bank, "b_2") else 0)
 
 
-ONE = {"lora": lora_expert, "conv": conv_expert, "upcycle": stacked_expert, "deep_mlp": deep_expert}
+ONE = {
+    "lora": lora_expert,
+    "conv": conv_expert,
+    "convnet": convnet_expert,
+    "upcycle": stacked_expert,
+    "deep_mlp": deep_expert,
+}
 
 
 @kinds
@@ -115,7 +134,7 @@ def test_windows_of_every_size(kernel):
     """Also of those that are wider than the picture."""
     bank = shaken(build("conv", settings=[f"conv.kernel={kernel}"])[1].experts)
     x = torch.randn(6, DIM, dtype=torch.float64)
-    expected = torch.stack([conv_expert(bank, e, x, "relu", kernel) for e in range(4)])
+    expected = torch.stack([conv_expert(bank, e, x, "relu") for e in range(4)])
     torch.testing.assert_close(bank.outputs(x), expected)
 
 
@@ -134,9 +153,13 @@ def test_expert_grad_is_the_mean_over_an_experts_own_tensors(name):
     bank = shaken(build(name, bias=True)[1].experts)
     assert bank.expert_grad().tolist() == [0, 0, 0, 0]
     bank(torch.randn(6, DIM, dtype=torch.float64), torch.tensor([3, 0, 2, 1])).square().sum().backward()
-    ends = {"lora": ("a_in", "a_out"), "conv": ("k_in", "k_out"), "upcycle": ("w_in", "w_out")}
-    deep = [f"{kind}_{i}" for kind in ("w", "b", "gain", "shift") for i in range(3)][:-1]
-    own = [one for one in deep if one != "gain_2"] if name == "deep_mlp" else (*ends[name], "b_in", "b_out")
+    own = {
+        "lora": ("a_in", "a_out", "b_in", "b_out"),
+        "conv": ("k_in", "k_out", "b_in", "b_out"),
+        "convnet": ("k_0", "b_0", "out", "b_out"),
+        "upcycle": ("w_in", "w_out", "b_in", "b_out"),
+        "deep_mlp": ("w_0", "w_1", "w_2", "b_0", "b_1", "b_2", "gain_0", "gain_1", "shift_0", "shift_1"),
+    }[name]
     grads = [getattr(bank, tensor).grad for tensor in own]
     expected = [sum(float(grad[e].abs().mean()) for grad in grads) / len(own) for e in range(4)]
     assert bank.expert_grad().tolist() == pytest.approx(expected, rel=1e-5)
@@ -204,7 +227,7 @@ def test_a_bank_grows_and_learns_on(name, act, bias, source):
 
 
 @pytest.mark.parametrize("source", ["exclusive_split", "partial_reinit"])
-@pytest.mark.parametrize("name", ["lora", "conv", "deep_mlp"])
+@pytest.mark.parametrize("name", ["lora", "conv", "convnet", "deep_mlp"])
 def test_sources_that_part_hidden_units_are_refused_where_these_are_no_rows(name, source):
     engine, _, optimizer = trained(name, source)
     with pytest.raises(UsageError, match=f"{source} .* hidden units of stacked MLPs, and these experts are others"):
@@ -283,7 +306,7 @@ def test_the_forward_compiles_whole(name):
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("name", ["lora", "conv", "deep_mlp"])
+@pytest.mark.parametrize("name", ["lora", "conv", "convnet", "deep_mlp"])
 def test_another_output_width(name):
     engine = Engine(f"topk,{name}", SETTINGS[name], experts=4, top_k=2)
     assert engine.moe(DIM, HIDDEN, out=27)(torch.randn(5, DIM)).shape == (5, 27)
@@ -315,6 +338,20 @@ def test_dropout_drops_a_share_in_training_alone():
 def test_its_own_activation_comes_before_the_layers():
     bank = build("deep_mlp", settings=["deep_mlp.activation=swiglu"], activation="relu")[1].experts
     assert (bank.w_0.shape, bank.w_1.shape, bank.w_2.shape) == ((4, DIM, 14), (4, 7, 10), (4, 5, DIM))
+
+
+def test_a_convnet_of_colour_pictures_is_pytorchs():
+    """8 x 8 in three colours, 4 and 6 channels, 2 x 2 pixels left: 24 -> 10 classes."""
+    layer = Engine("topk,convnet", ["convnet.channels=3", "convnet.hidden=4,6"], experts=2).moe(
+        192, 1, out=10, bias=True
+    )
+    bank, x = layer.experts, torch.randn(5, 192)
+    hidden = x.view(5, 3, 8, 8)
+    for i in range(2):
+        weight, bias = bank.get_parameter(f"k_{i}")[1], bank.get_parameter(f"b_{i}")[1]
+        hidden = F.max_pool2d(conv(hidden, weight, bias).relu(), 2)
+    expected = hidden.permute(0, 2, 3, 1).flatten(1) @ bank.out[1] + bank.b_out[1]
+    torch.testing.assert_close(bank.outputs(x)[1], expected)
 
 
 # -- upcycling ---------------------------------------------------------------------------------------
@@ -410,6 +447,9 @@ MIXES = {
     ),
     "conv's output": ("conv", {"out": 20}, [], "conv: an output of 20 numbers is no number of pictures of 9 pixels"),
     "conv's window": ("conv", {}, ["conv.kernel=2"], r"experts 'conv': 'kernel' must be in \(1, 3, 5, 7\)"),
+    "convnet's picture": ("convnet", {}, ["convnet.channels=4"], "convnet.channels=4: a token of 18 numbers is no pic"),
+    "convnet's poolings": ("convnet", {}, ["convnet.hidden=4,4"], "convnet halves pictures 2 times, too often for 3"),
+    "convnet's widths": ("convnet", {}, ["convnet.hidden=0"], r"convnet.hidden is \[0\]; give at least one number"),
     "deep_mlp's widths": ("deep_mlp", {}, ["deep_mlp.hidden=4,0"], r"deep_mlp.hidden is \[4, 0\]; give at least one"),
     "deep_mlp's depth": ("deep_mlp", {}, ["deep_mlp.hidden="], r"deep_mlp.hidden is \[\]; give at least one width"),
     "deep_mlp's noise": ("deep_mlp", {"causal": True}, ["deep_mlp.dropout=0.1"], "a causal layer must leave it at 0"),
