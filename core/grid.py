@@ -20,7 +20,7 @@ from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from . import manager
 from .errors import RunError, UsageError
-from .flops import model_flops
+from .flops import forward_flops, model_flops, parameters_of
 from .manager import defaults
 from .options import Settings, values_of
 from .runs import RunConfig, dump, locked, merged, write_atomically
@@ -178,7 +178,20 @@ def _result(cell: Cell, scratch: Path) -> Record:
         "records": run.records,
         "dropped": {layer: numbers.get("dropped") for layer, numbers in windows[-1].items()},
         "flops": attrs.asdict(model_flops(training.model, work)),
+        "model": _size(training),
         "step_seconds": training.step_seconds,
+    }
+
+
+def _size(training: Training) -> dict[str, float]:
+    """Of the whole model: forward FLOPs of one test sample, and parameters; used by it, and all."""
+    flops = forward_flops(training.model, lambda: training.score(1))
+    parameters = parameters_of(training.model)
+    return {
+        "active": flops.active,
+        "total": flops.total,
+        "active_parameters": parameters.active,
+        "parameters": parameters.total,
     }
 
 

@@ -381,9 +381,13 @@ class Training:
 
     def _probe(self) -> Tensor:
         """The task loss on a fixed held-out batch, in eval mode."""
-        batch = tuple(column[:PROBE_SIZE].to(self.device) for column in self.task.test)
+        return self.score(PROBE_SIZE)["loss"]
+
+    def score(self, count: int) -> Mapping[str, Tensor]:
+        """What the task says of the first test samples, in eval mode."""
+        batch = tuple(column[:count].to(self.device) for column in self.task.test)
         with evaluating(self.model):
-            return self.task.score(self.model, batch)["loss"]
+            return self.task.score(self.model, batch)
 
     # -- what is written ---------------------------------------------------------------------------
 

@@ -52,26 +52,16 @@ def _forward(record: Record, out: Path) -> Forward:
     config: RunConfig = build(RunConfig, "run", record["config"])
     training = Training(config, record["settings"])
     training.model.load_state_dict(safetensors.torch.load_file(weights_of(out, record["key"])))
-    training.model.eval()
-    test = training.task.test
 
     def forward(count: int) -> Any:
         with torch.no_grad():
-            return training.task.score(training.model, tuple(column[:count] for column in test))
+            return training.score(count)
 
     return forward
 
 
 def _measured(forwards: dict[str, Forward]) -> dict[str, dict[str, float]]:
-    ones, many = ({key: [] for key in forwards} for _ in range(2))  # type: dict[str, list[float]], dict[str, list[float]]
-    order = random.Random(0)
-    for count, times, repeats in ((1, ones, TIMES), (BATCH, many, MANY)):
-        for turn in range(-WARM if count == 1 else -1, repeats):
-            for key in order.sample([*forwards], len(forwards)):
-                started = time.perf_counter()
-                forwards[key](count)
-                if turn >= 0:
-                    times[key].append(time.perf_counter() - started)
+    ones, many = _times(forwards, 1, WARM, TIMES), _times(forwards, BATCH, 1, MANY)
     return {
         key: {
             "median": median(ones[key]),
@@ -80,3 +70,15 @@ def _measured(forwards: dict[str, Forward]) -> dict[str, dict[str, float]]:
         }
         for key in forwards
     }
+
+
+def _times(forwards: dict[str, Forward], count: int, warm: int, turns: int) -> dict[str, list[float]]:
+    """Seconds of each turn by model, after `warm` turns that do not count."""
+    times: dict[str, list[float]] = {key: [] for key in forwards}
+    order = random.Random(0)
+    for _ in range(warm + turns):
+        for key in order.sample([*forwards], len(forwards)):
+            started = time.perf_counter()
+            forwards[key](count)
+            times[key].append(time.perf_counter() - started)
+    return {key: own[warm:] for key, own in times.items()}

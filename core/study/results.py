@@ -112,10 +112,12 @@ TITLES = {
     "model.active": ("model MFLOPs", 1e-6, 1),
     "model.total": ("model MFLOPs, all experts", 1e-6, 1),
     "model.parameters": ("parameters (M)", 1e-6, 2),
+    "model.active_parameters": ("active (M)", 1e-6, 2),
     "step_seconds": ("step ms", 1000, 2),
     "summary.seconds": ("seconds", 1, 0),
     "latency.median": ("inference ms", 1000, 2),
     "latency.p95": ("inference p95 ms", 1000, 2),
+    "latency.throughput": ("samples/s", 1, 0),
 }
 SCOPES = {"tail": "stream", "settled": "settled"}
 

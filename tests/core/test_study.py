@@ -1,0 +1,320 @@
+"""`moe-engine study`, through the command line: what it runs, writes, judges, and says of what is wrong."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import attrs
+import pytest
+
+from moe_engine import hookimpl
+from moe_engine.cli import main
+from moe_engine.grid import cells_of
+from moe_engine.seeds import generator
+from moe_engine.study.spec import read_study, shipped
+from moe_engine.training import Training
+
+MINE = """
+title = "Two ways"
+question = "Does it run?"
+source = "nobody, 2026"
+notes = ["It is wrong."]
+seeds = 2
+
+[base.run]
+task = "blobs"
+epochs = 1
+device = "cpu"
+log_every = 2
+[base.set.blobs]
+images = 200
+test_images = 50
+
+[axis.method.nothing]
+[axis.method.loud]
+plugins = ["switch_aux"]
+set = { switch_aux = { weight = 0.5 } }
+[axis.experts."2"]
+run = { experts = 2 }
+[axis.experts."4"]
+run = { experts = 4 }
+
+[[part]]
+name = "main"
+title = "All of them"
+columns = ["accuracy", "tail.cv", "flops.active"]
+[part.cross]
+method = []
+experts = []
+
+[[published]]
+part = "main"
+name = "theirs"
+numbers = { accuracy = 0.5 }
+
+[[bar]]
+says = "all are better than chance"
+quantity = "accuracy"
+where = { part = "main" }
+over = "each"
+at_least = 0.11
+
+[[picture]]
+name = "numbers"
+kind = "numbers"
+title = "Numbers"
+where = { part = "main" }
+quantities = ["accuracy", "tail.cv"]
+
+[[picture]]
+name = "against"
+kind = "against"
+title = "Over the experts"
+where = { part = "main" }
+x = "experts"
+quantities = ["accuracy"]
+
+[[picture]]
+name = "usage"
+kind = "usage"
+title = "Usage"
+where = { part = "main" }
+
+[[picture]]
+name = "over_time"
+kind = "over_time"
+title = "Over time"
+where = { part = "main", experts = "4" }
+
+[[picture]]
+name = "classes"
+kind = "classes"
+title = "Classes"
+where = { part = "main", experts = "4" }
+
+[quick.run]
+steps = 1
+[quick.cross]
+experts = ["2"]
+"""
+
+
+COMMAND = (sys.executable, "-c", "import sys; from moe_engine.cli import main; sys.exit(main())")
+
+
+@pytest.fixture(autouse=True)
+def _mine(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.toml").write_text(MINE)
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """The (experts, plugins, seed) of every run that is begun in this process."""
+    begun, run = [], Training.run
+
+    def noted(training):
+        config = training.config
+        begun.append((config.experts, config.plugins, config.seed))
+        return run(training)
+
+    monkeypatch.setattr(Training, "run", noted)
+    return begun
+
+
+def study(*words, code=0, name="mine.toml"):
+    assert main(["study", name, "--jobs", "1", "--quiet", "--out", "out", *words]) == code
+    return json.loads(Path("out/study.json").read_text())
+
+
+def test_variants_times_seeds_are_run_written_and_drawn(ran, capsys):
+    results = study()
+    expected = [(size, plugins, seed) for seed in (0, 1) for plugins in ((), ("switch_aux",)) for size in (2, 4)]
+    assert expected == ran
+    assert [row["variant"] for row in results["rows"]] == ["nothing, 2", "nothing, 4", "loud, 2", "loud, 4"]
+    row = results["rows"][3]
+    assert (row["at"], row["plugins"], row["seeds"]) == ({"method": "loud", "experts": "4"}, ["switch_aux"], [0, 1])
+    values = row["numbers"]["accuracy"]["values"]
+    assert row["numbers"]["accuracy"]["mean"] == pytest.approx(sum(values) / 2)
+    assert [bar["verdict"] for bar in results["bars"]] == ["held"]
+    page = Path("out/study.md").read_text()
+    out = capsys.readouterr().out
+    for text in (page, out, Path("out/study.html").read_text()):
+        assert "published: theirs" in text
+        assert "all are better than chance" in text
+    assert "| published: theirs | 50.00 | - | - | - |" in page
+    names = {"numbers.png", "against.png", "usage.png", "over_time.png", "classes.png"}
+    assert names == {path.name for path in Path("out").glob("*.png")}
+    for name in names:
+        assert f"({name})" in page
+        assert Path("out", name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_finished_is_not_run_again(ran):
+    first = study()
+    ran.clear()
+    assert first == study()
+    assert ran == []
+    more = study("--seeds", "3")
+    assert [seed for _, _, seed in ran] == [2, 2, 2, 2]
+    assert more["rows"][0]["seeds"] == [0, 1, 2]
+
+
+def test_a_study_that_is_killed_goes_on_to_the_same_numbers(tmp_path):
+    words = [*COMMAND, "study", "mine.toml", "--jobs", "2", "--out", "killed"]
+    killed = subprocess.Popen(words, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("killed/cells/*.json")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert not Path("killed/study.json").exists()
+    subprocess.run(words, check=True, capture_output=True)
+    straight = study()
+    assert straight == json.loads(Path("killed/study.json").read_text())
+
+
+def test_results_are_judged_again_without_a_run(ran, capsys):
+    study()
+    ran.clear()
+    study("--check")
+    Path("mine.toml").write_text(MINE.replace("at_least = 0.11", "at_least = 1.01"))
+    capsys.readouterr()
+    stored = Path("out/study.json").read_bytes()
+    study("--check", code=1)
+    assert "1 of 1 bars are not held, the first: all are better than chance" in capsys.readouterr().err
+    assert ran == []
+    assert stored == Path("out/study.json").read_bytes()
+
+
+def test_a_missed_bar_is_shown_and_is_no_error_of_the_run(capsys):
+    Path("mine.toml").write_text(MINE.replace("at_least = 0.11", "at_least = 1.01"))
+    assert [bar["verdict"] for bar in study()["bars"]] == ["missed"]
+
+
+def test_a_run_that_fails_is_named_and_stops_no_other(install, capsys):
+    @attrs.define(eq=False)
+    class Broken:
+        @hookimpl
+        def moe_aux_loss(self, routing):
+            if routing.experts == 4:
+                raise RuntimeError("no luck")
+            return routing.probs.sum() * 0
+
+    install("loss", "broken", Broken)
+    text = MINE.replace('plugins = ["switch_aux"]', 'plugins = ["broken"]').replace("switch_aux =", "blobs =")
+    Path("mine.toml").write_text(text.replace("weight = 0.5", "images = 200"))
+    results = study(code=1)
+    assert {row["variant"]: row["status"] for row in results["rows"]} == {
+        "nothing, 2": "finished",
+        "nothing, 4": "finished",
+        "loud, 2": "finished",
+        "loud, 4": "refused",
+    }
+    assert "no luck" in results["rows"][3]["reason"]
+    assert results["bars"][0]["verdict"] == "not measured"
+    err = capsys.readouterr().err
+    assert "1 of 4 variants lack a run; main, loud, 4 was refused" in err
+
+
+def test_quick_is_short_and_judges_nothing(ran, capsys):
+    results = study("--quick")
+    assert ran == [(2, (), 0), (2, ("switch_aux",), 0)]
+    assert results["bars"] == results["published"] == []
+
+
+def test_two_seeds_never_share_a_random_stream():
+    """Every named generator of every cell starts in a state of its own; the same variant's differ by seed."""
+    cells = [cell for _, _, variant in read_study("mine.toml").variants({}) for cell in cells_of(variant, range(50))]
+    names = ("weights", "data order", "training", "blobs")
+    states = {name: {seed: generator(seed, name).initial_seed() for seed in range(50)} for name in names}
+    assert len({state for own in states.values() for state in own.values()}) == 50 * len(names)
+    assert {cell.config.seed for cell in cells} == set(range(50))
+    assert len({cell.key for cell in cells}) == len(cells)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("distributed"), reason="needs dask and distributed")
+@pytest.mark.filterwarnings("ignore")
+def test_dask_gives_the_same_numbers():
+    """On a real cluster of two workers of this machine."""
+    command = [*COMMAND, "study", "mine.toml", "--quiet", "--jobs", "2"]
+    subprocess.run([*command, "--backend", "dask", "--out", "dask"], check=True, capture_output=True)
+    assert study() == json.loads(Path("dask/study.json").read_text())
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_every_shipped_study_runs_in_its_quick_form(name, tmp_path, capsys):
+    results = study("--quick", name=name)
+    assert all(row["numbers"] for row in results["rows"])
+    assert list(tmp_path.glob("out/*.png"))
+
+
+# -- what is wrong with a study's file ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        ('method = ["nothing"]', "", "there is no axis"),
+        ("[axis.method.loud]", "[axis.method.loud]\nplugs = []", "extra fields found (plugs)"),
+        ('plugins = ["switch_aux"]', 'plugins = ["swich_aux"]', "there is no plugin 'swich_aux'; did you mean"),
+        ("at_least = 0.11", "", "needs one limit"),
+        ("at_least = 0.11", "at_least = 0.11\nabove = 3", "needs one limit"),
+        ('over = "each"', 'over = "all"', "'over' must be in"),
+        ('kind = "usage"', 'kind = "pie"', "'kind' must be in"),
+        ('where = { part = "main" }\nover', 'where = { parts = "main" }\nover', "there is no axis 'parts'"),
+        ('where = { part = "main" }\nover', 'where = { part = "min" }\nover', "'min' is none of part's choices"),
+        ('part = "main"\nname = "theirs"', 'part = "man"\nname = "theirs"', "'man' is none of part's choices"),
+        ("seeds = 2", "seeds = 'two'", "invalid"),
+        ("title = ", "titel = ", "title"),
+        ("question", "= question", "is not TOML"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_one_sentence(old, new, sentence, capsys):
+    text = MINE.replace(old, new)
+    if old == 'method = ["nothing"]':
+        text = MINE.replace("method = []", "methods = []")
+    assert text != MINE
+    Path("mine.toml").write_text(text)
+    assert main(["study", "mine.toml", "--out", "out"]) == 2
+    err = capsys.readouterr().err
+    assert sentence in err
+    assert err.count("\n") == 1
+    assert not Path("out").exists()
+
+
+def test_names_and_folders_that_are_wrong(capsys):
+    for words, sentence in (
+        (["grwth"], "there is no study 'grwth'; did you mean 'growth'"),
+        (["none.toml"], "study none.toml can't be read: No such file"),
+        (["mine.toml", "--check", "--out", "nowhere"], "run the study first"),
+        (["mine.toml", "--check", "--quick"], "--quick judges no bar"),
+    ):
+        assert main(["study", *words]) == 2
+        assert sentence in capsys.readouterr().err
+    Path("out").mkdir()
+    Path("out/study.json").write_text("[1]")
+    assert main(["study", "mine.toml", "--check", "--out", "out"]) == 2
+    assert "is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["growth", "hierarchy"])
+def test_data_that_are_not_there_are_named_before_anything_is_written(name, capsys, monkeypatch):
+    monkeypatch.setattr("socket.socket.connect", lambda *_: (_ for _ in ()).throw(OSError("offline")))
+    assert main(["study", name, "--data-dir", "empty", "--out", "out"]) == 2
+    err = capsys.readouterr().err
+    assert "--data-dir" in err
+    assert not Path("out").exists()
+
+
+def test_the_list_names_every_study_and_its_question(capsys):
+    assert main(["study"]) == 0
+    out = capsys.readouterr().out
+    for name in shipped():
+        assert name in out
+        assert read_study(name).question in out
