@@ -137,7 +137,8 @@ def _mnist_like(dataset: Callable[..., Any], name: str, sums: Mapping[str, str],
     """
     folder = Path(data_dir) / name / "raw"
     if not all(os.path.exists(folder / file) for file in sums):
-        _download(lambda: dataset(data_dir, download=True), name, folder)
+        source = f"the four files of {dataset.mirrors[0]}"  # type: ignore[attr-defined]
+        _download(lambda: dataset(data_dir, download=True), name, folder, source)
     for file, expected in sums.items():
         _verify(folder / file, expected)
     halves = [dataset(data_dir, train=train, download=False) for train in (True, False)]
@@ -145,15 +146,15 @@ def _mnist_like(dataset: Callable[..., Any], name: str, sums: Mapping[str, str],
     return train, test
 
 
-def _download(fetch: Callable[[], Any], name: str, folder: Path) -> None:
-    """Call `fetch`, which downloads into `folder`; a failure becomes one sentence that says what to do."""
+def _download(fetch: Callable[[], Any], name: str, folder: Path, source: str) -> None:
+    """Call `fetch`, which downloads the source into `folder`; a failure becomes one sentence that says what to do."""
     try:
         fetch()
     except (OSError, RuntimeError, ValueError) as error:
         reason = str(error).strip().split("\n")[0].rstrip(".:")
         raise UsageError(
             f"{name} is not in {folder}, and can't be downloaded ({reason}); "
-            "name the folder that holds it with --data-dir, or go online"
+            f"name the folder that holds it with --data-dir, or put {source} there yourself"
         ) from error
 
 
@@ -206,7 +207,7 @@ def _fetch_cifar(home: Path) -> None:
     from torchvision.datasets.utils import download_url
 
     packed = home / Path(CIFAR).name
-    _download(lambda: download_url(CIFAR, str(home), md5=CIFAR_ARCHIVE_MD5), "CIFAR-10", home)
+    _download(lambda: download_url(CIFAR, str(home), md5=CIFAR_ARCHIVE_MD5), "CIFAR-10", home, CIFAR)
     (home / CIFAR_FOLDER).mkdir(exist_ok=True)
     with tarfile.open(packed) as tar:
         for name in CIFAR_MD5:

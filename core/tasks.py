@@ -56,7 +56,7 @@ def image_task(
 ) -> Task:
     """Classify images: (images uint8 [N, ...], labels long [N]) for train and test; pixels are divided by scale.
 
-    model: one of `models.MODELS`.
+    model: one of `models.MODELS`. A batch may also have shares of classes as labels, [B, classes], if images are mixed.
     """
     return Task(
         train,
@@ -69,10 +69,11 @@ def image_task(
 
 def _classification(model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
     images, labels = batch
-    logits = model(images, labels)
-    predicted = logits.detach().argmax(-1)
-    score = {"loss": F.cross_entropy(logits, labels), "correct": (predicted == labels).sum()}
-    return score if model.training else {**score, "predicted": predicted, "true": labels}
+    true_B = labels if labels.dim() == 1 else labels.argmax(-1)  # of a mixed image [B, C] the largest share's class
+    logits = model(images, true_B)
+    predicted_B = logits.detach().argmax(-1)
+    score = {"loss": F.cross_entropy(logits, labels), "correct": (predicted_B == true_B).sum()}
+    return score if model.training else {**score, "predicted": predicted_B, "true": true_B}
 
 
 def _measures(classes: int) -> "MetricCollection":

@@ -389,6 +389,17 @@ ABSENT = {
     "fashion_mnist": ("FashionMNIST", "FashionMNIST/raw"),
     "cifar10": ("CIFAR-10", ""),
 }
+SOURCES = {
+    "MNIST": "the four files of https://ossci-datasets.s3.amazonaws.com/mnist/",
+    "FashionMNIST": "the four files of http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+    "CIFAR-10": "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+}
+
+
+def advice(name):
+    return f"); name the folder that holds it with --data-dir, or put {SOURCES[name]} there yourself"
+
+
 MNIST_FILES = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
 
 
@@ -398,7 +409,7 @@ def test_data_that_is_absent_and_cannot_be_fetched_is_refused(refusal, data, tas
     name, below = ABSENT[task]
     sentence = refusal("run", "--task", task, "--data-dir", data)
     assert sentence.startswith(f"{name} is not in {data / below}, and can't be downloaded (")
-    assert sentence.endswith("); name the folder that holds it with --data-dir, or go online")
+    assert sentence.endswith(advice(name))
 
 
 @pytest.mark.parametrize(
@@ -407,7 +418,7 @@ def test_data_that_is_absent_and_cannot_be_fetched_is_refused(refusal, data, tas
 def test_a_task_of_other_data_is_refused_where_they_are_absent(refusal, data, task, source, name):
     sentence = refusal("run", "--task", task, "--set", f"{task}.data={source}", "--data-dir", data)
     assert sentence.startswith(f"{name} is not in {data}")
-    assert sentence.endswith("); name the folder that holds it with --data-dir, or go online")
+    assert sentence.endswith(advice(name))
 
 
 def write_mnist(folder, name, files=4):

@@ -1,5 +1,6 @@
 """Data sets: both forms of CIFAR-10, held against checksums, and generated images."""
 
+import tarfile
 from hashlib import md5
 
 import numpy as np
@@ -57,6 +58,19 @@ def test_cifar10_names_a_damaged_file(small_cifar, tmp_path, write):
     write(tmp_path, small_cifar)
     with pytest.raises(UsageError, match=r"data_batch_3.bin of .* is damaged; delete"):
         datasets.cifar10(str(tmp_path))
+
+
+def test_cifar10_reads_the_official_archive_that_somebody_put_there(small_cifar, tmp_path, monkeypatch):
+    """Offline: the archive in the folder is unpacked as a downloaded one is."""
+    (tmp_path / "source").mkdir()
+    write_binary(tmp_path / "source", small_cifar)
+    packed = tmp_path / "cifar-10-binary.tar.gz"
+    with tarfile.open(packed, "w:gz") as tar:
+        tar.add(tmp_path / "source" / datasets.CIFAR_FOLDER, datasets.CIFAR_FOLDER)
+    monkeypatch.setattr(datasets, "CIFAR_ARCHIVE_MD5", md5(packed.read_bytes()).hexdigest())
+    monkeypatch.setattr("torchvision.datasets.utils.urllib.request.urlopen", None)
+    (images, labels), _ = datasets.cifar10(str(tmp_path))
+    assert (len(images), labels.tolist()) == (20, np.concatenate(small_cifar[:5])[:, 0].tolist())
 
 
 def test_cifar10_unpickles_nothing(tmp_path):
