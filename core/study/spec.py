@@ -188,11 +188,17 @@ def read_study(name: str) -> Study:
     except OSError as error:
         raise UsageError(f"study {name} can't be read: {error.strerror}") from error
     except cattrs.BaseValidationError as error:
-        raise UsageError(f"study {name}: {cattrs.transform_error(error, path='study')[0]}") from error
+        raise UsageError(f"study {name}: {cattrs.transform_error(error, 'study', _said)[0]}") from error
     except (ValueError, RecursionError) as error:
         raise UsageError(f"study {name} is not TOML: {error}") from error
     _check(study)
     return study
+
+
+def _said(error: BaseException, kind: type | None) -> str:
+    """What is wrong with a value: in the words of its own check, if it has one."""
+    own = type(error) is ValueError and error.args
+    return str(error.args[0]) if own else cattrs.v.format_exception(error, kind)
 
 
 def _converter() -> cattrs.Converter:
