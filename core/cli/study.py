@@ -148,12 +148,12 @@ def _cluster(backend: str, jobs: int | None) -> Iterator[None]:
 
     address = os.environ.get("DASK_SCHEDULER_ADDRESS")
     if address:
-        with Client(address):
+        with Client(address):  # type: ignore[no-untyped-call]
             yield
         return
     with (
-        LocalCluster(n_workers=jobs or joblib.cpu_count(), threads_per_worker=1, dashboard_address=None) as cluster,
-        Client(cluster),
+        LocalCluster(n_workers=jobs or joblib.cpu_count(), threads_per_worker=1, dashboard_address=None) as cluster,  # type: ignore[no-untyped-call]
+        Client(cluster),  # type: ignore[no-untyped-call]
     ):
         yield
 

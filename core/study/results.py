@@ -32,7 +32,7 @@ def run_study(
     Raises UsageError, for absent data too, and RunError.
     """
     if seeds is not None:
-        study = attrs.evolve(study, seeds=seeds, part=[attrs.evolve(part, seeds=None) for part in study.part])
+        study = attrs.evolve(study, seeds=seeds, part=tuple(attrs.evolve(part, seeds=None) for part in study.part))
     planned = list(study.variants(flags))
     variants = [variant for _, _, variant in planned]
     for variant in {variant.config(0).task: variant for variant in reversed(variants)}.values():

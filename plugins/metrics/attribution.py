@@ -10,10 +10,8 @@ class Attribution:
     """How much each loss term and each bias moves the router, on a fixed held-out batch.
 
     effect.LOSS: norm of the weighted term's gradient at the raw logits, over the task loss's (router_gradient).
-    effect.BIAS: share of choices that differ without the bias; spread.BIAS: its largest
-    less its smallest value. A term or bias whose effect is below `threshold` is named (unless K = E).
-
-    Source: this project.
+    effect.BIAS: share of choices that differ without the bias; spread.BIAS: its largest less its smallest
+    value. An effect below `threshold` is named (unless K = E). Source: this project.
     """
 
     threshold: float = option(1e-4, help="relative gradient, or share of choices, that is no effect", min=0)

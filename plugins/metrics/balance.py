@@ -15,8 +15,7 @@ class Balance:
     load x / sum; cv = std / mean (population); cv2 = cv^2; gini; entropy H / ln E; max_min = max / min;
     maxvio = max / mean - 1; active = experts with at least a tenth of the mean load; dropped = share
     of assignments over capacity. At balance 1/E, 0, 0, 0, 1, 1, 0, E, and 0. Where a router assigns nothing
-    but mixes all tokens, there is only mass, each expert's share of the summed probabilities. Where a router
-    has further levels, as groups, cv.LEVEL is that of each.
+    but mixes all tokens, there is only mass, each expert's share of the summed probabilities. cv.LEVEL: of groups.
 
     Source of maxvio: Wang et al., 2024, eq. 4 (on the window or data set that the numbers are of).
     """

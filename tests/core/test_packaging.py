@@ -25,7 +25,7 @@ def lines(text):
 
 
 def test_every_package_is_listed(setup_cfg):
-    folders = {"core": "moe_engine", "plugins": "moe_engine.plugins"}
+    folders = {"core": "moe_engine", "plugins": "moe_engine.plugins", "studies": "moe_engine.studies"}
     expected = {
         ".".join([package, *path.parent.relative_to(ROOT / folder).parts])
         for folder, package in folders.items()
