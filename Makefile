@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test test-long lint docs bench clean
+.PHONY: help demo test test-long lint docs bench results clean
 
 help:
 	@echo "make demo       set up everything, train on the embedded digits, write a report"
@@ -12,6 +12,7 @@ help:
 	@echo "make test-long  the tests that take minutes (DATA=folder: of MNIST, Fashion-MNIST and CIFAR-10)"
 	@echo "make lint       ruff and mypy"
 	@echo "make docs       the documentation as a site, in build/site"
+	@echo "make results    judge the committed results of the five studies again, without a run"
 	@echo "make bench      speed of the layer, of a training step, of a growth and of the command line"
 	@echo "make clean      remove the virtual environment and what tools left"
 
@@ -41,6 +42,11 @@ bench: $(READY)
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/startup.py
 
+results: $(READY)
+	for name in growth hierarchy collapse characters densenet; do \
+		$(BIN)/moe-engine study $$name --check --out docs/results/$$name || missed=1; \
+	done; test -z "$$missed"
+
 $(READY): setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "moe-engine needs Python 3.11 or newer: make demo PYTHON=python3.12, say" >&2; exit 1; }
@@ -48,7 +54,7 @@ $(READY): setup.cfg pyproject.toml
 		{ echo "a virtual environment can't be made here: install Python's venv module (Debian: apt install python3-venv)" >&2; exit 1; }
 	@echo "Installing moe-engine and what it needs into $(VENV); PyTorch is large, so this takes minutes."
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=23" "setuptools>=77" wheel
-	$(BIN)/python -m pip install --quiet --editable ".[dev,lightning,transformers,tensorboard]"
+	$(BIN)/python -m pip install --quiet --editable ".[dask,dev,lightning,transformers,tensorboard]"
 	@touch $@
 
 clean:
