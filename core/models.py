@@ -8,7 +8,7 @@ import attrs
 from torch import Tensor, nn
 
 from .engine import Engine
-from .errors import UsageError
+from .errors import UsageError, listed
 from .options import option
 
 
@@ -109,6 +109,8 @@ def _densenet(engine: Engine, sizes: Sizes, growth: int, blocks: tuple[int, ...]
     nn.init.kaiming_normal_(net.features.conv0.weight)
     stem = nn.Sequential(net.features, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     if engine.dense:
+        if idle := [bound.plugin for bound in engine.plugins.bind("moe_experts")]:
+            raise UsageError(f"a dense DenseNet has a classifier of its own: {listed(map(repr, idle))} acts on nothing")
         return Pieces(stem, None, net.classifier)
     stem.extend([nn.Linear(net.classifier.in_features, sizes.dim), nn.ReLU()])
     return Pieces(stem, _last(engine, sizes, sizes.dim), nn.Identity())

@@ -144,3 +144,20 @@ def test_the_dense_model(name):
     loss = F.cross_entropy(model(images, labels), labels)
     loss.backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_experts_that_a_dense_densenet_has_no_place_for_are_refused():
+    with pytest.raises(UsageError, match="a classifier of its own: 'deep_mlp' acts on nothing"):
+        build("densenet_slim", (3, 32, 32), plugins="deep_mlp", dense=True, top_k=1)
+
+
+def test_the_dense_model_of_deep_experts_is_the_published_perceptron():
+    """784-128-64-10 with biases on flat pixels: 109,386 weights, and what torch's own layers answer."""
+    engine = Engine("deep_mlp", experts=8, top_k=1, dense=True)
+    model = image_model("direct", engine, torch.zeros(28, 28), 10, 1, 1, 255.0)
+    assert sum(p.numel() for p in model.parameters()) == 109_386
+    images, bank = torch.randint(256, (5, 28, 28)), model.moe.bank
+    x = images.flatten(1) / 255
+    for i in range(2):
+        x = F.linear(x, bank.get_parameter(f"w_{i}")[0].t(), bank.get_parameter(f"b_{i}")[0]).relu()
+    torch.testing.assert_close(model(images), F.linear(x, bank.w_2[0].t(), bank.b_2[0]))
