@@ -16,6 +16,7 @@ from .intervals import interval
 from .manager import KINDS, WATCHING
 from .options import Settings
 from .runs import number_of
+from .tables import markdown, spread, verdicts
 from .training import Training, versions
 
 DENSE, BASE = "dense model", "base alone"  # no entry point has a space in its name
@@ -123,7 +124,7 @@ def _row(kind: str, variant: Variant, records: Sequence[Record], dense: float | 
         for name, value in _numbers(record, dense).items():
             if value is not None:
                 numbers.setdefault(name, []).append(value)
-    verdicts = Counter(record["summary"]["verdict"] for record in done if record["summary"]["verdict"])
+    counted = Counter(record["summary"]["verdict"] for record in done if record["summary"]["verdict"])
     return {
         "variant": variant.name,
         "kind": kind,
@@ -131,7 +132,7 @@ def _row(kind: str, variant: Variant, records: Sequence[Record], dense: float | 
         "status": FINISHED if done else missed[0]["status"],
         "reason": missed[0]["reason"] if missed else None,
         "seeds": [record["seed"] for record in done],
-        "verdicts": dict(verdicts.most_common()),
+        "verdicts": dict(counted.most_common()),
         "numbers": {name: attrs.asdict(interval(values)) for name, values in numbers.items()},
     }
 
@@ -174,21 +175,11 @@ def table_of(comparison: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]
     if comparison["run"]["capacity"] is None:
         shown.remove("dropped")
     titles = ["", *(COLUMNS[name][0] for name in shown), "verdicts"]
-    return titles, [[row["variant"], *(_cell(row, name) for name in shown), _verdicts(row)] for row in rows]
-
-
-def _cell(row: Row, name: str) -> str:
-    number = row["numbers"].get(name)
-    if number is None:
-        return "-"
-    _, factor, digits = COLUMNS[name]
-    spread = "" if number["half"] is None else f" ± {factor * number['half']:,.{digits}f}"
-    return f"{factor * number['mean']:,.{digits}f}{spread}"
-
-
-def _verdicts(row: Row) -> str:
-    words = [f"{verdict} {count}/{len(row['seeds'])}" for verdict, count in row["verdicts"].items()]
-    return ", ".join(words if row["status"] == FINISHED else [*words, row["status"]]) or "-"
+    lines = [
+        [row["variant"], *(spread(row["numbers"].get(name), *COLUMNS[name][1:]) for name in shown), verdicts(row)]
+        for row in rows
+    ]
+    return titles, lines
 
 
 def remarks_of(comparison: Mapping[str, Any]) -> list[str]:
@@ -217,9 +208,7 @@ def legend_of(comparison: Mapping[str, Any]) -> str:
 
 def page_of(comparison: Mapping[str, Any]) -> str:
     """A comparison as Markdown."""
-    titles, lines = table_of(comparison)
-    bars = ["---", *["---:"] * (len(titles) - 2), "---"]
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in (titles, bars, *lines))
+    table = markdown(*table_of(comparison))
     remarks = "\n".join(f"- {remark}" for remark in remarks_of(comparison))
     picture = "![The same numbers as a picture](comparison.png)"
     parts = (f"# {comparison['title']}", table, legend_of(comparison), remarks, picture)

@@ -10,6 +10,7 @@ import joblib
 
 from ..grid import FINISHED, REFUSED, Record, Show, Variant, run_grid
 from ..intervals import interval
+from ..tables import markdown, spread, verdicts
 from ..training import Training, versions
 from .bars import judge
 from .latency import timed
@@ -72,8 +73,7 @@ def _row(study: Study, part: Part, at: At, variant: Variant, records: Sequence[R
     for name in _wanted(study, part):
         values = [quantity(record, name) for record in done]
         if known := [value for value in values if value is not None]:
-            spread = interval(known)
-            numbers[name] = {"mean": spread.mean, "half": spread.half, "values": values}
+            numbers[name] = {**attrs.asdict(interval(known)), "values": values}
     return {
         "part": part.name,
         "variant": variant.name.partition(": ")[2],
@@ -82,14 +82,17 @@ def _row(study: Study, part: Part, at: At, variant: Variant, records: Sequence[R
         "status": FINISHED if done else missed[0]["status"],
         "reason": missed[0]["reason"] if missed else None,
         "seeds": [record["seed"] for record in done],
-        "verdicts": dict(Counter(record["summary"]["verdict"] or "none" for record in done).most_common()),
+        "verdicts": dict(
+            Counter(record["summary"]["verdict"] for record in done if record["summary"]["verdict"]).most_common()
+        ),
         "numbers": numbers,
     }
 
 
 def _wanted(study: Study, part: Part) -> list[str]:
     """The quantities of a part's columns, bars and pictures."""
-    bars = [bar.quantity for bar in study.bar if part.name in bar.where.get("part", (part.name,))]
+    named = [(bar.quantity, bar.where.get("part"), bar.against.get("part", ())) for bar in study.bar]
+    bars = [quantity for quantity, own, other in named if own is None or part.name in (*own, *other)]
     pictures = [one for picture in study.picture for one in picture.quantities]
     return list(dict.fromkeys((*part.columns, *bars, *pictures)))
 
@@ -144,7 +147,10 @@ def tables_of(results: Mapping[str, Any]) -> list[tuple[str, list[str], list[lis
             if row["part"] == part["name"]
         ]
         own = [row for row in results["rows"] if row["part"] == part["name"]]
-        lines += [[row["variant"], *(_cell(row, name) for name in shown), _verdicts(row)] for row in own]
+        lines += [
+            [row["variant"], *(spread(row["numbers"].get(name), *title_of(name)[1:]) for name in shown), verdicts(row)]
+            for row in own
+        ]
         tables.append((part["title"], titles, lines))
     return tables
 
@@ -152,20 +158,6 @@ def tables_of(results: Mapping[str, Any]) -> list[tuple[str, list[str], list[lis
 def _plain(value: float | None, name: str) -> str:
     _, factor, digits = title_of(name)
     return "-" if value is None else f"{factor * value:,.{digits}f}"
-
-
-def _cell(row: Mapping[str, Any], name: str) -> str:
-    number = row["numbers"].get(name)
-    if number is None:
-        return "-"
-    _, factor, digits = title_of(name)
-    mean, half = factor * number["mean"], number["half"]
-    return f"{mean:,.{digits}f}" + ("" if not half else f" ± {factor * half:,.{digits}f}")
-
-
-def _verdicts(row: Mapping[str, Any]) -> str:
-    words = [f"{verdict} {count}/{len(row['seeds'])}" for verdict, count in row["verdicts"].items()]
-    return ", ".join(words if row["status"] == FINISHED else [*words, row["status"]]) or "-"
 
 
 def bars_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -206,14 +198,9 @@ def page_of(results: Mapping[str, Any], pictures: Iterable[str] = ()) -> str:
     notes = ["\n".join(f"- {note}" for note in results["notes"])] if results["notes"] else []
     parts = [*about, *(["What is wrong with it:", *notes] if notes else [])]
     if results["bars"]:
-        parts += ["## What was expected", _markdown(*bars_table(results))]
+        parts += ["## What was expected", markdown(*bars_table(results))]
     for title, columns, lines in tables_of(results):
-        parts += [f"## {title}", _markdown(columns, lines)]
+        parts += [f"## {title}", markdown(columns, lines)]
     parts += [LEGEND, "\n".join(f"- {remark}" for remark in remarks_of(results))]
     parts += [f"![{name.removesuffix('.png')}]({name})" for name in pictures]
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _markdown(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    bars = ["---", *["---:"] * (len(columns) - 2), "---"]
-    return "\n".join(f"| {' | '.join(one.replace('|', '/') for one in cells)} |" for cells in (columns, bars, *lines))

@@ -264,6 +264,7 @@ CORE_ORDER = (
     "training",
     "flops",
     "intervals",
+    "tables",
     "grid",
     "comparison",
 )
