@@ -140,7 +140,10 @@ class Study:
         parts = tuple(attrs.evolve(part, cross=_fewer(part.cross, self.quick.cross), seeds=None) for part in kept)
         last = Choice((), self.quick.run, self.quick.set)
         axes = {axis: {name: one + last for name, one in choices.items()} for axis, choices in self.axis.items()}
-        return attrs.evolve(self, part=parts, axis=axes, base=self.base + last, bar=(), published=(), seeds=1)
+        title = f"{self.title} (quick form: short runs, to see that all works)"
+        return attrs.evolve(
+            self, title=title, part=parts, axis=axes, base=self.base + last, bar=(), published=(), seeds=1
+        )
 
     def variants(self, flags: Mapping[str, Any]) -> Iterator[tuple[Part, At, Variant]]:
         """Every variant with its part and its place on the axes. flags: of the run, over what the file says."""
