@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from moe_engine import Engine
+from moe_engine.stats import Step
 
 
 def one_step(engine, layer, x, loss=lambda y: y.square().sum()):
@@ -17,8 +18,9 @@ def bias_of(layer, name):
     return layer.biases[0][name]
 
 
-def test_saturation_sums_gate_times_gradient_norm():
-    engine = Engine("topk,saturation", ["saturation.decay=0"], experts=4, top_k=2)
+@pytest.mark.parametrize("power", [0.5, 1.0])
+def test_saturation_sums_a_power_of_gate_times_gradient_norm(power):
+    engine = Engine("topk,saturation", ["saturation.decay=0", f"saturation.power={power}"], experts=4, top_k=2)
     layer = engine.moe(6, 8)
     x = torch.randn(9, 6)
     y = layer(x)
@@ -27,8 +29,21 @@ def test_saturation_sums_gate_times_gradient_norm():
     (y.square().sum() + engine.aux_loss()).backward()
     engine.after_backward()
     engine.after_step()
-    mass = (routing.gates() * (2 * y).norm(dim=-1)[:, None]).sum(0)
+    mass = (routing.gates() * (2 * y).norm(dim=-1)[:, None]).pow(power).sum(0)
     torch.testing.assert_close(bias_of(layer, "saturation").s, mass.detach())
+
+
+def test_saturation_settles_where_load_and_gradient_say_it_should():
+    """If log n = (x + b) / tau and m = n q^power, then n ~ exp((x - beta power log q) / (tau + beta))."""
+    tau, beta, power = 0.5, 1.5, 0.5
+    layer = Engine("topk,saturation", [f"saturation.beta={beta}"], experts=3).moe(6, 8)
+    bias = bias_of(layer, "saturation")
+    x, q = torch.tensor([1.0, 0.0, -0.5]), torch.tensor([1.0, 1.0, 4.0])
+    for _ in range(400):
+        n = ((x + bias()) / tau).softmax(0)
+        bias.after_step(Step(load=n, own={}, signal=n * q.pow(power)))
+    expected = ((x - beta * power * q.log()) / (tau + beta)).softmax(0)
+    torch.testing.assert_close(n, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_saturation_is_the_centred_log_of_the_share():
@@ -46,7 +61,7 @@ def test_saturation_is_the_centred_log_of_the_share():
 
 @pytest.mark.parametrize("plugin", ["saturation", "log_load"])
 def test_an_idle_experts_bias_rises_by_beta_times_log_decay_a_step(plugin):
-    layer = Engine(f"topk,{plugin}", [f"{plugin}.decay=0.9"], experts=2, top_k=1).moe(2, 4)
+    layer = Engine(f"topk,{plugin}", [f"{plugin}.decay=0.9", f"{plugin}.beta=1"], experts=2, top_k=1).moe(2, 4)
     bias = bias_of(layer, plugin)
     bias.s[:] = torch.tensor([1.0, 1e-3])
     before = bias()
