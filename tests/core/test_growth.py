@@ -160,7 +160,7 @@ def test_a_parent_of_several_is_split_again_and_again():
 
 
 def test_moments_of_a_newcomer():
-    """Copied with a copy; else first moments are 0 and second ones the mean, so that the first step is no larger."""
+    """Copied with a copy; else 0, and the mean of squares where no bias is corrected for."""
     for source, copied in (("clone", True), ("split", True), ("random", False), ("zero_output", False)):
         rig = Rig(f"topk,{source}").train(10)
         rig.grow(1)
@@ -170,7 +170,11 @@ def test_moments_of_a_newcomer():
             assert torch.equal(state["exp_avg_sq"][4], state["exp_avg_sq"][1])
         else:
             assert not state["exp_avg"][4].any()
-            torch.testing.assert_close(state["exp_avg_sq"][4], state["exp_avg_sq"][:4].mean(0))
+            assert not state["exp_avg_sq"][4].any()
+    rig = Rig("topk,random", optimizer=lambda model, lr: torch.optim.RMSprop(model.parameters(), lr)).train(10)
+    rig.grow(1)
+    squares = rig.optimizer.state[rig.layer.experts.w_in]["square_avg"]
+    torch.testing.assert_close(squares[4], squares[:4].mean(0))
 
 
 def test_biases_and_histories_follow_their_rules():
@@ -330,11 +334,11 @@ def test_a_state_without_the_parameters_shape_is_refused_by_name():
         rig.grow(0)
     rig = Rig("topk,random").train(2)
     rig.optimizer.state[rig.layer.router.rows]["factor"] = torch.zeros(4, 1)
-    with pytest.raises(UsageError, match=r"Adam keeps 'factor' of shape \[4, 1\] for 'router.rows' \[4, 6\]"):
+    with pytest.raises(UsageError, match=r"AdamW keeps 'factor' of shape \[4, 1\] for 'router.rows' \[4, 6\]"):
         rig.grow(0)
     rig = Rig("topk,random").train(2)
     rig.optimizer.state[rig.layer.router.rows]["mystery"] = torch.ones(4, 6)
-    with pytest.raises(UsageError, match="Adam keeps 'mystery' for each weight of 'router.rows'.*such as clone"):
+    with pytest.raises(UsageError, match="AdamW keeps 'mystery' for each weight of 'router.rows'.*such as clone"):
         rig.grow(0)
     rig = Rig("topk,clone").train(2)
     rig.optimizer.state[rig.layer.router.rows]["mystery"] = torch.ones(4, 6)
@@ -345,15 +349,15 @@ def test_a_state_without_the_parameters_shape_is_refused_by_name():
         rig.train(2).grow(0)
 
 
-def test_the_first_step_of_a_newcomer_is_no_larger_than_the_others():
-    """Zeroed second moments beside an old step counter would make Adam's first step about three times lr."""
-    rig = Rig("topk,random", optimizer=lambda model, lr: torch.optim.Adam(model.parameters(), 1e-3)).train(300)
+def test_a_newcomer_of_adam_steps_further_than_the_others_at_first():
+    """Both moments at 0 beside an old step counter: lr (1 - beta1) / sqrt(1 - beta2) = 3.162 lr."""
+    rig = Rig("topk,random", optimizer=lambda model, lr: torch.optim.Adam(model.parameters(), 1e-3)).train(1500)
     rig.grow(0)
     before = rig.layer.experts.w_in.detach().clone()
     rig.step()
     moved = (rig.layer.experts.w_in.detach() - before).abs().amax((1, 2))
-    assert moved[4] < 2e-3
-    assert moved[4] > 0
+    assert moved[4].item() == pytest.approx(3.162e-3 / (1 - 0.999**1501) ** -0.5, rel=0.01)
+    assert moved[:4].max() < 2e-3
 
 
 def test_groups_schedulers_and_a_scaler_go_on():
@@ -564,7 +568,7 @@ def _tensors():
         ((0,), {"require_exact": True, "probe": None}, "require_exact needs a probe"),
         ((0,), {"require_exact": True}, "source 'random' can't keep what a layer with router 'topk' computes"),
         ((), {"drop": (0,), "require_exact": True}, "removal can't keep what a layer with router 'topk' computes"),
-        ((0,), {"optimizers": ()}, r"a live Adam holds this layer's weights; pass it to grow\(..., optimizers"),
+        ((0,), {"optimizers": ()}, r"a live AdamW holds this layer's weights; pass it to grow\(..., optimizers"),
     ],
 )
 def test_what_makes_no_sense_is_refused_and_changes_nothing(parents, more, sentence):
@@ -809,7 +813,7 @@ def test_loading_other_sizes_drops_the_optimizers_old_state_with_a_warning():
     """A fused optimizer with state of the old shape would kill the process."""
     rig, small = Rig().train(2), Rig().train(2)
     rig.grow(0)
-    with pytest.warns(UserWarning, match="Adam's state of 5 tensors was dropped; load the optimizer's state after"):
+    with pytest.warns(UserWarning, match="AdamW's state of 5 tensors was dropped; load the optimizer's state after"):
         small.model.load_state_dict(rig.model.state_dict())
     small.train(2)
 
