@@ -41,8 +41,8 @@ class Growth:
 class NewExpert:
     """A newcomer's rows by "part.tensor". parent_values: the same of its parent, where it changes too.
 
-    moments: what the optimizer's state of its rows starts as: "fresh" (first moments 0, second ones the
-    mean over experts) or "copy" (its parent's).
+    moments: what the optimizer's state of its rows starts as: "fresh" (`optimizers.FRESH`: 0 in Adam) or
+    "copy" (its parent's).
     """
 
     values: Mapping[str, Tensor]
