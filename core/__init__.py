@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .parts import Part as Part
     from .parts import Router as Router
     from .parts import RunningLoad as RunningLoad
+    from .parts import follow as follow
     from .parts import linear_logits as linear_logits
     from .parts import ones as ones
     from .parts import uniform as uniform
@@ -83,7 +84,7 @@ _HOMES = {
     "options": ("option",),
     "parts": (
         *("Bias", "Experts", "GroupLimitedRouter", "LinearRouter", "Part", "Router", "RunningLoad"),
-        *("linear_logits", "ones", "uniform", "zeros"),
+        *("follow", "linear_logits", "ones", "uniform", "zeros"),
     ),
     "processes": ("over_processes", "shared"),
     "routing": (

@@ -215,6 +215,11 @@ class Bias(Part):
         raise NotImplementedError
 
 
+def follow(mean: Tensor, value: Tensor, decay: float) -> None:
+    """mean <- decay mean + (1 - decay) value, in place; a value of zeros is a step without data, and moves nothing."""
+    mean.lerp_(value.to(mean.dtype), (1 - decay) * (value.sum() > 0).to(mean.dtype))
+
+
 class RunningLoad(Part):
     """A state for triggers: `value` [E], the running mean over steps of each expert's load over the mean load.
 
@@ -229,8 +234,7 @@ class RunningLoad(Part):
     value: Tensor
 
     def after_step(self, step: "Step") -> None:
-        some = (step.load.sum() > 0).to(self.value.dtype)
-        self.value.lerp_(step.relative(step.load).to(self.value.dtype), (1 - self.decay) * some)
+        follow(self.value, step.relative(step.load), self.decay)
 
 
 class Experts(Part):

@@ -141,7 +141,7 @@ OPTIONS = {
     "inf": ("switch_aux.weight=inf", "loss 'switch_aux': option 'weight' is a number; 'inf' is not"),
     "under": ("switch_aux.weight=-1", "loss 'switch_aux': 'weight' must be >= 0: -1.0"),
     "over": ("saturation.decay=1.5", "bias 'saturation': 'decay' must be <= 1: 1.5"),
-    "choice": ("saturation.form=line", "bias 'saturation': 'form' must be in ('log', 'published') (got 'line')"),
+    "choice": ("saturation.signal=line", "bias 'saturation': 'signal' must be in ('mass', 'weights') (got 'line')"),
     "bool": ("topk.renorm=maybe", "router 'topk': option 'renorm' is true or false or none; 'maybe' is not"),
     "lossy": ("topk.groups=1.5", "router 'topk': option 'groups' is a whole number; '1.5' is not"),
     "task's": ("digits.dim=0", "task 'digits': 'dim' must be >= 1: 0"),
@@ -209,7 +209,7 @@ def test_a_number_of_absurd_size_is_never_a_bug(call, argv):
 # -- mixes -----------------------------------------------------------------------------------------
 
 RENORM = "topk.renorm at top_k=1 makes every gate the constant 1, and the router can't learn; leave it unset"
-PUBLISHED = "saturation.form=published reads weight gradients; leave saturation.signal unset"
+PLATEAU = "loss_plateau.fast=0.99 must be below slow=0.99, and that below 1"
 MIXES = {
     "two routers": (
         ["--plugins", "topk,sigmoid_topk"],
@@ -218,10 +218,10 @@ MIXES = {
     "renorm at 1": (["--top-k", "1", "--set", "topk.renorm=true"], RENORM),
     "two objections": (
         [
-            *("--plugins", "topk,saturation", "--top-k", "1", "--set", "topk.renorm=yes"),
-            *("--set", "saturation.form=published", "--set", "saturation.signal=mass"),
+            *("--plugins", "topk,loss_plateau", "--top-k", "1", "--set", "topk.renorm=yes"),
+            *("--set", "loss_plateau.fast=0.99"),
         ],
-        f"{RENORM}; {PUBLISHED}",
+        f"{RENORM}; {PLATEAU}",
     ),
     "groups": (["--set", "topk.groups=3"], "groups=3 does not divide 8 experts"),
     "task as plugin": (["--plugins", "z_loss,digits"], "'digits' is a task; name it with --task digits"),

@@ -3,7 +3,7 @@
 import attrs
 import torch
 
-from moe_engine import Bias, centred_log, hookimpl, option
+from moe_engine import Bias, centred_log, follow, hookimpl, option
 
 
 @attrs.define(eq=False)
@@ -17,8 +17,8 @@ class LogLoad:
     """
 
     needs = ("logits", "load")
-    beta: float = option(1.0, help="strength", min=0)
-    decay: float = option(0.9, help="memory of the running mean", min=0, max=1)
+    beta: float = option(1.5, help="strength", min=0)
+    decay: float = option(0.95, help="memory of the running mean", min=0, max=1)
     eps: float = option(1e-6, help="smallest relative load that log sees", min=1e-30)
 
     @hookimpl
@@ -36,4 +36,4 @@ class LogLoadBias(Bias):
         return -self.beta * centred_log(self.s, self.eps)
 
     def after_step(self, step):
-        self.s.lerp_(step.load.to(self.s), (1 - self.decay) * (step.load.sum() > 0).to(self.s))  # no data, no move
+        follow(self.s, step.load, self.decay)

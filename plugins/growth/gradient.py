@@ -3,7 +3,7 @@
 import attrs
 import torch
 
-from moe_engine import Part, children_of_peaks, hookimpl, option
+from moe_engine import Part, children_of_peaks, follow, hookimpl, option
 
 
 @attrs.define(eq=False)
@@ -43,5 +43,4 @@ class RunningGradient(Part):
         self.expert_buffer("value", torch.ones(size), new=1.0)
 
     def after_step(self, step):
-        some = (step.expert_grad.sum() > 0).to(self.value.dtype)
-        self.value.lerp_(step.relative(step.expert_grad).to(self.value), (1 - self.decay) * some)
+        follow(self.value, step.relative(step.expert_grad), self.decay)

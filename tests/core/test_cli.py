@@ -131,13 +131,13 @@ def test_plugins_check_finds_the_built_in_ones_fine(capsys):
 def test_plugins_name_shows_options_types_and_defaults(capsys):
     assert main(["plugins", "saturation", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
-    (form,) = [option for option in shown["options"] if option["name"] == "form"]
+    (form,) = [option for option in shown["options"] if option["name"] == "signal"]
     assert form == {
-        "name": "form",
+        "name": "signal",
         "type": "a word",
-        "default": "log",
-        "choices": ["log", "published"],
-        "help": "log works; published is kept for study",
+        "default": "mass",
+        "choices": ["mass", "weights"],
+        "help": "what an expert is judged by",
     }
     assert main(["plugins", "saturation"]) == 0
     text = capsys.readouterr().out
@@ -215,15 +215,10 @@ def test_the_report_stands_alone(tmp_path):
 
 
 def test_a_report_says_what_the_balance_is_and_which_term_did_nothing(tmp_path):
-    assert (
-        main(
-            ["run", *QUICK, "--plugins", "saturation", "--set", "saturation.form=published", "--quiet", "--out", "run"]
-        )
-        == 0
-    )
+    assert main(["run", *QUICK, "--plugins", "absolute_saturation", "--quiet", "--out", "run"]) == 0
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "bias saturation had no effect" in page
-    assert page.index("verdict s") < page.index("bias saturation had no effect") < page.index("<svg")
+    assert "bias absolute_saturation had no effect" in page
+    assert page.index("verdict s") < page.index("bias absolute_saturation had no effect") < page.index("<svg")
 
 
 def test_untrusted_text_is_escaped(tmp_path, monkeypatch):

@@ -268,14 +268,16 @@ def test_two_forwards_may_come_before_two_backwards():
     )
 
 
-@pytest.mark.parametrize("setting", ["form=published", "signal=weights"])
-def test_a_gradient_that_is_not_finite_reaches_no_state(setting):
-    engine = Engine("topk,saturation", [f"saturation.{setting}"], experts=4)
+@pytest.mark.parametrize(
+    ("plugin", "settings"), [("absolute_saturation", []), ("saturation", ["saturation.signal=weights"])]
+)
+def test_a_gradient_that_is_not_finite_reaches_no_state(plugin, settings):
+    engine = Engine(f"topk,{plugin}", settings, experts=4)
     layer = engine.moe(4, 8)
     (layer(torch.randn(9, 4)).sum() * torch.nan + engine.aux_loss()).backward()
     engine.after_backward()
     engine.after_step()
-    assert layer.biases[0]["saturation"].s.isfinite().all()
+    assert layer.biases[0][plugin].s.isfinite().all()
 
 
 def test_counts_and_states_are_exact_whatever_the_default_precision():

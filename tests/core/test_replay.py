@@ -334,10 +334,13 @@ def refusal(variant, trace=None, **given):
     return row["refused"]
 
 
-@pytest.mark.parametrize("settings", [{}, {"saturation": {"signal": "weights"}}, {"saturation": {"form": "published"}}])
-def test_a_bias_that_wants_gradients(settings):
-    assert "'saturation' acts on gradients, which a trace does not hold" in refusal(
-        Variant("topk", "saturation"), settings=settings
+@pytest.mark.parametrize(
+    ("plugin", "settings"),
+    [("saturation", {}), ("saturation", {"saturation": {"signal": "weights"}}), ("absolute_saturation", {})],
+)
+def test_a_bias_that_wants_gradients(plugin, settings):
+    assert f"'{plugin}' acts on gradients, which a trace does not hold" in refusal(
+        Variant("topk", plugin), settings=settings
     )
 
 

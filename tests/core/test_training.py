@@ -250,7 +250,7 @@ def test_read_run_gives_back_the_configuration(tmp_path):
     run, _ = train(tmp_path / "run", epochs=1)
     again = read_run(run.folder)
     assert again.config == tomllib.loads((run.folder / "config.toml").read_text())
-    assert again.config["plugins"]["saturation"]["form"] == "log"
+    assert again.config["plugins"]["saturation"]["signal"] == "mass"
     assert [plugin["name"] for plugin in again.plugins] == list(
         Engine("saturation,switch_aux", without=["plots", "html"], task="blobs").plugins.active
     )

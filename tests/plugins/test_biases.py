@@ -93,19 +93,19 @@ def test_saturation_on_weight_gradients_reads_the_mean_of_each_tensors_mean():
 
 def test_the_published_form_follows_its_formula_and_does_nothing():
     """s <- .9 s + .1 |g|, z = logits + .5 (1 - s) in gates too; with small gradients no choice differs."""
-    engine = Engine("topk,saturation", ["saturation.form=published"], experts=4)
+    engine = Engine("topk,absolute_saturation", experts=4)
     layer = engine.moe(6, 8)
     x = torch.randn(64, 6)
     one_step(engine, layer, x, lambda y: y.square().mean())
     grad = layer.experts.expert_grad()
-    bias = bias_of(layer, "saturation")
+    bias = bias_of(layer, "absolute_saturation")
     torch.testing.assert_close(bias.s, 0.9 * 0.5 + 0.1 * grad)
     torch.testing.assert_close(bias(), 0.5 * (1 - bias.s))
     routing = layer.route(layer.tokens(x))
     torch.testing.assert_close(routing.probs, (routing.levels[0].logits + bias()).softmax(-1))
     assert routing.levels[0].bias is None
     (_, effects), *_ = engine.probe(lambda: layer.eval()(x).square().mean()).values()
-    assert effects.biases["saturation"] == 0.0
+    assert effects.biases["absolute_saturation"] == 0.0
 
 
 def test_weight_gradients_that_are_gone_are_an_error():
@@ -162,15 +162,23 @@ def test_a_bias_balances_a_router_that_would_collapse(router, plugin, setting):
     assert cv([router, plugin], [f"{plugin}.{setting}"]) < 0.6 * cv([router], [])
 
 
-@pytest.mark.parametrize("setting", ["form=published", "signal=weights", "signal=mass"])
-def test_saturation_stays_where_it_is_in_a_step_without_data(setting):
-    """Also the published form, whose running mean would fall for want of gradients."""
-    engine = Engine("topk,saturation", [f"saturation.{setting}"], experts=4)
+@pytest.mark.parametrize(
+    ("plugin", "settings"),
+    [
+        ("absolute_saturation", []),
+        ("saturation", ["saturation.signal=weights"]),
+        ("saturation", []),
+        ("log_load", []),
+    ],
+)
+def test_a_running_mean_stays_where_it_is_in_a_step_without_data(plugin, settings):
+    """It would fall for want of gradients."""
+    engine = Engine(f"topk,{plugin}", settings, experts=4)
     layer = engine.moe(6, 8)
     one_step(engine, layer, torch.randn(9, 6))
-    before = bias_of(layer, "saturation").s.clone()
+    before = bias_of(layer, plugin).s.clone()
     one_step(engine, layer, torch.randn(0, 6))
-    assert before.tolist() == bias_of(layer, "saturation").s.tolist()
+    assert before.tolist() == bias_of(layer, plugin).s.tolist()
 
 
 def test_biases_add_up_in_any_number():

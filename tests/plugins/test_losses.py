@@ -74,7 +74,7 @@ def test_z_loss_gradient():
 
 
 def test_z_loss_sees_raw_logits_and_every_level():
-    engine = Engine("hierarchical,saturation,z_loss", ["saturation.form=published"], experts=E, top_k=1)
+    engine = Engine("hierarchical,absolute_saturation,z_loss", experts=E, top_k=1)
     layer = engine.moe(3, 4)
     terms = layer.aux_terms(layer.route(layer.tokens(torch.zeros(5, 3))))
     assert list(terms) == ["z_loss.group", "z_loss.expert"]
