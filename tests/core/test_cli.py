@@ -141,7 +141,7 @@ def test_plugins_name_shows_options_types_and_defaults(capsys):
     }
     assert main(["plugins", "saturation"]) == 0
     text = capsys.readouterr().out
-    assert "form = log" in text
+    assert "signal = mass" in text
     assert "--set saturation.OPTION=VALUE" in text
 
 
