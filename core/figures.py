@@ -303,7 +303,8 @@ def draw_classes(axes: Any, table: Sequence[Sequence[float]]) -> Any:
     counts_CE = np.array(table, dtype=float)
     share_CE = counts_CE / np.maximum(counts_CE.sum(1, keepdims=True), 1)
     image = axes.imshow(share_CE, cmap=HEAT, aspect="auto", vmin=0)
-    axes.set(xticks=range(share_CE.shape[1]), yticks=range(share_CE.shape[0]), xlabel="expert", ylabel="class")
+    experts = range(0, share_CE.shape[1], 1 + (share_CE.shape[1] - 1) // 12)  # as many as can be read side by side
+    axes.set(xticks=experts, yticks=range(share_CE.shape[0]), xlabel="expert", ylabel="class")
     axes.grid(False)
     return image
 

@@ -109,7 +109,11 @@ def _list() -> int:
 
 
 def _count(study: Any) -> int:
-    return sum(len(variant.seeds or range(study.seeds)) for _, _, variant in study.variants({}))
+    """How many runs; parts may share some."""
+    variants = [variant for _, _, variant in study.variants({})]
+    return len(
+        {(str((v.plugins, v.settings, v.flags)), seed) for v in variants for seed in v.seeds or range(study.seeds)}
+    )
 
 
 def _run(
