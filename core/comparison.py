@@ -11,12 +11,12 @@ import joblib
 
 from . import manager
 from .errors import UsageError, listed, nearest
-from .grid import FINISHED, REFUSED, Record, Show, Variant, run_grid
+from .grid import FINISHED, Record, Show, Variant, run_grid
 from .intervals import interval
 from .manager import KINDS, WATCHING
 from .options import Settings
 from .runs import number_of
-from .tables import markdown, spread, verdicts
+from .tables import markdown, remarks, spread, verdicts
 from .training import Training, versions
 
 DENSE, BASE = "dense model", "base alone"  # no entry point has a space in its name
@@ -182,17 +182,6 @@ def table_of(comparison: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]
     return titles, lines
 
 
-def remarks_of(comparison: Mapping[str, Any]) -> list[str]:
-    """A sentence for each variant of which a run is missing: why."""
-    return [
-        f"{row['variant']} {'was refused' if row['status'] == REFUSED else 'failed'}: {row['reason']}"
-        if row["status"] != FINISHED
-        else f"{row['variant']}: {len(row['seeds'])} of {len(comparison['seeds'])} seeds finished: {row['reason']}"
-        for row in comparison["rows"]
-        if row["reason"]
-    ]
-
-
 def legend_of(comparison: Mapping[str, Any]) -> str:
     """What the numbers are."""
     many = len(comparison["seeds"])
@@ -209,7 +198,7 @@ def legend_of(comparison: Mapping[str, Any]) -> str:
 def page_of(comparison: Mapping[str, Any]) -> str:
     """A comparison as Markdown."""
     table = markdown(*table_of(comparison))
-    remarks = "\n".join(f"- {remark}" for remark in remarks_of(comparison))
+    missing = "\n".join(f"- {remark}" for remark in remarks(comparison["rows"]))
     picture = "![The same numbers as a picture](comparison.png)"
-    parts = (f"# {comparison['title']}", table, legend_of(comparison), remarks, picture)
+    parts = (f"# {comparison['title']}", table, legend_of(comparison), missing, picture)
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -116,11 +116,12 @@ def compare_plugins(
 
 
 def _print(comparison: Mapping[str, Any], folder: Path) -> None:
-    from ..comparison import legend_of, remarks_of, table_of
+    from ..comparison import legend_of, table_of
+    from ..tables import remarks
     from .progress import table
 
     table(*table_of(comparison))
-    for line in (*remarks_of(comparison), legend_of(comparison), f"picture: {folder / 'comparison.png'}"):
+    for line in (*remarks(comparison["rows"]), legend_of(comparison), f"picture: {folder / 'comparison.png'}"):
         click.echo(line)
 
 

@@ -89,10 +89,10 @@ def study(
 
 def _fail(results: Mapping[str, Any], check: bool) -> None:
     """Raise RunError for a run that is missing or, where bars are judged again, for one that is not held."""
-    from ..study.results import remarks_of
+    from ..tables import remarks
 
-    if remarks := remarks_of(results):
-        raise RunError(f"{len(remarks)} of {len(results['rows'])} variants lack a run; {remarks[0]}")
+    if missing := remarks(results["rows"]):
+        raise RunError(f"{len(missing)} of {len(results['rows'])} variants lack a run; {missing[0]}")
     missed = [bar["says"] for bar in results["bars"] if bar["verdict"] != "held"]
     if check and missed:
         raise RunError(f"{len(missed)} of {len(results['bars'])} bars are not held, the first: {missed[0]}")
@@ -183,7 +183,8 @@ def _text(results: Mapping[str, Any]) -> str:
 
 
 def _print(results: Mapping[str, Any], folder: Path, check: bool) -> None:
-    from ..study.results import LEGEND, bars_table, remarks_of, tables_of
+    from ..study.results import LEGEND, bars_table, tables_of
+    from ..tables import remarks
     from .progress import table
 
     click.echo(f"{results['title']}: {results['question']}")
@@ -192,5 +193,5 @@ def _print(results: Mapping[str, Any], folder: Path, check: bool) -> None:
         table(columns, lines)
     if results["bars"]:
         table(*bars_table(results))
-    for line in (*remarks_of(results), *(() if check else (LEGEND, f"page: {folder / 'study.html'}"))):
+    for line in (*remarks(results["rows"]), *(() if check else (LEGEND, f"page: {folder / 'study.html'}"))):
         click.echo(line)

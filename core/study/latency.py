@@ -31,7 +31,7 @@ def timed(planned: Sequence[tuple[Part, At, Variant]], records: Sequence[Record]
     asked = {variant.name for part, _, variant in planned if part.latency}
     mine = {record["key"]: record for record in records if record["variant"] in asked and record["status"] == FINISHED}
     file = out / "latency.json"
-    known: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.exists() else {}
+    known = _read(file)
     if mine.keys() - known.keys():
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
@@ -42,6 +42,15 @@ def timed(planned: Sequence[tuple[Part, At, Variant]], records: Sequence[Record]
         write_atomically(file, (dump(known) + "\n").encode())
     for key, record in mine.items():
         record["latency"] = known[key]
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """What was measured before; nothing, if the file is not there or damaged."""
+    try:
+        known: dict[str, Any] = json.loads(file.read_text("utf-8"))
+        return known if isinstance(known, dict) else {}
+    except (OSError, ValueError):
+        return {}
 
 
 Forward = Callable[[int], Any]  # of so many samples

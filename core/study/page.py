@@ -6,7 +6,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
-from .results import LEGEND, bars_table, remarks_of, tables_of
+from ..tables import remarks
+from .results import LEGEND, bars_table, tables_of
 
 
 def html_of(results: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
@@ -23,5 +24,5 @@ def html_of(results: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
         tables=tables_of(results),
         pictures=shown,
         legend=LEGEND,
-        remarks=remarks_of(results),
+        remarks=remarks(results["rows"]),
     )

@@ -8,9 +8,9 @@ from typing import Any
 import attrs
 import joblib
 
-from ..grid import FINISHED, REFUSED, Record, Show, Variant, run_grid
+from ..grid import FINISHED, Record, Show, Variant, run_grid
 from ..intervals import interval
-from ..tables import markdown, spread, verdicts
+from ..tables import markdown, remarks, spread, verdicts
 from ..training import Training, versions
 from .bars import judge
 from .latency import timed
@@ -175,17 +175,6 @@ def bars_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     return ["expected", "", "worst", "limit", "of"], lines
 
 
-def remarks_of(results: Mapping[str, Any]) -> list[str]:
-    """A sentence for each row of which a run is missing: why."""
-    return [
-        f"{row['part']}, {row['variant']} {'was refused' if row['status'] == REFUSED else 'failed'}: {row['reason']}"
-        if row["status"] != FINISHED
-        else f"{row['part']}, {row['variant']}: {len(row['seeds'])} seeds finished, one did not: {row['reason']}"
-        for row in results["rows"]
-        if row["reason"]
-    ]
-
-
 LEGEND = (
     "Ours: mean over the seeds ± half of the 95 % interval (Student's t), on data that was not trained on; "
     "stream: over the last tenth of the training steps. Published rows are quoted."
@@ -201,6 +190,6 @@ def page_of(results: Mapping[str, Any], pictures: Iterable[str] = ()) -> str:
         parts += ["## What was expected", markdown(*bars_table(results))]
     for title, columns, lines in tables_of(results):
         parts += [f"## {title}", markdown(columns, lines)]
-    parts += [LEGEND, "\n".join(f"- {remark}" for remark in remarks_of(results))]
+    parts += [LEGEND, "\n".join(f"- {remark}" for remark in remarks(results["rows"]))]
     parts += [f"![{name.removesuffix('.png')}]({name})" for name in pictures]
     return "\n\n".join(part for part in parts if part) + "\n"
