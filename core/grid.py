@@ -101,6 +101,8 @@ def run_grid(
     RunError if a process was killed.
     """
     cells = [cell for variant in variants for cell in cells_of(variant, variant.seeds or seeds)]
+    kept = {cell.key for cell in cells if cell.keep}  # one run may be of several variants
+    cells = [attrs.evolve(cell, keep=cell.key in kept) for cell in cells]
     cells.sort(key=lambda cell: cell.config.seed)
     with _folder(out) as folder:
         records = {cell.key: record for cell in cells if (record := _read(folder, cell))}

@@ -5,10 +5,11 @@ import sys
 
 import attrs
 import pytest
+import safetensors.torch
 import torch
 
 from moe_engine import UsageError, hookimpl
-from moe_engine.grid import Variant, cells_of, run_grid
+from moe_engine.grid import Variant, cells_of, run_grid, weights_of
 from moe_engine.training import Training
 
 SETTINGS = {"blobs": {"images": "200", "test_images": "50"}}
@@ -55,6 +56,17 @@ def test_a_cell_has_the_numbers_of_the_run_of_its_configuration(tmp_path):
     # dim = hidden = 64: the router 2*8*64, two experts of 2*64*64 + 2*64*64 each
     assert record["flops"] == {"active": 1024 + 2 * 16384, "total": 1024 + 8 * 16384}
     assert record["step_seconds"] > 0
+
+
+def test_weights_are_kept_where_one_of_the_variants_that_share_a_run_asks_for_them(tmp_path, ran):
+    variants = [variant("topk", name="kept"), variant("topk", name="other")]
+    variants = [attrs.evolve(one, keep=one.name == "kept") for one in variants]
+    for _ in range(2):
+        kept, other = run_grid(variants, [0], tmp_path / "out")
+        assert kept["key"] == other["key"]
+    assert [(("topk",), 0)] == ran
+    model = Training(variants[0].config(0), SETTINGS).model
+    model.load_state_dict(safetensors.torch.load_file(weights_of(tmp_path / "out", kept["key"])))
 
 
 def test_what_is_finished_is_not_run_again(tmp_path, ran):
