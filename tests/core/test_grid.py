@@ -64,7 +64,7 @@ def test_weights_are_kept_where_one_of_the_variants_that_share_a_run_asks_for_th
     for _ in range(2):
         kept, other = run_grid(variants, [0], tmp_path / "out")
         assert kept["key"] == other["key"]
-    assert [(("topk",), 0)] == ran
+    assert ran == [(("topk",), 0)]
     model = Training(variants[0].config(0), SETTINGS).model
     model.load_state_dict(safetensors.torch.load_file(weights_of(tmp_path / "out", kept["key"])))
 
