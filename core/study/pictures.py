@@ -67,8 +67,11 @@ def _numbers(one: Picture, rows: Rows, _: Sequence[Record]) -> Figure:
     return figure
 
 
-def _against(one: Picture, rows: Rows, _: Sequence[Record]) -> Figure:
+def _against(one: Picture, rows: Rows, _: Sequence[Record]) -> Figure | None:
     """A panel a quantity over the choices of axis x, a line for each combination of the others."""
+    rows = [row for row in rows if one.x in row["at"]]
+    if not rows:
+        return None
     figure = Figure(figsize=(1.8 + 4.0 * len(one.quantities), 3.6), layout="constrained")
     panels = figure.subplots(1, len(one.quantities), squeeze=False)[0]
     places = list(dict.fromkeys(row["at"][one.x] for row in rows))

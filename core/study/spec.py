@@ -48,7 +48,7 @@ class Part:
     title: str
     cross: dict[str, tuple[str, ...]]
     columns: tuple[str, ...]
-    seeds: int | None = None
+    seeds: int | None = attrs.field(default=None, validator=attrs.validators.optional(attrs.validators.ge(1)))
     add: Choice = Choice()
     latency: bool = False
 
@@ -98,7 +98,7 @@ class Picture:
     seed's run), classes (class by expert), against (a quantity over the choices of axis `x`, a line for each other).
     """
 
-    name: str
+    name: str = attrs.field(validator=attrs.validators.matches_re(r"[\w-]+"))  # of its file
     title: str
     where: dict[str, tuple[str, ...]]
     kind: str = attrs.field(validator=attrs.validators.in_(PICTURES))
@@ -126,7 +126,7 @@ class Study:
     source: str
     part: tuple[Part, ...]
     axis: dict[str, dict[str, Choice]] = attrs.field(factory=dict)
-    seeds: int = 3
+    seeds: int = attrs.field(default=3, validator=attrs.validators.ge(1))
     base: Choice = Choice()
     notes: tuple[str, ...] = ()
     published: tuple[Published, ...] = ()
@@ -232,7 +232,8 @@ def _check(study: Study) -> None:
         _known(study, f"bar '{bar.says}'", bar.where)
         _known(study, f"bar '{bar.says}'", bar.against)
     for picture in study.picture:
-        _known(study, f"picture '{picture.name}'", picture.where)
+        x = {picture.x: ()} if picture.kind == "against" else {}
+        _known(study, f"picture '{picture.name}'", {**picture.where, **x})
     for row in study.published:
         _known(study, f"published '{row.name}'", {"part": (row.part,)})
     wholes = [
