@@ -5,6 +5,7 @@ from math import isqrt
 from typing import Any, NamedTuple
 
 import attrs
+import torch
 from torch import Tensor, nn
 
 from .engine import Engine
@@ -55,6 +56,17 @@ class ImageClassifier(nn.Module):
         return logits
 
 
+class ChannelsLast(nn.Module):
+    """The same pictures [B, C, S, S] with channels innermost in memory, by which every layer behind is faster on a CPU.
+
+    Only the pictures: fused Adam walks memory, so weights in an order of their own would go wrong with moments that
+    a checkpoint gave back in the usual one.
+    """
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.contiguous(memory_format=torch.channels_last)
+
+
 def image_model(
     name: str, engine: Engine, picture: Tensor, classes: int, dim: int, hidden: int, scale: float
 ) -> ImageClassifier:
@@ -87,6 +99,7 @@ def _direct(engine: Engine, sizes: Sizes) -> Pieces:
 def _cnn(engine: Engine, sizes: Sizes) -> Pieces:
     """Two convolutions of 32 and 64 channels, each with pooling behind it -> linear -> MoE to class logits."""
     stem = nn.Sequential(
+        ChannelsLast(),
         *(nn.Conv2d(sizes.channels, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
         *(nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
         *(nn.Flatten(), nn.Linear(64 * (sizes.side // 4) ** 2, sizes.dim), nn.ReLU()),
@@ -107,7 +120,7 @@ def _densenet(engine: Engine, sizes: Sizes, growth: int, blocks: tuple[int, ...]
     net = DenseNet(growth, blocks, num_classes=sizes.classes)
     net.features.conv0 = nn.Conv2d(sizes.channels, net.features.conv0.out_channels, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(net.features.conv0.weight)
-    stem = nn.Sequential(net.features, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    stem = nn.Sequential(ChannelsLast(), net.features, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     if engine.dense:
         if idle := [bound.plugin for bound in engine.plugins.bind("moe_experts")]:
             raise UsageError(f"a dense DenseNet has a classifier of its own: {listed(map(repr, idle))} acts on nothing")

@@ -73,10 +73,23 @@ def test_the_linear_stem_and_the_convolutions_by_hand():
     linear, conv = (build(name)[1].stem for name in ("residual", "cnn"))
     x = images / 255
     torch.testing.assert_close(linear(x), linear[1](x.flatten(1)).relu())
-    for layer, channels in ((conv[0], 32), (conv[3], 64)):
+    for layer, channels in ((conv[1], 32), (conv[4], 64)):
         assert layer.weight.shape == (channels, x.shape[1], 3, 3)
         x = F.max_pool2d(F.conv2d(x, layer.weight, layer.bias, padding=1).relu(), 2)
-    torch.testing.assert_close(conv(images / 255), conv[7](x.flatten(1)).relu())
+    torch.testing.assert_close(conv(images / 255), conv[8](x.flatten(1)).relu())
+
+
+@pytest.mark.parametrize(("name", "shape"), [("cnn", (8, 8)), ("cnn", (3, 8, 8)), ("densenet_slim", (3, 32, 32))])
+def test_gradients_lie_in_memory_as_their_weights_do(name, shape):
+    """Fused Adam walks both through memory without a look at their strides, so that another order goes unnoticed."""
+    images, labels = pictures(4, *shape)
+    _, model = build(name, shape)
+    batched = images.view(4, -1, *shape[-2:])
+    assert model.stem[0](batched).is_contiguous(memory_format=torch.channels_last)
+    F.cross_entropy(model(images, labels), labels).backward()
+    for weight in model.parameters():
+        assert weight.is_contiguous()
+        assert torch.equal(weight.grad.flatten(), weight.grad.as_strided((weight.numel(),), (1,)))
 
 
 @models
@@ -113,15 +126,15 @@ def test_a_densenet_is_torchvisions_but_for_its_first_convolution(name):
     Slim: 64 channels, + 3 * 12, halved to 50, + 6 * 12, to 61, + 12 * 12, to 102, + 8 * 12 are 198.
     """
     model = build(name, (3, 32, 32))[1]
-    first = model.stem[0].conv0
+    first = model.stem[1].conv0
     assert (first.weight.shape[1:], first.stride, first.padding) == ((3, 3, 3), (1, 1), (1, 1))
-    assert model.stem[0](torch.rand(2, 3, 32, 32)).shape[2:] == (2, 2)
+    assert model.stem[1](torch.rand(2, 3, 32, 32)).shape[2:] == (2, 2)
     assert (model.stem[-2].in_features, model.stem[-2].out_features) == (
         {"densenet121": 1024, "densenet_slim": 198}[name],
         DIM,
     )
     if name == "densenet121":  # 7,978,856 in all, of which 1024 * 1000 + 1000 classify
-        features = sum(p.numel() for p in model.stem[0].parameters())
+        features = sum(p.numel() for p in model.stem[1].parameters())
         assert features == 7_978_856 - 1_025_000 - 64 * 3 * 49 + 64 * 3 * 9
 
 
