@@ -39,18 +39,19 @@ class Sizes:
 
 
 class ImageClassifier(nn.Module):
-    """Pixels over scale -> stem -> MoE layer -> head.
+    """Pixels over scale, if centred from -1 to 1 -> stem -> MoE layer -> head.
 
     Called with images [B, ...] of any shape that holds the pixels, and labels [B] or None; answers logits [B, classes].
     """
 
-    def __init__(self, sizes: Sizes, scale: float, pieces: Pieces) -> None:
+    def __init__(self, sizes: Sizes, scale: float, centred: bool, pieces: Pieces) -> None:
         super().__init__()
-        self.shape, self.scale = (sizes.channels, sizes.side, sizes.side), scale
+        self.shape, self.scale, self.centred = (sizes.channels, sizes.side, sizes.side), scale, centred
         self.stem, self.moe, self.head, self.residual = pieces
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        x_BD = self.stem(images.reshape(-1, *self.shape) / self.scale)
+        pixels = images.reshape(-1, *self.shape) / self.scale
+        x_BD = self.stem(2 * pixels - 1 if self.centred else pixels)
         y_BO = x_BD if self.moe is None else self.moe(x_BD, labels=labels)
         logits: Tensor = self.head(x_BD + y_BO if self.residual else y_BO)
         return logits
@@ -68,7 +69,7 @@ class ChannelsLast(nn.Module):
 
 
 def image_model(
-    name: str, engine: Engine, picture: Tensor, classes: int, dim: int, hidden: int, scale: float
+    name: str, engine: Engine, picture: Tensor, classes: int, dim: int, hidden: int, scale: float, centred: bool = False
 ) -> ImageClassifier:
     """The model of that name, one of `MODELS`, for square pictures like this one: [C, S, S], [S, S] or [S * S].
 
@@ -76,7 +77,7 @@ def image_model(
     """
     channels = picture.shape[0] if picture.dim() == 3 else 1
     sizes = Sizes(channels, isqrt(picture.numel() // channels), classes, dim, hidden)
-    return ImageClassifier(sizes, scale, MODELS[name](engine, sizes))
+    return ImageClassifier(sizes, scale, centred, MODELS[name](engine, sizes))
 
 
 def _residual(engine: Engine, sizes: Sizes) -> Pieces:

@@ -52,16 +52,24 @@ class Task:
 
 
 def image_task(
-    train: Batch, test: Batch, classes: int, dim: int, hidden: int, scale: float = 255.0, model: str = "residual"
+    train: Batch,
+    test: Batch,
+    classes: int,
+    dim: int,
+    hidden: int,
+    scale: float = 255.0,
+    model: str = "residual",
+    centred: bool = False,
 ) -> Task:
-    """Classify images: (images uint8 [N, ...], labels long [N]) for train and test; pixels are divided by scale.
+    """Classify images: (images uint8 [N, ...], labels long [N]) for train and test.
 
-    model: one of `models.MODELS`. A batch may also have shares of classes as labels, [B, classes], if images are mixed.
+    Pixels of 0 to scale are seen as 0 to 1; centred: as -1 to 1. model: one of `models.MODELS`. A batch may also have
+    shares of classes as labels, [B, classes], if images are mixed.
     """
     return Task(
         train,
         test,
-        model=lambda engine: image_model(model, engine, train[0][0], classes, dim, hidden, scale),
+        model=lambda engine: image_model(model, engine, train[0][0], classes, dim, hidden, scale, centred),
         score=_classification,
         measures=partial(_measures, classes),
     )

@@ -26,6 +26,7 @@ class Cifar10:
     model: str = model_option()
     dim: int = option(256, help="width of the model, but for direct", min=1)
     hidden: int = option(256, help="hidden width of an expert", min=1)
+    centred: bool = option(False, help="pixels from -1 to 1 instead of 0 to 1")
     augment: str = option(
         "none", help="standard: random crops and flips of training pictures", choices=("none", "standard")
     )
@@ -36,7 +37,7 @@ class Cifar10:
     @hookimpl
     def moe_task(self, spec):
         train, test = datasets.cifar10(spec.data_dir)
-        task = image_task(train, test, CLASSES, self.dim, self.hidden, model=self.model)
+        task = image_task(train, test, CLASSES, self.dim, self.hidden, model=self.model, centred=self.centred)
         return attrs.evolve(task, augment=self._change())
 
     def _change(self):

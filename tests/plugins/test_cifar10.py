@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
-from moe_engine import TaskSpec, UsageError, datasets
+from moe_engine import Engine, TaskSpec, UsageError, datasets
 from moe_engine.plugins.tasks.cifar10 import Cifar10
 from moe_engine.runs import RunConfig, old_folder
 from moe_engine.tasks import image_task
@@ -26,6 +26,18 @@ def changed(images, labels, **options):
 
 def test_nothing_changes_unless_it_is_asked_for():
     assert Cifar10().moe_task(TaskSpec()).augment is None
+
+
+@pytest.mark.parametrize(("centred", "lowest"), [(False, 0.0), (True, -1.0)])
+def test_pixels_may_lie_around_zero(centred, lowest):
+    """What the layer gets of a black, a grey and a white picture is from 0 to 1, or from -1 to 1."""
+    task = Cifar10(model="direct", hidden=4, centred=centred).moe_task(TaskSpec())
+    model = task.model(Engine("topk", experts=2))
+    seen = []
+    model.moe.register_forward_pre_hook(lambda layer, args: seen.append(args[0]))
+    model(torch.tensor([0, 51, 255], dtype=torch.uint8)[:, None].expand(3, 3 * 32 * 32), torch.arange(3))
+    expected = torch.tensor([lowest, lowest + 0.2 * (1 - lowest), 1.0])
+    torch.testing.assert_close(seen[0], expected[:, None].expand_as(seen[0]))
 
 
 def places(shown, image):
