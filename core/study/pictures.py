@@ -72,7 +72,7 @@ def _against(one: Picture, rows: Rows, _: Sequence[Record]) -> Figure | None:
     rows = [row for row in rows if one.x in row["at"]]
     if not rows:
         return None
-    figure = Figure(figsize=(1.8 + 4.0 * len(one.quantities), 3.6), layout="constrained")
+    figure = Figure(figsize=(1.8 + 4.0 * len(one.quantities), 4), layout="constrained")
     panels = figure.subplots(1, len(one.quantities), squeeze=False)[0]
     places = list(dict.fromkeys(row["at"][one.x] for row in rows))
     kinds: dict[str, list[Mapping[str, Any]]] = {}
@@ -80,8 +80,11 @@ def _against(one: Picture, rows: Rows, _: Sequence[Record]) -> Figure | None:
         kinds.setdefault(label, []).append(row)
     for axes, name in zip(panels, one.quantities, strict=True):
         title, factor, _digits = title_of(name)
-        for label, own in kinds.items():
-            found = [(places.index(row["at"][one.x]), number) for row in own if (number := row["numbers"].get(name))]
+        for turn, (label, own) in enumerate(kinds.items()):
+            aside = 0.06 * (turn - (len(kinds) - 1) / 2)  # intervals of equal means would hide each other
+            found = [
+                (places.index(row["at"][one.x]) + aside, number) for row in own if (number := row["numbers"].get(name))
+            ]
             middle = [factor * number["mean"] for _, number in found]
             halves = [factor * (number["half"] or 0) for _, number in found]
             axes.errorbar(
@@ -89,7 +92,7 @@ def _against(one: Picture, rows: Rows, _: Sequence[Record]) -> Figure | None:
             )
         axes.set_title(title, fontsize=9.5)
         axes.set_xticks(range(len(places)), places)
-    panels[0].legend(fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, ncols=3, loc="outside lower center")
     return figure
 
 
