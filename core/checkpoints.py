@@ -18,7 +18,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from .errors import UsageError, listed
-from .optimizers import wrong_shape
+from .optimizers import restore, wrong_shape
 from .runs import write_atomically
 
 SPECIAL = "$"  # the key of a JSON object that stands for what JSON has not
@@ -61,7 +61,10 @@ def load(path: str | Path, **objects: Stateful) -> None:
         if isinstance(one, torch.optim.Optimizer):
             _check_shapes(path, name, one, tree[name])
         try:
-            one.load_state_dict(tree[name])
+            if isinstance(one, torch.optim.Optimizer):
+                restore(one, tree[name])
+            else:
+                one.load_state_dict(tree[name])
         except (KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"{path}: '{name}' is no state of a {type(one).__name__} ({error})") from error
 

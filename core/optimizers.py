@@ -167,6 +167,18 @@ def forget_old_shapes(parameters: Iterable[Tensor]) -> None:
             )
 
 
+def restore(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """`load_state_dict`, with every state in the order in memory of its weight.
+
+    A checkpoint's file keeps no strides, and fused optimizers walk a weight and its state through memory side by side.
+    """
+    optimizer.load_state_dict(state)
+    for parameter, own in optimizer.state.items():
+        for name, value in own.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                own[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
 def wrong_shape(parameter: Tensor, state: Mapping[str, Any]) -> str | None:
     """The key of a state that should have the parameter's shape and has not, or None."""
     for key, value in state.items():

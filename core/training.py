@@ -21,6 +21,7 @@ from .checkpoints import Checkpoints
 from .effects import evaluating
 from .engine import Engine, Metrics
 from .errors import RunError, UsageError, listed, nearest
+from .optimizers import restore
 from .options import Settings
 from .runs import Run, RunConfig, config_toml, dump, new_folder, read_run, record_file, write_atomically
 from .seeds import generator, own_random_state, random_state, set_random_state
@@ -314,7 +315,7 @@ class Training:
         if (tree["versions"], tree["plugins"]) != (versions(), self.engine.plugins.records()):
             self.say("the run was begun with other versions, so its numbers may differ from here on")
         self.model.load_state_dict(tree["model"])
-        self.optimizer.load_state_dict(tree["optimizer"])
+        restore(self.optimizer, tree["optimizer"])
         self.engine.load_state_dict(tree["engine"])
         self._log.truncate(tree["records"])
         for name, value in tree["loop"].items():

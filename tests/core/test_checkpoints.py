@@ -144,6 +144,29 @@ def test_save_and_load_go_on_as_if_nothing_had_been(tmp_path):
     assert equal(other["optimizer"].state_dict(), rig["optimizer"].state_dict())
 
 
+def test_numbers_come_back_in_the_order_in_memory_that_they_had(tmp_path):
+    """Fused Adam walks a weight and its moments through memory side by side, without a look at their strides."""
+
+    def convolution():
+        torch.manual_seed(0)
+        model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        return model, torch.optim.Adam(model.parameters(), lr=0.1, fused=True)
+
+    def step(model, optimizer):
+        optimizer.zero_grad()
+        model(torch.arange(75.0).view(1, 3, 5, 5)).square().sum().backward()
+        optimizer.step()
+
+    model, optimizer = convolution()
+    step(model, optimizer)
+    save(tmp_path / "state.safetensors", model=model, optimizer=optimizer)
+    twin, its_optimizer = convolution()
+    load(tmp_path / "state.safetensors", model=twin, optimizer=its_optimizer)
+    for one in ((model, optimizer), (twin, its_optimizer)):
+        step(*one)
+    assert torch.equal(model.weight, twin.weight)
+
+
 def test_loading_is_refused_before_anything_changes(tmp_path):
     rig, other = build(), build()
     steps(rig, 0)
