@@ -15,7 +15,6 @@ from typing import Any
 
 import attrs
 import joblib
-import torch
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from . import manager
@@ -23,6 +22,7 @@ from .errors import RunError, UsageError
 from .flops import forward_flops, model_flops, parameters_of
 from .manager import defaults
 from .options import Settings, values_of
+from .processes import one_thread
 from .runs import RunConfig, dump, locked, merged, write_atomically
 from .training import Training, versions
 
@@ -132,20 +132,19 @@ def _run(cell: Cell, folder: Path) -> Record:
     """Run one cell in a folder of its own, which goes when it is finished, and keep its record."""
     scratch = folder / "running" / cell.key
     shutil.rmtree(scratch, ignore_errors=True)  # of a cell that was killed
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     try:
+        with one_thread():
+            result = _result(cell, scratch)
         record: Record = {
             "variant": cell.variant,
             "seed": cell.config.seed,
             "key": cell.key,
             **cell.inputs,
-            **_result(cell, scratch),
+            **result,
         }
         if cell.keep and record["status"] == FINISHED:
             os.replace(scratch / "model.safetensors", weights_of(folder, cell.key))
     finally:
-        torch.set_num_threads(threads)
         shutil.rmtree(scratch, ignore_errors=True)
     text = dump(record)
     write_atomically(_file(folder, cell), (text + "\n").encode())

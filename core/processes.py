@@ -1,4 +1,4 @@
-"""Several processes that train one model: sums, means and votes over all of them."""
+"""Several processes that train one model: sums, means, votes over all of them; and runs that keep to one thread."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,3 +60,14 @@ def agreed(what: str, device: torch.device) -> Iterator[None]:
             raise RunError(f"{what} was not done, because processes want different things")
     if error is not None:
         raise error
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside, PyTorch computes on one thread: two on a busy machine wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -13,6 +13,7 @@ import torch
 
 from ..grid import FINISHED, Record, Variant, weights_of
 from ..options import build
+from ..processes import one_thread
 from ..runs import RunConfig, dump, write_atomically
 from ..training import Training
 from .spec import At, Part
@@ -33,12 +34,8 @@ def timed(planned: Sequence[tuple[Part, At, Variant]], records: Sequence[Record]
     file = out / "latency.json"
     known = _read(file)
     if mine.keys() - known.keys():
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
+        with one_thread():
             known |= _measured({key: _forward(record, out) for key, record in mine.items()})
-        finally:
-            torch.set_num_threads(threads)
         write_atomically(file, (dump(known) + "\n").encode())
     for key, record in mine.items():
         record["latency"] = known[key]

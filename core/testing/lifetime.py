@@ -9,6 +9,7 @@ import torch
 from ..checkpoints import load, save
 from ..errors import PluginError, UsageError
 from ..growth import Growth
+from ..processes import one_thread
 from .bench import Bench, data
 from .claims import claim, demand
 from .comparing import agree, distance, finite
@@ -101,13 +102,14 @@ def cost_is_bounded(bench: Bench) -> None:
     """A step costs at most thirty times one of the same layer with the default plugins."""
     size: dict[str, Any] = {"dim": 64, "hidden": 64, "experts": 8}
     rigs, best = (bench.usual(**size), bench.rig(**size)), [float("inf")] * 2
-    for _ in range(8):  # by turns, so that a busy machine disturbs both; the shortest is what it takes
-        for index, rig in enumerate(rigs):
-            start = time.perf_counter()
-            rig.step(data(4, 64, dim=64))
-            best[index] = min(best[index], time.perf_counter() - start)
-        if best[1] < DEAREST / 2 * best[0]:
-            return
+    with one_thread():
+        for _ in range(8):  # by turns; the shortest is what it takes
+            for index, rig in enumerate(rigs):
+                start = time.process_time()  # a clock on the wall counts what else the machine does
+                rig.step(data(4, 64, dim=64))
+                best[index] = min(best[index], time.process_time() - start)
+            if best[1] < DEAREST / 2 * best[0]:
+                return
     ratio = best[1] / best[0]
     demand(
         ratio <= DEAREST, f"it costs {ratio:.0f} times as much; work on all tokens at once, without a loop over them"
