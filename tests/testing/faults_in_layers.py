@@ -277,5 +277,7 @@ def branches_on_a_number(self, routing):
 )
 def takes_its_time(self, routing):
     """A loop over tokens, or as good as one."""
-    time.sleep(1 if len(routing.tokens.x) > 100 else 0)
+    end = time.process_time() + (1 if len(routing.tokens.x) > 100 else 0)
+    while time.process_time() < end:
+        pass
     return {"seen": routing.tokens.count.view(1)}
