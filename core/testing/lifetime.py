@@ -99,7 +99,7 @@ def compiles(bench: Bench) -> None:
 
 @claim(*ACTING)
 def cost_is_bounded(bench: Bench) -> None:
-    """A step costs at most thirty times one of the same layer with the default plugins."""
+    """A step costs at most thirty times the processor time of one of the same layer with the default plugins."""
     size: dict[str, Any] = {"dim": 64, "hidden": 64, "experts": 8}
     rigs, best = (bench.usual(**size), bench.rig(**size)), [float("inf")] * 2
     with one_thread():
