@@ -106,6 +106,7 @@ def _usage(one: Picture, rows: Rows, records: Sequence[Record]) -> Figure | None
             axes.bar(range(len(share)), 100 * share, color="C0")
             axes.axhline(100 / len(share), color="C3", linewidth=0.9, linestyle="--")
             axes.set(xlabel="expert, by share", ylabel="load %", ylim=(0, None))
+            axes.xaxis.get_major_locator().set_params(integer=True)
 
     return _panels(rows, records, draw, height=2.1)
 
