@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .activations import ACTIVATIONS as ACTIVATIONS
     from .checkpoints import load as load
     from .checkpoints import save as save
     from .dispatch import grouped_conv as grouped_conv
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from .errors import PluginError as PluginError
     from .errors import RunError as RunError
     from .errors import UsageError as UsageError
-    from .experts import ACTIVATIONS as ACTIVATIONS
     from .experts import ModuleBank as ModuleBank
     from .experts import StackedMLP as StackedMLP
     from .growth import Grown as Grown
@@ -77,7 +77,8 @@ _HOMES = {
     "effects": ("Effects", "evaluating"),
     "engine": ("Engine",),
     "errors": ("PluginError", "RunError", "UsageError"),
-    "experts": ("ACTIVATIONS", "ModuleBank", "StackedMLP"),
+    "activations": ("ACTIVATIONS",),
+    "experts": ("ModuleBank", "StackedMLP"),
     "growth": ("Grown", "Growth", "NewExpert"),
     "hookspecs": ("hookimpl",),
     "layer": ("MoE",),

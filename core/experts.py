@@ -5,21 +5,13 @@ from collections.abc import Callable, Sequence
 import attrs
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from .activations import ACTIVATIONS
 from .dispatch import grouped_linear, row_counts
 from .errors import UsageError
-from .parts import Experts, mean_grad, uniform
+from .parts import Experts, combine, mean_grad, uniform
 from .routing import Spec
-
-
-def swiglu(h_NJ: Tensor) -> Tensor:
-    """silu(first half) * second half (Shazeer, 2020)."""
-    gate, up = h_NJ.chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "gelu": F.gelu, "swiglu": swiglu}
+from .segments import through_segments
 
 
 class StackedMLP(Experts):
@@ -47,9 +39,32 @@ class StackedMLP(Experts):
     w_out: Tensor
 
     def forward(self, x_ND: Tensor, counts_E: Tensor) -> Tensor:
-        counts = row_counts(counts_E)
-        hidden_NH = ACTIVATIONS[self.activation](grouped_linear(x_ND, self.w_in, self.b_in, counts))
-        return grouped_linear(hidden_NH, self.w_out, self.b_out, counts)
+        return self._mapped(x_ND, row_counts(counts_E), self.w_in, self.b_in, self.w_out, self.b_out)
+
+    def _mapped(
+        self,
+        x_ND: Tensor,
+        counts: list[int] | Tensor,
+        w_in: Tensor,
+        b_in: Tensor | None,
+        w_out: Tensor,
+        b_out: Tensor | None,
+    ) -> Tensor:
+        hidden_NH = ACTIVATIONS[self.activation](grouped_linear(x_ND, w_in, b_in, counts))
+        return grouped_linear(hidden_NH, w_out, b_out, counts)
+
+    def combined(self, x_TD: Tensor, token_N: Tensor, weight_N: Tensor, counts_E: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() or x_TD.device.type != "cpu":
+            return super().combined(x_TD, token_N, weight_N, counts_E)
+        counts = counts_E.tolist()
+        if (rows := sum(counts)) < len(token_N):
+            token_N, weight_N = token_N[:rows], weight_N[:rows]
+
+        def readable(x_TD: Tensor, weight_N: Tensor, *weights: Tensor) -> Tensor:
+            return combine(self._mapped(x_TD.index_select(0, token_N), counts, *weights), token_N, weight_N, len(x_TD))
+
+        weights = (self.w_in, self.b_in, self.w_out, self.b_out)
+        return through_segments(x_TD, token_N, weight_N, counts, self.activation, weights, readable)
 
     def outputs(self, x_SD: Tensor) -> Tensor:
         hidden_ESH = x_SD @ self.w_in if self.b_in is None else x_SD @ self.w_in + self.b_in[:, None]

@@ -179,16 +179,18 @@ class MoE(nn.Module):
         with torch.autocast(y_TO.device.type, enabled=False):
             terms = self.aux_terms(routing)
             flat = self.booked(routing, terms)
-            aux = torch.zeros((), dtype=torch.float32, device=y_TO.device)
+            aux = None
             for name, value in terms.items():
-                aux = aux + self.weight_of(name) * value
-        self.aux_value.add_(aux.detach())
+                term = self.weight_of(name) * value
+                aux = term if aux is None else aux + term
+        if aux is not None:
+            self.aux_value.add_(aux.detach())
         plan = routing.plan
-        weight_N = torch.where(plan.kept, plan.weight.detach(), 0)
-        signals = self._signals if self.signal_sizes else None
-        entered: Tensor = Ledger.apply(
-            y_TO, self.book, flat, aux, self.aux_scale, plan.token, plan.expert, weight_N, signals
-        )
+        routed: tuple[Any, ...] = (None, None, None, None)
+        if self.signal_sizes:
+            weight_N = torch.where(plan.kept, plan.weight.detach(), 0)
+            routed = plan.token, plan.expert, weight_N, self._signals
+        entered: Tensor = Ledger.apply(y_TO, self.book, flat, aux, self.aux_scale, *routed)
         return entered
 
     def booked(self, routing: Routing, terms: Mapping[str, Tensor]) -> Tensor:
@@ -373,7 +375,7 @@ def _flat(sums: Mapping[str, Tensor], layout: Layout) -> Tensor:
     if sums.keys() != layout.keys():
         changed = sorted(sums.keys() ^ layout.keys())
         raise ValueError(f"measured names must be the same in every forward; {changed} came or went")
-    return torch.cat([value.float().reshape(-1) for value in sums.values()])
+    return torch.cat([value.reshape(-1) for value in sums.values()]).float()
 
 
 def unflat(flat: Tensor, layout: Layout) -> dict[str, Tensor]:

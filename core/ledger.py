@@ -38,11 +38,11 @@ class Ledger(Function):
         y_TD: Tensor,
         book: Tensor,
         sums: Tensor,
-        aux: Tensor,
+        aux: Tensor | None,
         scale: Tensor,
-        token_N: Tensor,
-        expert_N: Tensor,
-        weight_N: Tensor,
+        token_N: Tensor | None,
+        expert_N: Tensor | None,
+        weight_N: Tensor | None,
         signals: Signals | None,
     ) -> Tensor:
         ctx.save_for_backward(sums, scale, token_N, expert_N, weight_N)
@@ -62,7 +62,7 @@ class Ledger(Function):
             # The scale arrives between forward and backward. What depends on it alone a partitioner may
             # move into the forward, where it is stale: a term of 0 ties it to the incoming gradient.
             scale = scale + 0 * grad_TD.flatten()[:1].nan_to_num(0, 0, 0).sum()
-        return grad_TD, sums, None, scale, None, None, None, None, None
+        return grad_TD, sums, None, scale if ctx.needs_input_grad[3] else None, None, None, None, None, None
 
 
 class Anchor(Function):

@@ -244,6 +244,15 @@ class Experts(Part):
         """[N, out]: rows sorted by expert, counts_E[e] rows each; rows past the counts' sum come back as 0."""
         raise NotImplementedError
 
+    def combined(self, x_TD: Tensor, token_N: Tensor, weight_N: Tensor, counts_E: Tensor) -> Tensor:
+        """[T, out] in fp32 or better: for each token the sum over its rows of weight times its expert's output.
+
+        token_N, weight_N: of rows sorted by expert; those past the counts' sum do not enter, whatever their weight.
+        """
+        enters_N = torch.arange(len(token_N), device=token_N.device) < counts_E.sum()
+        weight_N = torch.where(enters_N, weight_N, 0)
+        return combine(self(x_TD.index_select(0, token_N), counts_E), token_N, weight_N, len(x_TD))
+
     def outputs(self, x_SD: Tensor) -> Tensor:
         """[E, S, out]: every expert on the same few tokens."""
         name, axis = next(iter(self.axes.items()))
@@ -256,6 +265,12 @@ class Experts(Part):
         """[E]: mean |gradient| of each expert's weights, averaged over its tensors; no gradient counts as 0."""
         own = [(getattr(self, name), axis.axis) for name, axis in self.axes.items() if name in self._parameters]
         return torch.stack([mean_grad(parameter, keep=axis) for parameter, axis in own]).mean(0)
+
+
+def combine(out_NO: Tensor, token_N: Tensor, weight_N: Tensor, tokens: int) -> Tensor:
+    """[T, out]: the sum over each token's rows of weight times output, in the precision of the weights."""
+    y_TO = torch.zeros(tokens, out_NO.shape[1], dtype=weight_N.dtype, device=out_NO.device)
+    return y_TO.index_add(0, token_N, at_least_fp32(out_NO).to(weight_N.dtype) * weight_N[:, None])
 
 
 def mean_grad(parameter: Tensor, keep: int | None = None) -> Tensor:

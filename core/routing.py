@@ -127,9 +127,10 @@ class Level:
         self.scores = scores.detach()
         scores = self.scores if self.bias is None else self.scores + self.bias
         tokens, units = scores.shape
-        turn = (torch.arange(tokens + units, device=scores.device) % units).to(scores.dtype)
-        size = torch.where(scores.isfinite(), scores.abs() + 1, 0)  # -inf may mask a unit
-        return scores - size * turn.unfold(0, units, 1)[:tokens] * 2**-22
+        turn_n = torch.arange(units, dtype=scores.dtype, device=scores.device)
+        turn_Tn = turn_n.expand(tokens // units + 2, units).flatten().unfold(0, units, 1)[:tokens]
+        size = scores.abs().clamp_(max=1e30).add_(1)  # -inf may mask a unit, and stays what it is
+        return torch.addcmul(scores, size, turn_Tn, value=-(2**-22))
 
 
 @attrs.define(eq=False)
@@ -162,8 +163,8 @@ def assign(
     """The assignments of a router that picks K experts for each token, best first."""
     count, top_k = expert_TK.shape
     device = expert_TK.device
-    token = torch.arange(count, device=device)[:, None].expand(count, top_k).reshape(-1)
-    rank = torch.arange(top_k, device=device).expand(count, top_k).reshape(-1)
+    place = torch.arange(count * top_k, device=device)
+    token, rank = place // top_k, place % top_k
     selected = torch.ones_like(token, dtype=torch.bool) if tokens.mask is None else tokens.mask[token]
     return Assignments(token, expert_TK.reshape(-1), weight_TK.reshape(-1), rank, selected, selected, chances)
 
@@ -235,6 +236,7 @@ class Routing:
 
     levels: from coarse to fine; empty for a router without logits. probs [T, E]: each token's
     distribution over experts, or None. slots: of a router that mixes tokens, whose plan has no assignments.
+    load [E]: assignments of real tokens to each expert, before capacity drops any; a constant for autograd.
     """
 
     tokens: Tokens
@@ -244,6 +246,10 @@ class Routing:
     experts: int
     top_k: int
     slots: Slots | None = None
+    load: Tensor = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.load = count_by(self.plan.expert, self.plan.selected, self.experts)
 
     @property
     def smooth_load(self) -> Tensor | None:
@@ -264,13 +270,10 @@ class Routing:
         return torch.stack([rows, pairs])
 
     @property
-    def load(self) -> Tensor:
-        """[E]: assignments of real tokens to each expert, before capacity drops any. A constant for autograd."""
-        return count_by(self.plan.expert, self.plan.selected, self.experts)
-
-    @property
     def dropped(self) -> Tensor:
         """[E]: assignments that capacity dropped."""
+        if self.plan.kept is self.plan.selected:
+            return torch.zeros_like(self.load)
         return count_by(self.plan.expert, self.plan.dropped, self.experts)
 
     def mean(self, values: Tensor) -> Tensor:

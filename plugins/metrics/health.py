@@ -27,8 +27,9 @@ class Health:
     @hookimpl
     def moe_measure(self, routing):
         load = routing.load
-        cv = load.std(correction=0) / load.mean().clamp(min=1e-30)
-        return {"cv": cv.view(1), "forwards": (load.sum() > 0).float().view(1)}
+        mean = load.mean()
+        cv = (load - mean).square().mean().sqrt() / mean.clamp(min=1e-30)
+        return {"cv": cv.view(1), "forwards": (mean > 0).float().view(1)}
 
     @hookimpl
     def moe_metrics(self, stats):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from moe_engine import Engine, ModuleBank, UsageError
 
@@ -343,3 +344,28 @@ def test_a_router_may_read_token_ids_and_sees_zeros_at_padding():
     ids, mask = torch.tensor([[5, 99, 7]]), torch.tensor([[True, False, True]])
     assert layer.tokens(torch.randn(1, 3, 6), mask, ids).ids.tolist() == [5, 0, 7]
     assert layer(torch.randn(1, 3, 6), mask, ids).shape == (1, 3, 6)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
+def test_compiles_whole_and_no_more_than_twice(precision):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    counter = CompileCounterWithBackend("aot_eager")
+    engine = Engine("saturation,switch_aux", experts=8, top_k=2)
+    layer = engine.moe(16, 32)
+    if precision == "bf16":
+        layer = layer.bfloat16()
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    for size in (8, 12, 20, 33, 64):
+        x, found = torch.randn(size, 16).to(layer.experts.w_in.dtype), []
+        for run in (compiled, layer):
+            layer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+                y = run(x)
+            (y.float().square().mean() + engine.aux_loss()).backward()
+            engine.after_backward()
+            found.append([y.detach(), *(p.grad for p in layer.parameters())])
+        engine.after_step()
+        for one, other in zip(*found, strict=True):
+            assert (one - other).double().norm() < (2e-6 if precision == "fp32" else 1e-2) * other.double().norm()
+    assert counter.frame_count == 2

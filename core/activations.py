@@ -1,0 +1,52 @@
+"""What happens between an expert's two products, as functions that autograd knows and with gradients by hand."""
+
+from collections.abc import Callable
+
+import attrs
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def swiglu(a_NJ: Tensor) -> Tensor:
+    """silu(first half) * second half (Shazeer, 2020)."""
+    gate, up = a_NJ.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "gelu": F.gelu, "swiglu": swiglu}
+
+
+@attrs.frozen
+class ByHand:
+    """An activation without autograd.
+
+    of(a): h, which may overwrite a [n, W]. again(a): h once more, of what a was then. back(a, d): the gradient of a,
+    of that of h, d [n, H], which it may overwrite.
+    """
+
+    of: Callable[[Tensor], Tensor]
+    again: Callable[[Tensor], Tensor]
+    back: Callable[[Tensor, Tensor], Tensor]
+
+
+def _relu_back(h: Tensor, d: Tensor) -> Tensor:
+    back: Tensor = torch.ops.aten.threshold_backward.grad_input(d, h, 0, grad_input=d)
+    return back
+
+
+def _gelu_back(a: Tensor, d: Tensor) -> Tensor:
+    back: Tensor = torch.ops.aten.gelu_backward.grad_input(d, a, grad_input=d)
+    return back
+
+
+def _swiglu_back(a: Tensor, d: Tensor) -> Tensor:
+    gate, up = a.chunk(2, dim=-1)
+    return torch.cat([torch.ops.aten.silu_backward(d * up, gate), d.mul_(F.silu(gate))], dim=-1)
+
+
+BY_HAND = {
+    "relu": ByHand(torch.relu_, lambda h: h, _relu_back),
+    "gelu": ByHand(F.gelu, F.gelu, _gelu_back),
+    "swiglu": ByHand(swiglu, swiglu, _swiglu_back),
+}

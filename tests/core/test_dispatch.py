@@ -1,0 +1,21 @@
+"""Products of each row with its own expert's matrix, in one call."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from moe_engine import dispatch
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 5, 2], [0, 0, 0, 0], [10, 0, 0, 0], [0, 1, 2, 9]])
+def test_grouped_products_are_those_of_a_loop(counts):
+    torch.manual_seed(0)
+    counts_E = torch.tensor(counts)
+    x_ND, w_EDH, g_NH = torch.randn(12, 16), torch.randn(4, 16, 24), torch.randn(12, 24)
+    each_N = torch.arange(4).repeat_interleave(counts_E)
+    wanted = torch.zeros(12, 24)
+    wanted[: len(each_N)] = torch.einsum("nd,ndh->nh", x_ND[: len(each_N)], w_EDH[each_N])
+    for product in (dispatch.grouped_rows, dispatch._grouped_mm):
+        torch.testing.assert_close(product(x_ND, w_EDH, counts_E), wanted)
+    outer = F.grouped_mm(x_ND.t(), g_NH, offs=dispatch._ends(counts_E))
+    torch.testing.assert_close(dispatch._grouped_outer(x_ND, g_NH, counts_E), outer)

@@ -1,0 +1,153 @@
+"""The path in blocks against float64 and against the readable one."""
+
+from itertools import product
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+
+from moe_engine import Experts, StackedMLP, segments
+from moe_engine.dispatch import dispatch
+from moe_engine.routing import Assignments, Routing, Spec, Tokens
+
+TOKENS, DIM, HIDDEN, OUT, EXPERTS = 23, 6, 8, 4, 5
+LIMITS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 4e-3}
+
+
+@pytest.fixture(params=[1024, 3], ids=["one block", "blocks of 3 rows"])
+def rows(request, monkeypatch):
+    monkeypatch.setattr(segments, "ROWS", request.param)
+
+
+def rig(activation="relu", bias=False, dtype=torch.float32, seed=0):
+    """A bank, tokens, and a plan that leaves expert 2 idle, drops one choice and has one gate of 0."""
+    torch.manual_seed(seed)
+    bank = StackedMLP(Spec(DIM, HIDDEN, OUT, EXPERTS, 2, activation, bias)).to(dtype)
+    for parameter in bank.parameters():
+        parameter.data = torch.randn(parameter.shape).to(dtype)
+    x = torch.randn(TOKENS, DIM).to(dtype).requires_grad_()
+    expert = torch.tensor([0, 1, 3, 4])[torch.rand(TOKENS, 4).argsort(-1)[:, :2]].flatten()
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    gate = (torch.rand(2 * TOKENS) + 0.1).to(wide)
+    gate[5] = 0
+    selected = torch.ones(2 * TOKENS, dtype=torch.bool)
+    kept = selected.clone()
+    kept[7] = False
+    place = torch.arange(2 * TOKENS)
+
+    def forward(x, gate):
+        plan = Assignments(place // 2, expert, gate, place % 2, selected, kept)
+        tokens = Tokens(x, (TOKENS,))
+        return dispatch(bank, Routing(tokens, (), None, plan, EXPERTS, 2), OUT)
+
+    return bank, x, gate.requires_grad_(), forward
+
+
+def answers(bank, x, gate, forward):
+    """The output and every gradient of it."""
+    y = forward(x, gate)
+    weight = torch.linspace(-1, 1, y.numel()).view_as(y).to(y)
+    learnt = {"x": x, "gate": gate, **dict(bank.named_parameters())}
+    grads = torch.autograd.grad(y, list(learnt.values()), weight)
+    return {"y": y.detach(), **dict(zip(learnt, grads, strict=True))}
+
+
+def exact(activation, bias, dtype):
+    """What the readable path answers in float64 on the same numbers."""
+    bank, x, gate, _ = rig(activation, bias, dtype)
+    wide, _, _, forward = rig(activation, bias, torch.float64)
+    wide.load_state_dict(bank.state_dict())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StackedMLP, "combined", Experts.combined)
+        return answers(wide, x.detach().double().requires_grad_(), gate.detach().double().requires_grad_(), forward)
+
+
+def error(found, wanted):
+    return float((found.double() - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.usefixtures("rows")
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "swiglu"])
+@pytest.mark.parametrize("dtype", LIMITS)
+def test_agrees_with_float64(activation, bias, dtype):
+    found = answers(*rig(activation, bias, dtype))
+    wanted = exact(activation, bias, dtype)
+    for name, value in found.items():
+        limit = LIMITS[dtype] * (2 if dtype == torch.bfloat16 else 1)  # so few numbers do not average out
+        assert error(value, wanted[name]) < limit, name
+    assert not found["w_in"][2].any()
+
+
+@pytest.mark.usefixtures("rows")
+@pytest.mark.parametrize("work", [torch.float32, torch.bfloat16])
+def test_halves_multiplied_either_way(work, monkeypatch):
+    monkeypatch.setitem(segments.WORK, torch.bfloat16, work)
+    found, wanted = answers(*rig("gelu", True, torch.bfloat16)), exact("gelu", True, torch.bfloat16)
+    assert max(error(value, wanted[name]) for name, value in found.items()) < 8e-3
+    assert found["w_in"].dtype == torch.bfloat16 and found["y"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("work", [torch.float32, torch.bfloat16])
+def test_autocast(work, monkeypatch):
+    monkeypatch.setitem(segments.WORK, torch.bfloat16, work)
+    bank, x, gate, forward = rig("gelu", True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = answers(bank, x, gate, forward)
+    wanted = exact("gelu", True, torch.float32)
+    worst = max(error(value, wanted[name]) for name, value in found.items())
+    assert 1e-4 < worst < 1e-2  # what is kept is in bf16
+    assert found["w_in"].dtype == torch.float32
+
+
+@pytest.mark.usefixtures("rows")
+@pytest.mark.parametrize(("activation", "bias"), [("gelu", False), ("swiglu", True)])
+def test_gradcheck(activation, bias):
+    bank, x, gate, forward = rig(activation, bias, torch.float64)
+
+    def of(x, gate, *weights):
+        for name, weight in zip(dict(bank.named_parameters()), weights, strict=True):
+            bank._parameters[name] = weight
+        return forward(x, gate)
+
+    inputs = (x[:].detach().requires_grad_(), gate, *bank.parameters())
+    assert gradcheck(of, inputs, fast_mode=True)
+    assert gradgradcheck(of, inputs, fast_mode=True)
+
+
+def test_what_needs_no_gradient_gets_none():
+    bank, x, gate, forward = rig(bias=True)
+    wanted = answers(bank, x, gate, forward)
+    bank.w_in.requires_grad_(False)
+    forward(x.detach(), gate).sum().backward()
+    assert bank.w_in.grad is None and bank.w_out.grad is not None and bank.b_in.grad is not None
+    with torch.no_grad():
+        assert torch.equal(forward(x, gate), wanted["y"])
+
+
+def test_blocks_hold_every_row_once(monkeypatch):
+    monkeypatch.setattr(segments, "ROWS", 4)
+    for counts in product(range(7), repeat=3):
+        found = segments.blocks(counts)
+        assert all(block.rows.stop - block.rows.start == sum(block.sizes) <= 4 for block in found)
+        assert [row for block in found for row in range(block.rows.start, block.rows.stop)] == list(range(sum(counts)))
+        each = [(e, size, first) for block in found for e, size, first in zip(*block[1:], strict=True)]
+        assert [sum(size for e, size, _ in each if e == expert) for expert in range(3)] == list(counts)
+        assert sum(first for *_, first in each) == sum(count > 0 for count in counts)
+
+
+def test_fp16_is_multiplied_in_fp32():
+    assert segments.work_dtype(torch.float16) == torch.float32
+    assert segments.work_dtype(torch.float64) == torch.float64
+    assert segments.work_dtype(torch.bfloat16) in (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize("combined", [StackedMLP.combined, Experts.combined])
+def test_a_dropped_choice_does_not_enter_whatever_its_gate(combined, monkeypatch):
+    monkeypatch.setattr(StackedMLP, "combined", combined)
+    bank, x, gate, forward = rig()
+    wanted = answers(bank, x, gate, forward)
+    broken = gate.detach().clone()
+    broken[7] = torch.nan
+    found = answers(bank, x, broken.requires_grad_(), forward)
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
