@@ -46,6 +46,14 @@ class RunConfig:
     weight_decay: float = option(0.0, help="share of lr by which a step shrinks every weight, as AdamW does", min=0)
     seed: int = option(0, help="fixes every random draw", min=0)
     device: str = option("auto", help="auto (cuda, mps, cpu: the first there is), or a device by name")
+    precision: str = option(
+        "fp32", help="fp32, or bf16: forwards under autocast, weights stay fp32", choices=("fp32", "bf16")
+    )
+    bf16_products: str = option(
+        "auto",
+        help="what a CPU multiplies experts' bf16 numbers in; auto: what it measures as faster",
+        choices=("auto", "bf16", "fp32"),
+    )
     data_dir: str = option("data", help="folder of the data sets that are not embedded")
     eval_every: int | None = option(
         None, help="steps between two evaluations on the test set; unset: at the end of each epoch", min=1

@@ -25,6 +25,7 @@ from .optimizers import restore
 from .options import Settings
 from .runs import Run, RunConfig, config_toml, dump, new_folder, read_run, record_file, write_atomically
 from .seeds import generator, own_random_state, random_state, set_random_state
+from .segments import WORK, work_dtype
 from .stats import Finding, plain
 from .tasks import Batch, Task, TaskSpec
 from .traces import FILE, record
@@ -33,6 +34,8 @@ PROBE_SIZE = 128  # samples of the held-out batch on which effects are measured
 EVAL_BATCH = 512
 BALANCE = ("active", "load", "cv", "gini", "entropy", "max_min", "maxvio", "dropped")  # of each layer in summary.json
 SHAPE = ("dense", "experts", "top_k", "capacity", "allow_no_gradient")  # what the engine is told of the layers
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 # what the loop itself must remember to go on, beside model, optimizer and engine
 LOOP = ("step", "epoch", "batch", "best", "_epoch_order", "_seen", "_terms", "_eval_loss")
@@ -58,6 +61,15 @@ def find_device(name: str) -> torch.device:
     if name != kind and index not in map(str, range(torch.cuda.device_count() if kind == "cuda" else 1)):
         raise UsageError(f"there is no device '{name}' here; leave the number away")
     return torch.device(name)
+
+
+def products(config: RunConfig) -> str:
+    """In what this process multiplies bf16 from now on, measured for "auto"; a run in fp32 asks nobody."""
+    if config.precision == "fp32":
+        return config.bf16_products
+    if config.bf16_products != "auto":
+        WORK[torch.bfloat16] = PRECISIONS[config.bf16_products]
+    return next(name for name, dtype in PRECISIONS.items() if dtype == work_dtype(torch.bfloat16))
 
 
 @contextmanager
@@ -114,6 +126,7 @@ class Training:
     def __attrs_post_init__(self) -> None:
         config = self.config
         self.device = find_device(config.device)
+        self.config = config = attrs.evolve(config, device=str(self.device), bf16_products=products(config))
         shape = {name: getattr(config, name) for name in SHAPE}
         self.engine = Engine(config.plugins, self.settings, config.no_plugin, config.task, config.seed, **shape)
         spec = TaskSpec(config.data_dir, config.seed)
@@ -178,7 +191,7 @@ class Training:
         return run
 
     def _config_text(self) -> str:
-        return config_toml(attrs.evolve(self.config, device=str(self.device)), self.engine.plugins.options())
+        return config_toml(self.config, self.engine.plugins.options())
 
     def _begin(self) -> None:
         self._started = time.monotonic()
@@ -214,7 +227,7 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr()
         self.optimizer.zero_grad()
-        score = self.task.score(self.model, batch)
+        score = self._score(batch)
         (score["loss"] + self.engine.aux_loss()).backward()
         self.engine.after_backward()
         self.optimizer.step()
@@ -223,6 +236,11 @@ class Training:
         self._seen.append(_sums(score, batch))
         self._terms.append(self.engine.last_terms())
         return score["loss"].detach()
+
+    def _score(self, batch: Batch) -> Mapping[str, Tensor]:
+        """A forward in the run's precision."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            return self.task.score(self.model, batch)
 
     def _lr(self) -> float:
         """The learning rate of this step; cosine: lr (1 + cos(pi step / steps)) / 2 (Loshchilov and Hutter, 2017)."""
@@ -350,7 +368,7 @@ class Training:
         seen = []
         with torch.no_grad():
             for batch in self._test_batches():
-                score = dict(self.task.score(self.model, batch))
+                score = dict(self._score(batch))
                 predicted, true = score.pop("predicted", None), score.pop("true", None)
                 if measures is not None:
                     measures.update(predicted, true)
@@ -374,7 +392,7 @@ class Training:
     def _record_routing(self) -> None:
         """Save what the layers choose on the test set."""
         about = {"task": self.config.task, "step": self.step, "split": "test", "versions": versions()}
-        forwards = (partial(self.task.score, self.model, batch) for batch in self._test_batches())
+        forwards = (partial(self._score, batch) for batch in self._test_batches())
         trace = record(self.engine, forwards, about)
         trace.write(self.folder / FILE)
         held = f"the first {trace.limit} tokens of each layer, not all" if trace.cut else "all tokens"
@@ -388,7 +406,7 @@ class Training:
         """What the task says of the first test samples, in eval mode."""
         batch = tuple(column[:count].to(self.device) for column in self.task.test)
         with evaluating(self.model):
-            return self.task.score(self.model, batch)
+            return self._score(batch)
 
     # -- what is written ---------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ import torch
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassRecall
 
-from moe_engine import Engine, RunError, Task, UsageError, hookimpl, option
+from moe_engine import Engine, RunError, Task, UsageError, hookimpl, option, segments
 from moe_engine.runs import RunConfig, merged, read_config, read_run
 from moe_engine.training import Training, adam
 
@@ -53,6 +53,21 @@ def test_rerunning_config_toml_gives_the_same_run(tmp_path):
     two = Training(merged(flags, {}), settings, tmp_path / "two").run()
     assert one.records == two.records
     assert (one.folder / "config.toml").read_text() == (two.folder / "config.toml").read_text()
+
+
+@pytest.mark.parametrize(("measured", "products"), [(torch.bfloat16, "bf16"), (torch.float32, "fp32")])
+def test_a_run_in_bf16_writes_down_what_it_multiplies_in(tmp_path, monkeypatch, measured, products):
+    monkeypatch.setitem(segments.WORK, torch.bfloat16, measured)
+    half, training = train(tmp_path / "half", precision="bf16", steps=40)
+    wide, _ = train(tmp_path / "wide", steps=40)
+    assert tomllib.loads((half.folder / "config.toml").read_text())["run"]["bf16_products"] == products
+    assert half.records != wide.records
+    assert half.summary["loss"] == pytest.approx(wide.summary["loss"], rel=0.2)
+    assert {parameter.dtype for parameter in training.model.parameters()} == {torch.float32}
+    monkeypatch.setitem(segments.WORK, torch.bfloat16, torch.float64)  # what is written goes before what is measured
+    flags, settings = read_config(half.folder / "config.toml")
+    again = Training(merged(flags, {}), settings, tmp_path / "again").run()
+    assert again.records == half.records
 
 
 def test_a_run_ends_at_its_step_in_the_middle_of_an_epoch(tmp_path):
