@@ -13,7 +13,7 @@ help:
 	@echo "make lint       ruff and mypy"
 	@echo "make docs       the documentation as a site, in build/site"
 	@echo "make results    judge the committed results of the studies again, without a run"
-	@echo "make bench      speed of the layer, of a training step, of a growth and of the command line"
+	@echo "make bench      speed and memory beside floors and other libraries; 1 if a bar is missed"
 	@echo "make clean      remove the virtual environment and what tools left"
 
 demo: $(READY)
@@ -37,10 +37,8 @@ docs: $(READY)
 	@echo "python -m http.server --directory build/site   shows it, its search too"
 
 bench: $(READY)
-	$(BIN)/python benchmarks/layer.py
-	$(BIN)/python benchmarks/step.py
-	$(BIN)/python benchmarks/growth.py
-	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python -m pip install --quiet --editable ".[peers]"
+	for one in experts memory step growth startup; do $(BIN)/python benchmarks/$$one.py || missed=1; done; test -z "$$missed"
 
 results: $(READY)
 	for folder in docs/results/*/; do \

@@ -6,21 +6,20 @@ rehearsal, and the change measured on a probe batch. After each the newcomer is 
 not counted.
 """
 
-import statistics
 import sys
-from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from moe_engine import Engine, Growth, adam
-from paired import arguments, seconds, steady, tell
+from paired import Bar, Call, Seconds, arguments, over, seconds, steady, tell
 
 BAR = 0.10
 SIZES = (16, 64, 255)
 DIM, HIDDEN, TOKENS, STEPS, MEASURED = 256, 512, 512, 50, 5
 
 
-def rig(experts: int) -> tuple[Callable[[], None], Callable[[], None], Callable[[], None]]:
+def rig(experts: int) -> tuple[Call, Call, Call]:
     """(five steps, one growth, its undoing) of a layer."""
     torch.manual_seed(0)
     engine = Engine("saturation,switch_aux", experts=experts, top_k=2)
@@ -51,27 +50,24 @@ def rig(experts: int) -> tuple[Callable[[], None], Callable[[], None], Callable[
     return steps, grow, shrink
 
 
-def measured(experts: int, repetitions: int) -> dict[str, object]:
+def measured(experts: int, repetitions: int) -> dict[str, Any]:
     steps, grow, shrink = rig(experts)
     steps(), grow(), shrink(), steps()
-    each, times, bases = [], [], []
+    times: dict[str, list[Seconds]] = {"growth": [], "steps": []}
     for _ in range(repetitions):
-        base = seconds(steps) * STEPS / MEASURED
-        taken = seconds(grow)
+        times["steps"].append(Seconds(*(STEPS / MEASURED * one for one in seconds(steps))))
+        times["growth"].append(seconds(grow))
         shrink()
-        each.append(taken / base)
-        times.append(1000 * taken)
-        bases.append(1000 * base)
-    first, median, third = statistics.quantiles(each, n=4, method="inclusive")
-    ms, base_ms = statistics.median(times), statistics.median(bases)
-    return {"ratio": median, "quartiles": [first, third], "ms": ms, "base_ms": base_ms, "repetitions": repetitions}
+    return over(times, "growth", "steps")
 
 
 def main() -> int:
     options = arguments("One growth against 50 training steps.", repetitions=9)
     steady()
-    found = {f"E {experts}": measured(experts, options.repetitions) for experts in SIZES}
-    return tell(found, BAR, options.json)
+    sizes = SIZES[:1] if options.smoke else SIZES
+    found = {experts: measured(experts, options.repetitions) for experts in sizes}
+    bars = [Bar(f"E {experts}: a growth over {STEPS} steps", one, BAR) for experts, one in found.items()]
+    return tell("growth", bars, options.smoke)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,40 @@
 """Paired timing: every repetition runs all candidates in a new order, and only ratios within a repetition count.
 
-CPU time of one thread, so that what else the machine does, and how fast it runs today, cancel out.
+CPU time first, so that what else the machine does cancels out; wall time beside it.
 """
 
 import argparse
 import ctypes
 import gc
 import json
+import os
+import platform
 import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import attrs
 import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+RESULTS = Path(__file__).parent / "results"
+TIE = 1.05  # a ratio within 5 % of its bar is no difference
+
+Call = Callable[[], None]
+
+
+class Seconds(NamedTuple):
+    """What one call took: of all threads' CPU time, and on the clock."""
+
+    cpu: float
+    wall: float
+
+
+Times = Mapping[str, Sequence[Seconds]]
 
 
 def steady() -> None:
@@ -29,16 +47,15 @@ def steady() -> None:
             libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def seconds(call: Callable[[], None]) -> float:
-    start = time.process_time()
+def seconds(call: Call) -> Seconds:
+    """Of one call."""
+    cpu, wall = time.process_time(), time.perf_counter()
     call()
-    return time.process_time() - start
+    return Seconds(time.process_time() - cpu, time.perf_counter() - wall)
 
 
-def ratios(
-    calls: Mapping[str, Callable[[], None]], base: str, repetitions: int, rounds: int = 1, warm_ups: int = 3
-) -> dict[str, dict[str, Any]]:
-    """Of each call but `base`: the median over repetitions of its time over base's, with quartiles.
+def timed(calls: Mapping[str, Call], repetitions: int, rounds: int = 1, warm_ups: int = 2) -> Times:
+    """Of each call in each repetition.
 
     rounds: how often a repetition goes through all calls, each time in a new order. Short calls in many
     rounds see the same drift of the machine's speed.
@@ -46,43 +63,84 @@ def ratios(
     gc.collect()
     gc.freeze()  # else a collection of all that was imported falls on whoever is running
     order, shuffled = list(calls), random.Random(0)
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    times: dict[str, list[Seconds]] = {name: [] for name in calls}
     for repetition in range(-warm_ups, repetitions):
-        taken = dict.fromkeys(calls, 0.0)
+        taken = dict.fromkeys(calls, Seconds(0.0, 0.0))
         for _ in range(rounds):
             shuffled.shuffle(order)
             for name in order:
-                taken[name] += seconds(calls[name])
+                own = seconds(calls[name])
+                taken[name] = Seconds(taken[name].cpu + own.cpu, taken[name].wall + own.wall)
         if repetition >= 0:
             for name, total in taken.items():
                 times[name].append(total)
-    return {name: _summary(taken, times[base]) for name, taken in times.items() if name != base}
+    return times
 
 
-def _summary(taken: list[float], base: list[float]) -> dict[str, Any]:
-    each = [a / b for a, b in zip(taken, base, strict=True)]
+def over(times: Times, one: str, base: str, clock: str = "cpu") -> dict[str, Any]:
+    """The median over repetitions of one's time over base's, with quartiles; the same on the wall's clock."""
+    pairs = list(zip(times[one], times[base], strict=True))
+    each = [getattr(a, clock) / getattr(b, clock) for a, b in pairs]
     first, median, third = statistics.quantiles(each, n=4, method="inclusive")
-    ms, base_ms = (round(1000 * statistics.median(times), 3) for times in (taken, base))
-    return {"ratio": median, "quartiles": [first, third], "ms": ms, "base_ms": base_ms, "repetitions": len(each)}
+    ms, base_ms = (
+        round(1000 * statistics.median(getattr(one, clock) for one in side), 3) for side in zip(*pairs, strict=True)
+    )
+    wall = statistics.median(a.wall / b.wall for a, b in pairs)
+    found = {"ratio": median, "quartiles": [first, third], "wall": wall, "ms": ms, "base_ms": base_ms}
+    return {name: _rounded(value) for name, value in found.items()} | {"repetitions": len(pairs)}
+
+
+def _rounded(value: Any) -> Any:
+    return [round(one, 4) for one in value] if isinstance(value, list) else round(value, 4)
+
+
+@attrs.frozen
+class Bar:
+    """What a ratio is expected to be at most; within 5 % of that is a tie."""
+
+    what: str
+    found: Mapping[str, Any]
+    at_most: float
+
+    @property
+    def verdict(self) -> str:
+        """held, tie or missed."""
+        ratio = self.found["ratio"]
+        return "held" if ratio <= self.at_most else "tie" if ratio <= TIE * self.at_most else "missed"
+
+    def __str__(self) -> str:
+        low, high = self.found["quartiles"]
+        figures = f"{self.found['ratio']:.3f} [{low:.3f}, {high:.3f}], at most {self.at_most:g}"
+        return f"{self.verdict:6}  {self.what}: {figures}"
 
 
 def arguments(about: str, repetitions: int) -> argparse.Namespace:
+    """--repetitions, and --smoke: everything once and small, nothing judged or written."""
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--repetitions", type=int, default=repetitions, help=f"[default: {repetitions}]")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    return parser.parse_args()
+    parser.add_argument("--smoke", action="store_true", help="see whether it runs: small, few repetitions, no bars")
+    options = parser.parse_args()
+    options.repetitions = 2 if options.smoke else options.repetitions
+    return options
 
 
-def tell(found: Mapping[str, Mapping[str, Any]], bar: float, as_json: bool, **more: Any) -> int:
-    """Print the ratios; the exit code is 1 if one misses the bar."""
-    met = all(one["ratio"] <= bar for one in found.values())
-    if as_json:
-        print(json.dumps({"bar": bar, "met": met, "torch": torch.__version__, **more, "results": found}, indent=2))
-        return int(not met)
-    for name, one in found.items():
-        low, high = one["quartiles"]
-        word = "" if one["ratio"] <= bar else "  MISSED"
-        print(f"{name}: {one['ratio']:.3f} [{low:.3f}, {high:.3f}], {one['ms']:.1f} / {one['base_ms']:.1f} ms{word}")
-    facts = "".join(f"; {name} {value}" for name, value in more.items())
-    print(f"bar {bar}; medians of {one['repetitions']} paired repetitions [quartiles]{facts}")
-    return int(not met)
+def tell(name: str, bars: Sequence[Bar], smoke: bool = False, **facts: Any) -> int:
+    """Print each bar and write results/NAME.json; the exit code is 1 if one is missed."""
+    if smoke:
+        return 0
+    for bar in bars:
+        print(bar)
+    judged = [{"what": bar.what, "at_most": bar.at_most, "verdict": bar.verdict, **bar.found} for bar in bars]
+    RESULTS.mkdir(exist_ok=True)
+    text = json.dumps({"machine": machine(), "bars": judged, **facts}, indent=1)
+    (RESULTS / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+    return int(any(bar.verdict == "missed" for bar in bars))
+
+
+def machine() -> dict[str, Any]:
+    """What the figures are of."""
+    flags = Path("/proc/cpuinfo")
+    lines = flags.read_text(encoding="utf-8").splitlines() if flags.exists() else []
+    model = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+    day = time.strftime("%Y-%m-%d")
+    return {"date": day, "processor": model, "cores": os.cpu_count(), "torch": torch.__version__}

@@ -1,19 +1,19 @@
 """What the command line costs before it does anything: bar 0.4 s of CPU time for --help and plugins."""
 
-import json
 import resource
 import statistics
 import subprocess
 import sys
 
-BAR = 0.4
+from paired import Bar, arguments, tell
+
+BAR = 0.4  # seconds
 COMMANDS = {
     "--help": ["--help"],
     "run --help": ["run", "--help"],
     "plugins": ["plugins"],
     "plugins --json": ["plugins", "--json"],
 }
-REPETITIONS = 15
 
 
 def cpu_seconds(words: list[str]) -> float:
@@ -26,15 +26,14 @@ def cpu_seconds(words: list[str]) -> float:
 
 
 def main() -> int:
-    medians = {
-        name: statistics.median(cpu_seconds(words) for _ in range(REPETITIONS)) for name, words in COMMANDS.items()
-    }
-    if "--json" in sys.argv:
-        print(json.dumps(medians))
-    else:
-        for name, seconds in medians.items():
-            print(f"{name:16} {seconds:.2f} s of CPU time, median of {REPETITIONS} (bar {BAR})")
-    return int(any(seconds > BAR for seconds in medians.values()))
+    options = arguments("CPU seconds of commands that train nothing.", repetitions=15)
+    bars = []
+    for name, words in COMMANDS.items():
+        taken = sorted(cpu_seconds(words) for _ in range(options.repetitions))
+        first, median, third = statistics.quantiles(taken, n=4, method="inclusive")
+        found = {"ratio": round(median, 3), "quartiles": [round(first, 3), round(third, 3)]}
+        bars.append(Bar(f"{name}: seconds", found, BAR))
+    return tell("startup", bars, options.smoke)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,280 @@
+"""What is timed: a problem of some size, the floors below it, and the engine's experts on it.
+
+Experts only: gathering, products, activation, gates and the weighted sum, forward and backward, with the gradients of
+tokens, gates and weights. The routing is given, so that every candidate does the same work.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from moe_engine import Engine, StackedMLP
+from moe_engine.activations import ACTIVATIONS
+from moe_engine.dispatch import dispatch
+from moe_engine.routing import Routing, Spec, Tokens, assign
+from moe_engine.segments import work_dtype
+from paired import Call
+
+
+@attrs.frozen
+class Cell:
+    """tokens T, dim D, hidden H, experts E, top_k K. load: even, zipf or one (all tokens to the same K experts)."""
+
+    tokens: int = 4096
+    dim: int = 256
+    hidden: int = 512
+    experts: int = 8
+    top_k: int = 2
+    load: str = "even"
+    activation: str = "relu"
+    bias: bool = False
+    precision: str = "fp32"  # fp32, bf16 (weights too), autocast
+    threads: int = 1
+    forward_only: bool = False
+
+    @property
+    def name(self) -> str:
+        sizes = f"T {self.tokens}, {self.dim}/{self.hidden}, E {self.experts}, K {self.top_k}"
+        own = [getattr(self, field.name) for field in attrs.fields(Cell)[5:]]
+        usual = [field.default for field in attrs.fields(Cell)[5:]]
+        words = (self.load, self.activation, "bias", self.precision, f"{self.threads} threads", "forward alone")
+        return ", ".join([sizes, *(word for word, a, b in zip(words, own, usual, strict=True) if a != b)])
+
+    def small(self) -> "Cell":
+        """The same in a few milliseconds."""
+        return attrs.evolve(self, tokens=64, dim=32, hidden=32)
+
+
+class Problem(NamedTuple):
+    """x [T, D]; expert, gate [T, K]; w_in [E, D, W]; w_out [E, H, D]; b_in, b_out or None; grad [T, D] of y."""
+
+    x: Tensor
+    expert: Tensor
+    gate: Tensor
+    w_in: Tensor
+    w_out: Tensor
+    b_in: Tensor | None
+    b_out: Tensor | None
+    grad: Tensor
+
+    @property
+    def learnt(self) -> list[Tensor]:
+        """What gets a gradient, the output's aside."""
+        return [one for one in (self.x, self.gate, self.w_in, self.w_out, self.b_in, self.b_out) if one is not None]
+
+
+def problem(cell: Cell, seed: int = 0) -> Problem:
+    """Random numbers; loads as the cell says."""
+    made = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=made) / shape[-2] ** 0.5
+
+    wide = cell.hidden * (2 if cell.activation == "swiglu" else 1)
+    gate = torch.rand(cell.tokens, cell.top_k, generator=made) + 0.1
+    dtype = torch.bfloat16 if cell.precision == "bf16" else torch.float32
+    tensors = (
+        torch.randn(cell.tokens, cell.dim, generator=made),
+        chosen(cell, made),
+        gate / gate.sum(-1, keepdim=True),
+        normal(cell.experts, cell.dim, wide),
+        normal(cell.experts, cell.hidden, cell.dim),
+        normal(1, cell.experts, wide)[0] if cell.bias else None,
+        normal(1, cell.experts, cell.dim)[0] if cell.bias else None,
+        torch.randn(cell.tokens, cell.dim, generator=made),
+    )
+    found = Problem(*tensors)
+    cast = {name: getattr(found, name) for name in ("x", "w_in", "w_out", "b_in", "b_out")}
+    found = found._replace(**{name: None if one is None else one.to(dtype) for name, one in cast.items()})
+    if cell.activation == "relu":
+        found.grad[at_kink(found)] = 0
+    for one in found.learnt:
+        one.requires_grad_()
+    return found
+
+
+def at_kink(given: Problem) -> Tensor:
+    """[T] bool: tokens with a hidden unit so close to ReLU's kink that rounding decides on which side it is."""
+    found = torch.zeros(len(given.x), dtype=torch.bool)
+    for e, w_in in enumerate(given.w_in.double()):
+        token, _ = torch.where(given.expert == e)
+        a = given.x[token].double() @ w_in
+        a = a if given.b_in is None else a + given.b_in[e]
+        found[token] |= (a.abs() < 1e-5).any(1)
+    return found
+
+
+def chosen(cell: Cell, made: torch.Generator) -> Tensor:
+    """[T, K]: different experts for each token."""
+    count, top_k = cell.experts, cell.top_k
+    if cell.load == "one":
+        return torch.arange(top_k).expand(cell.tokens, top_k).contiguous()
+    if cell.load == "even":
+        turns = torch.arange(cell.tokens * top_k) % count
+        named = torch.randperm(count, generator=made)
+        return named[turns.view(-1, top_k)[torch.randperm(cell.tokens, generator=made)]]
+    popularity = 1 / torch.arange(1, count + 1, dtype=torch.float64)
+    popularity = popularity[torch.randperm(count, generator=made)]
+    return torch.multinomial(popularity.expand(cell.tokens, count), top_k, generator=made)
+
+
+def reference(cell: Cell, given: Problem) -> list[Tensor]:
+    """In float64: the output, and the gradients of `learnt`. Autocast's is that of what it multiplies."""
+    shared = given
+    if cell.precision == "autocast":
+        names = ("x", "w_in", "w_out", "b_in", "b_out")
+        half = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
+        shared = given._replace(**{name: one.to(work_dtype(torch.bfloat16)) for name, one in half.items()})
+    own = given._replace(**{name: _leaf(value) for name, value in shared._asdict().items()})
+    act = ACTIVATIONS[cell.activation]
+    y = torch.zeros_like(own.x)
+    each = [None if one is None else one.unbind(0) for one in (own.w_in, own.b_in, own.w_out, own.b_out)]
+    for e in range(cell.experts):  # unbound once: w[e] would make a gradient of all experts' size for each of them
+        w_in, b_in, w_out, b_out = (None if one is None else one[e] for one in each)
+        token, rank = torch.where(own.expert == e)
+        h = own.x[token] @ w_in
+        h = act(h if b_in is None else h + b_in) @ w_out
+        h = h if b_out is None else h + b_out
+        y = y.index_add(0, token, h * own.gate[token, rank, None])
+    grads = torch.autograd.grad(y, own.learnt, own.grad, materialize_grads=True)
+    return [y.detach(), *grads]
+
+
+def _leaf(value: Tensor | None) -> Tensor | None:
+    if value is None or not value.is_floating_point():
+        return value
+    return value.detach().double().requires_grad_()
+
+
+def dense(cell: Cell, given: Problem) -> Call:
+    """The floor of what has to be computed: one MLP on T K rows, in fp32 whatever the cell's precision."""
+    wide = given.w_in.shape[2]
+    enter, leave = nn.Linear(cell.dim, wide, bias=cell.bias), nn.Linear(cell.hidden, cell.dim, bias=cell.bias)
+    act = ACTIVATIONS[cell.activation]
+    x = torch.randn(cell.tokens * cell.top_k, cell.dim, requires_grad=True)
+    grad = torch.randn(cell.tokens * cell.top_k, cell.dim)
+
+    def call() -> None:
+        if cell.forward_only:
+            with torch.no_grad():
+                leave(act(enter(x)))
+            return
+        for one in (x, *enter.parameters(), *leave.parameters()):
+            one.grad = None
+        leave(act(enter(x))).backward(grad)
+
+    return call
+
+
+def products(cell: Cell, given: Problem) -> Call:
+    """The floor of what segments cost: six products an expert into memory that is there, weight gradients fresh."""
+    counts = torch.bincount(given.expert.flatten(), minlength=cell.experts).tolist()
+    rows, wide = sum(counts), given.w_in.shape[2]
+    dtype = work_dtype(given.w_in.dtype)
+    x, y, g, dx = (torch.randn(rows, cell.dim, dtype=dtype) for _ in range(4))
+    a, da = (torch.randn(rows, wide, dtype=dtype) for _ in range(2))
+    h, dh = (torch.randn(rows, cell.hidden, dtype=dtype) for _ in range(2))
+    w_in, w_out = (one.detach().to(dtype) for one in (given.w_in, given.w_out))
+
+    def call() -> None:
+        dw_in, dw_out = torch.empty_like(w_in), torch.empty_like(w_out)
+        start = 0
+        for e, count in enumerate(counts):
+            own = slice(start, start + count)
+            start += count
+            torch.mm(x[own], w_in[e], out=a[own])
+            torch.mm(h[own], w_out[e], out=y[own])
+            if cell.forward_only:
+                continue
+            torch.mm(g[own], w_out[e].t(), out=dh[own])
+            torch.mm(h[own].t(), g[own], out=dw_out[e])
+            torch.mm(x[own].t(), da[own], out=dw_in[e])
+            torch.mm(da[own], w_in[e].t(), out=dx[own])
+
+    return call
+
+
+def weight_gradients(given: Problem) -> Call:
+    """The floor of memory: writing as many bytes as the gradients of all experts' weights are, freshly allocated."""
+
+    def call() -> None:
+        for weight in (given.w_in, given.w_out):
+            torch.empty_like(weight).fill_(1)
+
+    return call
+
+
+def whole_layer(cell: Cell) -> Call:
+    """Router, bias, loss, ledger and all calls of a training step, on random tokens near balance."""
+    built = Engine("saturation,switch_aux", experts=cell.experts, top_k=cell.top_k)
+    layer = built.moe(cell.dim, cell.hidden)
+    nn.init.orthogonal_(layer.router.rows)  # equal, independent scores
+    x, grad = torch.randn(cell.tokens, cell.dim, requires_grad=True), torch.randn(cell.tokens, cell.dim)
+
+    def call() -> None:
+        layer.zero_grad(set_to_none=True)
+        x.grad = None
+        y = layer(x)
+        torch.autograd.backward((y, built.aux_loss()), (grad, None))
+        built.after_backward()
+        built.after_step()
+
+    return call
+
+
+Forward = Callable[[], Tensor]
+
+
+def engine(cell: Cell, given: Problem) -> Forward:
+    """The engine's experts, behind a routing that is given."""
+    spec = Spec(cell.dim, cell.hidden, 0, cell.experts, cell.top_k, cell.activation, cell.bias)
+    bank = StackedMLP(spec)
+    for name in ("w_in", "w_out", "b_in", "b_out"):
+        if getattr(given, name) is not None:
+            bank._parameters[name] = given._asdict()[name]
+
+    def forward() -> Tensor:
+        tokens = Tokens(given.x, (cell.tokens,))
+        plan = assign(given.gate, given.expert, tokens)
+        return dispatch(bank, Routing(tokens, (), given.gate, plan, cell.experts, cell.top_k), cell.dim)
+
+    return forward
+
+
+def step(cell: Cell, given: Problem, forward: Forward) -> Call:
+    """Forward and backward, with gradients that are allocated anew as after zero_grad(set_to_none=True)."""
+    autocast = cell.precision == "autocast"
+
+    def call() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            if cell.forward_only:
+                with torch.no_grad():
+                    forward()
+                return
+            for one in given.learnt:
+                one.grad = None
+            y = forward()
+        y.backward(given.grad.to(y.dtype))
+
+    return call
+
+
+def errors(cell: Cell, given: Problem, forward: Forward, weights: bool = True) -> dict[str, float]:
+    """Relative errors of the output and each gradient against float64, in the Frobenius norm.
+
+    weights: those of weights too, which some hold in a layout of their own.
+    """
+    wanted = reference(cell, given)
+    for one in given.learnt:
+        one.grad = None
+    with torch.autocast("cpu", torch.bfloat16, enabled=cell.precision == "autocast"):
+        y = forward()
+    y.backward(given.grad.to(y.dtype))
+    learnt = [name for name in ("x", "gate", "w_in", "w_out", "b_in", "b_out") if getattr(given, name) is not None]
+    found = dict(zip(["y", *learnt], [y.detach(), *(one.grad for one in given.learnt)], strict=True))
+    names = found if weights else ("y", "x", "gate")
+    exact = dict(zip(found, wanted, strict=True))
+    return {name: float((found[name].double() - exact[name]).norm() / exact[name].norm()) for name in names}

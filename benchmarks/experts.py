@@ -1,0 +1,185 @@
+"""The experts over what has to be computed and over other people's, cell by cell.
+
+dense: an MLP on as many rows, in fp32. products: the experts' matrix products alone. layer: router, saturation,
+switch_aux and ledger too. Other people's, where they are installed, get the same weights and routing. Every output and
+gradient is checked against float64 before anything is timed. Ratios are medians over paired repetitions.
+"""
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+import torch
+
+from cells import Cell, dense, engine, errors, problem, products, step, weight_gradients, whole_layer
+from moe_engine.segments import work_dtype
+from paired import RESULTS, Bar, Call, Times, arguments, over, steady, tell, timed
+from peers import FORWARDS, ONLY_SMALL, WHOLE, installed
+
+E8, WIDE = Cell(), Cell(dim=512, hidden=1024)
+E64, E256 = Cell(experts=64), Cell(dim=512, hidden=512, experts=256)
+
+
+def zipf(cell: Cell) -> Cell:
+    return attrs.evolve(cell, load="zipf")
+
+
+def bf16(cell: Cell) -> Cell:
+    return attrs.evolve(cell, precision="bf16")
+
+
+SHORT = attrs.evolve(bf16(E8), tokens=128)
+WITH_PEERS = (E8, WIDE, E64, E256, zipf(E8), zipf(E64), SHORT)
+WITH_LAYER = (E8, WIDE, E64, E256)
+CELLS = (
+    *WITH_PEERS,
+    zipf(E256),
+    attrs.evolve(E8, load="one"),
+    *(Cell(hidden=512, experts=count) for count in (2, 4, 16, 32, 128, 512)),
+    *(Cell(top_k=count) for count in (1, 4, 8)),
+    *(attrs.evolve(cell, forward_only=True) for cell in (E8, E64)),
+    Cell(activation="gelu"),
+    Cell(activation="swiglu"),
+    Cell(bias=True),
+    *(bf16(cell) for cell in (E8, E64, E256)),
+    attrs.evolve(E8, precision="autocast"),
+    attrs.evolve(E8, threads=2),
+)
+LIMITS = {"fp32": 1e-6, "bf16": 4e-3, "autocast": 4e-3}  # of the relative error, against float64
+BARS = (  # the engine over what, at most
+    (E8, "dense", 1.12),
+    (E8, "transformers grouped_mm", 0.95),
+    (WIDE, "dense", 1.08),
+    (WIDE, "transformers grouped_mm", 0.95),
+    (E64, "products", 1.12),
+    (E64, "best peer", 1.05),
+    (E256, "products", 1.12),
+    (E256, "best peer", 1.08),
+    *((zipf(cell), "products", 1.18) for cell in (E8, E64, E256)),
+    (E8, "st-moe-pytorch", 0.4),
+    (E8, "GShard einsum", 0.4),
+)
+BF16_BARS = {  # by what this processor multiplies bf16 in
+    torch.float32: (
+        (SHORT, "best peer", 0.2),
+        (bf16(E8), "dense", 1.25),
+        (bf16(E64), "dense", 1.25),
+        (bf16(E256), "dense", 2.2),
+    ),
+    torch.bfloat16: tuple((bf16(cell), "products", 1.2) for cell in (E8, E64, E256)),
+}
+LAYER_BARS = (  # the whole layer over what, at most
+    (E8, "dense", 1.25),
+    (WIDE, "dense", 1.15),
+    (E256, "engine", 1 / 0.75),  # everything beside the experts under 25 % of the layer
+)
+
+
+def candidates(named: Cell, smoke: bool) -> tuple[dict[str, Call], dict[str, float]]:
+    """What is timed in a cell, and the engine's relative errors."""
+    cell = named.small() if smoke else named
+    given = problem(cell)
+    own = engine(cell, given)
+    found = checked("engine", cell, errors(cell, given, own))
+    calls = {
+        "dense": dense(cell, given),
+        "products": products(cell, given),
+        "weight gradients": weight_gradients(given),
+        "engine": step(cell, given, own),
+    }
+    if named in WITH_LAYER:
+        calls["layer"] = whole_layer(cell)
+    if named in WITH_PEERS:
+        fit = [name for name in (*FORWARDS, *WHOLE) if installed(name) and (named == E8 or name not in ONLY_SMALL)]
+        for name in fit:
+            if name in WHOLE:
+                calls[name] = WHOLE[name](cell, given)
+                continue
+            theirs = FORWARDS[name](cell, given)
+            checked(name, cell, errors(cell, given, theirs, weights=False), slack=4)
+            calls[name] = step(cell, given, theirs)
+    return calls, found
+
+
+def checked(name: str, cell: Cell, found: dict[str, float], slack: float = 1) -> dict[str, float]:
+    """The errors, if they are those of this precision."""
+    worst = max(found.values())
+    if not worst <= slack * LIMITS[cell.precision]:
+        raise SystemExit(f"{name} in {cell.name}: relative error {worst:.1e} against float64; {found}")
+    return found
+
+
+def summary(cell: Cell, times: Times) -> dict[str, Any]:
+    """Every candidate over dense and products, and the engine over every other."""
+    clock = "wall" if cell.threads > 1 else "cpu"
+    found = {
+        "over dense": {name: over(times, name, "dense", clock) for name in times if name != "dense"},
+        "over products": {name: over(times, name, "products", clock) for name in ("engine", "dense")},
+        "engine over": {name: over(times, "engine", name, clock) for name in times if name in {**FORWARDS, **WHOLE}},
+    }
+    if "layer" in times:
+        found["layer over"] = {name: over(times, "layer", name, clock) for name in ("dense", "engine")}
+    matched = {name: one for name, one in found["engine over"].items() if name in FORWARDS}
+    if matched:
+        best = max(matched, key=lambda name: matched[name]["ratio"])
+        found["engine over"]["best peer"] = {**matched[best], "peer": best}
+    return found
+
+
+def bars(found: Mapping[Cell, Mapping[str, Any]]) -> list[Bar]:
+    """Those whose cell and candidates were measured."""
+    judged = []
+    for cell, base, at_most in (*BARS, *BF16_BARS[work_dtype(torch.bfloat16)]):
+        own = found.get(cell, {})
+        ratios = own.get("engine over", {}) | {
+            name: own[f"over {name}"]["engine"] for name in ("dense", "products") if own
+        }
+        if base in ratios:
+            named = f"{base} ({ratios[base]['peer']})" if base == "best peer" else base
+            judged.append(Bar(f"{cell.name}: experts over {named}", ratios[base], at_most))
+    for cell, base, at_most in LAYER_BARS:
+        if cell in found:
+            judged.append(Bar(f"{cell.name}: layer over {base}", found[cell]["layer over"][base], at_most))
+    return judged
+
+
+def table(found: Mapping[Cell, Mapping[str, Any]]) -> str:
+    """A line a cell, in Markdown: over dense, and the engine over others."""
+    columns = ("products", "weight gradients", "engine", "layer")
+    lines = [
+        "| cell | dense ms | " + " | ".join(columns) + " | engine/products | engine over others |",
+        "|---" * 8 + "|",
+    ]
+    for cell, own in found.items():
+        ratios = own["over dense"]
+        values = [f"{ratios[name]['ratio']:.2f}" if name in ratios else "" for name in columns]
+        low, high = ratios["engine"]["quartiles"]
+        values[2] += f" [{low:.2f}, {high:.2f}]"
+        others = {name: one for name, one in own["engine over"].items() if name != "best peer"}
+        said = ", ".join(f"{name} {one['ratio']:.2f}" for name, one in others.items())
+        base, seg = ratios["engine"]["base_ms"], own["over products"]["engine"]["ratio"]
+        lines.append(f"| {cell.name} | {base:.0f} | " + " | ".join(values) + f" | {seg:.2f} | {said} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    options = arguments("The experts over floors and peers.", repetitions=15)
+    steady()
+    found: dict[Cell, dict[str, Any]] = {}
+    for number, cell in enumerate(CELLS, start=1):
+        torch.manual_seed(0)
+        torch.set_num_threads(cell.threads)
+        calls, wrong = candidates(cell, options.smoke)
+        found[cell] = summary(cell, timed(calls, options.repetitions)) | {"errors": wrong}
+        torch.set_num_threads(1)
+        ratio = found[cell]["over dense"]["engine"]["ratio"]
+        print(f"{number}/{len(CELLS)}  {cell.name}: {ratio:.2f} of dense", file=sys.stderr, flush=True)
+    if not options.smoke:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / "experts.md").write_text(table(found), encoding="utf-8")
+    return tell("experts", bars(found), options.smoke, cells={cell.name: own for cell, own in found.items()})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
