@@ -161,4 +161,11 @@ def _backward(ctx: object, g_NH: Tensor) -> tuple[Tensor, Tensor, None]:
     return _grouped_mm(g_NH, w_EDH.transpose(1, 2).contiguous(), counts_E), _grouped_outer(x_ND, g_NH, counts_E), None
 
 
+def _backward_outer(ctx: object, g_EDH: Tensor) -> tuple[Tensor, Tensor, None]:
+    x_ND, g_NH, counts_E = ctx.saved_tensors  # type: ignore[attr-defined]
+    by_x_ND = _grouped_mm(g_NH, g_EDH.transpose(1, 2).contiguous(), counts_E)
+    return by_x_ND, _grouped_mm(x_ND, g_EDH.contiguous(), counts_E), None
+
+
 _grouped_mm.register_autograd(_backward, setup_context=_keep)
+_grouped_outer.register_autograd(_backward_outer, setup_context=_keep)

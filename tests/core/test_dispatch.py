@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
 
 from moe_engine import dispatch
@@ -19,3 +20,16 @@ def test_grouped_products_are_those_of_a_loop(counts):
         torch.testing.assert_close(product(x_ND, w_EDH, counts_E), wanted)
     outer = F.grouped_mm(x_ND.t(), g_NH, offs=dispatch._ends(counts_E))
     torch.testing.assert_close(dispatch._grouped_outer(x_ND, g_NH, counts_E), outer)
+
+
+def test_grouped_products_have_first_and_second_derivatives():
+    torch.manual_seed(0)
+    x_ND = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    w_EDH = torch.randn(3, 3, 2, dtype=torch.float64, requires_grad=True)
+    counts_E = torch.tensor([2, 0, 3])
+
+    def product(x_ND, w_EDH):
+        return dispatch._grouped_mm(x_ND, w_EDH, counts_E)
+
+    assert gradcheck(product, (x_ND, w_EDH))
+    assert gradgradcheck(product, (x_ND, w_EDH))

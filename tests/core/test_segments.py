@@ -151,3 +151,23 @@ def test_a_dropped_choice_does_not_enter_whatever_its_gate(combined, monkeypatch
     broken[7] = torch.nan
     found = answers(bank, x, broken.requires_grad_(), forward)
     assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+
+def test_a_forward_of_ones_own_is_called():
+    class Doubled(StackedMLP):
+        def forward(self, x_ND, counts_E):
+            return 2 * super().forward(x_ND, counts_E)
+
+    bank, x, gate, forward = rig()
+    once = forward(x, gate)
+    bank.__class__ = Doubled
+    torch.testing.assert_close(forward(x, gate), 2 * once)
+
+
+def test_hooks_on_the_bank_are_called():
+    bank, x, gate, forward = rig()
+    seen = []
+    with bank.register_forward_hook(lambda *_: seen.append(1)):
+        forward(x, gate)
+    forward(x, gate)
+    assert seen == [1]
