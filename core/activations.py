@@ -21,8 +21,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "gelu"
 class ByHand:
     """An activation without autograd.
 
-    of(a): h, which may overwrite a [n, W]. again(a): h once more, of what a was then. back(a, d): the gradient of a,
-    of that of h, d [n, H], which it may overwrite.
+    of(a): h [n, H] of a product a [n, W], which it may overwrite; what a is then is kept, so h itself for ReLU.
+    again(kept): h. back(kept, d): the gradient of a [n, W] of that of h, d [n, H], which it may overwrite.
     """
 
     of: Callable[[Tensor], Tensor]

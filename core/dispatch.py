@@ -43,7 +43,7 @@ def _through_slots(experts: Experts, x_TD: Tensor, slots: Slots, out: int) -> Te
 def row_counts(counts_E: Tensor) -> list[int] | Tensor:
     """counts_E in the form that `grouped_linear` takes: numbers; the tensor itself under torch.compile and on a GPU.
 
-    To read numbers off a GPU is to wait for it.
+    To read numbers off a GPU is to wait for it; only products of fp32, or of odd widths, do it there.
     """
     return counts_E if torch.compiler.is_compiling() or counts_E.is_cuda else counts_E.tolist()
 
@@ -118,7 +118,7 @@ def _grouped_outer(x_ND: Tensor, g_NH: Tensor, counts_E: Tensor) -> Tensor:
 
 
 def _suits_grouped(*operands: Tensor) -> bool:
-    """torch's grouped product: on a GPU, of bf16, rows that begin at multiples of 16 bytes. Not yet run on one."""
+    """torch's grouped product: on a GPU, of bf16, rows that begin at multiples of 16 bytes."""
     return all(one.is_cuda and one.dtype == torch.bfloat16 and not one.shape[-1] % 8 for one in operands)
 
 

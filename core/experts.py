@@ -67,9 +67,9 @@ class StackedMLP(Experts):
         return through_segments(x_TD, token_N, weight_N, counts, self.activation, weights, readable)
 
     def _forward_is_watched(self) -> bool:
-        """Somebody counts on `forward` being called: a subclass with one of its own, or hooks."""
+        """Somebody counts on `forward` being called: one of somebody's own is in its place, or there are hooks."""
         hooks = self._forward_hooks, self._forward_pre_hooks, self._backward_hooks, self._backward_pre_hooks
-        return type(self).forward is not StackedMLP.forward or any(hooks)
+        return getattr(self.forward, "__func__", None) is not StackedMLP.forward or any(hooks)
 
     def outputs(self, x_SD: Tensor) -> Tensor:
         hidden_ESH = x_SD @ self.w_in if self.b_in is None else x_SD @ self.w_in + self.b_in[:, None]

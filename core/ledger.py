@@ -30,7 +30,10 @@ def retire(book: Tensor) -> None:
 
 
 class Ledger(Function):
-    """y unchanged. In backward: sums and signals to the leaf `book`, the loss's scale to `aux`."""
+    """y unchanged. In backward: sums and signals to the leaf `book`, the loss's scale to `aux`.
+
+    aux: None where the layer has no loss term; signals and what they read of the routing: where no bias wants one.
+    """
 
     @staticmethod
     def forward(

@@ -51,7 +51,7 @@ class RunConfig:
     )
     bf16_products: str = option(
         "auto",
-        help="what a CPU multiplies experts' bf16 numbers in; auto: what it measures as faster",
+        help="at precision bf16, what a CPU multiplies experts' numbers in; auto: what it measures as faster",
         choices=("auto", "bf16", "fp32"),
     )
     data_dir: str = option("data", help="folder of the data sets that are not embedded")

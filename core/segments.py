@@ -2,15 +2,16 @@
 
 Assignments are sorted by expert, so that an expert's rows are a segment. Segments are worked on in blocks that stay in
 a cache: tokens are gathered, multiplied into memory that is there already and entered into the output; gradients are
-written where they belong in the stacked ones. Nothing but the hidden rows is kept for the way back, on which tokens
-are gathered again.
+written where they belong in the stacked ones. Of what is computed only the hidden rows are kept for the way back, on
+which tokens are gathered again.
 
 With y_t = sum_n w_n h_n W_out over a token's assignments n, h_n = act(x_t W_in), and g_t the gradient of y_t:
 dL/dh_n = w_n g_t W_out^T, dL/dw_n = <h_n, dL/dh_n> / w_n, so that no expert's output is kept. A bias is a weight of an
 input that is 1.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -24,12 +25,10 @@ from .routing import at_least_fp32
 
 ROWS = 1024  # most rows that are worked on at a time: buffers stay in a cache, whatever the load
 
-TINY = 1e-20  # in the place of a gate of 0, whose gradient is wanted: what it adds to others' is lost in rounding
-
 Readable = Callable[..., Tensor]
 
 
-WORK: dict[torch.dtype, torch.dtype] = {}  # what `work_dtype` found, or was told
+WORK: dict[torch.dtype, torch.dtype] = {}  # what `work_dtype` found, or is told
 
 
 def work_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -45,13 +44,27 @@ def work_dtype(dtype: torch.dtype) -> torch.dtype:
     return WORK.get(dtype, dtype)
 
 
+@contextmanager
+def halves_in(work: torch.dtype) -> Iterator[None]:
+    """Forwards inside multiply bf16 in this precision, and so do their backwards, wherever those are."""
+    found = WORK.get(torch.bfloat16)
+    WORK[torch.bfloat16] = work
+    try:
+        yield
+    finally:
+        if found is None:
+            del WORK[torch.bfloat16]
+        else:
+            WORK[torch.bfloat16] = found
+
+
 def _seconds(dtype: torch.dtype) -> float:
-    some = torch.zeros(256, 256, dtype=dtype)
-    taken = []
-    for _ in range(5):
-        start = perf_counter()
-        torch.mm(some, some)
-        taken.append(perf_counter() - start)
+    some, taken = torch.zeros(256, 256, dtype=dtype), []
+    with torch.autocast("cpu", enabled=False):  # which would multiply both in halves
+        for _ in range(5):
+            start = perf_counter()
+            torch.mm(some, some)
+            taken.append(perf_counter() - start)
     return min(taken)
 
 
@@ -68,19 +81,23 @@ def through_segments(
 
     weights: stacked w_in [E, D, W], b_in [E, W] or None, w_out [E, H, out], b_out [E, out] or None. readable: what
     answers y of x_TD, weight_N and the weights by operations that autograd knows; second derivatives are its own.
+    Neither forward-mode derivatives nor a backward under vmap can pass; a hook on the bank leads around this path.
     """
     kind = x_TD.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_TD.dtype
-    keep = torch.is_grad_enabled()
+    halves = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    dtype, keep = halves or x_TD.dtype, torch.is_grad_enabled()
     idle = [expert for expert, count in enumerate(counts) if not count]
-    plan = Plan(token_N, blocks(counts), idle, BY_HAND[activation], dtype, work_dtype(dtype), keep, readable)
+    plan = Plan(token_N, blocks(counts), idle, BY_HAND[activation], dtype, work_dtype(dtype), keep, halves, readable)
     with torch.autocast(kind, enabled=False):
-        y_TO: Tensor = Segments.apply(plan, x_TD, weight_N, *weights)
+        y_TO: Tensor = Segments.apply(plan, x_TD, at_least_fp32(weight_N), *weights)
     return y_TO
 
 
 class Block(NamedTuple):
-    """Rows that are worked on at a time: those of several experts, or some of one's. first: none of its came before."""
+    """Rows that are worked on at a time: those of several experts, or some of one's.
+
+    experts: which, in order. sizes: how many rows each has here. first: none of its rows came before.
+    """
 
     rows: slice
     experts: list[int]
@@ -115,7 +132,7 @@ def blocks(counts: Sequence[int]) -> list[Block]:
 class Plan:
     """What `Segments` does with its tensors. kept: the precision of what is kept; work: that of products.
 
-    idle: experts without rows. keep: the way back may be asked for.
+    idle: experts without rows. keep: the way back may be asked for. halves: what autocast was on for, or None.
     """
 
     token_N: Tensor
@@ -125,6 +142,7 @@ class Plan:
     kept: torch.dtype
     work: torch.dtype
     keep: bool
+    halves: torch.dtype | None
     readable: Readable
 
 
@@ -155,7 +173,9 @@ class Segments(Function):
                 kept_NW[block.rows] = a_nW
             y_nO = out_of.multiply(block, h_nH).to(y_TO.dtype)
             y_TO.index_add_(0, token_n, y_nO.mul_(weight_N[block.rows, None]))
-        ctx.save_for_backward(x_TD, weight_N, w_in, b_in, w_out, b_out, kept_NW)
+        # weights as they are now, too: growth gives a parameter other memory, perhaps before the way back
+        now = (None if one is None else one.detach() for one in (w_in, b_in, w_out, b_out))
+        ctx.save_for_backward(x_TD, weight_N, w_in, b_in, w_out, b_out, *now, kept_NW)
         ctx.plan = plan
         return y_TO
 
@@ -164,14 +184,15 @@ class Segments(Function):
         plan, (*inputs, kept_NW) = ctx.plan, ctx.saved_tensors
         needs_x, _, *needs = needed = ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():  # somebody wants second derivatives
-            return None, *_derived(plan.readable, inputs, needed, g_TO)
-        x_TD, weight_N, w_in, _, w_out, b_out = inputs
+            return None, *_derived(plan, inputs[:6], needed, g_TO)
+        x_TD, weight_N = inputs[:2]
+        w_in, _, w_out, b_out = weights = inputs[6:]
         wide = torch.promote_types(x_TD.dtype, weight_N.dtype)
         dx_TD = torch.zeros_like(x_TD, dtype=wide) if needs_x else None
         dweight_N = torch.empty_like(weight_N)
-        safe_N = torch.where(weight_N == 0, TINY, weight_N)
+        safe_N = _not_zero(weight_N)
         of_in, of_b_in, of_out, of_b_out = grads = [
-            Gradient(of, plan) if need else None for of, need in zip(inputs[2:], needs, strict=True)
+            Gradient(of, plan.idle) if need else None for of, need in zip(weights, needs, strict=True)
         ]
         into, out_of = Products(w_in.mT) if needs_x else None, Products(w_out.mT)
         shift = None if b_out is None else Products(b_out[..., None])
@@ -226,11 +247,11 @@ class Gradient:
     Segments of an expert follow each other, and are summed in fp32 or better.
     """
 
-    def __init__(self, of: Tensor, plan: Plan) -> None:
+    def __init__(self, of: Tensor, idle: Sequence[int]) -> None:
         self.whole = torch.empty_like(of)
         self.own = (self.whole if of.dim() == 3 else self.whole[:, None]).unbind(0)
         self.sum = self.own[0]
-        for expert in plan.idle:
+        for expert in idle:
             self.own[expert].zero_()
 
     def enter(self, block: Block, x_nI: Tensor, g_nO: Tensor) -> None:
@@ -239,16 +260,28 @@ class Gradient:
         for e, first, x, g in zip(block.experts, block.first, columns, rows, strict=True):
             own = self.own[e]
             if own.dtype == g.dtype and (first or g.dtype.itemsize > 2):
-                self.sum = own.addmm_(x, g, beta=int(not first))
+                self.sum = torch.addmm(own, x, g, beta=int(not first), out=own)
             else:
                 self.sum = x @ g if first else at_least_fp32(self.sum) + x @ g
                 own.copy_(self.sum)
 
 
+def _not_zero(weight_N: Tensor) -> Tensor:
+    """Gates to divide by: in the place of 0, or nearly, what rounding would take away from any sum."""
+    tiny = torch.finfo(weight_N.dtype).eps ** 2
+    return torch.where(weight_N.abs() < tiny, tiny, weight_N)
+
+
 def _derived(
-    readable: Readable, inputs: Sequence[Tensor | None], needed: Sequence[bool], g_TO: Tensor
+    plan: Plan, inputs: Sequence[Tensor | None], needed: Sequence[bool], g_TO: Tensor
 ) -> Iterable[Tensor | None]:
-    """The gradients, with a graph of their own."""
-    wanted = [one for one, need in zip(inputs, needed, strict=True) if need and one is not None]
-    grads = iter(torch.autograd.grad(readable(*inputs), wanted, g_TO, create_graph=True))
+    """The gradients, with a graph of their own.
+
+    Of views, as one input may hang on another: a gate depends on x, but that way is not this Function's.
+    """
+    views = [None if one is None else one.view_as(one) for one in inputs]
+    wanted = [one for one, need in zip(views, needed, strict=True) if need and one is not None]
+    with torch.autocast(g_TO.device.type, plan.halves, enabled=plan.halves is not None):
+        y_TO = plan.readable(*views)
+    grads = iter(torch.autograd.grad(y_TO, wanted, g_TO, create_graph=True))
     return [next(grads) if need else None for need in needed]

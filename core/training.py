@@ -25,7 +25,7 @@ from .optimizers import restore
 from .options import Settings
 from .runs import Run, RunConfig, config_toml, dump, new_folder, read_run, record_file, write_atomically
 from .seeds import generator, own_random_state, random_state, set_random_state
-from .segments import WORK, work_dtype
+from .segments import halves_in, work_dtype
 from .stats import Finding, plain
 from .tasks import Batch, Task, TaskSpec
 from .traces import FILE, record
@@ -63,12 +63,10 @@ def find_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def products(config: RunConfig) -> str:
-    """In what this process multiplies bf16 from now on, measured for "auto"; a run in fp32 asks nobody."""
-    if config.precision == "fp32":
+def products(config: RunConfig, device: torch.device) -> str:
+    """In what the run multiplies bf16, measured for "auto" where it is asked: in bf16 on a CPU."""
+    if config.bf16_products != "auto" or config.precision == "fp32" or device.type != "cpu":
         return config.bf16_products
-    if config.bf16_products != "auto":
-        WORK[torch.bfloat16] = PRECISIONS[config.bf16_products]
     return next(name for name, dtype in PRECISIONS.items() if dtype == work_dtype(torch.bfloat16))
 
 
@@ -126,7 +124,8 @@ class Training:
     def __attrs_post_init__(self) -> None:
         config = self.config
         self.device = find_device(config.device)
-        self.config = config = attrs.evolve(config, device=str(self.device), bf16_products=products(config))
+        resolved = {"device": str(self.device), "bf16_products": products(config, self.device)}
+        self.config = config = attrs.evolve(config, **resolved)
         shape = {name: getattr(config, name) for name in SHAPE}
         self.engine = Engine(config.plugins, self.settings, config.no_plugin, config.task, config.seed, **shape)
         spec = TaskSpec(config.data_dir, config.seed)
@@ -239,7 +238,10 @@ class Training:
 
     def _score(self, batch: Batch) -> Mapping[str, Tensor]:
         """A forward in the run's precision."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+        if self.config.precision == "fp32":
+            return self.task.score(self.model, batch)
+        work = PRECISIONS.get(self.config.bf16_products, torch.bfloat16)  # a GPU's run leaves "auto"
+        with halves_in(work), torch.autocast(self.device.type, torch.bfloat16):
             return self.task.score(self.model, batch)
 
     def _lr(self) -> float:

@@ -28,6 +28,8 @@ from .follow import follow
 @flag("weight_decay", float)
 @flag("seed", int)
 @flag("device")
+@flag("precision")
+@flag("bf16_products")
 @flag("data_dir", metavar="FOLDER")
 @flag("eval_every", int)
 @flag("log_every", int)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
-from moe_engine import Experts, StackedMLP, segments
+from moe_engine import Engine, Experts, Growth, StackedMLP, adam, segments
 from moe_engine.dispatch import dispatch
 from moe_engine.routing import Assignments, Routing, Spec, Tokens
 
@@ -171,3 +171,64 @@ def test_hooks_on_the_bank_are_called():
         forward(x, gate)
     forward(x, gate)
     assert seen == [1]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_gate_that_depends_on_x_counts_once(create_graph, autocast, monkeypatch):
+    """Also where the gradient has a graph: the router's way to x is not the experts'."""
+
+    def gradients(path):
+        monkeypatch.setattr(StackedMLP, "combined", path)
+        torch.manual_seed(0)
+        layer = Engine("topk", experts=4, top_k=2).moe(6, 8).eval()
+        x = torch.randn(10, 6, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = layer(x.bfloat16() if autocast else x).float().square().sum()
+        first = torch.autograd.grad(y, (x, *layer.parameters()), create_graph=create_graph)
+        penalty = sum(one.square().sum() for one in first)
+        return [*first, *(torch.autograd.grad(penalty, (x, *layer.parameters())) if create_graph else ())]
+
+    fast, readable = gradients(StackedMLP.combined), gradients(Experts.combined)
+    for one, other in zip(fast, readable, strict=True):
+        assert (one - other).norm() <= (2e-2 if autocast else 1e-5) * other.norm()
+
+
+def test_growth_before_the_way_back_leaves_the_old_weights_gradient():
+    def gradient(replace):
+        torch.manual_seed(0)
+        engine = Engine("topk,random", experts=4, top_k=2)
+        layer = engine.moe(6, 8, name="moe").eval()
+        x = torch.randn(10, 6, requires_grad=True)
+        loss = layer(x).square().sum()
+        if replace:
+            engine.grow(Growth("moe", (1,), drop=(0,)), optimizers=adam(layer, 1e-2))
+        return torch.autograd.grad(loss, x)[0]
+
+    assert torch.equal(gradient(replace=False), gradient(replace=True))
+
+
+def test_what_halves_are_multiplied_in_is_measured_outside_of_autocast(monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch, "mm", lambda a, b: seen.append(torch.is_autocast_enabled("cpu")))
+    with torch.autocast("cpu", torch.bfloat16):
+        segments._seconds(torch.float32)
+    assert seen == [False] * 5
+
+
+def test_halves_are_multiplied_as_told_inside_alone():
+    before = segments.work_dtype(torch.bfloat16)
+    for told in (torch.float32, torch.bfloat16):
+        with segments.halves_in(told):
+            assert segments.work_dtype(torch.bfloat16) == told
+    assert segments.work_dtype(torch.bfloat16) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_gates_of_next_to_nothing_have_a_gradient(dtype):
+    bank, x, gate, forward = rig()
+    small = gate.detach().clone()
+    small[:4] = torch.tensor([0.0, 1e-30, -1e-30, 1e-40])
+    found = answers(bank, x, small.to(dtype).requires_grad_(), forward)["gate"]
+    one = answers(bank, x, gate, forward)["gate"]  # linear in the gates, so that they do not matter
+    torch.testing.assert_close(found.float(), one, rtol=1e-2 if dtype == torch.float16 else 1e-4, atol=1e-3)
