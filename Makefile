@@ -13,7 +13,7 @@ help:
 	@echo "make lint       ruff and mypy"
 	@echo "make docs       the documentation as a site, in build/site"
 	@echo "make results    judge the committed results of the studies again, without a run"
-	@echo "make bench      speed and memory beside floors and other libraries; 1 if a bar is missed"
+	@echo "make bench      speed and memory beside floors and other libraries; 15 minutes"
 	@echo "make clean      remove the virtual environment and what tools left"
 
 demo: $(READY)
@@ -38,7 +38,8 @@ docs: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m pip install --quiet --editable ".[peers]"
-	for one in experts memory step growth startup; do $(BIN)/python benchmarks/$$one.py || missed=1; done; test -z "$$missed"
+	missed=; for one in experts memory step growth startup; do $(BIN)/python benchmarks/$$one.py || missed=1; done; \
+		$(BIN)/python benchmarks/page.py; test -z "$$missed"
 
 results: $(READY)
 	for folder in docs/results/*/; do \

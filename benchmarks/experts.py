@@ -165,6 +165,8 @@ def table(found: Mapping[Cell, Mapping[str, Any]]) -> str:
 
 def main() -> int:
     options = arguments("The experts over floors and peers.", repetitions=15)
+    if absent := [name for name in (*FORWARDS, *WHOLE) if not installed(name)]:
+        print(f"not installed, so left out: {', '.join(absent)}; pip install 'moe-engine[peers]'", file=sys.stderr)
     steady()
     found: dict[Cell, dict[str, Any]] = {}
     for number, cell in enumerate(CELLS, start=1):

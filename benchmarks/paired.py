@@ -115,7 +115,7 @@ class Bar:
 
 
 def arguments(about: str, repetitions: int) -> argparse.Namespace:
-    """--repetitions, and --smoke: everything once and small, nothing judged or written."""
+    """--repetitions, and --smoke: twice and small, nothing judged or written."""
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--repetitions", type=int, default=repetitions, help=f"[default: {repetitions}]")
     parser.add_argument("--smoke", action="store_true", help="see whether it runs: small, few repetitions, no bars")

@@ -1,7 +1,7 @@
 """Other people's experts on the same problem: same weights, same routing, checked against float64.
 
 st-moe-pytorch and mixture-of-experts route by themselves and drop what is over capacity, so they are timed whole, with
-their own router on the same tokens, and not checked. What is not installed is left out, and named.
+their own router on the same tokens, and not checked. What is not installed is left out.
 """
 
 from collections.abc import Callable
