@@ -124,8 +124,8 @@ class Training:
     def __attrs_post_init__(self) -> None:
         config = self.config
         self.device = find_device(config.device)
-        resolved = {"device": str(self.device), "bf16_products": products(config, self.device)}
-        self.config = config = attrs.evolve(config, **resolved)
+        halves = products(config, self.device)
+        self.config = config = attrs.evolve(config, device=str(self.device), bf16_products=halves)
         shape = {name: getattr(config, name) for name in SHAPE}
         self.engine = Engine(config.plugins, self.settings, config.no_plugin, config.task, config.seed, **shape)
         spec = TaskSpec(config.data_dir, config.seed)
