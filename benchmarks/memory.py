@@ -20,7 +20,7 @@ from peers import FORWARDS, ONLY_SMALL, installed
 
 CELL = Cell(dim=512, hidden=1024)
 MIB = 2**20
-BAR = 110  # MiB allocated; 145 was asked for, 110 of a mode that saves memory: there is one mode
+BAR = 110  # MiB allocated
 
 
 def peak_allocated(call: Call) -> float:
