@@ -61,9 +61,19 @@ class Problem(NamedTuple):
     grad: Tensor
 
     @property
-    def learnt(self) -> list[Tensor]:
-        """What gets a gradient, the output's aside."""
-        return [one for one in (self.x, self.gate, self.w_in, self.w_out, self.b_in, self.b_out) if one is not None]
+    def weights(self) -> dict[str, Tensor]:
+        """The experts' own, by name."""
+        names = ("w_in", "w_out", "b_in", "b_out")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    @property
+    def learnt(self) -> dict[str, Tensor]:
+        """What gets a gradient, by name."""
+        return {"x": self.x, "gate": self.gate, **self.weights}
+
+    def cast(self, dtype: torch.dtype) -> "Problem":
+        """What experts multiply, in that precision; gates and gradients stay what they are."""
+        return self._replace(x=self.x.to(dtype), **{name: one.to(dtype) for name, one in self.weights.items()})
 
 
 def problem(cell: Cell, checked: bool = True) -> Problem:
@@ -86,12 +96,10 @@ def problem(cell: Cell, checked: bool = True) -> Problem:
         normal(1, cell.experts, cell.dim)[0] if cell.bias else None,
         torch.randn(cell.tokens, cell.dim, generator=made),
     )
-    found = Problem(*tensors)
-    cast = {name: getattr(found, name) for name in ("x", "w_in", "w_out", "b_in", "b_out")}
-    found = found._replace(**{name: None if one is None else one.to(dtype) for name, one in cast.items()})
+    found = Problem(*tensors).cast(dtype)
     if checked and cell.activation == "relu":
         found.grad[at_kink(found)] = 0
-    for one in found.learnt:
+    for one in found.learnt.values():
         one.requires_grad_()
     return found
 
@@ -121,13 +129,9 @@ def chosen(cell: Cell, made: torch.Generator) -> Tensor:
     return torch.multinomial(popularity.expand(cell.tokens, count), top_k, generator=made)
 
 
-def reference(cell: Cell, given: Problem) -> list[Tensor]:
-    """In float64: the output, and the gradients of `learnt`. Autocast's is that of what it multiplies."""
-    shared = given
-    if cell.precision == "autocast":
-        names = ("x", "w_in", "w_out", "b_in", "b_out")
-        half = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
-        shared = given._replace(**{name: one.to(work_dtype(torch.bfloat16)) for name, one in half.items()})
+def reference(cell: Cell, given: Problem) -> dict[str, Tensor]:
+    """In float64: y, and the gradients of `learnt` by name. Autocast's is that of what it multiplies."""
+    shared = given.cast(work_dtype(torch.bfloat16)) if cell.precision == "autocast" else given
     own = given._replace(**{name: _leaf(value) for name, value in shared._asdict().items()})
     act = ACTIVATIONS[cell.activation]
     y = torch.zeros_like(own.x)
@@ -139,8 +143,8 @@ def reference(cell: Cell, given: Problem) -> list[Tensor]:
         h = act(h if b_in is None else h + b_in) @ w_out
         h = h if b_out is None else h + b_out
         y = y.index_add(0, token, h * own.gate[token, rank, None])
-    grads = torch.autograd.grad(y, own.learnt, own.grad, materialize_grads=True)
-    return [y.detach(), *grads]
+    grads = torch.autograd.grad(y, list(own.learnt.values()), own.grad, materialize_grads=True)
+    return {"y": y.detach(), **dict(zip(own.learnt, grads, strict=True))}
 
 
 def _leaf(value: Tensor | None) -> Tensor | None:
@@ -173,7 +177,7 @@ def products(cell: Cell, given: Problem) -> Call:
     """The floor of what segments cost: six products an expert into memory that is there, weight gradients fresh."""
     counts = torch.bincount(given.expert.flatten(), minlength=cell.experts).tolist()
     rows, wide = sum(counts), given.w_in.shape[2]
-    dtype = work_dtype(given.w_in.dtype)
+    dtype = work_dtype(given.w_in.dtype if cell.precision == "fp32" else torch.bfloat16)
     x, y, g, dx = (torch.randn(rows, cell.dim, dtype=dtype) for _ in range(4))
     a, da = (torch.randn(rows, wide, dtype=dtype) for _ in range(2))
     h, dh = (torch.randn(rows, cell.hidden, dtype=dtype) for _ in range(2))
@@ -232,9 +236,7 @@ def engine(cell: Cell, given: Problem) -> Forward:
     """The engine's experts, behind a routing that is given."""
     spec = Spec(cell.dim, cell.hidden, 0, cell.experts, cell.top_k, cell.activation, cell.bias)
     bank = StackedMLP(spec)
-    for name in ("w_in", "w_out", "b_in", "b_out"):
-        if getattr(given, name) is not None:
-            bank._parameters[name] = given._asdict()[name]
+    bank._parameters.update(given.weights)
 
     def forward() -> Tensor:
         tokens = Tokens(given.x, (cell.tokens,))
@@ -254,7 +256,7 @@ def step(cell: Cell, given: Problem, forward: Forward) -> Call:
                 with torch.no_grad():
                     forward()
                 return
-            for one in given.learnt:
+            for one in given.learnt.values():
                 one.grad = None
             y = forward()
         y.backward(given.grad.to(y.dtype))
@@ -268,13 +270,11 @@ def errors(cell: Cell, given: Problem, forward: Forward, weights: bool = True) -
     weights: those of weights too, which some hold in a layout of their own.
     """
     wanted = reference(cell, given)
-    for one in given.learnt:
+    for one in given.learnt.values():
         one.grad = None
     with torch.autocast("cpu", torch.bfloat16, enabled=cell.precision == "autocast"):
         y = forward()
     y.backward(given.grad.to(y.dtype))
-    learnt = [name for name in ("x", "gate", "w_in", "w_out", "b_in", "b_out") if getattr(given, name) is not None]
-    found = dict(zip(["y", *learnt], [y.detach(), *(one.grad for one in given.learnt)], strict=True))
+    found = {"y": y.detach(), **{name: one.grad for name, one in given.learnt.items()}}
     names = found if weights else ("y", "x", "gate")
-    exact = dict(zip(found, wanted, strict=True))
-    return {name: float((found[name].double() - exact[name]).norm() / exact[name].norm()) for name in names}
+    return {name: float((found[name].double() - wanted[name]).norm() / wanted[name].norm()) for name in names}

@@ -47,7 +47,7 @@ def measured(name: str, cell: Cell) -> dict[str, float]:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     call()
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    for one in given.learnt:
+    for one in given.learnt.values():
         one.grad = None
     return {"allocated": round(peak_allocated(call), 1), "resident": round(grown, 1)}
 
@@ -65,13 +65,13 @@ def main() -> int:
         name = sys.argv[sys.argv.index("--one") + 1]
         print(json.dumps(measured(name, CELL.small() if "--smoke" in sys.argv else CELL)))
         return 0
-    options = arguments("Memory at the peak of a step of the experts.", repetitions=1)
+    options = arguments("Memory at the peak of a step of the experts.")
     names = ["dense", "engine", *(name for name in FORWARDS if installed(name) and name not in ONLY_SMALL)]
     found: dict[str, Any] = {name: apart(name, options.smoke) for name in names}
     for name, one in found.items():
         print(f"{name:24} {one['allocated']:6.1f} MiB allocated, {one['resident']:6.1f} MiB resident")
     own = found["engine"]["allocated"]
-    bar = Bar(f"{CELL.name}: MiB allocated", {"ratio": own, "quartiles": [own, own]}, BAR)
+    bar = Bar(f"{CELL.name}: allocated", {"median": own, "quartiles": [own, own]}, BAR, "MiB")
     return tell("memory", [bar], options.smoke, cell=CELL.name, found=found)
 
 

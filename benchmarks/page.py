@@ -27,7 +27,8 @@ def bars() -> str:
     for bar in (bar for name in SCRIPTS for bar in load(name)["bars"]):
         low, high = bar["quartiles"]
         spread = f" [{low:.2f}, {high:.2f}]" if low != high else ""
-        lines.append(f"| {bar['what']} | {bar['ratio']:.2f}{spread} | {bar['at_most']:.4g} | {bar['verdict']} |")
+        measured = f"{bar['median']:.2f}{spread} {bar['unit']}".rstrip()
+        lines.append(f"| {bar['what']} | {measured} | {bar['at_most']:.4g} | {bar['verdict']} |")
     return "\n".join(lines)
 
 
@@ -63,7 +64,7 @@ def picture() -> Figure:
             one = over_dense[candidate]
             low, high = one["quartiles"]
             color = {"products": "0.6", "engine": "C3"}.get(candidate, "C0")
-            panel.barh(row, one["ratio"], xerr=[[one["ratio"] - low], [high - one["ratio"]]], color=color)
+            panel.barh(row, one["median"], xerr=[[one["median"] - low], [high - one["median"]]], color=color)
         panel.axvline(1, color="0.3", linewidth=0.9, linestyle="--")
         panel.set_title(name, fontsize=9, loc="left")
         panel.set_yticks(range(len(shown)), shown)

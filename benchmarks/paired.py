@@ -22,7 +22,8 @@ import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 RESULTS = Path(__file__).parent / "results"
-TIE = 1.05  # a ratio within 5 % of its bar is no difference
+TIE = 1.05  # what is within 5 % of its bar is no difference
+WARM_UPS = 2  # repetitions that do not count
 
 Call = Callable[[], None]
 
@@ -54,26 +55,25 @@ def seconds(call: Call) -> Seconds:
     return Seconds(time.process_time() - cpu, time.perf_counter() - wall)
 
 
-def timed(calls: Mapping[str, Call], repetitions: int, rounds: int = 1, warm_ups: int = 2) -> Times:
-    """Of each call in each repetition.
+def timed(calls: Mapping[str, Call], repetitions: int, rounds: int = 1, steps: int = 1) -> Times:
+    """Of each call in each repetition, over the number of steps that a call makes.
 
-    rounds: how often a repetition goes through all calls, each time in a new order. Short calls in many
-    rounds see the same drift of the machine's speed.
+    rounds: how often a repetition goes through all calls, each time in a new order, to take the mean. Short calls in
+    many rounds see the same drift of the machine's speed.
     """
     gc.collect()
     gc.freeze()  # else a collection of all that was imported falls on whoever is running
     order, shuffled = list(calls), random.Random(0)
     times: dict[str, list[Seconds]] = {name: [] for name in calls}
-    for repetition in range(-warm_ups, repetitions):
+    for repetition in range(-WARM_UPS, repetitions):
         taken = dict.fromkeys(calls, Seconds(0.0, 0.0))
         for _ in range(rounds):
             shuffled.shuffle(order)
             for name in order:
-                own = seconds(calls[name])
-                taken[name] = Seconds(taken[name].cpu + own.cpu, taken[name].wall + own.wall)
+                taken[name] = Seconds(*map(sum, zip(taken[name], seconds(calls[name]), strict=True)))
         if repetition >= 0:
             for name, total in taken.items():
-                times[name].append(total)
+                times[name].append(Seconds(*(one / (rounds * steps) for one in total)))
     return times
 
 
@@ -86,7 +86,7 @@ def over(times: Times, one: str, base: str, clock: str = "cpu") -> dict[str, Any
         round(1000 * statistics.median(getattr(one, clock) for one in side), 3) for side in zip(*pairs, strict=True)
     )
     wall = statistics.median(a.wall / b.wall for a, b in pairs)
-    found = {"ratio": median, "quartiles": [first, third], "wall": wall, "ms": ms, "base_ms": base_ms}
+    found = {"median": median, "quartiles": [first, third], "wall": wall, "ms": ms, "base_ms": base_ms}
     return {name: _rounded(value) for name, value in found.items()} | {"repetitions": len(pairs)}
 
 
@@ -96,31 +96,34 @@ def _rounded(value: Any) -> Any:
 
 @attrs.frozen
 class Bar:
-    """What a ratio is expected to be at most; within 5 % of that is a tie."""
+    """What a median is expected to be at most; within 5 % of that is a tie. unit: none of a ratio."""
 
     what: str
     found: Mapping[str, Any]
     at_most: float
+    unit: str = ""
 
     @property
     def verdict(self) -> str:
         """held, tie or missed."""
-        ratio = self.found["ratio"]
-        return "held" if ratio <= self.at_most else "tie" if ratio <= TIE * self.at_most else "missed"
+        median = self.found["median"]
+        return "held" if median <= self.at_most else "tie" if median <= TIE * self.at_most else "missed"
 
     def __str__(self) -> str:
         low, high = self.found["quartiles"]
-        figures = f"{self.found['ratio']:.3f} [{low:.3f}, {high:.3f}], at most {self.at_most:g}"
-        return f"{self.verdict:6}  {self.what}: {figures}"
+        figures = f"{self.found['median']:.3f} [{low:.3f}, {high:.3f}], at most {self.at_most:g} {self.unit}"
+        return f"{self.verdict:6}  {self.what}: {figures}".rstrip()
 
 
-def arguments(about: str, repetitions: int) -> argparse.Namespace:
-    """--repetitions, and --smoke: twice and small, nothing judged or written."""
+def arguments(about: str, repetitions: int | None = None) -> argparse.Namespace:
+    """--repetitions where something is repeated, and --smoke: twice and small, nothing judged or written."""
     parser = argparse.ArgumentParser(description=about)
-    parser.add_argument("--repetitions", type=int, default=repetitions, help=f"[default: {repetitions}]")
+    if repetitions:
+        parser.add_argument("--repetitions", type=int, default=repetitions, help=f"[default: {repetitions}]")
     parser.add_argument("--smoke", action="store_true", help="see whether it runs: small, few repetitions, no bars")
     options = parser.parse_args()
-    options.repetitions = 2 if options.smoke else options.repetitions
+    if options.smoke:
+        options.repetitions = 2
     return options
 
 
@@ -130,7 +133,10 @@ def tell(name: str, bars: Sequence[Bar], smoke: bool = False, **facts: Any) -> i
         return 0
     for bar in bars:
         print(bar)
-    judged = [{"what": bar.what, "at_most": bar.at_most, "verdict": bar.verdict, **bar.found} for bar in bars]
+    judged = [
+        {"what": bar.what, "unit": bar.unit, "at_most": bar.at_most, "verdict": bar.verdict, **bar.found}
+        for bar in bars
+    ]
     RESULTS.mkdir(exist_ok=True)
     text = json.dumps({"machine": machine(), "bars": judged, **facts}, indent=1)
     (RESULTS / f"{name}.json").write_text(text + "\n", encoding="utf-8")

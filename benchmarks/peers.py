@@ -4,7 +4,7 @@ st-moe-pytorch and mixture-of-experts route by themselves and drop what is over 
 their own router on the same tokens, and not checked. What is not installed is left out.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from types import SimpleNamespace
 
@@ -16,8 +16,17 @@ from cells import Cell, Forward, Problem
 from paired import Call
 
 
+def one_by_one(experts: Iterable[nn.Module], x: Tensor, chosen: Tensor, gate: Tensor, y: Tensor) -> Tensor:
+    """y [T, out] and each token's experts' outputs by gate, chosen and gate [T, K]: the usual hand-written loop."""
+    for index, expert in enumerate(experts):
+        token, rank = torch.where(chosen == index)
+        if len(token):
+            y = y.index_add(0, token, expert(x[token]) * gate[token, rank, None])
+    return y
+
+
 def module_loop(cell: Cell, given: Problem) -> Forward:
-    """The usual hand-written loop over one module an expert."""
+    """The loop over one module an expert."""
     experts = nn.ModuleList()
     for w_in, w_out in zip(given.w_in.detach(), given.w_out.detach(), strict=True):
         one = nn.Sequential(nn.Linear(*w_in.shape, bias=False), nn.ReLU(), nn.Linear(*w_out.shape, bias=False))
@@ -26,12 +35,7 @@ def module_loop(cell: Cell, given: Problem) -> Forward:
 
     def forward() -> Tensor:
         experts.zero_grad()
-        y = torch.zeros_like(given.x, dtype=given.gate.dtype)
-        for e, expert in enumerate(experts):
-            token, rank = torch.where(given.expert == e)
-            if len(token):
-                y = y.index_add(0, token, expert(given.x[token]) * given.gate[token, rank, None])
-        return y
+        return one_by_one(experts, given.x, given.expert, given.gate, torch.zeros_like(given.x, dtype=given.gate.dtype))
 
     return forward
 

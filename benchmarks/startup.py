@@ -31,8 +31,8 @@ def main() -> int:
     for name, words in COMMANDS.items():
         taken = sorted(cpu_seconds(words) for _ in range(options.repetitions))
         first, median, third = statistics.quantiles(taken, n=4, method="inclusive")
-        found = {"ratio": round(median, 3), "quartiles": [round(first, 3), round(third, 3)]}
-        bars.append(Bar(f"{name}: seconds", found, BAR))
+        found = {"median": round(median, 3), "quartiles": [round(first, 3), round(third, 3)]}
+        bars.append(Bar(name, found, BAR, "s"))
     return tell("startup", bars, options.smoke)
 
 

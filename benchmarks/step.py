@@ -20,6 +20,7 @@ from moe_engine.runs import RunConfig
 from moe_engine.seeds import generator
 from moe_engine.training import Training
 from paired import Bar, Call, arguments, over, steady, tell, timed
+from peers import one_by_one
 
 STEPS, ROUNDS, BATCH = 50, 8, 64
 PIXELS, HIDDEN, CLASSES, EXPERTS = 784, 128, 10, 8
@@ -44,12 +45,7 @@ class ModuleLoop(nn.Module):
         gate, chosen = self.router(x).softmax(-1).topk(self.top_k, dim=-1)
         if self.top_k > 1:
             gate = gate / gate.sum(-1, keepdim=True)
-        y = x.new_zeros(len(x), CLASSES)
-        for index, expert in enumerate(self.experts):
-            token, rank = torch.where(chosen == index)
-            if len(token):
-                y = y.index_add(0, token, expert(x[token]) * gate[token, rank, None])
-        return y
+        return one_by_one(self.experts, x, chosen, gate, x.new_zeros(len(x), CLASSES))
 
 
 def small_steps(model: nn.Module, optimizer: torch.optim.Optimizer) -> Call:
@@ -123,14 +119,14 @@ def check_equal(one: Training, other: Training) -> None:
 def main() -> int:
     options = arguments("A training step against hand-written loops.", repetitions=15)
     steady()
-    bars = []
+    rounds, bars = 1 if options.smoke else ROUNDS, []
     for top_k, at_most in LOOP_BARS.items():
-        times = timed(both(top_k), options.repetitions, 1 if options.smoke else ROUNDS)
+        times = timed(both(top_k), options.repetitions, rounds, FEW)
         bars.append(Bar(f"K {top_k}: step over a loop over modules", over(times, "engine", "loop"), at_most))
     by_run, by_hand = training(), training()
     with tempfile.TemporaryDirectory() as folder, open(Path(folder, "metrics.jsonl"), "wb") as by_run._log:
         calls = {"run": run_loop(by_run), "hand": hand_loop(by_hand)}
-        times = timed(calls, options.repetitions, 1 if options.smoke else ROUNDS)
+        times = timed(calls, options.repetitions, rounds, STEPS)
     check_equal(by_run, by_hand)
     bars.append(Bar("`run`'s step over one by hand with the same plugins", over(times, "run", "hand"), RUN_BAR))
     return tell("step", bars, options.smoke)

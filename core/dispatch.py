@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .parts import Experts
-from .routing import Routing, Slots, at_least_fp32, rows_of
+from .routing import Routing, Slots, at_least_fp32, rows_of, without_autocast
 from .segments import work_dtype
 
 
@@ -31,11 +31,11 @@ def dispatch(experts: Experts, routing: Routing, out: int) -> Tensor:
 def _through_slots(experts: Experts, x_TD: Tensor, slots: Slots, out: int) -> Tensor:
     groups, size, count, each = slots.dispatch.shape
     counts_E = torch.full((count,), groups * each, device=x_TD.device)
-    with torch.autocast(x_TD.device.type, enabled=False):
+    with without_autocast(x_TD.device):
         x_GSD = x_TD.view(groups, size, x_TD.shape[1]).to(slots.dispatch.dtype)
         slot_EGnD = torch.einsum("gsen,gsd->egnd", slots.dispatch, x_GSD).to(x_TD.dtype)
     out_NO = at_least_fp32(experts(slot_EGnD.flatten(0, 2), counts_E)).to(slots.combine.dtype)
-    with torch.autocast(x_TD.device.type, enabled=False):
+    with without_autocast(x_TD.device):
         y_GSO = torch.einsum("gsen,egno->gso", slots.combine, out_NO.view(count, groups, each, out))
     return y_GSO.reshape(-1, out)
 

@@ -16,7 +16,7 @@ from .manager import Bound
 from .optimizers import forget_old_shapes
 from .options import Settings
 from .parts import Bias, Experts, Part, Router
-from .routing import Assignments, Level, Routing, Slots, Spec, Tokens, assign, within_capacity
+from .routing import Assignments, Level, Routing, Slots, Spec, Tokens, assign, within_capacity, without_autocast
 
 Layout = dict[str, torch.Size]  # what a flat vector of sums holds, in order
 
@@ -119,7 +119,7 @@ class MoE(nn.Module):
 
     def route(self, tokens: Tokens, without: str | None = None) -> Routing:
         """Decide where tokens go; `without`: leave one plugin's biases out."""
-        with torch.autocast(tokens.x.device.type, enabled=False):
+        with without_autocast(tokens.x.device):
             return self.decide(tokens, self.router.score(tokens), without)
 
     def decide(self, tokens: Tokens, logits: Sequence[Tensor], without: str | None = None) -> Routing:
@@ -176,7 +176,7 @@ class MoE(nn.Module):
 
     def _enter(self, y_TO: Tensor, routing: Routing) -> Tensor:
         """Pass a training forward's output through the ledger."""
-        with torch.autocast(y_TO.device.type, enabled=False):
+        with without_autocast(y_TO.device):
             terms = self.aux_terms(routing)
             flat = self.booked(routing, terms)
             aux = None
@@ -195,9 +195,9 @@ class MoE(nn.Module):
 
     def booked(self, routing: Routing, terms: Mapping[str, Tensor]) -> Tensor:
         """What a training forward with these loss terms enters into the step's sums, by `training_layout`."""
-        some = (routing.tokens.count > 0).float().view(1)  # a forward without a token is no data
+        some = routing.tokens.count > 0  # a forward without a token is no data
         sums = {**self.measure(routing), "forwards": some, **self._bias_sums(routing)}
-        sums.update({f"loss.{name}": value.detach().view(1) for name, value in terms.items()})
+        sums.update({f"loss.{name}": value.detach() for name, value in terms.items()})
         return _flat(sums, self.training_layout)
 
     def _signals(self, grad_TD: Tensor, token_N: Tensor, expert_N: Tensor, weight_N: Tensor) -> Tensor:

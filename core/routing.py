@@ -6,6 +6,7 @@ Suffixes: T tokens, E experts, K chosen a token, N assignments, n units of a lev
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -69,7 +70,8 @@ class Tokens:
     """The tokens of one forward, flattened. Padding tokens are all zeros in x.
 
     x [T, D]; shape: the leading shape, (B, S) or (T,); mask [T] bool, True = a real token, None = all
-    real; ids [T] token ids or None; labels [T] class or domain or None.
+    real; ids [T] token ids or None; labels [T] class or domain or None. count: number of real tokens, an
+    integer scalar.
     """
 
     x: Tensor
@@ -77,13 +79,13 @@ class Tokens:
     mask: Tensor | None = None
     ids: Tensor | None = None
     labels: Tensor | None = None
+    count: Tensor = attrs.field(init=False)
 
-    @property
-    def count(self) -> Tensor:
-        """Number of real tokens, an integer scalar."""
+    def __attrs_post_init__(self) -> None:
         if self.mask is None:
-            return torch.full((), self.x.shape[0], dtype=torch.long, device=self.x.device)
-        return self.mask.sum()
+            self.count = torch.full((), self.x.shape[0], dtype=torch.long, device=self.x.device)
+        else:
+            self.count = self.mask.sum()
 
     def real(self, values: Tensor) -> Tensor:
         """values [T, ...] with zeros at padding."""
@@ -205,6 +207,12 @@ def count_by(index_N: Tensor, value_N: Tensor, size: int) -> Tensor:
 def at_least_fp32(values: Tensor) -> Tensor:
     """values as fp32; float64 stays what it is."""
     return values if values.dtype == torch.float64 else values.float()
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Operations inside run in the precision of their operands. Where autocast is off anyway, that costs nothing."""
+    kind = device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def within_capacity(plan: Assignments, spec: Spec, tokens: Tokens) -> Assignments:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .activations import BY_HAND, ByHand
-from .routing import at_least_fp32
+from .routing import at_least_fp32, without_autocast
 
 ROWS = 1024  # most rows that are worked on at a time: buffers stay in a cache, whatever the load
 
@@ -60,7 +60,7 @@ def halves_in(work: torch.dtype) -> Iterator[None]:
 
 def _seconds(dtype: torch.dtype) -> float:
     some, taken = torch.zeros(256, 256, dtype=dtype), []
-    with torch.autocast("cpu", enabled=False):  # which would multiply both in halves
+    with without_autocast(some.device):  # which would multiply both in halves
         for _ in range(5):
             start = perf_counter()
             torch.mm(some, some)
@@ -87,9 +87,11 @@ def through_segments(
     halves = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     dtype, keep = halves or x_TD.dtype, torch.is_grad_enabled()
     idle = [expert for expert, count in enumerate(counts) if not count]
-    plan = Plan(token_N, blocks(counts), idle, BY_HAND[activation], dtype, work_dtype(dtype), keep, halves, readable)
-    with torch.autocast(kind, enabled=False):
-        y_TO: Tensor = Segments.apply(plan, x_TD, at_least_fp32(weight_N), *weights)
+    recipe = Recipe(
+        token_N, blocks(counts), idle, BY_HAND[activation], dtype, work_dtype(dtype), keep, halves, readable
+    )
+    with without_autocast(x_TD.device):
+        y_TO: Tensor = Segments.apply(recipe, x_TD, at_least_fp32(weight_N), *weights)
     return y_TO
 
 
@@ -129,7 +131,7 @@ def blocks(counts: Sequence[int]) -> list[Block]:
 
 
 @attrs.frozen
-class Plan:
+class Recipe:
     """What `Segments` does with its tensors. kept: the precision of what is kept; work: that of products.
 
     idle: experts without rows. keep: the way back may be asked for. halves: what autocast was on for, or None.
@@ -152,7 +154,7 @@ class Segments(Function):
     @staticmethod
     def forward(
         ctx: Any,
-        plan: Plan,
+        recipe: Recipe,
         x_TD: Tensor,
         weight_N: Tensor,
         w_in: Tensor,
@@ -161,30 +163,30 @@ class Segments(Function):
         b_out: Tensor | None,
     ) -> Tensor:
         y_TO = weight_N.new_zeros(x_TD.shape[0], w_out.shape[2])
-        kept_NW = x_TD.new_empty(len(weight_N) if plan.keep else 0, w_in.shape[2], dtype=plan.kept)
-        direct = plan.keep and plan.kept == plan.work
+        kept_NW = x_TD.new_empty(len(weight_N) if recipe.keep else 0, w_in.shape[2], dtype=recipe.kept)
+        direct = recipe.keep and recipe.kept == recipe.work
         into, out_of = Products(w_in, b_in), Products(w_out, b_out)
-        for block in plan.blocks:
-            token_n = plan.token_N[block.rows]
-            x_nD = x_TD.index_select(0, token_n).to(plan.work)
+        for block in recipe.blocks:
+            token_n = recipe.token_N[block.rows]
+            x_nD = x_TD.index_select(0, token_n).to(recipe.work)
             a_nW = into.multiply(block, x_nD, kept_NW[block.rows] if direct else None)
-            h_nH = plan.act.of(a_nW)
-            if plan.keep and not direct:
+            h_nH = recipe.act.of(a_nW)
+            if recipe.keep and not direct:
                 kept_NW[block.rows] = a_nW
             y_nO = out_of.multiply(block, h_nH).to(y_TO.dtype)
             y_TO.index_add_(0, token_n, y_nO.mul_(weight_N[block.rows, None]))
         # weights as they are now, too: growth gives a parameter other memory, perhaps before the way back
         now = (None if one is None else one.detach() for one in (w_in, b_in, w_out, b_out))
         ctx.save_for_backward(x_TD, weight_N, w_in, b_in, w_out, b_out, *now, kept_NW)
-        ctx.plan = plan
+        ctx.recipe = recipe
         return y_TO
 
     @staticmethod
     def backward(ctx: Any, g_TO: Tensor) -> Any:
-        plan, (*inputs, kept_NW) = ctx.plan, ctx.saved_tensors
+        recipe, (*inputs, kept_NW) = ctx.recipe, ctx.saved_tensors
         needs_x, _, *needs = needed = ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():  # somebody wants second derivatives
-            return None, *_derived(plan, inputs[:6], needed, g_TO)
+            return None, *_derived(recipe, inputs[:6], needed, g_TO)
         x_TD, weight_N = inputs[:2]
         w_in, _, w_out, b_out = weights = inputs[6:]
         wide = torch.promote_types(x_TD.dtype, weight_N.dtype)
@@ -192,27 +194,27 @@ class Segments(Function):
         dweight_N = torch.empty_like(weight_N)
         safe_N = _not_zero(weight_N)
         of_in, of_b_in, of_out, of_b_out = grads = [
-            Gradient(of, plan.idle) if need else None for of, need in zip(weights, needs, strict=True)
+            Gradient(of, recipe.idle) if need else None for of, need in zip(weights, needs, strict=True)
         ]
         into, out_of = Products(w_in.mT) if needs_x else None, Products(w_out.mT)
         shift = None if b_out is None else Products(b_out[..., None])
-        for block in plan.blocks:
-            rows, token_n = block.rows, plan.token_N[block.rows]
+        for block in recipe.blocks:
+            rows, token_n = block.rows, recipe.token_N[block.rows]
             weight_n1 = safe_N[rows, None]
-            g_nO = g_TO.index_select(0, token_n).mul_(weight_n1).to(plan.work)
-            kept_nW = kept_NW[rows].to(plan.work)
-            h_nH, d_nH = plan.act.again(kept_nW), out_of.multiply(block, g_nO)
+            g_nO = g_TO.index_select(0, token_n).mul_(weight_n1).to(recipe.work)
+            kept_nW = kept_NW[rows].to(recipe.work)
+            h_nH, d_nH = recipe.act.again(kept_nW), out_of.multiply(block, g_nO)
             dweight_N[rows] = (h_nH * d_nH).sum(1, dtype=weight_N.dtype)
             if shift is not None:
                 dweight_N[rows] += shift.multiply(block, g_nO).squeeze(1)
-            d_nW = plan.act.back(kept_nW, d_nH)
+            d_nW = recipe.act.back(kept_nW, d_nH)
             if of_out is not None:
                 of_out.enter(block, h_nH, g_nO)
             for of_bias, g in ((of_b_out, g_nO), (of_b_in, d_nW)):
                 if of_bias is not None:
                     of_bias.enter(block, g.new_ones(len(g), 1), g)
             if of_in is not None:
-                of_in.enter(block, x_TD.index_select(0, token_n).to(plan.work), d_nW)
+                of_in.enter(block, x_TD.index_select(0, token_n).to(recipe.work), d_nW)
             if into is not None and dx_TD is not None:
                 dx_TD.index_add_(0, token_n, into.multiply(block, d_nW).to(dx_TD.dtype))
         dx_TD = None if dx_TD is None else dx_TD.to(x_TD.dtype)
@@ -273,7 +275,7 @@ def _not_zero(weight_N: Tensor) -> Tensor:
 
 
 def _derived(
-    plan: Plan, inputs: Sequence[Tensor | None], needed: Sequence[bool], g_TO: Tensor
+    recipe: Recipe, inputs: Sequence[Tensor | None], needed: Sequence[bool], g_TO: Tensor
 ) -> Iterable[Tensor | None]:
     """The gradients, with a graph of their own.
 
@@ -281,7 +283,7 @@ def _derived(
     """
     views = [None if one is None else one.view_as(one) for one in inputs]
     wanted = [one for one, need in zip(views, needed, strict=True) if need and one is not None]
-    with torch.autocast(g_TO.device.type, plan.halves, enabled=plan.halves is not None):
-        y_TO = plan.readable(*views)
+    with torch.autocast(g_TO.device.type, recipe.halves, enabled=recipe.halves is not None):
+        y_TO = recipe.readable(*views)
     grads = iter(torch.autograd.grad(y_TO, wanted, g_TO, create_graph=True))
     return [next(grads) if need else None for need in needed]

@@ -26,10 +26,8 @@ class Health:
 
     @hookimpl
     def moe_measure(self, routing):
-        load = routing.load
-        mean = load.mean()
-        cv = (load - mean).square().mean().sqrt() / mean.clamp(min=1e-30)
-        return {"cv": cv.view(1), "forwards": (mean > 0).float().view(1)}
+        std, mean = torch.std_mean(routing.load, 0, correction=0, keepdim=True)
+        return {"cv": std / mean.clamp(min=1e-30), "forwards": mean > 0}
 
     @hookimpl
     def moe_metrics(self, stats):
