@@ -4,7 +4,7 @@ Experts only: gathering, products, activation, gates and the weighted sum, forwa
 tokens, gates and weights. The routing is given, so that every candidate does the same work.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import attrs
@@ -34,13 +34,14 @@ class Cell:
     precision: str = "fp32"  # fp32, bf16 (weights too), autocast
     threads: int = 1
     forward_only: bool = False
+    adam: bool = False  # a step of the fused optimizer too
 
     @property
     def name(self) -> str:
         sizes = f"T {self.tokens}, {self.dim}/{self.hidden}, E {self.experts}, K {self.top_k}"
         own = [getattr(self, field.name) for field in attrs.fields(Cell)[5:]]
         usual = [field.default for field in attrs.fields(Cell)[5:]]
-        words = (self.load, self.activation, "bias", self.precision, f"{self.threads} threads", "forward alone")
+        words = (self.load, self.activation, "bias", self.precision, f"{self.threads} threads", "forward alone", "Adam")
         return ", ".join([sizes, *(word for word, a, b in zip(words, own, usual, strict=True) if a != b)])
 
     def small(self) -> "Cell":
@@ -153,11 +154,17 @@ def _leaf(value: Tensor | None) -> Tensor | None:
     return value.detach().double().requires_grad_()
 
 
+def updating(cell: Cell, weights: Iterable[Tensor]) -> Call:
+    """What the optimizer does to these weights, and changes nothing; nothing at all in a cell without."""
+    return torch.optim.Adam(list(weights), 0.0, fused=True).step if cell.adam else lambda: None
+
+
 def dense(cell: Cell, given: Problem) -> Call:
     """The floor of what has to be computed: one MLP on T K rows, in fp32 whatever the cell's precision."""
     wide = given.w_in.shape[2]
     enter, leave = nn.Linear(cell.dim, wide, bias=cell.bias), nn.Linear(cell.hidden, cell.dim, bias=cell.bias)
     act = ACTIVATIONS[cell.activation]
+    update = updating(cell, [*enter.parameters(), *leave.parameters()])
     x = torch.randn(cell.tokens * cell.top_k, cell.dim, requires_grad=True)
     grad = torch.randn(cell.tokens * cell.top_k, cell.dim)
 
@@ -169,6 +176,7 @@ def dense(cell: Cell, given: Problem) -> Call:
         for one in (x, *enter.parameters(), *leave.parameters()):
             one.grad = None
         leave(act(enter(x))).backward(grad)
+        update()
 
     return call
 
@@ -182,6 +190,7 @@ def products(cell: Cell, given: Problem) -> Call:
     a, da = (torch.randn(rows, wide, dtype=dtype) for _ in range(2))
     h, dh = (torch.randn(rows, cell.hidden, dtype=dtype) for _ in range(2))
     w_in, w_out = (one.detach().to(dtype) for one in (given.w_in, given.w_out))
+    update = updating(cell, (w_in, w_out))
 
     def call() -> None:
         dw_in, dw_out = torch.empty_like(w_in), torch.empty_like(w_out)
@@ -197,6 +206,9 @@ def products(cell: Cell, given: Problem) -> Call:
             torch.mm(h[own].t(), g[own], out=dw_out[e])
             torch.mm(x[own].t(), da[own], out=dw_in[e])
             torch.mm(da[own], w_in[e].t(), out=dx[own])
+        w_in.grad, w_out.grad = dw_in, dw_out
+        update()
+        w_in.grad = w_out.grad = None
 
     return call
 
@@ -249,6 +261,7 @@ def engine(cell: Cell, given: Problem) -> Forward:
 def step(cell: Cell, given: Problem, forward: Forward) -> Call:
     """Forward and backward, with gradients that are allocated anew as after zero_grad(set_to_none=True)."""
     autocast = cell.precision == "autocast"
+    update = updating(cell, given.weights.values())
 
     def call() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -260,6 +273,7 @@ def step(cell: Cell, given: Problem, forward: Forward) -> Call:
                 one.grad = None
             y = forward()
         y.backward(given.grad.to(y.dtype))
+        update()
 
     return call
 

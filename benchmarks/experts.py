@@ -42,6 +42,7 @@ CELLS = (
     *(Cell(experts=count) for count in (2, 4, 16, 32, 128, 512)),
     *(Cell(top_k=count) for count in (1, 4, 8)),
     *(attrs.evolve(cell, forward_only=True) for cell in (E8, E64)),
+    *(attrs.evolve(cell, adam=True) for cell in (E8, E64)),
     Cell(activation="gelu"),
     Cell(activation="swiglu"),
     Cell(bias=True),

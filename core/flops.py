@@ -96,7 +96,7 @@ def parameters_of(model: nn.Module) -> Parameters:
 
 def _idle_rows(routing: Routing) -> float:
     """How many rows more experts would work on, if each token went to all of them."""
-    return float(routing.tokens.count * routing.experts - routing.work[0])
+    return float(routing.tokens.count * routing.experts - routing.work)
 
 
 def _expert_parameters(layer: MoE) -> float:

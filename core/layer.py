@@ -350,11 +350,13 @@ class MoE(nn.Module):
 
 
 def sums_of(routing: Routing) -> dict[str, Tensor]:
-    """What is counted of every forward: tokens, load, dropped, work, and prob where the router has probabilities."""
+    """What is counted of every forward: tokens, load, dropped; prob and slots where the router has such."""
     tokens = routing.tokens
-    sums = {"tokens": tokens.count.view(1), "load": routing.load, "dropped": routing.dropped, "work": routing.work}
+    sums = {"tokens": tokens.count.view(1), "load": routing.load, "dropped": routing.dropped}
     if routing.probs is not None:
         sums["prob"] = tokens.real(routing.probs.detach()).sum(0)
+    if routing.slots is not None:
+        sums["slots"] = torch.stack([routing.work, tokens.count * routing.slots.each])
     return sums
 
 

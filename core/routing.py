@@ -197,6 +197,11 @@ class Slots:
     dispatch: Tensor
     combine: Tensor
 
+    @property
+    def each(self) -> int:
+        """How many slots a group has, into all of which each of its tokens is mixed."""
+        return self.dispatch.shape[2] * self.dispatch.shape[3]
+
 
 def count_by(index_N: Tensor, value_N: Tensor, size: int) -> Tensor:
     """Sums of value_N by index_N, [size], in fp32 or better."""
@@ -266,16 +271,10 @@ class Routing:
 
     @property
     def work(self) -> Tensor:
-        """[2]: how many tokens or slots experts work on, and for how many pairs a token is mixed into a slot.
-
-        Padding, and groups of nothing else, count as no work.
-        """
-        rows, pairs = self.plan.kept.sum(), torch.zeros_like(self.tokens.count)
-        if self.slots is not None:
-            dispatch_GSEn = self.slots.dispatch.detach()
-            slots = dispatch_GSEn.shape[2] * dispatch_GSEn.shape[3]
-            rows, pairs = (dispatch_GSEn.sum((1, 2, 3)) > 0).sum() * slots, self.tokens.count * slots
-        return torch.stack([rows, pairs])
+        """How many tokens or slots experts work on. Padding, and groups of nothing else, count as no work."""
+        if self.slots is None:
+            return self.plan.kept.sum()
+        return (self.slots.dispatch.detach().sum((1, 2, 3)) > 0).sum() * self.slots.each
 
     @property
     def dropped(self) -> Tensor:

@@ -30,10 +30,10 @@ class Unmeasured(KeyError):
 class Stats:
     """Sums over forwards of one layer, in float64 on the CPU.
 
-    tokens [1]: real tokens. load [E]: their assignments. dropped [E]: those over capacity. work [2]: tokens or
-    slots that experts worked on, and pairs of a token and a slot that it was mixed into. prob [E]:
-    summed probabilities. load.LEVEL [n]: load of a router's level. loss.TERM [1]: summed values of a
-    loss term, over `forwards` [1]. PLUGIN.NAME: what a plugin measured.
+    tokens [1]: real tokens. load [E]: their assignments. dropped [E]: those over capacity. slots [2]: those
+    that experts worked on, and pairs of a token and a slot that it was mixed into. prob [E]: summed
+    probabilities. load.LEVEL [n]: load of a router's level. loss.TERM [1]: summed values of a loss term, over
+    `forwards` [1]. PLUGIN.NAME: what a plugin measured.
     """
 
     def __init__(self, spec: Spec, sums: Mapping[str, Tensor]) -> None:
@@ -62,8 +62,10 @@ class Stats:
 
     def work(self) -> dict[str, float]:
         """rows: tokens or slots that experts work on for a token. slots: how many a token is mixed into, if any."""
-        rows, pairs = (self.sums["work"] / self.tokens).tolist()
-        return {"rows": rows, "slots": pairs} if pairs else {"rows": rows}
+        if "slots" not in self.sums:
+            return {"rows": float((self.load - self.dropped).sum()) / self.tokens}
+        rows, pairs = (self.sums["slots"] / self.tokens).tolist()
+        return {"rows": rows, "slots": pairs}
 
     def of(self, plugin: str) -> dict[str, Tensor]:
         """What one plugin measured, by its own names."""
