@@ -143,6 +143,17 @@ def test_flapping_that_the_whole_hides_is_oscillation():
     assert judge(even, forward_cv=0.1, forwards=10).name == "healthy"
 
 
+def test_the_cv_of_single_forwards_is_summed():
+    """All of 8 tokens go to one of two experts, then all of 4: cv 1 twice. A forward of padding is none."""
+    layer = Engine("topk", experts=2, top_k=1).moe(3, 4)
+    for count in (8, 4):
+        routing = layer.route(layer.tokens(torch.randn(count, 3)))
+        routing.load = torch.tensor([0.0, count])
+        assert Health().moe_measure(routing) == {"cv": torch.ones(1), "forwards": torch.ones(1)}
+    padding = layer.route(layer.tokens(torch.randn(4, 3), mask=torch.zeros(4, dtype=torch.bool)))
+    assert Health().moe_measure(padding) == {"cv": torch.zeros(1), "forwards": torch.zeros(1)}
+
+
 def test_chance_is_no_imbalance():
     """40 tokens on 8 experts differ by chance alone."""
     load = torch.bincount(torch.randint(8, (40,)), minlength=8).double().clamp(min=1)
