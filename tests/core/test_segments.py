@@ -153,6 +153,21 @@ def test_a_dropped_choice_does_not_enter_whatever_its_gate(combined, monkeypatch
     assert all(torch.equal(found[name], value) for name, value in wanted.items())
 
 
+@pytest.mark.parametrize("work", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("taken", [[], [2], [0, 2, 2, 3]])
+def test_a_token_without_a_choice_gets_nothing(taken, work, monkeypatch):
+    """Whose choices were all dropped, and where all were; one that chose twice gets the sum."""
+    monkeypatch.setitem(segments.WORK, torch.bfloat16, work)
+    bank = StackedMLP(Spec(DIM, HIDDEN, OUT, 2, 1)).to(torch.bfloat16)
+    x = torch.randn(4, DIM).to(torch.bfloat16).requires_grad_()
+    y = bank.combined(x, torch.tensor(taken, dtype=torch.long), torch.ones(len(taken)), torch.tensor([len(taken), 0]))
+    y.sum().backward()
+    for token in range(4):
+        alone = bank.outputs(x[token : token + 1])[0, 0].detach().float() * taken.count(token)
+        assert error(y.detach()[token], alone) < 2e-2 if token in taken else not y[token].any()
+        assert bool(x.grad[token].any()) == (token in taken)
+
+
 def test_a_forward_of_ones_own_is_called():
     class Doubled(StackedMLP):
         def forward(self, x_ND, counts_E):
