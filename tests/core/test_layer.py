@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from moe_engine import Engine, ModuleBank, UsageError
+from moe_engine import Engine, ModuleBank, UsageError, segments
 
 ROUTERS = ["topk", "sigmoid_topk", "hierarchical"]
 
@@ -346,8 +346,18 @@ def test_a_router_may_read_token_ids_and_sees_zeros_at_padding():
     assert layer(torch.randn(1, 3, 6), mask, ids).shape == (1, 3, 6)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
-def test_compiles_whole_and_no_more_than_twice(precision):
+@pytest.mark.parametrize(
+    ("precision", "work", "limit"),
+    [
+        ("fp32", torch.float32, 2e-6),
+        ("bf16", torch.bfloat16, 1e-2),
+        ("bf16", torch.float32, 1e-2),
+        ("autocast", torch.bfloat16, 1e-2),
+        ("autocast", torch.float32, 5e-2),  # eager does not round what it multiplies, and ReLU's kink is near for some
+    ],
+)
+def test_compiles_whole_and_no_more_than_twice(precision, work, limit, monkeypatch):
+    monkeypatch.setitem(segments.WORK, torch.bfloat16, work)
     torch._dynamo.reset()
     torch.manual_seed(0)
     counter = CompileCounterWithBackend("aot_eager")
@@ -367,5 +377,5 @@ def test_compiles_whole_and_no_more_than_twice(precision):
             found.append([y.detach(), *(p.grad for p in layer.parameters())])
         engine.after_step()
         for one, other in zip(*found, strict=True):
-            assert (one - other).double().norm() < (2e-6 if precision == "fp32" else 1e-2) * other.double().norm()
+            assert (one - other).double().norm() < limit * other.double().norm()
     assert counter.frame_count == 2
