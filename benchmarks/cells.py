@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from moe_engine import Engine, StackedMLP
-from moe_engine.activations import ACTIVATIONS
-from moe_engine.dispatch import dispatch
-from moe_engine.routing import Routing, Spec, Tokens, assign
-from moe_engine.segments import work_dtype
+from moe_engine.contract.routing import Routing, Spec, Tokens, assign
+from moe_engine.layer.activations import ACTIVATIONS
+from moe_engine.layer.dispatch import dispatch
+from moe_engine.layer.fused_cpu import work_dtype
 from paired import Call
 
 

@@ -13,7 +13,7 @@ import attrs
 import torch
 
 from cells import Cell, dense, engine, errors, problem, products, step, weight_gradients, whole_layer
-from moe_engine.segments import work_dtype
+from moe_engine.layer.fused_cpu import work_dtype
 from paired import RESULTS, Bar, Call, Times, arguments, over, steady, tell, timed
 from peers import FORWARDS, ONLY_SMALL, WHOLE, installed
 

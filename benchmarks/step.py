@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe_engine import Engine, adam
-from moe_engine.runs import RunConfig
+from moe_engine.run.config import RunConfig
+from moe_engine.run.training import Training
 from moe_engine.seeds import generator
-from moe_engine.training import Training
 from paired import Bar, Call, arguments, over, steady, tell, timed
 from peers import one_by_one
 

@@ -8,95 +8,120 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .activations import ACTIVATIONS as ACTIVATIONS
-    from .checkpoints import load as load
-    from .checkpoints import save as save
-    from .dispatch import grouped_conv as grouped_conv
-    from .dispatch import grouped_linear as grouped_linear
-    from .dispatch import own_values as own_values
-    from .dispatch import row_counts as row_counts
-    from .effects import Effects as Effects
-    from .effects import evaluating as evaluating
-    from .engine import Engine as Engine
+    from .contract.growth import Grown as Grown
+    from .contract.growth import Growth as Growth
+    from .contract.growth import NewExpert as NewExpert
+    from .contract.history import History as History
+    from .contract.history import children_of_peaks as children_of_peaks
+    from .contract.history import lasting as lasting
+    from .contract.hookspecs import hookimpl as hookimpl
+    from .contract.numerics import at_least_fp32 as at_least_fp32
+    from .contract.numerics import centred_log as centred_log
+    from .contract.numerics import count_by as count_by
+    from .contract.numerics import cv2 as cv2
+    from .contract.numerics import entropy_of as entropy_of
+    from .contract.options import option as option
+    from .contract.parts import Bias as Bias
+    from .contract.parts import Experts as Experts
+    from .contract.parts import GroupLimitedRouter as GroupLimitedRouter
+    from .contract.parts import LinearRouter as LinearRouter
+    from .contract.parts import Part as Part
+    from .contract.parts import Router as Router
+    from .contract.parts import RunningLoad as RunningLoad
+    from .contract.parts import follow as follow
+    from .contract.parts import linear_logits as linear_logits
+    from .contract.parts import ones as ones
+    from .contract.parts import uniform as uniform
+    from .contract.parts import zeros as zeros
+    from .contract.protocols import Layer as Layer
+    from .contract.protocols import LayerBuilder as LayerBuilder
+    from .contract.routing import Assignments as Assignments
+    from .contract.routing import Level as Level
+    from .contract.routing import LevelSpec as LevelSpec
+    from .contract.routing import Routing as Routing
+    from .contract.routing import Slots as Slots
+    from .contract.routing import Spec as Spec
+    from .contract.routing import Tokens as Tokens
+    from .contract.routing import assign as assign
+    from .contract.routing import assign_where as assign_where
+    from .contract.routing import causal_problem as causal_problem
+    from .contract.routing import groups_problem as groups_problem
+    from .contract.routing import keep_best_groups as keep_best_groups
+    from .contract.stats import Effects as Effects
+    from .contract.stats import Finding as Finding
+    from .contract.stats import Stats as Stats
+    from .contract.stats import Step as Step
+    from .contract.stats import mean_of_pairs as mean_of_pairs
+    from .contract.tasks import Task as Task
+    from .contract.tasks import TaskSpec as TaskSpec
+    from .engine.engine import Engine as Engine
     from .errors import PluginError as PluginError
     from .errors import RunError as RunError
     from .errors import UsageError as UsageError
-    from .experts import ModuleBank as ModuleBank
-    from .experts import StackedMLP as StackedMLP
-    from .growth import Grown as Grown
-    from .growth import Growth as Growth
-    from .growth import NewExpert as NewExpert
-    from .hookspecs import hookimpl as hookimpl
-    from .layer import MoE as MoE
-    from .options import option as option
-    from .parts import Bias as Bias
-    from .parts import Experts as Experts
-    from .parts import GroupLimitedRouter as GroupLimitedRouter
-    from .parts import LinearRouter as LinearRouter
-    from .parts import Part as Part
-    from .parts import Router as Router
-    from .parts import RunningLoad as RunningLoad
-    from .parts import follow as follow
-    from .parts import linear_logits as linear_logits
-    from .parts import ones as ones
-    from .parts import uniform as uniform
-    from .parts import zeros as zeros
+    from .layer.activations import ACTIVATIONS as ACTIVATIONS
+    from .layer.experts import ModuleBank as ModuleBank
+    from .layer.experts import StackedMLP as StackedMLP
+    from .layer.grouped import grouped_conv as grouped_conv
+    from .layer.grouped import grouped_linear as grouped_linear
+    from .layer.grouped import own_values as own_values
+    from .layer.grouped import row_counts as row_counts
+    from .layer.moe import MoE as MoE
+    from .layer.probing import evaluating as evaluating
+    from .pretrained.watching import watch as watch
     from .processes import over_processes as over_processes
     from .processes import shared as shared
-    from .routing import Assignments as Assignments
-    from .routing import Level as Level
-    from .routing import LevelSpec as LevelSpec
-    from .routing import Routing as Routing
-    from .routing import Slots as Slots
-    from .routing import Spec as Spec
-    from .routing import Tokens as Tokens
-    from .routing import assign as assign
-    from .routing import assign_where as assign_where
-    from .routing import at_least_fp32 as at_least_fp32
-    from .routing import causal_problem as causal_problem
-    from .routing import centred_log as centred_log
-    from .routing import count_by as count_by
-    from .routing import cv2 as cv2
-    from .routing import entropy_of as entropy_of
-    from .routing import groups_problem as groups_problem
-    from .routing import keep_best_groups as keep_best_groups
-    from .stats import Finding as Finding
-    from .stats import Stats as Stats
-    from .stats import Step as Step
-    from .stats import mean_of_pairs as mean_of_pairs
-    from .tasks import Task as Task
-    from .tasks import TaskSpec as TaskSpec
-    from .training import adam as adam
-    from .triggers import History as History
-    from .triggers import children_of_peaks as children_of_peaks
-    from .triggers import lasting as lasting
+    from .run.checkpoints import load as load
+    from .run.checkpoints import save as save
+    from .run.training import adam as adam
 
 _HOMES = {
-    "checkpoints": ("load", "save"),
-    "dispatch": ("grouped_conv", "grouped_linear", "own_values", "row_counts"),
-    "effects": ("Effects", "evaluating"),
-    "engine": ("Engine",),
+    "contract.growth": ("Grown", "Growth", "NewExpert"),
+    "contract.history": ("History", "children_of_peaks", "lasting"),
+    "contract.hookspecs": ("hookimpl",),
+    "contract.numerics": ("at_least_fp32", "centred_log", "count_by", "cv2", "entropy_of"),
+    "contract.options": ("option",),
+    "contract.parts": (
+        "Bias",
+        "Experts",
+        "GroupLimitedRouter",
+        "LinearRouter",
+        "Part",
+        "Router",
+        "RunningLoad",
+        "follow",
+        "linear_logits",
+        "ones",
+        "uniform",
+        "zeros",
+    ),
+    "contract.protocols": ("Layer", "LayerBuilder"),
+    "contract.routing": (
+        "Assignments",
+        "Level",
+        "LevelSpec",
+        "Routing",
+        "Slots",
+        "Spec",
+        "Tokens",
+        "assign",
+        "assign_where",
+        "causal_problem",
+        "groups_problem",
+        "keep_best_groups",
+    ),
+    "contract.stats": ("Effects", "Finding", "Stats", "Step", "mean_of_pairs"),
+    "contract.tasks": ("Task", "TaskSpec"),
+    "engine.engine": ("Engine",),
     "errors": ("PluginError", "RunError", "UsageError"),
-    "activations": ("ACTIVATIONS",),
-    "experts": ("ModuleBank", "StackedMLP"),
-    "growth": ("Grown", "Growth", "NewExpert"),
-    "hookspecs": ("hookimpl",),
-    "layer": ("MoE",),
-    "options": ("option",),
-    "parts": (
-        *("Bias", "Experts", "GroupLimitedRouter", "LinearRouter", "Part", "Router", "RunningLoad"),
-        *("follow", "linear_logits", "ones", "uniform", "zeros"),
-    ),
+    "layer.activations": ("ACTIVATIONS",),
+    "layer.experts": ("ModuleBank", "StackedMLP"),
+    "layer.grouped": ("grouped_conv", "grouped_linear", "own_values", "row_counts"),
+    "layer.moe": ("MoE",),
+    "layer.probing": ("evaluating",),
+    "pretrained.watching": ("watch",),
     "processes": ("over_processes", "shared"),
-    "routing": (
-        *("Assignments", "Level", "LevelSpec", "Routing", "Slots", "Spec", "Tokens"),
-        *("assign", "assign_where", "at_least_fp32", "causal_problem", "centred_log", "count_by", "cv2", "entropy_of"),
-        *("groups_problem", "keep_best_groups"),
-    ),
-    "stats": ("Finding", "Stats", "Step", "mean_of_pairs"),
-    "tasks": ("Task", "TaskSpec"),
-    "training": ("adam",),
-    "triggers": ("History", "children_of_peaks", "lasting"),
+    "run.checkpoints": ("load", "save"),
+    "run.training": ("adam",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from mkdocs.structure.files import File
 
-from moe_engine.hookspecs import HOOKS
-from moe_engine.manager import KINDS, find, load
-from moe_engine.options import options_of
+from moe_engine.contract.hookspecs import HOOKS
+from moe_engine.contract.options import options_of
+from moe_engine.registry.discovery import KINDS, find, load
 
 ROOT = Path(__file__).parents[1]
 HOOKS_PAGE = "hooks.md"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_engine import manager
+from moe_engine.registry import discovery
 
 
 @pytest.fixture(autouse=True)
@@ -23,17 +23,17 @@ def _seeded():
 @pytest.fixture
 def install(monkeypatch):
     """install(kind, name, cls): make a plugin class look like one of an installed distribution "elsewhere 1.0"."""
-    found = manager.find()
+    found = discovery.find()
 
     def add(kind, name, cls, distribution="elsewhere"):
         module = types.ModuleType(f"elsewhere_{name}")
         module.Plugin = cls
         monkeypatch.setitem(sys.modules, module.__name__, module)
-        group = next(group for group, word in manager.KINDS.items() if word == kind)
-        point = metadata.EntryPoint(name, f"{module.__name__}:Plugin", manager.PREFIX + group)
-        found.setdefault(name, []).append(manager.Found(name, kind, distribution, "1.0", point))
+        group = next(group for group, word in discovery.KINDS.items() if word == kind)
+        point = metadata.EntryPoint(name, f"{module.__name__}:Plugin", discovery.PREFIX + group)
+        found.setdefault(name, []).append(discovery.Found(name, kind, distribution, "1.0", point))
 
-    with manager.pretend(found):
+    with discovery.pretend(found):
         yield add
 
 

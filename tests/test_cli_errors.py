@@ -19,7 +19,7 @@ import pytest
 
 from moe_engine.cli import main
 from moe_engine.errors import listed
-from moe_engine.manager import find
+from moe_engine.registry.discovery import find
 
 VERSION = metadata.version("moe-engine")
 QUICK = ("run", "--epochs", "1", "--no-plugin", "plots,html", "--quiet")
@@ -810,7 +810,7 @@ def test_an_interrupt_before_the_first_step_is_one_line(call, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("moe_engine.training.Training", interrupt)
+    monkeypatch.setattr("moe_engine.run.training.Training", interrupt)
     expected = (130, "", "moe-engine: stopped\n")
     assert expected == call(*QUICK)
     assert not Path("runs").exists()
@@ -822,7 +822,7 @@ def test_a_bug_is_one_line_too(call, monkeypatch):
     def surprise(*_, **__):
         raise LookupError("surprise")
 
-    monkeypatch.setattr("moe_engine.training.Training", surprise)
+    monkeypatch.setattr("moe_engine.run.training.Training", surprise)
     expected = (1, "", "moe-engine: unexpected LookupError: surprise; this is a bug: --debug shows where\n")
     assert expected == call(*QUICK)
     code, _, err = call(*QUICK, "--debug")

@@ -17,12 +17,13 @@ import tomli_w
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from moe_engine import RunError, cli, manager
-from moe_engine.options import options_of
-from moe_engine.runs import RunConfig
+from moe_engine import RunError, cli
+from moe_engine.contract.options import options_of
+from moe_engine.registry import discovery
+from moe_engine.run.config import RunConfig
 
-INSTALLED = manager.find()
-DEFAULTS = manager.defaults()
+INSTALLED = discovery.find()
+DEFAULTS = discovery.defaults()
 ROUTERS, LOSSES, TASKS = (
     sorted(name for name, found in INSTALLED.items() if found[0].kind == kind) for kind in ("router", "loss", "task")
 )
@@ -30,7 +31,7 @@ ACTIVE = [DEFAULTS["router"], *DEFAULTS["metrics"], DEFAULTS["task"]]  # in a ru
 OPTIONS = {
     (plugin, name): option
     for plugin in ACTIVE
-    for name, option in options_of(manager.load(INSTALLED[plugin][0])).items()
+    for name, option in options_of(discovery.load(INSTALLED[plugin][0])).items()
 }
 RUN = options_of(RunConfig)
 ACCEPTED = "the input was taken for good"
@@ -49,10 +50,10 @@ def quick(tmp_path_factory):
     def run(_):
         raise RunError(ACCEPTED)
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
         patch.chdir(tmp_path_factory.mktemp("fuzz"))
-        patch.setattr(manager, "find", lambda: INSTALLED)
-        patch.setattr("moe_engine.training.Training.run", run)
+        stack.enter_context(discovery.pretend(INSTALLED))
+        patch.setattr("moe_engine.run.training.Training.run", run)
         yield
 
 
@@ -197,8 +198,8 @@ def words(*several):
 FREE = [  # losses that have nothing to say against any other good ingredient
     name
     for name in LOSSES
-    if not hasattr(cls := manager.load(INSTALLED[name][0]), "moe_check")
-    and {*getattr(cls, "needs", ())} <= {*manager.USUAL}
+    if not hasattr(cls := discovery.load(INSTALLED[name][0]), "moe_check")
+    and {*getattr(cls, "needs", ())} <= {*discovery.USUAL}
 ]
 GOOD = st.one_of(
     one_of_both("experts", st.integers(2, 64)),

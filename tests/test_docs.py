@@ -14,9 +14,9 @@ import torch
 
 from moe_engine import Engine
 from moe_engine.cli import group
-from moe_engine.hookspecs import HOOKS
-from moe_engine.manager import find
-from moe_engine.options import options_of
+from moe_engine.contract.hookspecs import HOOKS
+from moe_engine.contract.options import options_of
+from moe_engine.registry.discovery import find
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = sorted(DOCS.glob("*.md"))

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_engine import UsageError, option
-from moe_engine.options import build, changed, options_of, parse_settings, values_of
+from moe_engine.contract.options import build, changed, options_of, parse_settings, values_of
 
 
 @attrs.define(eq=False)

@@ -11,7 +11,7 @@ import torch
 
 from moe_engine import Engine, hookimpl
 from moe_engine.cli import main
-from moe_engine.manager import KINDS
+from moe_engine.registry.discovery import KINDS
 
 README = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
 

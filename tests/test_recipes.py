@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from moe_engine.cli import main
-from moe_engine.manager import find
+from moe_engine.registry.discovery import find
 
 RECIPES = Path(__file__).parents[1] / "examples" / "recipes"
 

@@ -1,4 +1,4 @@
-"""engine.watch(model): metrics and verdict on transformers' own blocks, which stay as they are."""
+"""watch(engine, model): metrics and verdict on transformers' own blocks, which stay as they are."""
 
 import attrs
 import pytest
@@ -6,9 +6,9 @@ import torch
 from torch.nn import functional as F
 
 from moe_engine import Engine, RunningLoad, UsageError, hookimpl
+from moe_engine.analysis.replay import Variant, replay
 from moe_engine.cli import main
-from moe_engine.replay import Variant, replay
-from moe_engine.traces import read_trace
+from moe_engine.run.traces import read_trace
 
 transformers = pytest.importorskip("transformers")
 
@@ -371,7 +371,7 @@ def test_two_models():
     """Of one engine, each by itself; also two watchers of one model."""
     engine, (ids, mask) = Engine("balance"), batch()
     first, second = build("Mixtral"), build("DeepseekV3", seed=1)
-    one, other, again = engine.watch(first), engine.watch(second), engine.watch(first)
+    one, other, again = watch(engine, first), watch(engine, second), watch(engine, first)
     first(ids, attention_mask=mask)
     assert other.metrics()[name(0)]["verdict"].name == "no data"
     assert torch.equal(one.metrics()[name(0)]["load"], again.metrics()[name(0)]["load"])

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..contract.options import parse_settings
 from ..errors import UsageError, nearest
-from ..manager import find, pick
-from ..options import parse_settings
+from ..registry.discovery import find, pick
 from .flags import settings_flag
 
 if TYPE_CHECKING:

@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from ..runs import Run, number_of, read_run
+from ..contract.run import Run
+from ..run.folder import number_of, read_run
 from .pictures import check_picture, write_picture
 
 COLUMNS = (
@@ -61,7 +62,7 @@ def compare(runs: tuple[Path, ...], out: Path, as_json: bool) -> None:
     for line, run in zip(rows, read, strict=True):
         line.update({name: number_of(run.summary, name) for name in more if not name.startswith("effect.")})
     check_picture(out)
-    from ..figures import overlaid
+    from ..run.figures import overlaid
 
     write_picture(out, overlaid(read), "--out")
     if as_json:

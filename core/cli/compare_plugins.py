@@ -8,10 +8,11 @@ from typing import Any
 
 import click
 
+from ..contract.options import build, parse_settings
 from ..errors import RunError, UsageError
-from ..manager import find, load, pick
-from ..options import build, parse_settings
-from ..runs import merged, write_atomically
+from ..files import write_atomically
+from ..registry.discovery import find, load, pick
+from ..run.config import merged
 from .flags import Command, flag, names, settings_flag
 
 RESULTS = ("comparison.json", "comparison.md", "comparison.png")
@@ -86,7 +87,7 @@ def compare_plugins(
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs would not be interrupted
     given = {name: value for name, value in flags.items() if value is not None and name != "plugins"}
 
-    from ..comparison import compare, page_of, variants_of, wanted
+    from ..study.comparison import compare, page_of, variants_of, wanted
     from .progress import Cells
 
     compared = {group: wanted(group, words) for group, words in lists.items() if words}
@@ -101,8 +102,8 @@ def compare_plugins(
             raise UsageError(f"{folder / file} is a folder, where a file is to be written; name another with --out")
     with Cells(quiet) as cells:
         comparison = compare(variants, range(seeds), folder, jobs, cells.show)
-    from ..figures import compared as drawn
-    from ..figures import picture
+    from ..run.figures import compared as drawn
+    from ..run.figures import picture
 
     text = json.dumps(comparison, indent=2, allow_nan=False, ensure_ascii=False)
     contents = ((text + "\n").encode(), page_of(comparison).encode(), picture(drawn(comparison), "png"))
@@ -116,8 +117,8 @@ def compare_plugins(
 
 
 def _print(comparison: Mapping[str, Any], folder: Path) -> None:
-    from ..comparison import legend_of, table_of
-    from ..tables import remarks
+    from ..study.comparison import legend_of, table_of
+    from ..study.tables import remarks
     from .progress import table
 
     table(*table_of(comparison))

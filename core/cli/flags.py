@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from ..runs import flag_names
+from ..run.config import flag_names
 
 Command = Callable[..., Any]
 HELP = {name: option.help for name, option in flag_names().items()}

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import RunError
-from ..runs import dump, write_atomically
+from ..files import dump, write_atomically
 
 if TYPE_CHECKING:
-    from ..training import Training
+    from ..run.training import Training
 
 STOPS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # same seed, same bits on a GPU; must precede CUDA
@@ -20,7 +20,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # same seed, same b
 
 def follow(training: "Training", as_json: bool, quiet: bool, debug: bool) -> int:
     """Run it under a progress display; answer the exit code."""
-    from ..training import Stopped
+    from ..run.training import Stopped
     from .progress import Progress
 
     got: list[int] = []

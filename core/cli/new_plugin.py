@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from ..manager import KINDS
+from ..registry.discovery import KINDS
 
 
 @click.command("new-plugin")
@@ -12,7 +12,7 @@ from ..manager import KINDS
 @click.argument("name", metavar="NAME")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the project.  [default: ./NAME]")
 def new_plugin(kind: str, name: str, out: Path | None) -> None:
-    from ..scaffold import project, write
+    from .scaffold import project, write
 
     wanted = project(kind, name, out)
     write(wanted)

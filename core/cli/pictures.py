@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UsageError
-from ..runs import write_atomically
+from ..files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -18,7 +18,7 @@ def check_picture(path: Path) -> None:
 
 def write_picture(path: Path, figure: "Figure", flag: str) -> None:
     """Draw a figure into a file. Raises UsageError if it can't be written."""
-    from ..figures import picture
+    from ..run.figures import picture
 
     try:
         write_atomically(path, picture(figure, path.suffix[1:].lower()))

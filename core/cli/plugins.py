@@ -6,9 +6,10 @@ from typing import Any
 
 import click
 
+from ..contract.options import Option, options_of
 from ..errors import UsageError
-from ..manager import Found, broken, find, load, pick
-from ..options import Option, options_of
+from ..registry.discovery import Found, find, load, pick
+from ..registry.manager import broken
 
 
 @click.command()

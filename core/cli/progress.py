@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from ..runs import Run
-    from ..training import Training
+    from ..contract.run import Run
+    from ..run.training import Training
 
 
 class Progress:

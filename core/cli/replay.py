@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..contract.options import parse_settings
 from ..errors import UsageError
-from ..options import parse_settings
 from .flags import settings_flag
 
 if TYPE_CHECKING:
-    from ..traces import Trace
+    from ..run.traces import Trace
 
 COLUMNS = ("router", "bias", "capacity", "top_k", "layer", "cv", "maxvio", "active", "entropy", "dropped")
 SAME = ("agreement", "first", "verdict")
@@ -82,9 +82,9 @@ def replay(
     the recorded ones; first: share of tokens whose first choice is the same. What a trace can't tell is
     named with the reason.
     """
-    from ..replay import recorded, variants
-    from ..replay import replay as replayed
-    from ..traces import read_trace
+    from ..analysis.replay import recorded, variants
+    from ..analysis.replay import replay as replayed
+    from ..run.traces import read_trace
 
     read, own = read_trace(trace), parse_settings(settings)
     tried = variants(read, routers, biases, capacities, top_ks, own)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from ..runs import old_folder
+from ..run.folder import old_folder
 from .follow import follow
 
 
@@ -23,6 +23,6 @@ def resume(run: Path, as_json: bool, quiet: bool, debug: bool) -> int:
     anew and overwrites its records. Of a finished run only the last evaluation and the reports are made again.
     """
     config, settings = old_folder(run)
-    from ..training import Training
+    from ..run.training import Training
 
     return follow(Training(config, settings, run, resumed=True), as_json, quiet, debug)

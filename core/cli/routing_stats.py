@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..contract.options import parse_settings
 from ..errors import UsageError, listed
-from ..manager import Plugins, find, pick
-from ..options import parse_settings
+from ..registry.discovery import find, pick
+from ..registry.manager import Plugins
 from .flags import names, settings_flag
 from .pictures import check_picture, write_picture
 
 if TYPE_CHECKING:
-    from ..counts import Series
+    from ..analysis.counts import Series
 
 NUMBERS = ("cv", "cv2", "gini", "entropy", "max_min", "maxvio", "active")
 SIZES = ("experts", "top_k", "tokens", "total", "dropped")  # numbers of a row that are not measured here
@@ -65,7 +66,7 @@ def routing_stats(
     plugins = Plugins(_metrics(chosen or ()), settings=parse_settings(settings))
     series = _read(files, [name.lower() for name in over or ()], split.lower(), experts, top_k)
 
-    from ..routing_stats import changes, contradictions, row_of
+    from ..analysis.routing_stats import changes, contradictions, row_of
 
     answered = [row_of(plugins, one) for one in series]
     rows = [row for row, _ in answered]
@@ -76,7 +77,7 @@ def routing_stats(
         "unanswered": sorted({name for _, blind in answered for name in blind}),
     }
     if picture is not None:
-        from ..figures import shares
+        from ..run.figures import shares
 
         write_picture(picture, shares([one.count_E.tolist() for one in series], _titles(series)), "--picture")
     if as_json:
@@ -98,13 +99,13 @@ def _metrics(chosen: Sequence[str]) -> Sequence[str]:
 def _read(
     files: Sequence[Path], over: Sequence[str], split: str, experts: int | None, top_k: int | None
 ) -> list["Series"]:
-    from ..counts import read_counts
+    from ..analysis.counts import read_counts
 
     out: list[Series] = []
     known: set[str] = set()
     for file in files:
         if file.is_dir():
-            from ..routing_stats import of_run
+            from ..analysis.routing_stats import of_run
 
             out += of_run(file)
             continue
@@ -142,7 +143,7 @@ def _show(report: dict[str, Any], series: Sequence["Series"]) -> None:
 
 def _table(rows: Sequence[dict[str, Any]], columns: Sequence[str], last: str, ends: Sequence[str]) -> None:
     """Print what each row is of, its numbers, and a last column in words."""
-    from ..counts import TOP_K
+    from ..analysis.counts import TOP_K
     from .progress import cell, table
 
     labels = [name for name in dict.fromkeys(name for row in rows for name in row["labels"]) if name not in TOP_K]

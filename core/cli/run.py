@@ -5,9 +5,10 @@ from typing import Any
 
 import click
 
-from ..manager import Plugins, find
-from ..options import Settings, parse_settings
-from ..runs import merged, read_config
+from ..contract.options import Settings, parse_settings
+from ..registry.discovery import find
+from ..registry.manager import Plugins
+from ..run.config import merged, read_config
 from .flags import flag, names, settings_flag
 from .follow import follow
 
@@ -80,6 +81,6 @@ def run(
     for plugin, table in parse_settings(settings).items():
         own.setdefault(plugin, {}).update(table)
 
-    from ..training import Training
+    from ..run.training import Training
 
     return follow(Training(run_config, own, out), as_json, quiet, debug)

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from ..errors import RunError, UsageError
-from ..runs import write_atomically
+from ..files import write_atomically
 from .flags import flag
 
 
@@ -89,7 +89,7 @@ def study(
 
 def _fail(results: Mapping[str, Any], check: bool) -> None:
     """Raise RunError for a run that is missing or, where bars are judged again, for one that is not held."""
-    from ..tables import remarks
+    from ..study.tables import remarks
 
     if missing := remarks(results["rows"]):
         raise RunError(f"{len(missing)} of {len(results['rows'])} variants lack a run; {missing[0]}")
@@ -119,8 +119,8 @@ def _count(study: Any) -> int:
 def _run(
     study: Any, flags: Mapping[str, Any], folder: Path, seeds: int | None, jobs: int | None, backend: str, quiet: bool
 ) -> dict[str, Any]:
+    from ..study.figures import pictures_of
     from ..study.page import html_of
-    from ..study.pictures import pictures_of
     from ..study.results import page_of, run_study
     from .progress import Cells
 
@@ -184,7 +184,7 @@ def _text(results: Mapping[str, Any]) -> str:
 
 def _print(results: Mapping[str, Any], folder: Path, check: bool) -> None:
     from ..study.results import LEGEND, bars_table, tables_of
-    from ..tables import remarks
+    from ..study.tables import remarks
     from .progress import table
 
     click.echo(f"{results['title']}: {results['question']}")

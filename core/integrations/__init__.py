@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..engine import Engine
+from ..engine.engine import Engine
 
 
 class Loop:

@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from ..engine import Engine
+from ..engine.engine import Engine
 from . import Loop
 
 

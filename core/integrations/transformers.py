@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..checkpoints import load, save
-from ..engine import Engine
+from ..engine.engine import Engine
+from ..run.checkpoints import load, save
 from . import Loop
 
 FILE = "moe_engine.safetensors"  # in each of the trainer's checkpoints

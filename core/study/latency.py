@@ -11,11 +11,12 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from ..grid import FINISHED, Record, Variant, weights_of
-from ..options import build
+from ..contract.options import build
+from ..files import dump, write_atomically
 from ..processes import one_thread
-from ..runs import RunConfig, dump, write_atomically
-from ..training import Training
+from ..run.config import RunConfig
+from ..run.training import Training
+from .grid import FINISHED, Record, Variant, weights_of
 from .spec import At, Part
 
 WARM, TIMES, MANY = 5, 40, 5  # forwards before; of one sample; of a batch

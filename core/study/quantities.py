@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from ..counts import Series
-from ..grid import Record
-from ..manager import Plugins, defaults
-from ..routing_stats import row_of
-from ..runs import number_of
+from ..analysis.counts import Series
+from ..analysis.routing_stats import row_of
+from ..registry.discovery import defaults
+from ..registry.manager import Plugins
+from ..run.folder import number_of
+from .grid import Record
 
 SETTLED = 60  # steps after the last growth
 OF_LOAD: dict[str, Callable[[Sequence[float]], float]] = {

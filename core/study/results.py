@@ -8,14 +8,14 @@ from typing import Any
 import attrs
 import joblib
 
-from ..grid import FINISHED, Record, Show, Variant, run_grid
-from ..intervals import interval
-from ..tables import markdown, remarks, spread, verdicts
-from ..training import Training, versions
-from .bars import judge
+from ..run.training import Training, versions
+from .criteria import judge
+from .grid import FINISHED, Record, Show, Variant, run_grid
 from .latency import timed
 from .quantities import quantity
 from .spec import At, Part, Study
+from .statistics import interval
+from .tables import markdown, remarks, spread, verdicts
 
 
 def run_study(

@@ -11,11 +11,11 @@ from typing import Any
 import attrs
 import cattrs
 
-from .. import manager
+from ..contract.options import Settings
 from ..errors import UsageError, listed, nearest
-from ..grid import Variant
-from ..manager import defaults
-from ..options import Settings
+from ..registry import discovery
+from ..registry.discovery import defaults
+from .grid import Variant
 
 At = dict[str, str]  # axis -> choice
 OVER = ("each", "some", "mean", "interval", "within")
@@ -241,7 +241,7 @@ def _check(study: Study) -> None:
         *(part.add for part in study.part),
         *(c for axis in study.axis.values() for c in axis.values()),
     ]
-    installed = manager.find()
+    installed = discovery.find()
     for plugin in [name for whole in wholes for name in (*whole.plugins, *whole.set)]:
         if plugin not in installed:
             raise UsageError(f"study {study.name}: there is no plugin '{plugin}'; {nearest(plugin, installed)}")

@@ -12,7 +12,20 @@ line `moe-engine check my_router`. The kit needs no pytest. docs/conformance.md 
 
 from functools import partial
 
-from . import biases, experts, layers, lifetime, losses, metrics, numerics, reports, routers, sources, tasks, triggers  # noqa: F401
+from . import (  # noqa: F401
+    biases,
+    experts,
+    initializers,
+    layers,
+    lifetime,
+    losses,
+    metrics,
+    numerics,
+    reports,
+    routers,
+    tasks,
+    triggers,
+)
 from .checking import Check as Check
 from .checking import Result as Result
 from .checking import check

@@ -11,11 +11,11 @@ import attrs
 import torch
 from torch import Tensor
 
-from ..engine import Engine
+from ..contract.routing import Routing
+from ..engine.engine import Engine
 from ..errors import PluginError, UsageError
-from ..layer import MoE, unflat
-from ..routing import Routing
-from ..training import adam
+from ..layer.moe import MoE, unflat
+from ..run.training import adam
 from .claims import demand
 from .comparing import distance
 from .subjects import Subject

@@ -9,8 +9,8 @@ from typing import Any
 
 import attrs
 
+from ..contract.options import Settings
 from ..errors import UsageError, listed
-from ..options import Settings
 from ..seeds import own_random_state
 from .bench import Bench
 from .claims import CLAIMS, Broken, Claim, NotApplicable

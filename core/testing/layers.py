@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..layer import MoE
+from ..layer.moe import MoE
 from .bench import EXPERTS, Bench, Data, Rig, Seen, data
 from .claims import claim, demand
 from .comparing import agree, distance, finite, same_bits

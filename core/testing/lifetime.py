@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from ..checkpoints import load, save
+from ..contract.growth import Growth
 from ..errors import PluginError, UsageError
-from ..growth import Growth
 from ..processes import one_thread
+from ..run.checkpoints import load, save
 from .bench import Bench, data
 from .claims import claim, demand
 from .comparing import agree, distance, finite

@@ -10,8 +10,8 @@ import attrs
 import torch
 from torch import Tensor
 
-from ..options import options_of
-from ..routing import Routing
+from ..contract.options import options_of
+from ..contract.routing import Routing
 from .bench import Bench, Rig, data
 from .biases import balanced
 from .claims import NotApplicable, claim, demand

@@ -9,8 +9,8 @@ import attrs
 import torch
 from torch import Tensor
 
-from ..growth import Growth
-from ..stats import Stats, plain
+from ..contract.growth import Growth
+from ..contract.stats import Stats, plain
 from .bench import Bench, Data, Rig, data
 from .biases import balanced, skewed
 from .claims import claim, demand

@@ -4,11 +4,13 @@ import hashlib
 import shutil
 from pathlib import Path
 
+from ..contract.options import build
+from ..contract.run import Run
 from ..errors import UsageError
-from ..manager import defaults
-from ..options import build
-from ..runs import Run, RunConfig, read_run
-from ..training import Training
+from ..registry.discovery import defaults
+from ..run.config import RunConfig
+from ..run.folder import read_run
+from ..run.training import Training
 from .bench import Bench
 from .claims import NotApplicable, claim, demand
 

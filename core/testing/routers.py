@@ -7,10 +7,10 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from ..contract.parts import Bias
+from ..contract.routing import Routing
 from ..errors import UsageError
-from ..manager import USUAL
-from ..parts import Bias
-from ..routing import Routing
+from ..registry.discovery import USUAL
 from .bench import EXPERTS, TOP_K, Bench, Rig, data
 from .biases import skewed
 from .claims import NotApplicable, claim, demand

@@ -8,11 +8,11 @@ from typing import Any
 
 import attrs
 
-from .. import manager
+from ..contract.hookspecs import HOOKS
+from ..contract.options import Settings, build, parse_settings, values_of
 from ..errors import PluginError, UsageError, listed
-from ..hookspecs import HOOKS
-from ..manager import KINDS, PREFIX, USUAL, Found
-from ..options import Settings, build, parse_settings, values_of
+from ..registry import discovery
+from ..registry.discovery import KINDS, PREFIX, USUAL, Found
 
 # the hook by which a plugin is of a kind
 HOOK_OF = {
@@ -77,12 +77,12 @@ class Subject:
 
     def present(self) -> AbstractContextManager[None]:
         """Inside, it counts as installed."""
-        return manager.pretend(self.installed)
+        return discovery.pretend(self.installed)
 
     @cached_property
     def costly(self) -> list[str]:
         """Default plugins that would only cost time: metrics and reports."""
-        usual = manager.defaults()
+        usual = discovery.defaults()
         return [name for name in (*usual["metrics"], *usual["reports"]) if name in self.installed]
 
     @cached_property
@@ -90,7 +90,7 @@ class Subject:
         """Routers that give what it needs, the default one first; itself, if it is one."""
         if "moe_router" in self.hooks:
             return [self.name]
-        usual = manager.defaults()["router"]
+        usual = discovery.defaults()["router"]
         names = [name for name, (one, *_) in self.installed.items() if one.kind == "router" and name != usual]
         fitting = [name for name in (usual, *names) if self._fits(name)]
         if not fitting:
@@ -100,7 +100,7 @@ class Subject:
 
     def _fits(self, router: str) -> bool:
         try:
-            gives = getattr(manager.load(manager.pick(router, self.installed)), "gives", USUAL)
+            gives = getattr(discovery.load(discovery.pick(router, self.installed)), "gives", USUAL)
         except UsageError:  # a broken one, which is nobody's partner
             return False
         return set(getattr(self.cls, "needs", ())) <= set(gives)
@@ -111,16 +111,16 @@ def subject(plugin: Any, settings: Iterable[str] | Settings = (), data_dir: str 
 
     settings: as those of an `Engine`. Raises UsageError for a name that nobody has, PluginError for no plugin.
     """
-    installed = manager.find()
+    installed = discovery.find()
     given: Settings = dict(settings) if isinstance(settings, dict) else parse_settings(settings)
     if isinstance(plugin, str):
-        found = manager.pick(plugin, installed)
+        found = discovery.pick(plugin, installed)
     else:
         kind = plugin if isinstance(plugin, type) else type(plugin)
         found = _known(kind, installed) or _guest(kind)
     if not isinstance(plugin, str | type):
         given = {**given, found.name: {**values_of(plugin), **given.get(found.name, {})}}
-    cls = manager.load(found)
+    cls = discovery.load(found)
     build(cls, found.title, given.get(found.name, {}))  # a wrong setting is said before anything is tested
     return Subject(found, cls, given, {**installed, found.name: [found]}, data_dir)
 

@@ -4,11 +4,11 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from ..engine import Engine
+from ..contract.tasks import Batch, Task, TaskSpec
+from ..engine.engine import Engine
 from ..errors import PluginError, UsageError
-from ..layer import MoE
-from ..tasks import Batch, Task, TaskSpec
-from ..training import adam
+from ..layer.moe import MoE
+from ..run.training import adam
 from .bench import Bench
 from .claims import NotApplicable, claim, demand
 from .comparing import finite, same_bits

@@ -8,10 +8,10 @@ from typing import Any
 import attrs
 import torch
 
+from ..contract.growth import Growth
+from ..contract.options import options_of
+from ..contract.stats import plain
 from ..errors import UsageError
-from ..growth import Growth
-from ..options import options_of
-from ..stats import plain
 from .bench import EXPERTS, Bench, Rig
 from .biases import balanced, skewed
 from .claims import NotApplicable, claim, demand

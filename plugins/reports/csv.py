@@ -6,7 +6,7 @@ import io
 import attrs
 
 from moe_engine import hookimpl
-from moe_engine.runs import write_atomically
+from moe_engine.files import write_atomically
 
 
 @attrs.define(eq=False)
@@ -21,7 +21,7 @@ class Csv:
 
     @hookimpl
     def moe_report(self, run):
-        from moe_engine.figures import lives
+        from moe_engine.run.figures import lives
 
         rows = [_row(record, layer) for record in run.records for layer in record["layers"]]
         usage = [

@@ -4,7 +4,7 @@ import attrs
 from markupsafe import Markup
 
 from moe_engine import hookimpl
-from moe_engine.runs import write_atomically
+from moe_engine.files import write_atomically
 
 CAPTIONS = {
     "loss": "Loss",
@@ -26,7 +26,7 @@ class Html:
     def moe_report(self, run):
         from jinja2 import Environment, PackageLoader
 
-        from moe_engine.figures import of_run, picture
+        from moe_engine.run.figures import of_run, picture
 
         pictures = [
             {

@@ -3,7 +3,7 @@
 import attrs
 
 from moe_engine import hookimpl
-from moe_engine.runs import write_atomically
+from moe_engine.files import write_atomically
 
 
 @attrs.define(eq=False)
@@ -12,7 +12,7 @@ class Plots:
 
     @hookimpl
     def moe_report(self, run):
-        from moe_engine.figures import of_run, picture
+        from moe_engine.run.figures import of_run, picture
 
         folder = run.folder / "plots"
         folder.mkdir(exist_ok=True)

@@ -6,9 +6,10 @@ import attrs
 import torch
 from torch import nn
 
-from moe_engine import UsageError, datasets, hookimpl, option
+from moe_engine import UsageError, hookimpl, option
 from moe_engine.seeds import generator
-from moe_engine.tasks import reconstruction_task
+from moe_engine.tasks import datasets
+from moe_engine.tasks.images import reconstruction_task
 
 CLASSES = 10  # of each set
 READERS = {"mnist": datasets.mnist, "fashion_mnist": datasets.fashion_mnist}

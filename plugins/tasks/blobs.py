@@ -2,10 +2,11 @@
 
 import attrs
 
-from moe_engine import datasets, hookimpl, option
-from moe_engine.models import model_option
+from moe_engine import hookimpl, option
 from moe_engine.seeds import generator
-from moe_engine.tasks import image_task
+from moe_engine.tasks import datasets
+from moe_engine.tasks.image_models import model_option
+from moe_engine.tasks.images import image_task
 
 
 @attrs.define(eq=False)

@@ -4,9 +4,10 @@ import attrs
 import torch
 from torch.nn import functional as F
 
-from moe_engine import datasets, hookimpl, option
-from moe_engine.models import model_option
-from moe_engine.tasks import image_task
+from moe_engine import hookimpl, option
+from moe_engine.tasks import datasets
+from moe_engine.tasks.image_models import model_option
+from moe_engine.tasks.images import image_task
 
 CLASSES, PADDING = 10, 4
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from moe_engine import hookimpl, option
-from moe_engine.models import model_option
-from moe_engine.tasks import image_task, shuffled_split
+from moe_engine.tasks.image_models import model_option
+from moe_engine.tasks.images import image_task, shuffled_split
 
 
 @attrs.define(eq=False)

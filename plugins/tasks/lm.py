@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from moe_engine import Spec, Task, UsageError, hookimpl, option
-from moe_engine.experts import DenseMLP
+from moe_engine.layer.dense import DenseMLP
 
 
 @attrs.define(eq=False)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moe_engine.study.bars import judge
+from moe_engine.study.criteria import judge
 from moe_engine.study.spec import Bar
 
 

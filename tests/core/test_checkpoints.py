@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from moe_engine import Engine, Growth, UsageError, adam, hookimpl, load, save
-from moe_engine.checkpoints import Checkpoints, read_tree, write_tree
 from moe_engine.cli import main
-from moe_engine.runs import RunConfig, old_folder
-from moe_engine.training import Stopped, Training
+from moe_engine.run.checkpoints import Checkpoints, read_tree, write_tree
+from moe_engine.run.config import RunConfig
+from moe_engine.run.folder import old_folder
+from moe_engine.run.training import Stopped, Training
 
 # -- trees and files -----------------------------------------------------------------------------------
 
@@ -341,7 +342,7 @@ def test_a_source_without_a_trigger_is_refused(capsys):
 
 def test_other_versions_are_said(tmp_path, monkeypatch):
     stopped(tmp_path / "cut", 25)
-    monkeypatch.setattr("moe_engine.training.versions", lambda: {"torch": "0"})
+    monkeypatch.setattr("moe_engine.run.training.versions", lambda: {"torch": "0"})
     assert go_on(tmp_path / "cut") == ["the run was begun with other versions, so its numbers may differ from here on"]
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from moe_engine.cli import main
-from moe_engine.manager import KINDS, find
+from moe_engine.registry.discovery import KINDS, find
 
 QUICK = ["--task", "blobs", "--set", "blobs.images=500", "--set", "blobs.test_images=100", "--epochs", "1"]
 

@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from moe_engine import Engine, LinearRouter, UsageError, assign, hookimpl
+from moe_engine.analysis.flops import Flops, model_flops
 from moe_engine.cli import main
-from moe_engine.comparison import variants_of, wanted
-from moe_engine.flops import Flops, model_flops
-from moe_engine.intervals import interval
-from moe_engine.runs import RunConfig
-from moe_engine.training import Training
+from moe_engine.run.config import RunConfig
+from moe_engine.run.training import Training
+from moe_engine.study.comparison import variants_of, wanted
+from moe_engine.study.statistics import interval
 
 BLOBS = ["--task", "blobs", "--set", "blobs.images=300", "--set", "blobs.test_images=100", "--epochs", "1"]
 QUICK = [*BLOBS, "--jobs", "1", "--out", "out"]

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from moe_engine import hookimpl
+from moe_engine.analysis.counts import read_counts
 from moe_engine.cli import main
-from moe_engine.counts import read_counts
-from moe_engine.runs import read_run
+from moe_engine.run.folder import read_run
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "counts"
 SMALL = "layer,split,e0,e1\n0,train,3,1\n"

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from moe_engine import UsageError, datasets
+from moe_engine import UsageError
 from moe_engine.seeds import generator
+from moe_engine.tasks import datasets
 
 
 def official(count):

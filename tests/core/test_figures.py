@@ -6,8 +6,8 @@ import pytest
 from moe_engine import Growth, hookimpl
 from moe_engine.cli import main
 from moe_engine.cli.progress import event
-from moe_engine.figures import growths, lives
-from moe_engine.runs import read_run
+from moe_engine.run.figures import growths, lives
+from moe_engine.run.folder import read_run
 
 
 @attrs.define(eq=False)

@@ -6,10 +6,18 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from moe_engine import Engine
-from moe_engine.experts import DenseMLP, dense_twin
-from moe_engine.flops import Flops, Parameters, forward_flops, layer_flops, mlp_flops, model_flops, parameters_of
-from moe_engine.models import image_model
-from moe_engine.routing import Spec
+from moe_engine.analysis.flops import (
+    Flops,
+    Parameters,
+    forward_flops,
+    layer_flops,
+    mlp_flops,
+    model_flops,
+    parameters_of,
+)
+from moe_engine.contract.routing import Spec
+from moe_engine.layer.dense import DenseMLP, dense_twin
+from moe_engine.tasks.image_models import image_model
 
 TOKENS = 24
 

@@ -9,8 +9,8 @@ import safetensors.torch
 import torch
 
 from moe_engine import UsageError, hookimpl
-from moe_engine.grid import Variant, cells_of, run_grid, weights_of
-from moe_engine.training import Training
+from moe_engine.run.training import Training
+from moe_engine.study.grid import Variant, cells_of, run_grid, weights_of
 
 SETTINGS = {"blobs": {"images": "200", "test_images": "50"}}
 FLAGS = {"task": "blobs", "epochs": 1, "device": "cpu"}
@@ -121,7 +121,7 @@ def test_a_plugin_whose_file_was_changed_is_run_again(tmp_path, monkeypatch, ins
     install("metric", "idle", Idle)
     file = tmp_path / "elsewhere.py"
     spec = type("Spec", (), {"origin": str(file)})
-    monkeypatch.setattr("moe_engine.grid.util.find_spec", lambda module: spec)
+    monkeypatch.setattr("moe_engine.study.grid.util.find_spec", lambda module: spec)
     keys = []
     for text in ("one", "two", "one"):
         file.write_text(text)

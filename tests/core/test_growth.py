@@ -13,8 +13,11 @@ import torch
 import torch.nn.utils.prune
 from torch import nn
 
-from moe_engine import Engine, Growth, NewExpert, RunError, UsageError, adam, growth, hookimpl, optimizers, transaction
-from moe_engine.parts import Part
+from moe_engine import Engine, Growth, NewExpert, RunError, UsageError, adam, hookimpl
+from moe_engine import optimizer_state as optimizers
+from moe_engine.contract import growth
+from moe_engine.contract.parts import Part
+from moe_engine.growth import transaction
 
 SOURCES = ("random", "zero_output", "clone", "split")
 ROUTERS = ("topk", "sigmoid_topk", "hierarchical")

@@ -25,10 +25,10 @@ from moe_engine import (
     hookimpl,
     option,
 )
-from moe_engine.hookspecs import HOOKS
-from moe_engine.runs import RunConfig
-from moe_engine.tasks import image_task
-from moe_engine.training import Training
+from moe_engine.contract.hookspecs import HOOKS
+from moe_engine.run.config import RunConfig
+from moe_engine.run.training import Training
+from moe_engine.tasks.images import image_task
 
 ROOT = Path(__file__).parents[2]
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from moe_engine.intervals import interval, student_t
+from moe_engine.study.statistics import interval, student_t
 
 
 def test_one_degree_of_freedom_is_cauchys_quantile():

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from moe_engine import Engine, ModuleBank, UsageError, segments
+from moe_engine import Engine, ModuleBank, UsageError
+from moe_engine.layer import fused_cpu as segments
 
 ROUTERS = ["topk", "sigmoid_topk", "hierarchical"]
 

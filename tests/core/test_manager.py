@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from moe_engine import Bias, Engine, Finding, Part, PluginError, RunError, UsageError, hookimpl, option
-from moe_engine.manager import Plugins, broken, defaults, find
+from moe_engine.registry.discovery import defaults, find
+from moe_engine.registry.manager import Plugins, broken
 
 ROOT = Path(__file__).parents[2]
 
@@ -295,7 +296,7 @@ def test_a_chosen_plugin_whose_needs_the_router_does_not_give_is_refused_with_bo
 def test_what_a_default_plugin_needs_refuses_nothing(install, monkeypatch):
     install("metric", "mine", plugin(moe_metrics=hookimpl(lambda self, stats: {}), needs=("smooth_load",)))
     usual = defaults()
-    monkeypatch.setattr("moe_engine.manager.defaults", lambda: {**usual, "metrics": ["mine"]})
+    monkeypatch.setattr("moe_engine.registry.manager.defaults", lambda: {**usual, "metrics": ["mine"]})
     Engine("topk", experts=4).moe(4, 4)
     with pytest.raises(UsageError, match="metric 'mine' needs"):
         Engine("topk,mine", experts=4).moe(4, 4)

@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from moe_engine import Engine, MoE, UsageError, adam
-from moe_engine.models import MODELS, image_model
-from moe_engine.tasks import image_task
+from moe_engine.tasks.image_models import MODELS, image_model
+from moe_engine.tasks.images import image_task
 
 CLASSES, DIM, HIDDEN = 4, 12, 8
 DENSENETS = ("densenet121", "densenet_slim")

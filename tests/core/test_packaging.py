@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_engine.manager import KINDS, PREFIX
+from moe_engine.registry.discovery import KINDS, PREFIX
 
 ROOT = Path(__file__).parents[2]
 

@@ -8,14 +8,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from moe_engine import Engine, LinearRouter, UsageError, assign, hookimpl, training
-from moe_engine.checkpoints import read_tree, write_tree
+from moe_engine import Engine, LinearRouter, UsageError, assign, hookimpl
+from moe_engine.analysis.replay import Variant, recorded, replay, variants
 from moe_engine.cli import main
-from moe_engine.manager import find
-from moe_engine.replay import Variant, recorded, replay, variants
-from moe_engine.routing import Level, Routing, Slots, Spec, Tokens
-from moe_engine.runs import old_folder
-from moe_engine.traces import FILE, LayerTrace, Trace, begin, read_trace, record
+from moe_engine.contract.routing import Level, Routing, Slots, Spec, Tokens
+from moe_engine.registry.discovery import find
+from moe_engine.run import training
+from moe_engine.run.checkpoints import read_tree, write_tree
+from moe_engine.run.folder import old_folder
+from moe_engine.run.traces import FILE, LayerTrace, Trace, begin, read_trace, record
 
 QUICK = ["--task", "blobs", "--set", "blobs.images=500", "--set", "blobs.test_images=100", "--epochs", "2"]
 BALANCED = ["--plugins", "topk,loss_free", "--set", "loss_free.rate=0.1"]
@@ -169,7 +170,7 @@ def test_recording_ends_at_the_limit(monkeypatch):
     engine, looked = Engine("topk", experts=4), []
     layer = engine.moe(8, 4).eval()
     trace = Trace([begin(engine, layer)], limit=16)
-    monkeypatch.setattr("moe_engine.traces.Trace", lambda *_: trace)
+    monkeypatch.setattr("moe_engine.run.traces.Trace", lambda *_: trace)
 
     def forward(index):
         looked.append(index)

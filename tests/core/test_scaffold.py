@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from moe_engine.cli import main
-from moe_engine.manager import KINDS
-from moe_engine.scaffold import project
+from moe_engine.cli.scaffold import project
+from moe_engine.registry.discovery import KINDS
 
 FILES = {
     ".github/workflows/ci.yml",

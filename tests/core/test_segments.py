@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
-from moe_engine import Engine, Experts, Growth, StackedMLP, adam, segments
-from moe_engine.dispatch import dispatch
-from moe_engine.routing import Assignments, Routing, Spec, Tokens
+from moe_engine import Engine, Experts, Growth, StackedMLP, adam
+from moe_engine.contract.routing import Assignments, Routing, Spec, Tokens
+from moe_engine.layer import fused_cpu as segments
+from moe_engine.layer.dispatch import dispatch
 
 TOKENS, DIM, HIDDEN, OUT, EXPERTS = 23, 6, 8, 4, 5
 LIMITS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 4e-3}

@@ -14,10 +14,10 @@ import pytest
 
 from moe_engine import hookimpl
 from moe_engine.cli import main
-from moe_engine.grid import cells_of
+from moe_engine.run.training import Training
 from moe_engine.seeds import generator
+from moe_engine.study.grid import cells_of
 from moe_engine.study.spec import read_study, shipped
-from moe_engine.training import Training
 
 MINE = """
 title = "Two ways"

@@ -11,9 +11,11 @@ import torch
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassRecall
 
-from moe_engine import Engine, RunError, Task, UsageError, hookimpl, option, segments
-from moe_engine.runs import RunConfig, merged, read_config, read_run
-from moe_engine.training import Training, adam
+from moe_engine import Engine, RunError, Task, UsageError, hookimpl, option
+from moe_engine.layer import fused_cpu as segments
+from moe_engine.run.config import RunConfig, merged, read_config
+from moe_engine.run.folder import read_run
+from moe_engine.run.training import Training, adam
 
 SMALL = {"task": "blobs", "epochs": 2, "log_every": 20, "no_plugin": ("plots", "html")}
 SETTINGS = {"blobs": {"images": 2000, "test_images": 400}}

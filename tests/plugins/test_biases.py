@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moe_engine import Engine
-from moe_engine.stats import Step
+from moe_engine.contract.stats import Step
 
 
 def one_step(engine, layer, x, loss=lambda y: y.square().sum()):

@@ -5,11 +5,13 @@ import torch
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
-from moe_engine import Engine, TaskSpec, UsageError, datasets
+from moe_engine import Engine, TaskSpec, UsageError
 from moe_engine.plugins.tasks.cifar10 import Cifar10
-from moe_engine.runs import RunConfig, old_folder
-from moe_engine.tasks import image_task
-from moe_engine.training import Stopped, Training
+from moe_engine.run.config import RunConfig
+from moe_engine.run.folder import old_folder
+from moe_engine.run.training import Stopped, Training
+from moe_engine.tasks import datasets
+from moe_engine.tasks.images import image_task
 
 
 @pytest.fixture(autouse=True)

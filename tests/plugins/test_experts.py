@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from moe_engine import ACTIVATIONS, Engine, Experts, Growth, UsageError, adam, load, save
-from moe_engine.runs import RunConfig
-from moe_engine.training import Training
+from moe_engine.run.config import RunConfig
+from moe_engine.run.training import Training
 
 DIM, HIDDEN = 18, 6  # two channels of 3 x 3 pixels
 SETTINGS = {

@@ -10,8 +10,8 @@ import torch
 from moe_engine import Engine, TaskSpec
 from moe_engine.cli import main
 from moe_engine.plugins.tasks.lm import Lm
-from moe_engine.runs import RunConfig
-from moe_engine.training import Training
+from moe_engine.run.config import RunConfig
+from moe_engine.run.training import Training
 
 PLAY = Path(__file__).parents[2] / "plugins" / "tasks" / "comedy_of_errors.txt"
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from moe_engine import Engine, Finding, LinearRouter, UsageError, assign, hookimpl
-from moe_engine.manager import Setup
+from moe_engine.contract.setup import Setup
 
 E = 4
 

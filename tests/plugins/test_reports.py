@@ -9,9 +9,10 @@ import pytest
 
 from moe_engine import Engine, Growth, UsageError, hookimpl
 from moe_engine.cli import main
+from moe_engine.contract.run import Run
 from moe_engine.plugins.reports.csv import Csv
 from moe_engine.plugins.reports.tensorboard import TensorBoard
-from moe_engine.runs import Run, read_run
+from moe_engine.run.folder import read_run
 
 needs_tensorboard = pytest.mark.skipif(not importlib.util.find_spec("tensorboard"), reason="needs tensorboard")
 

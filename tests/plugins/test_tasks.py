@@ -12,9 +12,9 @@ from moe_engine.plugins.tasks.autoencoder import Autoencoder
 from moe_engine.plugins.tasks.blobs import Blobs
 from moe_engine.plugins.tasks.conv_autoencoder import ConvAutoencoder
 from moe_engine.plugins.tasks.digits import Digits
-from moe_engine.runs import RunConfig
-from moe_engine.tasks import image_task
-from moe_engine.training import Training
+from moe_engine.run.config import RunConfig
+from moe_engine.run.training import Training
+from moe_engine.tasks.images import image_task
 
 ROOT = Path(__file__).parents[2]
 

@@ -4,7 +4,7 @@ import torch
 from faults import Plain, Sign, Top, fault
 
 from moe_engine import assign, assign_where, hookimpl, option
-from moe_engine.manager import USUAL
+from moe_engine.registry.discovery import USUAL
 
 
 @fault(

@@ -5,10 +5,10 @@ import socket
 
 import pytest
 
-from moe_engine import manager
+from moe_engine.registry import discovery
 from moe_engine.testing import checks, results
 
-BUILTIN = {name: found.kind for name, (found, *_) in manager.find().items() if found.distribution == "moe-engine"}
+BUILTIN = {name: found.kind for name, (found, *_) in discovery.find().items() if found.distribution == "moe-engine"}
 
 
 @pytest.fixture
@@ -32,5 +32,5 @@ def test_a_built_in_plugin_keeps_every_promise(offline, tmp_path, name):
 @pytest.mark.parametrize("name", [name for name, kind in BUILTIN.items() if kind == "loss"])
 def test_a_built_in_loss_says_what_balance_is_worth(name):
     """Also where that is nothing fixed, by None."""
-    (found,) = manager.find()[name]
-    assert "balanced" in vars(manager.load(found))
+    (found,) = discovery.find()[name]
+    assert "balanced" in vars(discovery.load(found))

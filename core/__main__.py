@@ -1,0 +1,6 @@
+"""`python -m moe_engine`: the command line, for launchers that start a module, as torchrun does."""
+
+from .cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""Rows of routing counts out of CSV, JSON and JSONL. Nothing here imports torch."""
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, islice
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from ..errors import UsageError, listed
+
+CHUNK = 2_000  # rows that are held at once: few, so that they stay near the processor
+
+
+@attrs.define(eq=False)
+class Chunk:
+    """Some rows: the names of their columns, where in the file each stands, and their cells."""
+
+    names: list[str]
+    where: Sequence[Any]
+    rows: Sequence[Sequence[Any]]
+
+
+@attrs.define(eq=False)
+class CountFile:
+    """A file that is being read. typed: cells are JSON's, and not texts. unit: what `where` counts."""
+
+    name: str
+    typed: bool
+    unit: str
+    content: bytes = attrs.field(repr=False)
+
+    def refuse(self, where: Any, what: str) -> UsageError:
+        """The error that names a row."""
+        return UsageError(f"{self.name}, {self.unit} {where}: {what}")
+
+    def chunks(self) -> Iterator[Chunk]:
+        """Its rows. Raises UsageError where they are no CSV or JSON."""
+        if not self.typed:
+            return self._of_csv()
+        return self._of_records(self._of_lines() if self.unit == "line" else self._of_value())
+
+    def _text(self, newline: str | None) -> io.TextIOWrapper:
+        return io.TextIOWrapper(io.BytesIO(self.content), "utf-8-sig", newline=newline)
+
+    def _of_csv(self) -> Iterator[Chunk]:
+        reader = csv.reader(self._text(""), strict=True, skipinitialspace=True)
+        try:
+            names = [name.strip() for name in next(filter(None, reader))]
+            line = reader.line_num
+            while rows := list(islice(reader, CHUNK)):
+                where: Sequence[int] = range(line + 1, reader.line_num + 1)
+                if len(where) > len(rows) or [] in rows:
+                    where, rows = _placed(line, rows)
+                if rows:
+                    yield Chunk(names, where, rows)
+                line = reader.line_num
+        except csv.Error as error:
+            raise self.refuse(reader.line_num, f"this is no CSV: {error}") from error
+
+    def _of_lines(self) -> Iterator[tuple[Any, Any]]:
+        for number, line in enumerate(self._text(None), 1):
+            if not line.isspace():
+                try:
+                    yield number, _value(line)
+                except (ValueError, RecursionError) as error:
+                    raise self.refuse(number, f"this is no JSON: {error}") from error
+
+    def _of_value(self) -> Iterator[tuple[Any, Any]]:
+        """A list of records, one record, or {layer: counts} or {layer: {split: counts}}."""
+        try:
+            value = _value(self.content.decode("utf-8-sig"))
+        except json.JSONDecodeError as error:
+            raise UsageError(f"{self.name}, line {error.lineno}: this is no JSON: {error.msg}") from error
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"{self.name} is no JSON that can be read: {error}") from error
+        if isinstance(value, list):
+            yield from enumerate(value, 1)
+        elif "counts" in value or not all(isinstance(one, list | dict) for one in value.values()):
+            yield 1, value
+        else:
+            for layer, own in value.items():
+                for split, counts in (own if isinstance(own, dict) else {"all": own}).items():
+                    yield f"{layer!r}, {split!r}", {"layer": layer, "split": split, "counts": counts}
+
+    def _of_records(self, records: Iterator[tuple[Any, Any]]) -> Iterator[Chunk]:
+        """Records that all have the same names; where `counts` is a list, it is spread into columns, by its length."""
+        names: list[str] = []
+        held: dict[int, tuple[list[Any], list[list[Any]]]] = {}
+        for where, record in records:
+            if not isinstance(record, dict):
+                raise self.refuse(where, f"{str(record)[:40]!r} is no object with names and numbers")
+            names = names or list(record)
+            if record.keys() != set(names):
+                odd = listed(sorted(record.keys() ^ set(names)))[:120]
+                raise self.refuse(where, f"it and the first one differ in {odd}")
+            counts = record.get("counts")
+            spread = counts if isinstance(counts, list) else []
+            at, rows = held.setdefault(len(spread), ([], []))
+            at.append(where)
+            rows.append([*(record[name] for name in names if not spread or name != "counts"), *spread])
+            if len(rows) == CHUNK:
+                yield Chunk(_columns(names, len(spread)), *held.pop(len(spread)))
+        for size, (at, rows) in held.items():
+            yield Chunk(_columns(names, size), at, rows)
+
+
+def open_counts(path: Path) -> CountFile:
+    """A file, or standard input for "-". JSON begins with a bracket. Raises UsageError."""
+    name = "standard input" if str(path) == "-" else str(path)
+    try:
+        content = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+        text = content.decode("utf-8-sig")
+    except OSError as error:
+        raise UsageError(f"{name} can't be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UsageError(f"{name}, line {line}: this is not UTF-8; save the file as UTF-8 text") from error
+    if not text.strip():
+        raise UsageError(f"{name} is empty; give it a header and rows of counts")
+    typed = text.lstrip()[0] in "[{"
+    return CountFile(name, typed, "record" if typed and not _is_jsonl(text) else "line", content)
+
+
+def _is_jsonl(text: str) -> bool:
+    first, _, rest = text.lstrip().partition("\n")
+    try:
+        return bool(rest.strip()) and isinstance(_value(first), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _placed(line: int, rows: list[list[str]]) -> tuple[list[int], list[list[str]]]:
+    """The last line of each row that is not empty, and those rows; a cell may hold line ends."""
+    ends = accumulate(1 + sum(cell.count("\n") for cell in row) for row in rows)
+    kept = [(line + end, row) for end, row in zip(ends, rows, strict=True) if row]
+    return [end for end, _ in kept], [row for _, row in kept]
+
+
+def _columns(names: list[str], size: int) -> list[str]:
+    """The names of columns; with `counts` spread into so many, or left as it is where that is 0."""
+    return [*(name for name in names if name != "counts"), *(f"e{at}" for at in range(size))] if size else names
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"an object has the name {twice[:40]!r} twice")
+    return record
+
+
+_value = json.JSONDecoder(object_pairs_hook=_unique).decode

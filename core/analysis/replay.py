@@ -1,0 +1,258 @@
+"""What other routers, biases and capacities would have done with the logits of a routing trace.
+
+Suffixes: T tokens, E experts.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from ..contract.options import Settings, build
+from ..contract.parts import Bias
+from ..contract.routing import Routing
+from ..contract.stats import Finding, plain
+from ..engine.engine import Engine
+from ..errors import UsageError, listed
+from ..layer.moe import MoE
+from ..registry.discovery import find, load, pick
+from ..registry.manager import Plugins
+from ..run.traces import Forward, LayerTrace, Trace
+from .observed import Observed
+
+NUMBERS = ("cv", "maxvio", "active", "entropy", "dropped", "agreement", "first")  # of a replayed layer
+RECORDED, NONE = "recorded", "none"  # what may stand for a bias
+
+
+class Refused(Exception):
+    """A trace can't tell what this variant would have done."""
+
+
+@attrs.frozen
+class Variant:
+    """What is to decide on the recorded logits.
+
+    router, bias: plugins. bias may also be "none", or "recorded": the biases as they stood. capacity: as of
+    `Spec`. top_k: None for as many as were recorded.
+    """
+
+    router: str
+    bias: str = NONE
+    capacity: float | None = None
+    top_k: int | None = None
+
+
+class Frozen(Bias):
+    """A bias as it stood."""
+
+    def __init__(self, value: Tensor, selection_only: bool) -> None:
+        super().__init__()
+        self.selection_only = selection_only
+        self.expert_buffer("value", value)
+
+    value: Tensor
+
+    def forward(self) -> Tensor:
+        return self.value
+
+
+def variants(
+    trace: Trace,
+    routers: Sequence[str],
+    biases: Sequence[str],
+    capacities: Sequence[float | None],
+    top_ks: Sequence[int | None],
+    settings: Settings,
+) -> list[Variant]:
+    """All combinations. Raises UsageError for a name, or an option, that does not exist.
+
+    Without routers it is the one that was recorded; without biases they are the recorded ones for the
+    recorded router, and none for another.
+    """
+    routers = routers or [trace.router]
+    _check_names(trace, routers, [bias for bias in biases if bias not in (RECORDED, NONE)], settings)
+    usual = {router: RECORDED if trace.biased and router == trace.router else NONE for router in routers}
+    return [
+        Variant(router, bias, capacity, top_k)
+        for router in routers
+        for bias in biases or [usual[router]]
+        for capacity in capacities or [None]
+        for top_k in top_ks or [None]
+    ]
+
+
+def _check_names(trace: Trace, routers: Sequence[str], biases: Sequence[str], settings: Settings) -> None:
+    installed = find()
+    if trace.router in routers and trace.router not in installed:
+        raise UsageError(f"the trace was recorded from '{trace.router}', which is no plugin; name some with --routers")
+    for kind, names in (("router", routers), ("bias", biases)):
+        for name in names:
+            found = pick(name, installed)
+            if found.kind != kind:
+                raise UsageError(f"'{name}' is a {found.kind}, not a {kind}")
+            build(load(found), found.title, settings.get(name, {}))
+    if odd := settings.keys() - {*routers, *biases}:
+        raise UsageError(f"options are set for {listed(sorted(odd))}, which is not replayed")
+
+
+def recorded(trace: Trace) -> list[dict[str, Any]]:
+    """The rows of what was recorded, to hold others against."""
+    names = dict.fromkeys(bias["name"] for layer in trace.layers for bias in layer.biases)
+    head = {"recorded": True, "router": trace.router, "bias": ",".join(names) or NONE, "capacity": None}
+    rows: list[dict[str, Any]] = []
+    for layer in trace.layers:
+        seen = Observed(Plugins(), layer.name, layer.spec)
+        for forward in layer.forwards:
+            seen.count(forward.routing(layer.spec))
+        row = {**head, "layer": layer.name, "top_k": layer.spec.top_k, **_numbers(seen)}
+        rows.append({**row, "agreement": 1.0, "first": 1.0})
+    return [*rows, _mean(head, rows)]
+
+
+def replay(
+    trace: Trace, variant: Variant, settings: Settings | None = None, batch: int | None = None
+) -> list[dict[str, Any]]:
+    """A row for each layer and one with their means; or one row that says why it is `refused`.
+
+    The router is in eval mode, so that it draws nothing; capacity acts as in training. A bias is run over the
+    trace once, a step for each forward, and what counts is the bias as it ends. batch: cut forwards into
+    steps of at most that many rows (samples, or sequences), which is also what a capacity is of. Rows
+    hold `NUMBERS`, the load and the verdict. agreement: mean over tokens of |S ∩ S'| / max(|S|, |S'|), S
+    and S' the experts chosen then and now, before capacity drops any. first: the share of tokens whose
+    first choice is the same.
+    """
+    rows, head = [], attrs.asdict(variant)
+    for layer in trace.layers:
+        try:
+            rows.append({**head, "layer": layer.name, **_replayed(layer, variant, settings or {}, batch)})
+        except (Refused, UsageError) as error:
+            return [{**head, "layer": layer.name, "refused": str(error)}]
+    return [*rows, _mean(head, rows)]
+
+
+@torch.no_grad()
+def _replayed(recorded: LayerTrace, variant: Variant, settings: Settings, batch: int | None) -> dict[str, Any]:
+    engine, layer = _built(recorded, variant, settings)
+    steps = list(_steps(recorded.forwards, batch))
+    try:
+        if any(layer.bias_levels()) or layer.parts_of_plugins():
+            for forward in steps:
+                routing = _decide(layer, forward)
+                engine.settle(layer, layer.booked(routing, layer.aux_terms(routing)))
+        seen, shares = Observed(engine.plugins, layer.name, layer.spec), torch.zeros(3, dtype=torch.float64)
+        for forward in steps:
+            routing = _decide(layer, forward)
+            seen.count(routing)
+            shares += _agreement(routing, forward.routing(recorded.spec))
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+        why = f"it can't decide on recorded logits alone ({type(error).__name__}: {error})"
+        raise Refused(f"router '{variant.router}': {why}") from error
+    tokens = float(shares[2])
+    known = tokens and any(one.selected.any() for one in recorded.forwards)
+    same = [float(share) / tokens if known else None for share in shares[:2]]
+    return {"top_k": layer.spec.top_k, **_numbers(seen), "agreement": same[0], "first": same[1]}
+
+
+def _built(recorded: LayerTrace, variant: Variant, settings: Settings) -> tuple[Engine, MoE]:
+    """A layer with this router and bias, its experts as small as can be. Raises Refused or UsageError."""
+    plugin = [variant.bias] if variant.bias not in (RECORDED, NONE) else []
+    own: Settings = {name: dict(settings[name]) for name in (variant.router, *plugin) if name in settings}
+    if variant.router == recorded.router:
+        own[variant.router] = {**recorded.options, **own.get(variant.router, {})}
+    spec = {name: getattr(recorded.spec, name) for name in ("experts", "vocab", "classes", "causal")}
+    engine = Engine([variant.router, *plugin], own)
+    layer = engine.moe(
+        recorded.spec.dim,
+        1,
+        top_k=recorded.spec.top_k if variant.top_k is None else variant.top_k,
+        capacity=variant.capacity,
+        name=recorded.name,
+        **spec,
+    )
+    _check_levels(layer, recorded, variant.router)
+    _give_state(layer, recorded, variant.router)
+    for where, part in layer.parts():
+        if part.wants_expert_grad or (isinstance(part, Bias) and part.wants_signal):
+            raise Refused(f"'{where.rpartition('.')[2]}' acts on gradients, which a trace does not hold")
+    if variant.bias == RECORDED:
+        _freeze(layer, recorded)
+    layer.train()
+    layer.router.eval()
+    return engine, layer
+
+
+def _check_levels(layer: MoE, recorded: LayerTrace, router: str) -> None:
+    own = [(level.name, level.size) for level in layer.router.levels]
+    if own and own != recorded.levels:
+        said = [" and ".join(f"{size} of '{name}'" for name, size in levels) for levels in (own, recorded.levels)]
+        raise Refused(f"router '{router}' needs logits for {said[0]}, but the trace holds them for {said[1] or 'none'}")
+
+
+def _give_state(layer: MoE, recorded: LayerTrace, router: str) -> None:
+    """Give the recorded router what it had learned; another one may have learned what makes logits, and no more."""
+    known = recorded.state if router == recorded.router else {}
+    learned = {name for name, _ in layer.router.named_parameters()}
+    rows = {name for name, axis in layer.router.axes.items() if axis.role == "logit_row"}
+    for name, tensor in layer.router.state_dict().items():
+        if name in known and known[name].shape == tensor.shape:
+            tensor.copy_(known[name])
+        elif name in learned - rows:
+            raise Refused(f"router '{router}' has learned weights of its own ('{name}'), which the trace does not hold")
+
+
+def _freeze(layer: MoE, recorded: LayerTrace) -> None:
+    names = [level.name for level in layer.router.levels]
+    for one in recorded.biases:
+        if one["level"] not in names:
+            raise Refused(f"the recorded bias '{one['name']}' is of level '{one['level']}', which this router lacks")
+        own: Any = layer.biases[names.index(one["level"])]
+        own[one["name"]] = Frozen(one["value"], one["selection_only"])
+
+
+def _steps(forwards: Sequence[Forward], batch: int | None) -> Iterator[Forward]:
+    for forward in forwards:
+        rows = forward.shape[0]
+        for start in range(0, rows, batch or rows):
+            yield forward if batch is None else forward.rows(start, start + batch)
+
+
+def _decide(layer: MoE, forward: Forward) -> Routing:
+    routing = layer.decide(forward.tokens, [forward.logits[level.name] for level in layer.router.levels])
+    if routing.slots is not None:
+        raise Refused(f"the router of layer '{layer.name}' mixes tokens into slots, so it makes no choices to compare")
+    return routing
+
+
+def _agreement(now: Routing, then: Routing) -> Tensor:
+    """[3]: sums over real tokens of the agreement, of equal first choices, and of 1."""
+    now_TE, then_TE = now.chosen(), then.chosen()
+    most_T = torch.maximum(now_TE.sum(-1), then_TE.sum(-1))
+    shared_T = torch.where(most_T > 0, torch.minimum(now_TE, then_TE).sum(-1) / most_T.clamp(min=1), 1)
+    sums = [now.tokens.real(values).double().sum() for values in (shared_T, _first(now) == _first(then))]
+    return torch.stack([*sums, now.tokens.count.double()])
+
+
+def _first(routing: Routing) -> Tensor:
+    """[T]: each token's first choice; -1 without one."""
+    plan = routing.plan
+    best_N = plan.selected & (plan.rank == 0)
+    none_T = torch.full((routing.tokens.x.shape[0],), -1, dtype=torch.long)
+    return none_T.index_put((plan.token[best_N],), plan.expert[best_N])
+
+
+def _numbers(seen: Observed) -> dict[str, Any]:
+    metrics = seen.metrics()
+    verdict = metrics.get("verdict")
+    numbers = {name: plain(metrics.get(name)) for name in (*NUMBERS[:5], "load")}
+    return {**numbers, "verdict": verdict.name if isinstance(verdict, Finding) else None}
+
+
+def _mean(head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    means: dict[str, float | None] = {}
+    for name in NUMBERS:
+        values = [row[name] for row in rows if row.get(name) is not None]
+        means[name] = sum(values) / len(values) if values else None
+    top_ks = {row["top_k"] for row in rows}
+    return {**head, "top_k": top_ks.pop() if len(top_ks) == 1 else None, "layer": "mean", **means}

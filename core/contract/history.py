@@ -1,0 +1,71 @@
+"""What triggers of growth see of a run, and what several of them share."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from .growth import Grown, Growth
+from .protocols import Layer
+
+
+@attrs.frozen
+class History:
+    """A run so far, after an optimizer step; the same in every process.
+
+    step: optimizer steps. loss: the task's of this step. eval_loss: of an evaluation since the last
+    step, or None. layers: the layers. growths: what has grown, oldest first. asked: the plugin that is asked.
+    """
+
+    step: int
+    loss: float
+    eval_loss: float | None
+    layers: Sequence[Layer]
+    growths: Sequence[Grown]
+    asked: str = ""
+
+    @property
+    def since_growth(self) -> int:
+        """Steps since anything grew, whichever trigger wanted it, or since the start."""
+        return self.step - max((one.step for one in self.growths), default=0)
+
+    def settled(self, cooldown: int) -> bool:
+        """Whether more than `cooldown` steps have passed since anything grew, and more than one."""
+        return self.since_growth > max(cooldown, 1)
+
+    def load(self, layer: Layer) -> Tensor:
+        """[E]: assignments of real tokens to each expert since the layer grew last, over all processes."""
+        return torch.zeros(layer.spec.experts) if layer.load_since_growth is None else layer.load_since_growth
+
+    def state(self, layer: Layer) -> Any:
+        """What the asked plugin's own `moe_state` answered for this layer."""
+        return layer.state_of(self.asked)
+
+    def busiest(self, layer: Layer) -> int:
+        """The expert with the largest load since the layer grew last; 0 where there is no load yet."""
+        return int(self.load(layer).argmax())
+
+
+def lasting(memory: dict[str, float], layer: Layer, holds: bool) -> float:
+    """For how many askings in a row something has held of a layer; kept in the trigger's memory by the layer's name."""
+    memory[layer.name] = memory.get(layer.name, 0) + 1 if holds else 0
+    return memory[layer.name]
+
+
+def children_of_peaks(trigger: Any, history: History, memory: dict[str, float], what: str) -> list[Growth]:
+    """A child for the unit with the largest value in each layer, where that stays above the trigger's threshold.
+
+    trigger: with the options threshold, patience, cooldown and max_experts. Its state in a layer has
+    `value` [E], over the mean; what: what that is, for the reason.
+    """
+    wanted = []
+    for layer in history.layers:
+        value_E = history.state(layer).value
+        ready = history.settled(trigger.cooldown) and layer.spec.experts < trigger.max_experts
+        peak, highest = int(value_E.argmax()), float(value_E.max())
+        if lasting(memory, layer, ready and highest > trigger.threshold) >= trigger.patience:
+            why = f"expert {peak} has {highest:.2f} of the mean {what}"
+            wanted.append(Growth(layer.name, parents=(peak,), why=why))
+    return wanted

@@ -1,0 +1,306 @@
+"""Parts of a layer: modules whose tensors declare where their expert axis is.
+
+From that declaration follow growth, removal, the optimizer's share in both, and loading a checkpoint
+of another number of experts. A part never goes through attrs: one validated field on an nn.Module
+hides all its parameters.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from ..errors import UsageError
+from .numerics import at_least_fp32
+from .routing import Assignments, Level, LevelSpec, Tokens, keep_best_groups
+
+if TYPE_CHECKING:
+    from .growth import Plan
+    from .stats import Step
+
+Fresh = Callable[..., Tensor]  # (shape, generator=None) -> a newly drawn tensor
+Role = Literal["in", "output", "logit_row", "logit_bias", "state"]
+
+
+@attrs.frozen
+class Axis:
+    """What one tensor says of its expert axis.
+
+    axis: which dimension. of: the population along it, "expert" or the name of a router's level. role:
+    what the tensor does. fresh: draws a newcomer's row from (shape, generator). new: what a newcomer's
+    row of a buffer starts as: "parent", "mean", "zero" or a number. values: the population whose units
+    the tensor's integers name.
+    """
+
+    axis: int = 0
+    of: str = "expert"
+    role: Role = "state"
+    fresh: Fresh | None = None
+    new: str | float = "parent"
+    values: str | None = None
+
+
+class Part(nn.Module):
+    """A piece of a layer with tensors of its own. Floating-point buffers stay in fp32 or better through `.to()`.
+
+    Sizes must be read off the tensors, never kept: growth changes them.
+    wants_expert_grad: give `step.expert_grad` to `after_step`.
+    """
+
+    wants_expert_grad: bool = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.axes: dict[str, Axis] = {}
+
+    def expert_param(
+        self, name: str, shape: tuple[int, ...], *, fresh: Fresh, role: Role, axis: int = 0, of: str = "expert"
+    ) -> None:
+        """Register a parameter with an expert axis, drawn by fresh(shape), as a newcomer's row will be.
+
+        Raises ValueError for a role that does not exist.
+        """
+        if role not in get_args(Role):
+            raise ValueError(f"a tensor's role is one of {', '.join(get_args(Role))}, not {role!r}")
+        self.register_parameter(name, nn.Parameter(fresh(shape)))
+        self.axes[name] = Axis(axis, of, role, fresh)
+
+    def expert_buffer(
+        self,
+        name: str,
+        tensor: Tensor,
+        *,
+        axis: int = 0,
+        new: str | float = "parent",
+        of: str = "expert",
+        values: str | None = None,
+    ) -> None:
+        """Register a saved buffer with an expert axis."""
+        if isinstance(new, str) and new not in ("parent", "mean", "zero"):
+            raise ValueError(f"a newcomer's row starts as 'parent', 'mean', 'zero' or a number, not {new!r}")
+        self.register_buffer(name, at_least_fp32(tensor) if tensor.is_floating_point() else tensor)
+        self.axes[name] = Axis(axis, of, "state", None, new, values)
+
+    def settle(self, staged: dict[str, Tensor], plans: Mapping[str, "Plan"]) -> None:
+        """Called inside a growth, before it happens: change staged tensors in place where rows hang together.
+
+        staged: this part's tensors by name, as they will be. plans: where the units of each population that
+        changes come from; empty when a checkpoint of another size is loaded. Integers that name a
+        removed unit are -1. Raises UsageError where such a growth makes no sense.
+        """
+
+    def put(self, name: str, value: Tensor) -> None:
+        """Give a declared tensor another value of any size; a parameter stays the same object."""
+        if name not in self._parameters:
+            self._buffers[name] = value
+            return
+        parameter = self._parameters[name]
+        assert parameter is not None
+        # A detour through another dtype: only then autograd forgets the accumulator of the old shape,
+        # which a loss that somebody still holds keeps alive.
+        other = torch.float32 if value.dtype == torch.float16 else torch.float16
+        parameter.data = torch.empty(0, dtype=other, device=value.device)
+        parameter.data = value
+        if parameter.grad is not None and parameter.grad.shape != value.shape:
+            parameter.grad = None
+
+    def after_step(self, step: "Step") -> None:
+        """Called once per optimizer step that was not skipped, under no_grad; this is where state may move."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Part":
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in before.items():
+            new = self.get_buffer(name)
+            if old.is_floating_point() and new.element_size() < old.element_size():
+                setattr(self, name, old.to(new.device))  # a step of 1e-3 is lost in bf16
+        return self
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        """Take the size of what is loaded: a checkpoint may hold another number of experts."""
+        for name, axis in self.axes.items():
+            own, given = getattr(self, name), state_dict.get(prefix + name)
+            if isinstance(given, Tensor) and given.dim() == own.dim() and given.shape != own.shape:
+                shape = list(own.shape)
+                shape[axis.axis] = given.shape[axis.axis]
+                if shape == list(given.shape):
+                    self.put(name, own.new_zeros(shape))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+class Router(Part):
+    """Scores tokens and decides where they go.
+
+    keeps_function: the sources of new experts, by name, with which the layer's output stays as it was.
+    """
+
+    keeps_function: tuple[str, ...] = ()
+
+    @property
+    def levels(self) -> tuple[LevelSpec, ...]:
+        """From coarse to fine, derived from the tensors; empty for a router without logits."""
+        raise NotImplementedError
+
+    def score(self, tokens: Tokens) -> tuple[Tensor, ...]:
+        """Raw logits, one [T, n] a level, in fp32 or better. Called with autocast off."""
+        raise NotImplementedError
+
+    def select(self, tokens: Tokens, levels: tuple[Level, ...]) -> tuple[Tensor | None, Assignments]:
+        """(probs [T, E] or None, the assignments). Take the top of `level.select_by(scores)`."""
+        raise NotImplementedError
+
+    def unit_of(self, level: str) -> Tensor | None:
+        """[E]: which unit of this level each expert belongs to; None if the units are the experts."""
+        return None
+
+    def within(self, level: str) -> Tensor | None:
+        """[n]: the group in which each unit of this level competes; None if all compete with all."""
+        return None
+
+
+class LinearRouter(Router):
+    """What routers with one row of weights per expert share: logits = x W^T."""
+
+    def __init__(self, spec: Any, fresh: Fresh | None = None) -> None:
+        super().__init__()
+        self.top_k = spec.top_k
+        self.expert_param("rows", (spec.experts, spec.dim), fresh=fresh or uniform(spec.dim), role="logit_row")
+
+    rows: Tensor
+
+    @property
+    def levels(self) -> tuple[LevelSpec, ...]:
+        return (LevelSpec("expert", self.rows.shape[0], self.top_k),)
+
+    def score(self, tokens: Tokens) -> tuple[Tensor, ...]:
+        return (linear_logits(tokens.x, self.rows),)
+
+
+class GroupLimitedRouter(LinearRouter):
+    """A linear router whose tokens choose inside the best `groups_kept` of `groups` equal groups of experts."""
+
+    def __init__(self, spec: Any, groups: int, groups_kept: int) -> None:
+        super().__init__(spec)
+        self.groups, self.groups_kept = groups, groups_kept
+
+    def limited(self, scores_TE: Tensor) -> Tensor:
+        """scores_TE, with -inf outside of each token's best groups."""
+        if self.groups == 1:
+            return scores_TE
+        return keep_best_groups(scores_TE, self.groups, self.groups_kept, self.top_k)
+
+    def settle(self, staged: dict[str, Tensor], plans: Mapping[str, "Plan"]) -> None:
+        if self.groups > 1 and staged.get("rows", self.rows).shape != self.rows.shape:
+            raise UsageError("the router's groups are cut by position, so growth would cut them anew; use groups=1")
+
+
+class Bias(Part):
+    """Shifts the scores of one level. selection_only: gates do not see it."""
+
+    selection_only: bool = True
+    wants_signal: bool = False  # call `signal` in each backward
+
+    def forward(self) -> Tensor:
+        """[n]: the bias now."""
+        raise NotImplementedError
+
+    def measure(self, level: Level, tokens: Tokens) -> Mapping[str, Tensor]:
+        """Tensors by name to be summed over the step's forwards; they come back as `step.own`."""
+        return {}
+
+    def signal(self, grad_TD: Tensor, token_N: Tensor, unit_N: Tensor, weight_N: Tensor) -> Tensor:
+        """[n], computed in backward from dL/dy and the assignments (weight 0 = dropped or padding)."""
+        raise NotImplementedError
+
+
+def follow(mean: Tensor, value: Tensor, decay: float) -> None:
+    """mean <- decay mean + (1 - decay) value, in place; a value of zeros is a step without data, and moves nothing."""
+    mean.lerp_(value.to(mean.dtype), (1 - decay) * (value.sum() > 0).to(mean.dtype))
+
+
+class RunningLoad(Part):
+    """A state for triggers: `value` [E], the running mean over steps of each expert's load over the mean load.
+
+    It starts at 1, a newcomer's too, and stays where it is in a step without data.
+    """
+
+    def __init__(self, size: int, decay: float) -> None:
+        super().__init__()
+        self.decay = decay
+        self.expert_buffer("value", torch.ones(size), new=1.0)
+
+    value: Tensor
+
+    def after_step(self, step: "Step") -> None:
+        follow(self.value, step.relative(step.load), self.decay)
+
+
+class Experts(Part):
+    """A bank of experts. One that declares no expert axis says itself what `outputs` and `expert_grad` are."""
+
+    def forward(self, x_ND: Tensor, counts_E: Tensor) -> Tensor:
+        """[N, out]: rows sorted by expert, counts_E[e] rows each; rows past the counts' sum come back as 0."""
+        raise NotImplementedError
+
+    def combined(self, x_TD: Tensor, token_N: Tensor, weight_N: Tensor, counts_E: Tensor) -> Tensor:
+        """[T, out] in fp32 or better: for each token the sum over its rows of weight times its expert's output.
+
+        token_N, weight_N: of rows sorted by expert; those past the counts' sum do not enter, whatever their weight.
+        """
+        enters_N = torch.arange(len(token_N), device=token_N.device) < counts_E.sum()
+        weight_N = torch.where(enters_N, weight_N, 0)
+        return combine(self(x_TD.index_select(0, token_N), counts_E), token_N, weight_N, len(x_TD))
+
+    def outputs(self, x_SD: Tensor) -> Tensor:
+        """[E, S, out]: every expert on the same few tokens."""
+        name, axis = next(iter(self.axes.items()))
+        experts, tokens = getattr(self, name).shape[axis.axis], x_SD.shape[0]
+        counts_E = torch.full((experts,), tokens, device=x_SD.device)
+        out_ESO: Tensor = self(x_SD.repeat(experts, 1), counts_E).unflatten(0, (experts, tokens))
+        return out_ESO
+
+    def expert_grad(self) -> Tensor:
+        """[E]: mean |gradient| of each expert's weights, averaged over its tensors; no gradient counts as 0."""
+        own = [(getattr(self, name), axis.axis) for name, axis in self.axes.items() if name in self._parameters]
+        return torch.stack([mean_grad(parameter, keep=axis) for parameter, axis in own]).mean(0)
+
+
+def combine(out_NO: Tensor, token_N: Tensor, weight_N: Tensor, tokens: int) -> Tensor:
+    """[T, out]: the sum over each token's rows of weight times output, in the precision of the weights."""
+    y_TO = torch.zeros(tokens, out_NO.shape[1], dtype=weight_N.dtype, device=out_NO.device)
+    return y_TO.index_add(0, token_N, at_least_fp32(out_NO).to(weight_N.dtype) * weight_N[:, None])
+
+
+def mean_grad(parameter: Tensor, keep: int | None = None) -> Tensor:
+    """Mean |gradient| over all dimensions but `keep`, in fp32; 0 where there is no gradient."""
+    grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    size = grad.detach().float().abs()
+    return size.mean() if keep is None else size.movedim(keep, 0).reshape(size.shape[keep], -1).mean(1)
+
+
+def uniform(fan_in: int) -> Fresh:
+    """Draws U(-1/sqrt(fan_in), 1/sqrt(fan_in)), as nn.Linear draws its weights."""
+    return partial(_uniform, fan_in**-0.5)
+
+
+def _uniform(bound: float, shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+def zeros(shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
+    """Draws nothing: a tensor that starts at zero."""
+    return torch.zeros(shape)
+
+
+def ones(shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
+    """Draws nothing: a tensor that starts at one, as a gain does."""
+    return torch.ones(shape)
+
+
+def linear_logits(x_TD: Tensor, rows_nD: Tensor) -> Tensor:
+    """x W^T in fp32 or better, whatever the precision of x and W: bf16 logits tie and flip choices."""
+    dtype = torch.promote_types(torch.promote_types(x_TD.dtype, rows_nD.dtype), torch.float32)
+    return x_TD.to(dtype) @ rows_nD.to(dtype).t()

@@ -1,0 +1,66 @@
+"""What plugins may use of objects that the rooms above make: a layer, and whatever builds one.
+
+`moe_engine.MoE` is a `Layer`, and so is the stand-in for a layer that is known only through its counts;
+`moe_engine.Engine` is a `LayerBuilder`.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from .options import Settings
+from .parts import Experts, Part, Router
+from .routing import Routing, Spec
+
+
+class Layer(Protocol):
+    """What a hook may read of a layer.
+
+    name: by which growths, metrics and settings address it. spec: its sizes. router, experts: the parts.
+    load_since_growth [E]: assignments to each expert since the layer last grew, or None.
+    """
+
+    name: str
+
+    @property
+    def spec(self) -> Spec: ...
+
+    @property
+    def router(self) -> Router: ...
+
+    @property
+    def experts(self) -> Experts: ...
+
+    @property
+    def load_since_growth(self) -> Tensor | None: ...
+
+    def parts(self) -> Iterator[tuple[str, Part]]:
+        """Every part by its place: "router", "experts", "biases.0.NAME", "states.NAME"."""
+
+    def state_of(self, plugin: str) -> Any:
+        """The plugin's own state in this layer, or None."""
+
+    def step_load(self, routing: Routing) -> Tensor:
+        """[E]: a forward's load plus what this process's backward passes of this step have counted so far."""
+
+
+class LayerBuilder(Protocol):
+    """What a task needs of the engine to build its model. dense: each layer is replaced by one MLP."""
+
+    dense: bool
+
+    def implementing(self, hook: str) -> list[str]:
+        """The chosen plugins that implement a hook, in the order typed."""
+
+    def moe(
+        self,
+        dim: int,
+        hidden: int = 0,
+        *,
+        modules: Sequence[nn.Module] | None = None,
+        settings: Iterable[str] | Settings = (),
+        name: str | None = None,
+        **spec: Any,
+    ) -> nn.Module:
+        """Build a layer: [..., dim] -> [..., dim or out]."""

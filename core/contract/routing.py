@@ -1,0 +1,302 @@
+"""Records of one routing decision, and the few operations that every router needs.
+
+Raw logits, biased logits, scores, selection and what capacity kept are five things with five names.
+Suffixes: T tokens, E experts, K chosen a token, N assignments, n units of a level.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import attrs
+import torch
+from torch import Tensor
+
+from ..errors import UsageError
+from .numerics import at_least_fp32, count_by
+
+
+@attrs.frozen
+class Spec:
+    """What a layer is to be. Sizes that are not known yet (before a model is built) are 0.
+
+    dim: D of the input. hidden: H of an expert. out: D of the output, 0 = dim. experts: E. top_k: K.
+    activation: relu, gelu or swiglu. bias: experts have bias vectors. shared: number of shared
+    experts, through which every token goes. capacity: an expert keeps at most ceil(capacity*T*K/E)
+    of T real tokens in training; None drops nothing. vocab: number of token ids, where the layer is
+    given ids. classes: number of labels, where it is given labels. causal: a token must not see later ones.
+    allow_no_gradient: go on, with a remark, where the task gives the router no gradient.
+    """
+
+    dim: int
+    hidden: int
+    out: int = 0
+    experts: int = 8
+    top_k: int = 2
+    activation: str = "relu"
+    bias: bool = False
+    shared: int = 0
+    capacity: float | None = None
+    vocab: int | None = None
+    classes: int | None = None
+    causal: bool = False
+    allow_no_gradient: bool = False
+
+    def __attrs_post_init__(self) -> None:
+        for name in ("dim", "hidden", "out", "experts", "top_k", "shared"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise UsageError(f"{name} of a layer is a whole number from 0, not {value!r}")
+        if self.experts < 1:
+            raise UsageError(f"a layer needs at least one expert, not {self.experts}")
+        if not 1 <= self.top_k <= self.experts:
+            raise UsageError(
+                f"top_k is {self.top_k}, but a token can choose 1 to {self.experts} of {self.experts} experts"
+            )
+        if self.capacity is not None and not 1e-6 <= self.capacity <= 1e6:
+            raise UsageError(f"capacity is {self.capacity}; it must be 1e-6 to 1e6, or unset to drop nothing")
+        if self.activation not in ("relu", "gelu", "swiglu"):
+            raise UsageError(f"activation is '{self.activation}'; there is relu, gelu and swiglu")
+
+    @property
+    def out_dim(self) -> int:
+        """D of the output."""
+        return self.out or self.dim
+
+
+@attrs.define(eq=False)
+class Tokens:
+    """The tokens of one forward, flattened. Padding tokens are all zeros in x.
+
+    x [T, D]; shape: the leading shape, (B, S) or (T,); mask [T] bool, True = a real token, None = all
+    real; ids [T] token ids or None; labels [T] class or domain or None. count: number of real tokens, an
+    integer scalar.
+    """
+
+    x: Tensor
+    shape: tuple[int, ...]
+    mask: Tensor | None = None
+    ids: Tensor | None = None
+    labels: Tensor | None = None
+    count: Tensor = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        if self.mask is None:
+            self.count = torch.full((), self.x.shape[0], dtype=torch.long, device=self.x.device)
+        else:
+            self.count = self.mask.sum()
+
+    def real(self, values: Tensor) -> Tensor:
+        """values [T, ...] with zeros at padding."""
+        if self.mask is None:
+            return values
+        return torch.where(self.mask.view(-1, *[1] * (values.dim() - 1)), values, 0)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over real tokens of values [T] or [T, n]; 0, still attached to the graph, if there is none."""
+        return self.real(values).sum(0) / self.count.clamp(min=1)
+
+
+class LevelSpec(NamedTuple):
+    """One level of a router: its name, its number of units, how many of them a token picks (0: it picks none)."""
+
+    name: str
+    size: int
+    picks: int
+
+
+@attrs.define(eq=False)
+class Level:
+    """The scores of one level of a router. logits [T, n]: raw. biased [T, n]: with the biases that gates see.
+
+    bias [n]: the sum of the biases that only selection sees, or None. scores [T, n]: what was selected by,
+    without that bias; None before.
+    """
+
+    name: str
+    logits: Tensor
+    biased: Tensor
+    bias: Tensor | None = None
+    scores: Tensor | None = None
+
+    def select_by(self, scores: Tensor) -> Tensor:
+        """What to take the top of: scores [T, n] plus the selection bias; ties go to a different unit at each token.
+
+        The tie-break is below 3e-7 * n * (1 + |score|). Without it equal scores, as of an all-zero
+        router or of exact clones, send every token to the same units, and to other ones on a GPU.
+        """
+        self.scores = scores.detach()
+        scores = self.scores if self.bias is None else self.scores + self.bias
+        tokens, units = scores.shape
+        turn_n = torch.arange(units, dtype=scores.dtype, device=scores.device)
+        turn_Tn = turn_n.expand(tokens // units + 2, units).flatten().unfold(0, units, 1)[:tokens]
+        size = scores.abs().clamp_(max=1e30).add_(1)  # -inf may mask a unit, and stays what it is
+        return torch.addcmul(scores, size, turn_Tn, value=-(2**-22))
+
+
+@attrs.define(eq=False)
+class Assignments:
+    """Which token goes to which expert. All [N].
+
+    token, expert: indices. weight: the gate, attached to the graph. rank: 0 for a token's first choice.
+    selected: a real choice of a real token. kept: selected and within capacity. chances: of a router
+    that draws noise, what answers the probability [T, E] that a token would choose each expert if its
+    noise were drawn anew, attached to the graph.
+    """
+
+    token: Tensor
+    expert: Tensor
+    weight: Tensor
+    rank: Tensor
+    selected: Tensor
+    kept: Tensor
+    chances: Callable[[], Tensor] | None = None
+
+    @property
+    def dropped(self) -> Tensor:
+        """[N] bool: selected, but over capacity."""
+        return self.selected & ~self.kept
+
+
+def assign(
+    weight_TK: Tensor, expert_TK: Tensor, tokens: Tokens, chances: Callable[[], Tensor] | None = None
+) -> Assignments:
+    """The assignments of a router that picks K experts for each token, best first."""
+    count, top_k = expert_TK.shape
+    device = expert_TK.device
+    place = torch.arange(count * top_k, device=device)
+    token, rank = place // top_k, place % top_k
+    selected = torch.ones_like(token, dtype=torch.bool) if tokens.mask is None else tokens.mask[token]
+    return Assignments(token, expert_TK.reshape(-1), weight_TK.reshape(-1), rank, selected, selected, chances)
+
+
+def assign_where(weight_TE: Tensor, chosen_TE: Tensor, tokens: Tokens) -> Assignments:
+    """The assignments of a router whose tokens choose any number of experts: those where chosen_TE [T, E] is True."""
+    if tokens.mask is not None:
+        chosen_TE = chosen_TE & tokens.mask[:, None]
+    order_TE = weight_TE.detach().masked_fill(~chosen_TE, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+    rank_TE = order_TE.argsort(dim=-1)
+    if torch.compiler.is_compiling():  # there no shape may depend on a value: every pair, most of them not selected
+        pair_TE = torch.ones_like(chosen_TE).cumsum(0) - 1, torch.ones_like(chosen_TE).cumsum(1) - 1
+        token, expert = (pair.flatten() for pair in pair_TE)
+    else:
+        token, expert = chosen_TE.nonzero(as_tuple=True)
+    selected = chosen_TE[token, expert]
+    return Assignments(token, expert, weight_TE[token, expert], rank_TE[token, expert], selected, selected)
+
+
+@attrs.define(eq=False)
+class Slots:
+    """Mixtures of tokens in the place of choices: expert e works on n slots of each group of tokens.
+
+    dispatch, combine [G, S, E, n] for G groups of S tokens: a slot is the sum of its group's tokens by
+    dispatch weight, a token's output the sum of all slots' outputs by combine weight. 0 at padding.
+    """
+
+    dispatch: Tensor
+    combine: Tensor
+
+    @property
+    def each(self) -> int:
+        """How many slots a group has, into all of which each of its tokens is mixed."""
+        return self.dispatch.shape[2] * self.dispatch.shape[3]
+
+
+@attrs.define(eq=False)
+class Routing:
+    """One decision: where the tokens of one forward go, and why.
+
+    levels: from coarse to fine; empty for a router without logits. probs [T, E]: each token's
+    distribution over experts, or None. slots: of a router that mixes tokens, whose plan has no assignments.
+    load [E]: assignments of real tokens to each expert, before capacity drops any; a constant for autograd.
+    """
+
+    tokens: Tokens
+    levels: tuple[Level, ...]
+    probs: Tensor | None
+    plan: Assignments
+    experts: int
+    top_k: int
+    slots: Slots | None = None
+    load: Tensor = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.load = count_by(self.plan.expert, self.plan.selected, self.experts)
+
+    @property
+    def smooth_load(self) -> Tensor | None:
+        """[E]: the load to be expected if the router's noise were drawn anew, attached to the graph; None without."""
+        return None if self.plan.chances is None else self.tokens.real(self.plan.chances()).sum(0)
+
+    @property
+    def work(self) -> Tensor:
+        """How many tokens or slots experts work on. Padding, and groups of nothing else, count as no work."""
+        if self.slots is None:
+            return self.plan.kept.sum()
+        return (self.slots.dispatch.detach().sum((1, 2, 3)) > 0).sum() * self.slots.each
+
+    @property
+    def dropped(self) -> Tensor:
+        """[E]: assignments that capacity dropped."""
+        if self.plan.kept is self.plan.selected:
+            return torch.zeros_like(self.load)
+        return count_by(self.plan.expert, self.plan.dropped, self.experts)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over real tokens of values [T] or [T, n]."""
+        return self.tokens.mean(values)
+
+    def _scattered(self, value_N: Tensor) -> Tensor:
+        """[T, E]: value_N summed at its token and expert."""
+        zeros = torch.zeros(self.tokens.x.shape[0], self.experts, dtype=value_N.dtype, device=value_N.device)
+        return zeros.index_put((self.plan.token, self.plan.expert), value_N, accumulate=True)
+
+    def gates(self) -> Tensor:
+        """[T, E]: the weight with which each expert's output enters; 0 where not chosen. Attached to the graph."""
+        return self._scattered(torch.where(self.plan.kept, self.plan.weight, 0))
+
+    def chosen(self) -> Tensor:
+        """[T, E]: 1 where a real token chose the expert, before capacity drops any."""
+        return self._scattered(at_least_fp32(self.plan.selected))
+
+    def per_sequence(self, values_TE: Tensor) -> Tensor:
+        """values_TE [T, n] as [B, S, n]; a layer called with [T, D] was given one sequence."""
+        *batch, length = self.tokens.shape or (1,)
+        return values_TE.view(math.prod(batch), length, values_TE.shape[-1])
+
+
+def keep_best_groups(scores_TE: Tensor, groups: int, kept: int, top_k: int) -> Tensor:
+    """Group-limited selection: -inf outside the `kept` best of `groups` equal groups of experts.
+
+    A group's score is the sum of its top K/kept scores (DeepSeek-V3, 2024, in whose setting that is 2;
+    transformers sums 2 whatever K/kept is). The mask is -inf, not 0, which would beat negative scores.
+    Ask `groups_problem` first.
+    """
+    count, experts = scores_TE.shape
+    grouped = scores_TE.view(count, groups, experts // groups)
+    best = grouped.topk(top_k // kept, dim=-1).values.sum(-1).topk(kept, dim=-1).indices
+    closed = torch.ones(count, groups, dtype=torch.bool, device=scores_TE.device).scatter(1, best, False)
+    return grouped.masked_fill(closed[..., None], -torch.inf).view(count, experts)
+
+
+def causal_problem(spec: Any, router: str, allowed: bool) -> str | None:
+    """Why a router whose choices depend on other tokens can't be in a causal layer, or None if it is allowed to."""
+    if not spec.causal or allowed:
+        return None
+    return (
+        f"{router} lets a token's way depend on later tokens, which a causal layer must not see; "
+        f"choose another router, or set {router}.allow_noncausal to measure what that is worth"
+    )
+
+
+def groups_problem(spec: Any, groups: int, kept: int, equal: bool = True) -> str | None:
+    """Why a token can't choose K experts in the best `kept` of these groups, or None. equal: of one size."""
+    if equal and spec.experts % groups:
+        return f"groups={groups} does not divide {spec.experts} experts"
+    if kept > groups:
+        return f"groups_kept={kept} is more than groups={groups}"
+    if spec.top_k % kept:
+        return f"top_k={spec.top_k} is not a multiple of groups_kept={kept}"
+    if kept * (spec.experts // groups) < spec.top_k:
+        return f"groups_kept={kept} of {groups} groups hold fewer than top_k={spec.top_k} experts"
+    return None

@@ -1,0 +1,163 @@
+"""Sums by name: what metrics and controllers read. Merging two of them is addition."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from ..errors import RunError, listed
+from .numerics import count_by
+from .routing import Spec
+
+
+@attrs.frozen
+class Finding:
+    """What a metric says in words. severity: 0 fine, 1 worth a look, 2 broken.
+
+    The metric named `verdict` gives a run's verdict: the name of the worst layer's finding.
+    """
+
+    name: str
+    severity: int
+    why: str
+    advice: str = ""
+
+
+class Unmeasured(KeyError):
+    """A metric asked for a sum that nobody counted."""
+
+
+class Stats:
+    """Sums over forwards of one layer, in float64 on the CPU.
+
+    tokens [1]: real tokens. load [E]: their assignments. dropped [E]: those over capacity. slots [2]: those
+    that experts worked on, and pairs of a token and a slot that it was mixed into. prob [E]: summed
+    probabilities. load.LEVEL [n]: load of a router's level. loss.TERM [1]: summed values of a loss term, over
+    `forwards` [1]. PLUGIN.NAME: what a plugin measured.
+    """
+
+    def __init__(self, spec: Spec, sums: Mapping[str, Tensor]) -> None:
+        self.spec = spec
+        self.sums = {name: value.detach().cpu().to(torch.float64, copy=True) for name, value in sums.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.sums:
+            raise Unmeasured(name)
+        return self.sums[name]
+
+    @property
+    def tokens(self) -> float:
+        """Number of real tokens; 0 is no data."""
+        return float(self.sums["tokens"].sum())
+
+    @property
+    def load(self) -> Tensor:
+        """[E]: assignments of real tokens to each expert, before capacity drops any."""
+        return self.sums["load"]
+
+    @property
+    def dropped(self) -> Tensor:
+        """[E]: assignments that capacity dropped."""
+        return self.sums["dropped"]
+
+    def work(self) -> dict[str, float]:
+        """rows: tokens or slots that experts work on for a token. slots: how many a token is mixed into, if any."""
+        if "slots" not in self.sums:
+            return {"rows": float((self.load - self.dropped).sum()) / self.tokens}
+        rows, pairs = (self.sums["slots"] / self.tokens).tolist()
+        return {"rows": rows, "slots": pairs}
+
+    def of(self, plugin: str) -> dict[str, Tensor]:
+        """What one plugin measured, by its own names."""
+        return {name.removeprefix(f"{plugin}."): v for name, v in self.sums.items() if name.startswith(f"{plugin}.")}
+
+    def terms(self) -> dict[str, float]:
+        """The mean value of each loss term over the forwards, unweighted."""
+        forwards = float(self.sums["forwards"].sum()) if "forwards" in self.sums else 0.0
+        return {name: float(value.sum()) / forwards for name, value in self.of("loss").items()} if forwards else {}
+
+
+@attrs.define(eq=False)
+class Step:
+    """What a bias or a state sees of one optimizer step: sums over micro-batches and processes.
+
+    load [n]: of the bias's level. own: what its `measure` returned, summed. signal [n]: what its
+    `signal` returned, summed, or None. expert_grad [n]: mean |gradient| per unit's experts, unscaled,
+    or None if the part does not want it. within [n]: the group in which each unit competes, or None.
+    """
+
+    load: Tensor
+    own: Mapping[str, Tensor]
+    signal: Tensor | None = None
+    expert_grad: Tensor | None = None
+    within: Tensor | None = None
+
+    def relative(self, values: Tensor) -> Tensor:
+        """values [n] over the mean of those they compete with."""
+        if self.within is None:
+            return values / values.mean().clamp(min=1e-30)
+        groups = int(self.within.max()) + 1
+        sizes = count_by(self.within, torch.ones_like(values), groups)
+        means = count_by(self.within, values, groups) / sizes.clamp(min=1)
+        return values / means.clamp(min=1e-30)[self.within]
+
+
+def mean_of_pairs(values_EE: Tensor) -> Tensor:
+    """The mean over pairs i < j of what is defined; nan where nothing is."""
+    return values_EE[torch.ones_like(values_EE).triu(1).bool()].nanmean()
+
+
+def plain(value: Any) -> Any:
+    """A metric's answer as JSON can hold it: what is not a finite number becomes None."""
+    if isinstance(value, Finding):
+        return attrs.asdict(value)
+    if isinstance(value, Tensor):
+        value = value.detach().cpu()
+    if hasattr(value, "tolist"):  # numpy's too
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [plain(one) for one in value]
+    if isinstance(value, dict):
+        return {name: plain(one) for name, one in value.items()}
+    if isinstance(value, float) and not (float("-inf") < value < float("inf")):
+        return None
+    return value
+
+
+@attrs.frozen
+class Effects:
+    """How much each term moves one layer's router, on the probe batch.
+
+    task: norm of the task loss's gradient at the raw logits. losses: the same of each weighted loss
+    term that acts there, and not on weights alone. biases: by plugin, the share of choices that differ without it.
+    spreads: by plugin, the largest bias less the smallest, at the level where they differ most.
+    """
+
+    task: float
+    losses: Mapping[str, float]
+    biases: Mapping[str, float]
+    spreads: Mapping[str, float]
+
+
+Metrics = dict[str, float | Tensor | Finding]
+
+
+def merged(answers: Iterable[tuple[str, Metrics]]) -> Metrics:
+    """The answers of several metrics as one. Raises RunError for a name that two of them answer."""
+    together: Metrics = {}
+    owner: dict[str, str] = {}
+    for plugin, answer in answers:
+        if not isinstance(answer, Mapping):
+            raise RunError(f"metric '{plugin}' answers {answer!r}, not numbers by name")
+        for name, value in answer.items():
+            if not isinstance(value, float | int | list | str | Tensor | Finding | None) and not hasattr(
+                value, "tolist"
+            ):
+                raise RunError(f"metric '{plugin}' answers {value!r} as '{name}', which is no number")
+            if name in owner:
+                raise RunError(f"metric '{name}' is answered by {listed([owner[name], plugin])}; rename one")
+            owner[name] = plugin
+            together[name] = value
+    return together

@@ -1,0 +1,185 @@
+"""One growth from beginning to end: checks, the transaction, and the change of the function, measured."""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..contract.growth import Grown, Growth, NewExpert
+from ..contract.routing import Routing, Tokens
+from ..contract.setup import Setup
+from ..errors import UsageError, listed, nearest
+from ..growth.transaction import Ask, Staged, all_or_nothing, commit, recorded, stage
+from ..layer.ledger import retire
+from ..layer.moe import MoE
+from ..layer.probing import output_on
+from ..optimizer_state import refuse_holders
+from ..processes import agreed
+from ..registry.manager import Plugins
+from ..seeds import generator
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+EXACT = 1e-5  # the largest relative change of a layer's output that still counts as none
+Probe = Callable[[], Tensor]
+
+
+def grow(
+    engine: "Engine",
+    growth: Growth,
+    optimizers: Sequence[Optimizer],
+    followers: Sequence[nn.Module],
+    probe: Probe | None,
+) -> Grown:
+    """What `Engine.grow` does."""
+    if not isinstance(growth, Growth):
+        raise UsageError(f"grow() takes a Growth, not {growth!r}")
+    device = engine.layers[0].book.device if engine.layers else torch.device("cpu")
+    with agreed(str(growth), device):
+        layer = _named(engine, growth.layer)
+        copies = [twin for one in followers for twin in _copies(one, layer)]
+    books = [one.book for one in (layer, *copies)]
+    with all_or_nothing([layer, *copies], optimizers, engine.growths):
+        with agreed(str(growth), device):
+            _check_moment(engine, layer, growth, probe)
+            refuse_holders(layer, optimizers, followers)
+            before, size = _look(engine, layer, probe), layer.spec.experts
+            random = generator(engine.seed, f"growth {len(engine.growths)}")
+            asked = sources(engine.plugins, layer, before.routing if before else None)
+            staged = stage(layer, copies, growth, asked, random, optimizers)
+            _check_staged(engine.plugins, layer, growth, staged)
+        with agreed(str(growth), device):
+            commit(staged, [layer, *copies])
+            after = _look(engine, layer, probe, before)
+            change = _change(before, after)
+            if growth.require_exact and not (change is not None and change <= EXACT):
+                raise UsageError(f"growth of layer '{layer.name}' changed its output by {change}; nothing was done")
+            if "torch._dynamo" in sys.modules:
+                torch.compiler.reset()  # after eight sizes a compiled model would silently run eagerly
+        losses = [None if look is None else look.loss for look in (before, after)]
+        record = recorded(engine.step, growth, staged, size, change, *losses)
+        engine.growths.append(record)
+    engine.remembered.pop(layer.name, None)  # of other experts
+    for book in books:
+        retire(book)  # not before all is done: what fails puts the books back
+    return record
+
+
+def sources(plugins: Plugins, layer: MoE, seen: Routing | None = None) -> Ask:
+    """Who makes a layer's new experts, the layer's own settings applied; seen: its routing of the probe batch."""
+    bounds = plugins.bind("moe_new_expert", plugins.override(layer.settings))
+
+    def ask(of: str, origin: int | None, offer: Mapping[str, Any]) -> tuple[str, NewExpert]:
+        inputs = None if seen is None else _inputs(layer, of, origin, seen)
+        for bound in bounds:
+            new = bound({**offer, "inputs": inputs})
+            if isinstance(new, NewExpert):
+                return bound.plugin, new
+            if new is not None:
+                raise UsageError(f"moe_new_expert of '{bound.plugin}' answers {new!r}, which is no NewExpert")
+        asked = listed(bound.plugin for bound in bounds) or "no plugin"
+        raise UsageError(f"nobody makes a new expert of layer '{layer.name}' (asked: {asked}); add a source")
+
+    return ask
+
+
+def _inputs(layer: MoE, of: str, origin: int | None, seen: Routing) -> Tensor:
+    """[n, D]: the tokens of a batch that go to one unit; of no unit, those that no expert got."""
+    unit_of = layer.router.unit_of(of) if of != "expert" else None
+    chosen_TE = seen.chosen() > 0
+    if origin is None:
+        real_T = torch.ones_like(chosen_TE[:, 0]) if seen.tokens.mask is None else seen.tokens.mask
+        mine_T = real_T & ~chosen_TE.any(-1)
+    else:
+        mine_T = (chosen_TE[:, origin] if unit_of is None else chosen_TE[:, unit_of == origin].any(-1)).bool()
+    return seen.tokens.x[mine_T].detach().cpu()
+
+
+# -- checks ------------------------------------------------------------------------------------------
+
+
+def _named(engine: "Engine", name: str) -> MoE:
+    layers = {layer.name: layer for layer in engine.layers}
+    if name not in layers:
+        raise UsageError(
+            f"there is no layer '{name}' to grow; {nearest(name, layers)} "
+            "(engine.attach, which callbacks call too, names layers by their place in the model)"
+        )
+    return layers[name]
+
+
+def _copies(model: nn.Module, layer: MoE) -> list[MoE]:
+    """The copy of a layer in a model, as an average of the weights holds one; none in one that wraps the layer."""
+    layers = [module for module in model.modules() if isinstance(module, MoE) and module.lineage == layer.lineage]
+    if layer in layers:
+        return []
+    if len(layers) != 1:
+        raise UsageError(
+            f"a follower, {type(model).__name__}, holds {len(layers)} copies of layer '{layer.name}', not one; "
+            "make it after engine.attach(model)"
+        )
+    if layers[0].sizes != layer.sizes:
+        raise UsageError(
+            f"a follower, {type(model).__name__}, holds a copy of layer '{layer.name}' with "
+            f"{layers[0].spec.experts} experts, not {layer.spec.experts}; pass it at every growth"
+        )
+    return layers
+
+
+def _check_moment(engine: "Engine", layer: MoE, growth: Growth, probe: Probe | None) -> None:
+    if growth.require_exact and probe is None:
+        raise UsageError("require_exact needs a probe, on which the change is measured")
+    if engine.in_step:
+        raise UsageError(f"layer '{layer.name}' can't grow in the middle of a step; call engine.after_step() before")
+    mine = {id(parameter) for parameter in layer.parameters()}
+    for other in engine.layers:
+        if other is not layer and any(id(parameter) in mine for parameter in other.parameters()):
+            raise UsageError(f"layer '{layer.name}' shares weights with '{other.name}', which would not grow with it")
+
+
+def _check_staged(plugins: Plugins, layer: MoE, growth: Growth, staged: Staged) -> None:
+    """Ask the plugins about the layer as it will be; refuse what can't keep the function, where it must."""
+    sizes = {**layer.sizes, **{of: len(plan.origins) for of, plan in staged.plans.items()}}
+    spec = attrs.evolve(layer.spec, experts=sizes["expert"])
+    plugins.check(Setup(plugins.override(layer.settings), spec, sizes=sizes))
+    if growth.require_exact and staged.source not in layer.router.keeps_function:
+        (router,) = (bound.plugin for bound in plugins.bind("moe_router"))
+        how = f"source '{staged.source}' can't keep" if staged.source else "removal can't keep"
+        raise UsageError(f"{how} what a layer with router '{router}' computes; leave require_exact away")
+
+
+# -- the change of the function ------------------------------------------------------------------------
+
+
+@attrs.frozen
+class _Look:
+    """A layer on the probe batch: the task's loss, the layer's routing and tokens, its output on them."""
+
+    loss: float
+    routing: Routing | None
+    tokens: Tokens | None
+    output: Tensor | None
+
+
+def _look(engine: "Engine", layer: MoE, probe: Probe | None, same: _Look | None = None) -> _Look | None:
+    """A look at the layer; with `same`, on the very tokens of that look."""
+    if probe is None:
+        return None
+    loss, routings = engine.observe(probe)
+    seen = routings.get(layer)
+    own = attrs.evolve(seen.tokens, x=seen.tokens.x.detach()) if seen else None
+    tokens = same.tokens if same else own
+    return _Look(float(loss.detach()), seen, tokens, None if tokens is None else output_on(layer, tokens))
+
+
+def _change(before: _Look | None, after: _Look | None) -> float | None:
+    """|y' - y| / |y|."""
+    if before is None or after is None or before.output is None or after.output is None:
+        return None
+    y, new = before.output.cpu().double(), after.output.cpu().double()
+    return float((new - y).norm() / y.norm().clamp(min=1e-300))

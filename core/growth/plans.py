@@ -1,0 +1,50 @@
+"""Where each unit comes from in a growth, worked out from the layer's sizes."""
+
+from collections.abc import Sequence
+
+import attrs
+
+from ..contract.growth import Growth, Plan
+from ..errors import UsageError, listed
+from ..layer.moe import MoE
+
+
+def plans_of(layer: MoE, growth: Growth) -> dict[str, Plan]:
+    """The plan of each population that a growth changes. Raises UsageError if it makes no sense."""
+    if growth.of not in layer.sizes:
+        raise UsageError(f"layer '{layer.name}' has no '{growth.of}' that could grow; it has {listed(layer.sizes)}")
+    plan = _plan(layer.name, growth.of, layer.sizes[growth.of], growth.parents, growth.drop)
+    if growth.of == "expert":
+        return {"expert": plan}
+    unit_of = layer.router.unit_of(growth.of)
+    if unit_of is None or any(parent is None for parent in growth.parents):
+        raise UsageError(f"a new {growth.of} of layer '{layer.name}' needs a parent, whose experts it starts from")
+    members = [(unit_of == unit).nonzero().flatten().tolist() for unit in range(layer.sizes[growth.of])]
+    homes = zip(growth.parents, plan.newcomers, strict=True)
+    born = [(expert, home) for parent, home in homes if parent is not None for expert in members[parent]]
+    drop = [expert for unit in growth.drop for expert in members[unit]]
+    experts = _plan(layer.name, "expert", layer.sizes["expert"], [expert for expert, _ in born], drop)
+    return {growth.of: plan, "expert": attrs.evolve(experts, homes=tuple(home for _, home in born))}
+
+
+def _plan(layer: str, of: str, size: int, parents: Sequence[int | None], drop: Sequence[int]) -> Plan:
+    for one in (*parents, *drop):
+        if one is not None and (isinstance(one, bool) or not isinstance(one, int) or not 0 <= one < size):
+            raise UsageError(f"layer '{layer}' has no {of} {one!r}; they are 0 to {size - 1}")
+    if both := sorted({one for one in parents if one is not None} & set(drop)):
+        raise UsageError(f"{of} {both[0]} of layer '{layer}' can't be removed and be a parent in one growth")
+    if len(set(drop)) < len(drop):
+        raise UsageError(f"a growth of layer '{layer}' drops an {of} twice: {list(drop)}")
+    if not parents and not drop:
+        raise UsageError(f"a growth of layer '{layer}' names no parent and nobody to drop: it does nothing")
+    waiting = list(parents)
+    rows: list[tuple[int | None, bool]] = []
+    for old in range(size):
+        if old not in drop:
+            rows.append((old, False))
+        elif waiting:
+            rows.append((waiting.pop(0), True))
+    rows += [(parent, True) for parent in waiting]
+    if not rows:
+        raise UsageError(f"a growth of layer '{layer}' would remove every {of}")
+    return Plan(tuple(old for old, _ in rows), tuple(position for position, (_, new) in enumerate(rows) if new))

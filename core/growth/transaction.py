@@ -1,0 +1,336 @@
+"""Growth as a transaction: experts of a live layer, and the optimizer's state of them, come and go all or not at all.
+
+Stage, then commit. Staging reads the layer and writes tensors of its own; committing moves pointers,
+and whatever fails until the end puts them back.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.optim import Optimizer
+
+from ..contract.growth import Grown, Growth, NewExpert, Plan
+from ..contract.parts import Axis, Part
+from ..errors import UsageError, listed
+from ..layer.moe import MoE
+from ..optimizer_state import refuse_odd_state, reindex, staged_state
+from ..seeds import random_state, set_random_state
+from .plans import plans_of
+
+Rows = dict[str, Tensor]  # one expert's rows, by "part.tensor"
+Declared = tuple[str, Part, str, Axis]  # a tensor with an expert axis: "part.tensor", part, its name there, the axis
+
+# Who makes a newcomer: (the source's name, the newcomer) from a population, a parent in it, the hook's arguments.
+Ask = Callable[[str, int | None, Mapping[str, Any]], tuple[str, NewExpert]]
+
+
+@attrs.frozen
+class Staged:
+    """Everything that a commit moves: tensors of parts, and states of optimizers."""
+
+    plans: Mapping[str, Plan]
+    source: str | None
+    tensors: Sequence[tuple[Part, str, Tensor]]
+    states: Sequence[tuple[Optimizer, Tensor, dict[str, Any]]]
+
+
+# -- staging -----------------------------------------------------------------------------------------
+
+
+def stage(
+    layer: MoE,
+    copies: Sequence[MoE],
+    growth: Growth,
+    ask: Ask,
+    generator: torch.Generator,
+    optimizers: Sequence[Optimizer] = (),
+) -> Staged:
+    """Everything that the growth makes, beside the live layer, which stays as it is. Raises UsageError.
+
+    copies: layers that get the same newcomers, as in an average of the weights.
+    """
+    declared = list(_declared(layer))
+    _refuse_unable(layer, declared)
+    plans = plans_of(layer, growth)
+    source = None
+    born: dict[str, list[NewExpert]] = {}
+    changed: dict[tuple[str, int], Rows] = {}  # (population, old position) -> rows of parents that change too
+    for of, plan in plans.items():
+        own = [(where, getattr(part, name), axis) for where, part, name, axis in declared if axis.of == of]
+        weights = {where: (one, axis) for where, one, axis in own if isinstance(one, nn.Parameter)}
+        if weights:
+            source, born[of] = _newcomers(of, plan, growth, weights, changed, ask, generator)
+    tensors = [
+        (part, name, value)
+        for target in (layer, *copies)
+        for part, staged in _staged_parts(target, dict(layer.parts()), plans, born, changed)
+        for name, value in staged.items()
+    ]
+    values = {id(getattr(part, name)): value for part, name, value in tensors}
+    states = [one for optimizer in optimizers for one in _staged_states(optimizer, declared, plans, born, values)]
+    return Staged(plans, source, tensors, states)
+
+
+def _staged_states(
+    optimizer: Optimizer,
+    declared: Sequence[Declared],
+    plans: Mapping[str, Plan],
+    born: Mapping[str, Sequence[NewExpert]],
+    values: Mapping[int, Tensor],
+) -> Iterator[tuple[Optimizer, Tensor, dict[str, Any]]]:
+    """An optimizer's state of each parameter that changes; values: the parameters' new ones by id."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if any(id(getattr(part, name)) in held for _, part, name, _ in declared):
+        refuse_odd_state(optimizer)
+    for where, part, name, axis in declared:
+        parameter = getattr(part, name)
+        if axis.of in plans and id(parameter) in held and optimizer.state.get(parameter):
+            plan = plans[axis.of]
+            how = {at: new.moments for at, new in zip(plan.newcomers, born[axis.of], strict=True)}
+            value = values[id(parameter)]
+            yield optimizer, parameter, staged_state(optimizer, where, parameter, value, axis.axis, plan.origins, how)
+
+
+def _declared(layer: MoE) -> Iterator[Declared]:
+    for where, part in layer.parts():
+        for name, axis in part.axes.items():
+            yield f"{where}.{name}", part, name, axis
+
+
+def _refuse_unable(layer: MoE, declared: Iterable[Declared]) -> None:
+    who = f"layer '{layer.name}' can't grow"
+    if not any(part is layer.experts for _, part, _, _ in declared):
+        raise UsageError(f"{who}: its {type(layer.experts).__name__} declares no expert axis; use stacked experts")
+    if layer.book.grad is not None:
+        raise UsageError(f"{who} in the middle of a step; call engine.after_step() before")
+    for where, part, name, axis in declared:
+        tensor = getattr(part, name)
+        if parametrize.is_parametrized(part) or (axis.fresh is not None and name not in part._parameters):
+            raise UsageError(f"{who}: {where} is parametrised or pruned; remove that before")
+        if type(tensor) not in (nn.Parameter, Tensor) or tensor.is_inference():
+            raise UsageError(
+                f"{who}: {where} is a {type(tensor).__name__} that can't be resized (sharded, or inference)"
+            )
+        if tensor.grad is not None:
+            raise UsageError(
+                f"{who}: {where} has a gradient; call optimizer.zero_grad() before, which must set it to None"
+            )
+        if tensor.is_floating_point() and not bool(tensor.detach().sum(dtype=torch.float32).isfinite()):
+            raise UsageError(f"{who}: {where} is not finite")
+
+
+def _newcomers(
+    of: str,
+    plan: Plan,
+    growth: Growth,
+    weights: Mapping[str, tuple[Tensor, Axis]],
+    changed: dict[tuple[str, int], Rows],
+    ask: Ask,
+    generator: torch.Generator,
+) -> tuple[str | None, list[NewExpert]]:
+    """Ask the source for each newcomer, with copies of its parent's rows, on the CPU, whatever the layer is on."""
+    source, born = None, []
+    roles = {where: axis.role for where, (_, axis) in weights.items()}
+    for position in plan.newcomers:
+        origin = plan.origins[position]
+        parent = None
+        if origin is not None:  # as the newcomers before left it
+            rows = {where: tensor.detach().select(axis.axis, origin) for where, (tensor, axis) in weights.items()}
+            rows |= changed.get((of, origin), {})
+            parent = {where: row.cpu().clone() for where, row in rows.items()}
+        fresh = {where: _fresh_row(tensor, axis, generator) for where, (tensor, axis) in weights.items()}
+        offer = {"parent": parent, "growth": growth, "index": position, "fresh": fresh, "roles": roles}
+        source, new = ask(of, origin, {**offer, "generator": generator})
+        own_rows = {where: row.to("cpu", fresh[where].dtype) for where, row in growth.rows.items() if where in fresh}
+        new = attrs.evolve(new, values={**new.values, **own_rows})
+        _check_rows(source, "", new.values, fresh, all_of_them=True)
+        _check_rows(source, " of the parent", new.parent_values, fresh if origin is not None else {})
+        if origin is not None:
+            changed.setdefault((of, origin), {}).update(new.parent_values)
+        born.append(new)
+    return source, born
+
+
+def _fresh_row(tensor: Tensor, axis: Axis, generator: torch.Generator) -> Tensor:
+    shape = list(tensor.shape)
+    shape[axis.axis] = 1
+    assert axis.fresh is not None
+    row: Tensor = axis.fresh(tuple(shape), generator=generator).select(axis.axis, 0)
+    return row.detach().to("cpu", tensor.dtype)
+
+
+def _check_rows(source: str, whose: str, rows: Mapping[str, Tensor], fresh: Rows, all_of_them: bool = False) -> None:
+    if all_of_them and (missing := sorted(fresh.keys() - rows.keys())):
+        raise UsageError(f"source '{source}' gives a newcomer no {listed(missing)}")
+    for where, row in rows.items():
+        if where not in fresh:
+            raise UsageError(
+                f"source '{source}' gives a row{whose} '{where}', which is none of {listed(sorted(fresh))}"
+            )
+        if row.shape != fresh[where].shape:
+            wanted, found = list(fresh[where].shape), list(row.shape)
+            raise UsageError(f"source '{source}': the row{whose} '{where}' is {found}; it must be {wanted}")
+        if not bool(row.isfinite().all()):
+            raise UsageError(f"source '{source}': the row{whose} '{where}' is not finite")
+
+
+def _staged_parts(
+    layer: MoE,
+    originals: Mapping[str, Part],
+    plans: Mapping[str, Plan],
+    born: Mapping[str, Sequence[NewExpert]],
+    changed: Mapping[tuple[str, int], Rows],
+) -> Iterator[tuple[Part, Rows]]:
+    """Each part that changes, with its tensors by name as they will be; originals: the parts of the live layer."""
+    for where, part in layer.parts():
+        staged = {}
+        for name, axis in part.axes.items():
+            if axis.of in plans or axis.values in plans:
+                news = [new.values.get(f"{where}.{name}") for new in born.get(axis.of, ())]
+                staged[name] = _staged_tensor(f"{where}.{name}", getattr(part, name).detach(), axis, plans, news)
+        for (of, old), rows in changed.items():
+            for name, axis in part.axes.items():
+                if axis.of == of and f"{where}.{name}" in rows:
+                    row = staged[name].select(axis.axis, plans[of].kept[old])
+                    live = getattr(originals[where], name).detach().select(axis.axis, old)
+                    new = rows[f"{where}.{name}"].to(row)
+                    row.copy_(new if part is originals[where] else row + new - live)  # a copy's moves by as much
+        if staged:
+            part.settle(staged, plans)
+            for name, axis in part.axes.items():
+                if axis.values in plans and bool((staged[name] < 0).any()):
+                    raise UsageError(f"{where}.{name} still names a unit that is to be removed")
+            yield part, staged
+
+
+def _staged_tensor(
+    where: str, tensor: Tensor, axis: Axis, plans: Mapping[str, Plan], news: Sequence[Tensor | None]
+) -> Tensor:
+    plan = plans.get(axis.of)
+    out = tensor.clone() if plan is None else reindex(tensor, axis.axis, plan.origins)
+    for number, position in enumerate(plan.newcomers if plan else ()):
+        assert plan is not None
+        row = news[number] if number < len(news) else None
+        if row is None and (axis.new != "parent" or plan.origins[position] is None):
+            row = _new_row(where, tensor, axis)
+        if row is not None:
+            out.select(axis.axis, position).copy_(row)
+    if axis.values is not None and axis.values in plans:
+        out = _renamed(out, axis, plans[axis.values], plan)
+    return out
+
+
+def _new_row(where: str, tensor: Tensor, axis: Axis) -> Tensor:
+    """What a newcomer's row of a buffer starts as, without regard to its parent."""
+    row = tensor.select(axis.axis, 0)
+    if isinstance(axis.new, int | float):
+        return torch.full_like(row, axis.new)
+    if axis.new == "zero":
+        return torch.zeros_like(row)
+    if not tensor.is_floating_point():
+        raise UsageError(f"a newcomer needs a parent, because {where} holds whole numbers, which have no mean")
+    return tensor.mean(axis.axis)
+
+
+def _renamed(out: Tensor, axis: Axis, named: Plan, plan: Plan | None) -> Tensor:
+    """A tensor whose integers name units, after those have moved; -1 where the unit is to be removed."""
+    new_name = torch.full((1 + max(max(named.kept, default=0), int(out.max())),), -1, device=out.device)
+    for old, new in named.kept.items():
+        new_name[old] = new
+    out = new_name[out].to(out.dtype)
+    for position, home in zip(plan.newcomers, plan.homes, strict=True) if plan and plan.homes else ():
+        out.select(axis.axis, position).fill_(home)
+    return out
+
+
+# -- commit, or not at all -----------------------------------------------------------------------------
+
+
+def commit(staged: Staged, layers: Iterable[MoE]) -> None:
+    """Move the pointers, and let the layers take over their new sizes."""
+    for part, name, value in staged.tensors:
+        part.put(name, value)
+    for optimizer, parameter, state in staged.states:
+        optimizer.state[parameter] = state
+    for layer in layers:
+        layer.refit()
+
+
+@contextmanager
+def all_or_nothing(layers: Sequence[MoE], optimizers: Sequence[Optimizer], grown: list[Grown]) -> Iterator[None]:
+    """Whatever fails inside leaves layers, optimizers and the list of what has grown bit for bit as they were.
+
+    Random states stay in any case.
+    """
+    put_back, before, draws = _pointers(layers, optimizers), list(grown), random_state()
+    try:
+        yield
+        set_random_state(draws)
+    except BaseException:
+        set_random_state(draws)
+        put_back()
+        grown[:] = before
+        raise
+
+
+def _pointers(layers: Sequence[MoE], optimizers: Sequence[Optimizer]) -> Callable[[], None]:
+    """Note every pointer that a commit may move; answers what puts them back."""
+    tables = [
+        (table, dict(table))
+        for layer in layers
+        for module in layer.modules()
+        for table in (module.__dict__, module._parameters, module._buffers, module._modules)
+    ]
+    data = [(part, name, getattr(part, name).data) for layer in layers for _, part, name, _ in _declared(layer)]
+    own = {parameter for layer in layers for parameter in layer.parameters()}
+    states = [
+        (optimizer.state, parameter, optimizer.state[parameter])
+        for optimizer in optimizers
+        for parameter in own
+        if parameter in optimizer.state
+    ]
+
+    def put_back() -> None:
+        for table, before in tables:
+            table.clear()
+            table.update(before)
+        for part, name, value in data:
+            if name in part._parameters and getattr(part, name).data_ptr() != value.data_ptr():
+                part.put(name, value)
+        for state, parameter, before in states:
+            state[parameter] = before
+
+    return put_back
+
+
+def recorded(
+    step: int,
+    growth: Growth,
+    staged: Staged,
+    before: int,
+    change: float | None,
+    loss_before: float | None,
+    loss_after: float | None,
+) -> Grown:
+    """The record of a growth that has happened."""
+    plan = staged.plans["expert"]
+    return Grown(
+        step=step,
+        layer=growth.layer,
+        of=growth.of,
+        before=before,
+        after=len(plan.origins),
+        rows=tuple(None if at in plan.newcomers else old for at, old in enumerate(plan.origins)),
+        parents=tuple(plan.origins[at] for at in plan.newcomers),
+        drop=tuple(sorted(set(range(before)) - plan.kept.keys())),
+        source=staged.source,
+        why=growth.why,
+        change=change,
+        loss_before=loss_before,
+        loss_after=loss_after,
+    )

@@ -1,0 +1,33 @@
+"""How tokens reach experts and come back: sort by expert, run the bank, combine by a weighted sum."""
+
+import torch
+from torch import Tensor
+
+from ..contract.numerics import at_least_fp32, rows_of, without_autocast
+from ..contract.parts import Experts
+from ..contract.routing import Routing, Slots
+
+
+def dispatch(experts: Experts, routing: Routing, out: int) -> Tensor:
+    """[T, out]: sum over a token's kept assignments of weight times its expert's output, in fp32 or better."""
+    x_TD, plan, size = routing.tokens.x, routing.plan, routing.experts
+    if routing.slots is not None:
+        return _through_slots(experts, x_TD, routing.slots, out)
+    expert_N = torch.where(plan.kept, plan.expert, size)  # what is not kept goes to the end
+    order_N = torch.argsort(expert_N, stable=True)
+    counts_E = rows_of(expert_N, size + 1)
+    token_N = plan.token.index_select(0, order_N)
+    weight_N = plan.weight.index_select(0, order_N)
+    return experts.combined(x_TD, token_N, weight_N, counts_E[:size])
+
+
+def _through_slots(experts: Experts, x_TD: Tensor, slots: Slots, out: int) -> Tensor:
+    groups, size, count, each = slots.dispatch.shape
+    counts_E = torch.full((count,), groups * each, device=x_TD.device)
+    with without_autocast(x_TD.device):
+        x_GSD = x_TD.view(groups, size, x_TD.shape[1]).to(slots.dispatch.dtype)
+        slot_EGnD = torch.einsum("gsen,gsd->egnd", slots.dispatch, x_GSD).to(x_TD.dtype)
+    out_NO = at_least_fp32(experts(slot_EGnD.flatten(0, 2), counts_E)).to(slots.combine.dtype)
+    with without_autocast(x_TD.device):
+        y_GSO = torch.einsum("gsen,egno->gso", slots.combine, out_NO.view(count, groups, each, out))
+    return y_GSO.reshape(-1, out)

@@ -1,0 +1,161 @@
+"""Finding plugins in the metadata of distributions, and loading one: nothing here imports torch."""
+
+import inspect
+import os
+import tomllib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from importlib import metadata, resources
+from typing import Any
+
+import attrs
+
+from ..contract.hookspecs import HOOKS
+from ..errors import PluginError, UsageError, listed, nearest
+
+PREFIX = "moe_engine."
+KINDS = {  # entry-point group -> what one of its plugins is called
+    "routers": "router",
+    "biases": "bias",
+    "losses": "loss",
+    "growth": "growth",
+    "sources": "source",
+    "metrics": "metric",
+    "reports": "report",
+    "tasks": "task",
+    "experts": "experts",
+}
+WATCHING = ("metric", "report")  # the kinds that look on while a model learns
+# What a router may give (its class attribute `gives`), and any plugin may need (`needs`).
+TRAITS = {
+    "logits": "raw logits",
+    "probs": "a distribution over experts for each token",
+    "load": "a load that training can shift between experts",
+    "picks": "the same number of choices for every token",
+    "choices": "experts that each token chose, or was chosen by",
+    "smooth_load": "an estimate of the load that has a gradient",
+}
+USUAL = ("logits", "probs", "load", "picks", "choices")  # given by a router that does not say
+DISABLED = "MOE_ENGINE_DISABLE_PLUGINS"
+
+
+@attrs.frozen
+class Found:
+    """A plugin as its distribution's metadata tells of it; nothing of it is imported."""
+
+    name: str
+    kind: str
+    distribution: str
+    version: str
+    entry_point: metadata.EntryPoint = attrs.field(repr=False)
+
+    @property
+    def title(self) -> str:
+        """How errors name it."""
+        return f"{self.kind} '{self.name}'"
+
+
+def disabled() -> set[str]:
+    """The plugins that the environment variable MOE_ENGINE_DISABLE_PLUGINS hides, as in "html,plots"."""
+    return {name.strip() for name in os.environ.get(DISABLED, "").split(",") if name.strip()}
+
+
+_pretended: ContextVar[dict[str, list[Found]] | None] = ContextVar("pretended", default=None)
+
+
+@contextmanager
+def pretend(found: dict[str, list[Found]]) -> Iterator[None]:
+    """Inside, `find` answers this: how a plugin is tried that no distribution offers."""
+    before = _pretended.set(found)
+    try:
+        yield
+    finally:
+        _pretended.reset(before)
+
+
+def find() -> dict[str, list[Found]]:
+    """Every installed plugin by name, sorted, but for disabled ones; a name with two entries is a clash."""
+    if (pretended := _pretended.get()) is not None:
+        return pretended
+    found: dict[str, list[Found]] = {}
+    homes: set[str] = set()
+    hidden = disabled()
+    for home in metadata.distributions():
+        name = home.name or "unknown"
+        if (key := name.lower().replace("-", "_").replace(".", "_")) in homes:
+            continue  # an older copy further down the path
+        homes.add(key)
+        for point in home.entry_points:
+            if point.group.startswith(PREFIX) and point.name not in hidden:
+                group = point.group.removeprefix(PREFIX)
+                found.setdefault(point.name, []).append(
+                    Found(point.name, KINDS.get(group, group), name, home.version, point)
+                )
+    return {name: sorted(found[name], key=lambda one: (one.distribution, one.kind)) for name in sorted(found)}
+
+
+def pick(name: str, found: Mapping[str, list[Found]]) -> Found:
+    """The one installed plugin of that name; an unknown name or a clash is an error."""
+    if name in disabled():
+        raise UsageError(f"plugin '{name}' is disabled by the environment variable {DISABLED}; take it out there")
+    if name not in found:
+        raise UsageError(f"there is no plugin '{name}'; {nearest(name, found)}")
+    first, *others = found[name]
+    if others:
+        homes = listed(f"{one.distribution} ({one.entry_point.value})" for one in found[name])
+        raise PluginError(f"plugin '{name}' is offered by {homes}; uninstall one of them")
+    return first
+
+
+def load(found: Found) -> type:
+    """Import one plugin and hold it against the contract."""
+    origin = f"{found.title} ({found.distribution} {found.version})"
+    group = found.entry_point.group
+    if group.removeprefix(PREFIX) not in KINDS:
+        known = [PREFIX + one for one in KINDS]
+        raise PluginError(
+            f"plugin '{found.name}' is in the unknown entry-point group '{group}'; {nearest(group, known)}"
+        )
+    try:
+        cls = found.entry_point.load()
+    except (Exception, SystemExit) as error:
+        raise PluginError(f"{origin} does not load: {type(error).__name__}: {error}") from error
+    if not (inspect.isclass(cls) and attrs.has(cls)) or cls.__eq__ is not object.__eq__:
+        raise PluginError(f"{origin} is not a class under @attrs.define(eq=False)")
+    for name in dir(cls):
+        if name.startswith("moe_") or _marks(cls, name) is not None:
+            _check_hook(origin, cls, name)
+    if not any(_marks(cls, name) is not None for name in HOOKS):
+        raise PluginError(f"{origin} implements no hook")
+    for trait in (*getattr(cls, "gives", ()), *getattr(cls, "needs", ())):
+        if trait not in TRAITS:
+            raise PluginError(f"{origin} gives or needs '{trait}', which is no trait; {nearest(trait, TRAITS)}")
+    return cls
+
+
+def _marks(cls: type, name: str) -> Any:
+    """What @hookimpl left on a method, or None."""
+    return getattr(inspect.getattr_static(cls, name, None), "moe_engine_impl", None)
+
+
+def _check_hook(origin: str, cls: type, name: str) -> None:
+    marks = _marks(cls, name)
+    if name not in HOOKS:
+        raise PluginError(f"{origin} implements {name}, which is no hook; {nearest(name, HOOKS)}")
+    if marks is None:
+        raise PluginError(f"{origin}: {name} lacks the mark @hookimpl")
+    if any(marks[one] for one in ("wrapper", "hookwrapper", "tryfirst", "trylast")):
+        raise PluginError(f"{origin}: {name} asks for a place in the order; plugins act in the order typed")
+    offered = inspect.signature(HOOKS[name]).parameters
+    own, *asked = [*inspect.signature(getattr(cls, name)).parameters, None]
+    if own != "self":
+        raise PluginError(f"{origin}: the first argument of {name} must be self")
+    for argument in asked[:-1]:
+        if argument not in offered:
+            raise PluginError(f"{origin}: {name} asks for '{argument}', but the hook offers {listed(offered)}")
+
+
+def defaults() -> dict[str, Any]:
+    """core/defaults.toml."""
+    return tomllib.loads(resources.files(__package__).joinpath("defaults.toml").read_text("utf-8"))

@@ -1,0 +1,218 @@
+"""Plugins: find them by metadata, load the chosen ones one by one, check, order and bind them.
+
+Nothing here imports torch, and nothing is imported of a plugin that was not asked for.
+"""
+
+import copy
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+from ..contract import hookspecs
+from ..contract.options import Settings, build, changed, values_of
+from ..contract.setup import Bound, Setup
+from ..errors import PluginError, UsageError, listed, nearest
+from .discovery import TRAITS, USUAL, Found, _marks, defaults, disabled, find, load, pick
+
+if TYPE_CHECKING:
+    from ..contract.stats import Finding
+
+
+class Plugins:
+    """The plugins of one engine: chosen, loaded, configured, in the order typed.
+
+    names: as typed. without: names to leave out, of the chosen and of the defaults. settings: option
+    values by plugin and option. task: the task plugin's name, where there is a task. Raises
+    UsageError for whatever is wrong with any of them.
+    """
+
+    def __init__(
+        self,
+        names: Iterable[str] = (),
+        without: Iterable[str] = (),
+        settings: Settings | None = None,
+        task: str | None = None,
+    ) -> None:
+        installed = find()
+        self.found: dict[str, Found] = {}
+        self._classes: dict[str, type] = {}
+        self.remarks: dict[str, Finding] = {}  # by the plugin that made it
+        self.manager = pluggy.PluginManager("moe_engine")
+        self.manager.add_hookspecs(hookspecs)
+        for name in set(without) - disabled():
+            self.manager.set_blocked(pick(name, installed).name)
+        for name in disabled():
+            self.manager.set_blocked(name)
+        for name in _chosen(names, installed):
+            self._add(pick(name, installed))
+        self.chosen = set(self._classes) - set(without)
+        if task is not None:
+            self._add(_task(task, installed))
+        self._add_defaults(installed)
+        self.active = self._configured(settings or {}, installed)
+        self._register()
+
+    def _register(self) -> None:
+        # pluggy answers last-in first-out: registered backwards, its order is the order typed too
+        for name in reversed(self.active):
+            self.manager.register(self.active[name], name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Plugins":
+        twin = copy.copy(self)
+        memo[id(self)] = twin
+        twin.active = copy.deepcopy(self.active, memo)
+        twin.manager = pluggy.PluginManager("moe_engine")  # it holds modules, which can't be copied
+        twin.manager.add_hookspecs(hookspecs)
+        twin._register()
+        return twin
+
+    def _add(self, found: Found) -> None:
+        if found.name not in self._classes and not self.manager.is_blocked(found.name):
+            self._classes[found.name] = load(found)
+            self.found[found.name] = found
+
+    def _add_defaults(self, installed: Mapping[str, list[Found]]) -> None:
+        usual = defaults()
+        routers = [name for name, cls in self._classes.items() if _marks(cls, "moe_router") is not None]
+        if len(routers) > 1:
+            raise UsageError(f"a layer has one router, but {listed(map(repr, routers))} are all routers; choose one")
+        if not routers:
+            self._add_default(usual["router"], installed)
+        if not routers and usual["router"] not in self._classes:
+            raise UsageError("no router is left; name one with --plugins")
+        if not any(_marks(cls, "moe_new_expert") is not None for cls in self._classes.values()):
+            self._add_default(usual["source"], installed)
+        for name in (*usual["metrics"], *usual["reports"]):
+            self._add_default(name, installed)
+
+    def _add_default(self, name: str, installed: Mapping[str, list[Found]]) -> None:
+        if not self.manager.is_blocked(name):
+            self._add(pick(name, installed))
+
+    def _configured(self, settings: Settings, installed: Mapping[str, list[Found]]) -> dict[str, Any]:
+        for name in settings:
+            if name not in self._classes:
+                if name in installed:
+                    raise UsageError(f"options are set for plugin '{name}', which is not chosen; add it to --plugins")
+                raise UsageError(
+                    f"options are set for plugin '{name}', which does not exist; {nearest(name, self._classes)}"
+                )
+        return {name: build(cls, self.found[name].title, settings.get(name, {})) for name, cls in self._classes.items()}
+
+    def override(self, settings: Settings) -> dict[str, Any]:
+        """The plugins with some options changed, for one layer."""
+        plugins = dict(self.active)
+        for name, given in settings.items():
+            if name not in plugins:
+                raise UsageError(f"options are set for plugin '{name}', which is not chosen; {nearest(name, plugins)}")
+            plugins[name] = changed(plugins[name], self.found[name].title, given)
+        return plugins
+
+    def bind(self, hook: str, plugins: Mapping[str, Any] | None = None) -> tuple[Bound, ...]:
+        """The implementations of a hook in the order typed, as plain bound methods."""
+        return tuple(
+            Bound(name, getattr(plugin, hook), tuple(inspect.signature(getattr(plugin, hook)).parameters))
+            for name, plugin in (plugins or self.active).items()
+            if _marks(type(plugin), hook) is not None
+        )
+
+    def check(self, setup: Setup) -> None:
+        """Ask every plugin whether this mix makes sense; all objections are one UsageError. Remarks are kept."""
+        from ..contract.stats import Finding
+
+        objections = self._unmet(setup.plugins)
+        for bound in self.bind("moe_check", setup.plugins):
+            said = self.ask(bound, str | Finding | None, {"setup": setup})
+            if isinstance(said, Finding):
+                self.remarks[bound.plugin] = said
+            elif said:
+                objections.append(said)
+        if objections:
+            raise UsageError("; ".join(objections))
+
+    def _unmet(self, plugins: Mapping[str, Any]) -> list[str]:
+        """What chosen plugins need and the router does not give, as sentences."""
+        (router,) = (bound.plugin for bound in self.bind("moe_router", plugins))
+        given = getattr(plugins[router], "gives", USUAL)
+        return [
+            f"{self.found[name].title} needs {TRAITS[trait]}, which router '{router}' does not give; "
+            f"choose another router, or leave {name} away"
+            for name in plugins
+            if name in self.chosen and getattr(plugins[name], "weight", True)
+            for trait in getattr(plugins[name], "needs", ())
+            if trait not in given
+        ]
+
+    def ask(self, bound: Bound, kind: Any, offer: Mapping[str, Any]) -> Any:
+        """A plugin's answer, which must be an instance of `kind`. Raises PluginError, naming plugin and hook."""
+        one, hook = self.found[bound.plugin], bound.function.__name__
+        origin = f"{one.title} ({one.distribution} {one.version})"
+        try:
+            answer = bound(offer)
+        except UsageError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise PluginError(f"{origin} fails in {hook}: {type(error).__name__}: {error}") from error
+        if not isinstance(answer, kind):
+            name = getattr(kind, "__name__", str(kind).replace("moe_engine.contract.parts.", ""))
+            raise PluginError(f"{origin}: {hook} answers {answer!r}, which is no {name}")
+        return answer
+
+    def options(self) -> Settings:
+        """Every option of every active plugin, as set."""
+        return {name: values_of(plugin) for name, plugin in self.active.items()}
+
+    def records(self) -> list[dict[str, str]]:
+        """Name, distribution and version of every active plugin, for a run's record."""
+        return [
+            {"name": one.name, "distribution": one.distribution, "version": one.version} for one in self.found.values()
+        ]
+
+    def culprit(self, error: BaseException) -> str | None:
+        """Which plugin an exception came out of ("loss 'x' (dist 1.0) in moe_aux_loss"), or None."""
+        names = {type(plugin): name for name, plugin in self.active.items()}
+        files = {inspect.getfile(cls): name for cls, name in names.items()}
+        blamed, sure, trace = None, False, error.__traceback__
+        while trace is not None:
+            code = trace.tb_frame.f_code
+            own = names.get(type(trace.tb_frame.f_locals.get("self")))  # one file may hold several plugins
+            name = own or (None if sure else files.get(code.co_filename))
+            if name is not None:
+                where = code.co_name if blamed is None or not blamed[1].startswith("moe_") else blamed[1]
+                blamed, sure = (self.found[name], where), sure or own is not None
+            trace = trace.tb_next
+        return f"{blamed[0].title} ({blamed[0].distribution} {blamed[0].version}) in {blamed[1]}" if blamed else None
+
+
+def _chosen(names: Iterable[str], installed: Mapping[str, list[Found]]) -> list[str]:
+    chosen: list[str] = []
+    for name in names:
+        if name in chosen:
+            raise UsageError(f"plugin '{name}' is named twice")
+        if pick(name, installed).kind == "task":
+            raise UsageError(f"'{name}' is a task; name it with --task {name}")
+        chosen.append(name)
+    return chosen
+
+
+def _task(name: str, installed: Mapping[str, list[Found]]) -> Found:
+    tasks = {one: all_found for one, all_found in installed.items() if any(f.kind == "task" for f in all_found)}
+    if name not in tasks and name not in disabled():
+        raise UsageError(f"there is no task '{name}'; {nearest(name, tasks)}")
+    return pick(name, installed)
+
+
+def broken() -> dict[str, str | None]:
+    """Every installed plugin, imported and built with its defaults: None, or what is wrong with it."""
+    verdicts: dict[str, str | None] = {}
+    installed = find()
+    for name in installed:
+        try:
+            found = pick(name, installed)
+            build(load(found), found.title, {})
+            verdicts[name] = None
+        except UsageError as error:
+            verdicts[name] = str(error)
+    return verdicts

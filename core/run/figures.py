@@ -1,0 +1,329 @@
+"""The pictures of runs, drawn with matplotlib: curves, usage over time, class by expert, effects."""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from ..contract.run import Run
+
+INK = "#6b7280"  # readable on white and on near-black
+STYLE: Any = {
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "axes.titlesize": "medium",
+    "axes.titlelocation": "left",
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "moe-engine",
+    "font.size": 10,
+}
+HEAT = "viridis"
+
+
+def of_run(run: "Run") -> dict[str, Figure]:
+    """Every picture of a run by name."""
+    figures = {"loss": curves([run], ["loss"]), "accuracy": curves([run], ["accuracy"])}
+    for layer in run.summary["layers"]:
+        name = layer["name"]
+        figures[f"balance {name}"] = balance(run, name)
+        figures[f"usage {name}"] = usage(run, name)
+        figures[f"classes {name}"] = classes(run, name)
+        figures[f"effects {name}"] = effects(run, name)
+    return {name: figure for name, figure in figures.items() if figure is not None}
+
+
+def overlaid(runs: Sequence["Run"]) -> Figure:
+    """Several runs' curves on the test set, one colour a run."""
+    figure = curves(runs, ["loss", "accuracy", "cv", "maxvio"])
+    assert figure is not None  # every run has a loss
+    return figure
+
+
+QUALITIES = {
+    "accuracy": ("test accuracy, % (more is better)", 100),
+    "perplexity": ("test perplexity (less is better)", 1),
+    "loss": ("test loss (less is better)", 1),
+}
+BESIDE = {"cv": ("cv of the load (0 = even)", 1), "step_ratio": ("time of a training step (dense = 1)", 1)}
+
+
+def compared(comparison: Mapping[str, Any]) -> Figure:
+    """Quality, cv and step time of a comparison, a line a row: every seed, their mean and its 95 % interval."""
+    rows = [row for row in comparison["rows"] if row["numbers"]]
+    kinds = list(dict.fromkeys(row["kind"] for row in rows))
+    panels = {comparison["quality"]: QUALITIES[comparison["quality"]], **BESIDE}
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(10.5, 1.5 + 0.3 * len(rows)), layout="constrained")
+        first, *others = figure.subplots(1, len(panels), sharey=True)
+        for axes, (name, (title, factor)) in zip((first, *others), panels.items(), strict=True):
+            axes.set_title(title, fontsize=9.5)
+            for height, row in enumerate(rows):
+                color = INK if row["kind"] == "dense" else f"C{kinds.index(row['kind']) - 1}"
+                _interval(axes, row["numbers"].get(name), factor, height, color, row["kind"] == "dense")
+        first.set_yticks(range(len(rows)), [_titled(row, kinds) for row in rows])
+        first.set_ylim(len(rows) - 0.4, -0.6)
+        if comparison["quality"] == "accuracy":
+            first.set_xlim(right=min(first.get_xlim()[1], 100))
+        for axes in others:
+            axes.set_xlim(left=-0.02 * axes.get_xlim()[1])
+        seeds = len(comparison["seeds"])
+        figure.suptitle(
+            f"{comparison['title']}: mean{' and 95 % interval' if seeds > 1 else ''} of {seeds} seeds", fontsize=11
+        )
+    return figure
+
+
+def _titled(row: Mapping[str, Any], kinds: Sequence[str]) -> str:
+    """A row's name; with its kind, where plugins of several are compared."""
+    several = len({*kinds} - {"dense", "base"}) > 1 and row["kind"] not in ("dense", "base")
+    return f"{row['variant']} ({row['kind']})" if several else row["variant"]
+
+
+def _interval(axes: Any, number: Mapping[str, Any] | None, factor: float, height: int, color: str, line: bool) -> None:
+    if number is None:
+        return
+    mean, half = factor * number["mean"], factor * (number["half"] or 0)
+    axes.scatter(
+        [factor * value for value in number["values"]], [height] * len(number["values"]), s=12, color=color, alpha=0.45
+    )
+    axes.errorbar(mean, height, xerr=half, fmt="o", color=color, markersize=5, capsize=3)
+    if line:  # what the others are held against
+        axes.axvline(mean, color=color, linewidth=0.8, linestyle="--", alpha=0.6, zorder=0)
+
+
+def picture(figure: Figure, kind: str) -> bytes:
+    """A figure as a file: svg and pdf are transparent, png is white."""
+    out = io.BytesIO()
+    with mpl.rc_context(STYLE):
+        dated: Any = {"metadata": {"Date": None}} if kind == "svg" else {}
+        figure.savefig(out, format=kind, dpi=110, facecolor="white" if kind == "png" else "none", **dated)
+    return out.getvalue()
+
+
+def series(run: "Run", split: str, name: str, layer: str | None = None) -> tuple[list[int], list[Any]]:
+    """(steps, values) of a number over a run; of a layer's, or averaged over the layers that have it."""
+    steps, values = [], []
+    for record in run.records:
+        own = record.get(name) if layer is None else None
+        layers = [metrics.get(name) for at, metrics in record["layers"].items() if layer in (None, at)]
+        found: list[Any] = [value for value in ([own] if own is not None else layers) if value is not None]
+        if record["split"] == split and found:
+            steps.append(record["step"])
+            values.append(found[0] if len(found) == 1 else float(np.mean(found)))
+    return steps, values
+
+
+def growths(run: "Run", layer: str | None = None) -> list[dict[str, Any]]:
+    """What grew in a run, or in one of its layers, oldest first."""
+    events = [record["growth"] for record in run.records if record["split"] == "growth"]
+    return [one for one in events if layer in (None, one["layer"])]
+
+
+def lives(run: "Run", layer: str) -> tuple[list[tuple[int, dict[int, float]]], dict[int, int], dict[int, int]]:
+    """(step and load share by identity at each log point, step of birth, step of death) of a layer's experts.
+
+    An expert's index may change when others are removed; its identity, the order of birth, does not.
+    """
+    alive: list[int] = []
+    loads: list[tuple[int, dict[int, float]]] = []
+    born: dict[int, int] = {}
+    dead: dict[int, int] = {}
+    for record in run.records:
+        if record["split"] == "growth" and record["growth"]["layer"] == layer:
+            growth, step = record["growth"], record["step"]
+            alive = alive or list(range(growth["before"]))
+            dead.update({alive[old]: step for old in growth["drop"]})
+            count = max([*alive, *born, *dead]) + 1
+            fresh = iter(range(count, count + len(growth["rows"])))
+            alive = [alive[old] if old is not None else next(fresh) for old in growth["rows"]]
+            born.update({one: step for one in alive if one >= count})
+        load = record["layers"].get(layer, {}).get("load") if record["split"] == "train" else None
+        if load:
+            alive = alive or list(range(len(load)))
+            loads.append((record["step"], {one: share or 0.0 for one, share in zip(alive, load, strict=True)}))
+    return loads, born, dead
+
+
+def _mark(axes: Any, run: "Run", layer: str | None = None) -> None:
+    """A line at every step at which something grew."""
+    for index, step in enumerate(sorted({one["step"] for one in growths(run, layer)})):
+        label = "growth" if index == 0 else "_"  # matplotlib leaves out of a legend what begins with _
+        axes.axvline(step, color="C3", alpha=0.6, linewidth=0.8, linestyle=":", zorder=0, label=label)
+
+
+def curves(runs: Sequence["Run"], names: Sequence[str]) -> Figure | None:
+    """One panel a number. One run: training and test; several: the test set alone."""
+    splits = (("train", "--", "training"), ("eval", "-", "test")) if len(runs) == 1 else (("eval", "-", ""),)
+    panels = [name for name in names if any(series(run, "eval", name)[0] for run in runs)]
+    if not panels:
+        return None
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(5.6 * columns, 3.0 * rows), layout="constrained")
+        for index, name in enumerate(panels):
+            axes = figure.add_subplot(rows, columns, index + 1, title=name, xlabel="step")
+            for number, run in enumerate(runs):
+                for split, dash, word in splits:
+                    label = (
+                        word if len(runs) == 1 else f"{run.name}: {run.typed}".replace("$", r"\$")
+                    )  # a name is no formula
+                    axes.plot(
+                        *series(run, split, name), dash, color=f"C{number}", label=label, marker="o", markersize=2.5
+                    )
+            if len(runs) == 1:
+                _mark(axes, runs[0])
+            if index == 0:
+                axes.legend()
+    return figure
+
+
+def balance(run: "Run", layer: str) -> Figure | None:
+    """cv, maxvio and gini of one layer over training, and the active experts."""
+    lines = {name: series(run, "train", name, layer) for name in ("cv", "gini", "maxvio", "active")}
+    if not lines["cv"][0]:
+        return None
+    experts = next(one["experts"] for one in run.summary["layers"] if one["name"] == layer)
+    sizes = [(record["step"], len(record["layers"][layer]["load"])) for record in _with_load(run, layer)]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(5.6, 3.4), layout="constrained")
+        axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+        for name in ("cv", "gini", "maxvio"):
+            axes.plot(*lines[name], label=name, marker="o", markersize=2.5)
+        axes.set(title=f"balance in training (0 = even), and active experts of {experts}", ylim=(0, None))
+        if growths(run, layer):
+            below.step(*zip(*sizes, strict=True), where="pre", color=INK, alpha=0.5, linestyle="--", label="experts")
+        below.step(*lines["active"], where="pre", color=INK)
+        below.set(xlabel="step", ylabel="active", ylim=(0, max(size for _, size in sizes) * 1.1))
+        for each in (axes, below):
+            _mark(each, run, layer)
+        axes.legend(ncols=4)
+    return figure
+
+
+def _with_load(run: "Run", layer: str) -> list[dict[str, Any]]:
+    return [
+        record for record in run.records if record["split"] == "train" and record["layers"].get(layer, {}).get("load")
+    ]
+
+
+def usage(run: "Run", layer: str) -> Figure | None:
+    """Share of the load of each expert over training, as a heatmap; 1 = an even share. Births and deaths are marked."""
+    loads, born, dead = lives(run, layer)
+    if not loads:
+        return None
+    experts = 1 + max([one for _, load in loads for one in load] + [*born, *dead])
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(5.6, max(2.4, 1.2 + 0.16 * experts)), layout="constrained")
+        axes = figure.add_subplot(title="load of each expert in training (1 = an even share)")
+        figure.colorbar(draw_usage(axes, loads, born, dead, experts))
+    return figure
+
+
+def draw_usage(
+    axes: Any,
+    loads: Sequence[tuple[int, dict[int, float]]],
+    born: Mapping[int, int],
+    dead: Mapping[int, int],
+    experts: int,
+    top: float = 0.0,
+) -> Any:
+    """The heatmap of `usage` from what `lives` answers; answers the image. top: where the colours end, at least."""
+    relative_ES = np.full((experts, len(loads)), np.nan)
+    for at, (_, load) in enumerate(loads):
+        relative_ES[list(load), at] = np.array(list(load.values())) * len(load)
+    edges = np.array([0, *(step for step, _ in loads)])
+    top = top or max(2.0, float(np.nanmax(relative_ES)))
+    image = axes.pcolormesh(edges, np.arange(experts + 1), relative_ES, cmap=HEAT, vmin=0, vmax=top)
+    for which, mark, word in ((born, ">", "born"), (dead, "X", "removed")):
+        if which:
+            heights = [one + 0.5 for one in which]
+            axes.scatter(list(which.values()), heights, marker=mark, s=24, color="C3", label=word, zorder=3)
+    if born or dead:
+        axes.legend(loc="lower left", ncols=2)
+    axes.set(xlabel="step", ylabel="expert, in order of birth" if born or dead else "expert")
+    axes.set_yticks(np.arange(experts) + 0.5, [str(e) for e in range(experts)])
+    axes.invert_yaxis()
+    axes.grid(False)
+    return image
+
+
+def shares(load_RE: Sequence[Sequence[float]], names: Sequence[str]) -> Figure:
+    """Rows of loads, as many experts in each or fewer: each expert's over its row's mean, on a logarithmic scale."""
+    experts = max(map(len, load_RE))
+    relative_RE = np.full((len(load_RE), experts), np.nan)
+    for row, load in enumerate(load_RE):
+        relative_RE[row, : len(load)] = np.array(load) / max(float(np.mean(load)), 1e-300)
+    tall = len(names) > 300  # more names than can be read
+    with mpl.rc_context(STYLE):
+        width = min(3.5 + 0.14 * experts + 0.05 * max(map(len, names)), 16)
+        figure = Figure(figsize=(width, 30 if tall else 1.3 + 0.17 * len(names)), layout="constrained")
+        axes = figure.add_subplot(title="share of each expert over the mean (1 = an even share)", xlabel="expert")
+        scale = mpl.colors.LogNorm(1 / 8, 8)
+        shown_RE = np.maximum(relative_RE, 1e-6)  # 0 has no logarithm
+        image = axes.imshow(shown_RE, cmap="RdBu_r", aspect="auto", interpolation="nearest", norm=scale)
+        axes.set_yticks([] if tall else range(len(names)), [] if tall else [name.replace("$", r"\$") for name in names])
+        axes.tick_params(axis="y", labelsize=7)
+        axes.grid(False)
+        bar = figure.colorbar(image, extend="both", ticks=[1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8], fraction=0.05, aspect=30)
+        bar.ax.set_yticklabels(["1/8", "1/4", "1/2", "1", "2", "4", "8"])
+        bar.ax.minorticks_off()
+    return figure
+
+
+def classes(run: "Run", layer: str) -> Figure | None:
+    """Which share of a class's assignments each expert got, on the test set."""
+    tables = series(run, "eval", "class_expert", layer)[1]
+    if not tables:
+        return None
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(5.6, max(2.4, 1.2 + 0.22 * len(tables[-1]))), layout="constrained")
+        axes = figure.add_subplot(title="share of a class's assignments, test set")
+        figure.colorbar(draw_classes(axes, tables[-1]))
+    return figure
+
+
+def draw_classes(axes: Any, table: Sequence[Sequence[float]]) -> Any:
+    """The heatmap of `classes` from counts [classes, E]; answers the image."""
+    counts_CE = np.array(table, dtype=float)
+    share_CE = counts_CE / np.maximum(counts_CE.sum(1, keepdims=True), 1)
+    image = axes.imshow(share_CE, cmap=HEAT, aspect="auto", vmin=0)
+    experts = range(0, share_CE.shape[1], 1 + (share_CE.shape[1] - 1) // 12)  # as many as can be read side by side
+    axes.set(xticks=experts, yticks=range(share_CE.shape[0]), xlabel="expert", ylabel="class")
+    axes.grid(False)
+    return image
+
+
+def effects(run: "Run", layer: str) -> Figure | None:
+    """What each loss term and bias did to the router over training."""
+    names = sorted({name for r in run.records for name in r["layers"].get(layer, {}) if name.startswith("effect.")})
+    if not names:
+        return None
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(5.6, 3.0), layout="constrained")
+        axes = figure.add_subplot(
+            title="effect on the router (loss: gradient over the task's; bias: share of choices)", xlabel="step"
+        )
+        axes.title.set_fontsize(8.5)
+        for name in names:
+            steps, values = series(run, "train", name, layer)
+            axes.plot(steps, np.maximum(values, 1e-9), label=name.removeprefix("effect."), marker="o", markersize=2.5)
+        axes.set(yscale="log")
+        _mark(axes, run, layer)
+        axes.legend()
+    return figure

@@ -1,0 +1,230 @@
+"""Routing traces: what the layers of a model were given and chose, in one checksummed file.
+
+Suffixes: T tokens, n units of a level, N assignments.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from ..contract.options import values_of
+from ..contract.routing import Assignments, Level, Routing, Spec, Tokens
+from ..engine.engine import Engine
+from ..errors import UsageError
+from ..layer.moe import MoE, sums_of
+from ..layer.probing import uncounted
+from .checkpoints import read_tree, write_tree
+
+FILE = "routing.safetensors"  # in a run's folder
+LIMIT = 20_000  # tokens of a layer, padding included
+
+
+@attrs.define(eq=False)
+class Forward:
+    """One decision of one layer, on the CPU.
+
+    shape: the leading shape of its T tokens. logits: [T, n] by level, as raw and as wide as the router saw
+    them. mask, ids, labels: [T] or None. token, expert, gate, rank, selected: [N], as of `Assignments`.
+    """
+
+    shape: tuple[int, ...]
+    logits: dict[str, Tensor]
+    mask: Tensor | None
+    ids: Tensor | None
+    labels: Tensor | None
+    token: Tensor
+    expert: Tensor
+    gate: Tensor
+    rank: Tensor
+    selected: Tensor
+
+    @classmethod
+    def of(cls, routing: Routing) -> "Forward":
+        tokens, plan = routing.tokens, routing.plan
+        logits = {level.name: level.logits for level in routing.levels}
+        choice = (plan.token, plan.expert, plan.weight, plan.rank, plan.selected)
+        one = cls(tokens.shape, logits, tokens.mask, tokens.ids, tokens.labels, *choice)
+        return cls(**{name: _on_cpu(value) for name, value in attrs.asdict(one, recurse=False).items()})
+
+    def rows(self, start: int, stop: int) -> "Forward":
+        """The decision on some rows of the leading shape: samples, or sequences."""
+        each = math.prod(self.shape[1:])
+        first, last = start * each, min(stop, self.shape[0]) * each
+        mine_N = (self.token >= first) & (self.token < last)
+        columns = {name: getattr(self, name) for name in ("mask", "ids", "labels")}
+        by_token: dict[str, Any] = {name: None if one is None else one[first:last] for name, one in columns.items()}
+        by_choice: dict[str, Any] = {
+            name: getattr(self, name)[mine_N] for name in ("expert", "gate", "rank", "selected")
+        }
+        return Forward(
+            shape=(min(stop, self.shape[0]) - start, *self.shape[1:]),
+            logits={name: value[first:last] for name, value in self.logits.items()},
+            token=self.token[mine_N] - first,
+            **by_token,
+            **by_choice,
+        )
+
+    @property
+    def tokens(self) -> Tokens:
+        """The tokens without their hidden states: x is [T, 0], so that a router that reads it fails."""
+        count = math.prod(self.shape)
+        return Tokens(torch.empty(count, 0), tuple(self.shape), self.mask, self.ids, self.labels)
+
+    def routing(self, spec: Spec) -> Routing:
+        """The decision as it was recorded."""
+        levels = tuple(Level(name, value, value) for name, value in self.logits.items())
+        plan = Assignments(self.token, self.expert, self.gate, self.rank, self.selected, self.selected)
+        return Routing(self.tokens, levels, None, plan, spec.experts, spec.top_k)
+
+
+@attrs.define(eq=False)
+class LayerTrace:
+    """What one layer decided.
+
+    router: its plugin, or the class of somebody else's block. options: that plugin's. state: its tensors.
+    biases: level, name, selection_only and value [n] of each, as it stood.
+    """
+
+    name: str
+    router: str
+    options: dict[str, Any]
+    spec: Spec
+    state: dict[str, Tensor]
+    biases: list[dict[str, Any]]
+    forwards: list[Forward] = attrs.field(factory=list)
+
+    @property
+    def levels(self) -> list[tuple[str, int]]:
+        """Name and size of each level."""
+        return [(name, value.shape[-1]) for name, value in self.forwards[0].logits.items()]
+
+
+@attrs.define(eq=False)
+class Trace:
+    """What the layers of a model decided, up to `limit` tokens a layer.
+
+    about: where it is from. cut: there were more tokens.
+    """
+
+    layers: list[LayerTrace] = attrs.field(factory=list)
+    about: dict[str, Any] = attrs.field(factory=dict)
+    limit: int = LIMIT
+    cut: bool = False
+
+    @property
+    def router(self) -> str:
+        return self.layers[0].router
+
+    @property
+    def biased(self) -> bool:
+        """Whether biases were at work."""
+        return any(layer.biases for layer in self.layers)
+
+    @property
+    def tokens(self) -> int:
+        """Of the layer that holds most."""
+        return max(sum(math.prod(one.shape) for one in layer.forwards) for layer in self.layers)
+
+    def add(self, layer: LayerTrace, routing: Routing) -> bool:
+        """Keep one forward's decision, or the first rows of it; answers whether there was room for all of it."""
+        held = sum(math.prod(one.shape) for one in layer.forwards)
+        rows, each = routing.tokens.shape[0], math.prod(routing.tokens.shape[1:])
+        fitting = min(rows, (self.limit - held) // max(each, 1))
+        self.cut |= fitting < rows
+        if fitting and each:
+            forward = Forward.of(routing)
+            layer.forwards.append(forward if fitting == rows else forward.rows(0, fitting))
+        return fitting == rows
+
+    def write(self, path: Path) -> None:
+        """Write it as one file, atomically. Raises UsageError if there is nothing in it, or it can't be written."""
+        layers = [layer for layer in self.layers if layer.forwards]
+        if not layers:
+            raise UsageError(f"no token has come through any layer, so there is nothing to write into {path}")
+        note = f"the first {self.limit} tokens of each layer at most, padding included; logits are not rounded"
+        tree = attrs.asdict(attrs.evolve(self, layers=layers))
+        try:
+            write_tree(path, {"routing_trace": 1, "note": note, **tree})
+        except OSError as error:
+            raise UsageError(f"{path} can't be written: {error.strerror}") from error
+
+
+def read_trace(path: Path) -> Trace:
+    """The trace in a file, or in a run's folder. Raises UsageError for one that is absent, damaged or none."""
+    path = path / FILE if path.is_dir() else path
+    tree = read_tree(path, "routing trace")
+    if not isinstance(tree, dict) or tree.get("routing_trace") != 1:
+        raise UsageError(f"{path} holds no routing trace; `moe-engine run --record-routing` writes one")
+    try:
+        layers = [
+            LayerTrace(
+                **{**layer, "spec": Spec(**layer["spec"]), "forwards": [Forward(**one) for one in layer["forwards"]]}
+            )
+            for layer in tree["layers"]
+        ]
+        trace = Trace(layers, tree["about"], tree["limit"], tree["cut"])
+        if not layers or not all(layer.forwards for layer in layers):
+            raise ValueError("it is empty")
+        for layer in layers:
+            for forward in layer.forwards:
+                _check(layer, forward)
+        return trace
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+        raise UsageError(f"{path} is damaged: it is no whole trace ({type(error).__name__}: {error})") from error
+
+
+def _check(layer: LayerTrace, forward: Forward) -> None:
+    """Raise what is wrong with a decision that was read, which may be any tree that hangs together."""
+    count, routing = math.prod(forward.shape), forward.routing(layer.spec)
+    for column in (forward.mask, forward.ids, forward.labels, *forward.logits.values()):
+        if column is not None and column.shape[0] != count:
+            raise ValueError(f"a column of {column.shape[0]} for {count} tokens")
+    routing.chosen()
+    routing.gates()
+    sums_of(routing)
+    forward.rows(0, forward.shape[0])
+    {bias["level"]: (bias["name"], bias["selection_only"], bias["value"].shape) for bias in layer.biases}
+    if not isinstance(layer.router, str):
+        raise TypeError(f"its router is {layer.router!r}")
+    dict(layer.options)
+    [tensor.shape for tensor in dict(layer.state).values()]
+
+
+def _on_cpu(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _on_cpu(one) for name, one in value.items()}
+    return value.detach().cpu().clone() if isinstance(value, Tensor) else value
+
+
+def record(engine: Engine, forwards: Iterable[Callable[[], object]], about: dict[str, Any]) -> Trace:
+    """The decisions of the engine's layers in some forwards of the model, which are not counted.
+
+    It ends as soon as no layer has room for more. Call it in eval mode: capacity and noise are of training.
+    """
+    trace = Trace([begin(engine, layer) for layer in engine.layers], about)
+    for forward in forwards:
+        with torch.no_grad(), uncounted(engine.layers):
+            forward()
+            decided = [layer.watched or [] for layer in engine.layers]
+        fitted = [trace.add(own, one) for own, several in zip(trace.layers, decided, strict=True) for one in several]
+        if fitted and not any(fitted):
+            break
+    return trace
+
+
+def begin(engine: Engine, layer: MoE) -> LayerTrace:
+    """What is to be kept of a layer beside its decisions."""
+    plugins = engine.plugins.override(layer.settings)
+    (router,) = (bound.plugin for bound in engine.plugins.bind("moe_router", plugins))
+    biases = [
+        {"level": level.name, "name": name, "selection_only": bias.selection_only, "value": _on_cpu(bias())}
+        for level, own in zip(layer.router.levels, layer.bias_levels(), strict=True)
+        for name, bias in own.items()
+    ]
+    state = _on_cpu(layer.router.state_dict())
+    return LayerTrace(layer.name, router, values_of(plugins[router]), layer.spec, state, biases)

@@ -1,0 +1,216 @@
+"""Images for tasks: read from their files, or generated."""
+
+import os
+import tarfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from hashlib import md5, sha256
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile, is_zipfile
+from zlib import error as ZlibError
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import UsageError
+from ..files import write_atomically
+from ..seeds import generator
+
+Half = tuple[Tensor, Tensor]  # images uint8 [N, ...], labels long [N]
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+
+MNIST_SHA256 = {
+    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+}
+FASHION_SHA256 = {
+    "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+}
+CIFAR = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+CIFAR_ARCHIVE_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
+CIFAR_FOLDER = "cifar-10-batches-bin"
+CIFAR_MD5 = {
+    "data_batch_1.bin": "5dd7e06a14cb22eb9f671a540d1b7c25",
+    "data_batch_2.bin": "5ea93a67294ea407fff1d09f752e9692",
+    "data_batch_3.bin": "942cd6a4bcdd0dd3c604fbe906cb4421",
+    "data_batch_4.bin": "ae636b3ba5c66a11e91e8cb52e771fcb",
+    "data_batch_5.bin": "53f37980c15c3d472c316c40844f3f0d",
+    "test_batch.bin": "803d5f7f4d78ea53de84dbe85f74fb6d",
+}
+
+
+def mnist(data_dir: str) -> tuple[Half, Half]:
+    """(train, test): 60,000 and 10,000 handwritten digits of 28 x 28 pixels (LeCun et al., 1998)."""
+    from torchvision.datasets import MNIST
+
+    return _mnist_like(MNIST, "MNIST", MNIST_SHA256, data_dir)
+
+
+def fashion_mnist(data_dir: str) -> tuple[Half, Half]:
+    """(train, test): 60,000 and 10,000 pictures of clothes of 28 x 28 pixels (Xiao et al., 2017)."""
+    from torchvision.datasets import FashionMNIST
+
+    return _mnist_like(FashionMNIST, "FashionMNIST", FASHION_SHA256, data_dir)
+
+
+def cifar10(data_dir: str) -> tuple[Half, Half]:
+    """(train, test): 50,000 and 10,000 colour pictures [3, 32, 32] (Krizhevsky, 2009).
+
+    Read from the official binary files (cifar-10-batches-bin/) or from cifar10.npz (x_train, y_train,
+    x_test, y_test; images [N, 32, 32, 3]); downloaded if neither is there. Both are held against the
+    official checksums; nothing is unpickled. Raises UsageError if a file is damaged or can't be had.
+    """
+    home = Path(data_dir)
+    archive = home / "cifar10.npz"
+    if not all(os.path.exists(home / CIFAR_FOLDER / name) for name in CIFAR_MD5) and not os.path.exists(archive):
+        _fetch_cifar(home)
+    return _from_npz(archive) if os.path.exists(archive) else _from_binary(home / CIFAR_FOLDER)
+
+
+def blobs(
+    counts: Sequence[int],
+    classes: int,
+    random: torch.Generator,
+    *,
+    side: int = 28,
+    channels: int = 0,
+    parts: int = 4,
+    width: float = 0.08,
+    jitter: float = 0.04,
+    noise: float = 0.0,
+) -> list[Half]:
+    """Generated images, uint8 [n, side, side], or [n, channels, side, side] in colours, of each of these counts.
+
+    A class is where its `parts` soft blobs lie, and their colours; an image is that, shifted as a whole by
+    a normal deviate of 0.05, each blob by one of `jitter`, and with pixel noise of that deviation. Lengths are in
+    sides of the image; width is a blob's standard deviation, its peak is 1.
+    """
+    centres_CP2 = torch.rand(classes, parts, 2, generator=random) * 0.7 + 0.15
+    colours_CPK = torch.ones(classes, parts, 1)
+    if channels:
+        colours_CPK = torch.rand(classes, parts, channels, generator=random)
+    line = (torch.arange(side) + 0.5) / side
+
+    def draw(count: int) -> Half:
+        labels = torch.randint(classes, (count,), generator=random)
+        shift = 0.05 * torch.randn(count, 1, 2, generator=random)
+        if jitter:
+            shift = shift + jitter * torch.randn(count, parts, 2, generator=random)
+        centres_NP2 = centres_CP2[labels] + shift
+        images = torch.zeros(count, channels or 1, side, side)
+        for part in range(parts):
+            y, x = (torch.exp(-(((line - centres_NP2[:, part, axis, None]) / width) ** 2) / 2) for axis in (0, 1))
+            y = colours_CPK[labels, part, :, None] * y[:, None]
+            torch.maximum(images, y[..., None] * x[:, None, None], out=images)
+        images = images if channels else images[:, 0]
+        images = images + noise * torch.randn(images.shape, generator=random)
+        return (images.clamp(0, 1) * 255).to(torch.uint8), labels
+
+    return [draw(count) for count in counts]
+
+
+def joined(sets: Iterable[tuple[Half, Half]], classes: int) -> tuple[Half, Half]:
+    """(train, test) of data sets of so many classes each as one, the labels of each after those of the one before.
+
+    Training rows are set after set. Test rows are mixed, in an order that is drawn once for all: a forward over
+    the rows of one set would look like collapse.
+    """
+    train, test = (
+        (torch.cat([images for images, _ in half]), torch.cat([classes * n + own for n, (_, own) in enumerate(half)]))
+        for half in zip(*sets, strict=True)
+    )
+    order = torch.randperm(len(test[0]), generator=generator(0, "joined test order"))
+    return train, (test[0][order], test[1][order])
+
+
+def _mnist_like(dataset: Callable[..., Any], name: str, sums: Mapping[str, str], data_dir: str) -> tuple[Half, Half]:
+    """A torchvision data set in MNIST's format, held against the SHA-256 sums of its four files.
+
+    What is absent is downloaded into data_dir, with progress and the publisher's checksum. Raises
+    UsageError if that fails, or if a file is damaged.
+    """
+    folder = Path(data_dir) / name / "raw"
+    if not all(os.path.exists(folder / file) for file in sums):
+        source = f"the four files of {dataset.mirrors[0]}"  # type: ignore[attr-defined]
+        _download(lambda: dataset(data_dir, download=True), name, folder, source)
+    for file, expected in sums.items():
+        _verify(folder / file, expected)
+    halves = [dataset(data_dir, train=train, download=False) for train in (True, False)]
+    train, test = [(half.data, half.targets.long()) for half in halves]
+    return train, test
+
+
+def _download(fetch: Callable[[], Any], name: str, folder: Path, source: str) -> None:
+    """Call `fetch`, which downloads the source into `folder`; a failure becomes one sentence that says what to do."""
+    try:
+        fetch()
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0].rstrip(".:")
+        raise UsageError(
+            f"{name} is not in {folder}, and can't be downloaded ({reason}); "
+            f"name the folder that holds it with --data-dir, or put {source} there yourself"
+        ) from error
+
+
+def _verify(file: Path, expected: str) -> None:
+    try:
+        found = sha256(file.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UsageError(f"data file {file} can't be read: {error.strerror}") from error
+    if found != expected:
+        raise UsageError(
+            f"data file {file} is damaged (SHA-256 {found[:12]}..., not {expected[:12]}...); delete it and run again"
+        )
+
+
+def _from_binary(folder: Path) -> tuple[Half, Half]:
+    return _verified([np.fromfile(folder / name, np.uint8) for name in CIFAR_MD5], folder)
+
+
+def _from_npz(archive: Path) -> tuple[Half, Half]:
+    try:
+        if not is_zipfile(archive):
+            raise BadZipFile("it is no .npz")
+        with open(archive, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+            train, test = (_rows(arrays[f"x_{half}"], arrays[f"y_{half}"]) for half in ("train", "test"))
+            return _verified([batch.ravel() for batch in (*np.split(train, 5), test)], archive)
+    except (OSError, ValueError, KeyError, BadZipFile, ZlibError) as error:
+        raise UsageError(f"data file {archive} is damaged ({error}); delete it and run again") from error
+
+
+def _rows(images: Bytes, labels: Bytes) -> Bytes:
+    """[N, 3073]: label, then the R, G and B planes, as in the official binary format."""
+    planes = images.transpose(0, 3, 1, 2).reshape(len(images), -1)
+    return np.concatenate([labels.astype(np.uint8).reshape(-1, 1), planes], axis=1)
+
+
+def _verified(batches: Sequence[Bytes], source: Path) -> tuple[Half, Half]:
+    """(train, test) of the bytes of the six official files, which must have the official checksums."""
+    for batch, (name, expected) in zip(batches, CIFAR_MD5.items(), strict=True):
+        if md5(batch.tobytes(), usedforsecurity=False).hexdigest() != expected:
+            raise UsageError(f"{name} of {source} is damaged; delete {source} and run again")
+    return _half(np.concatenate(batches[:-1])), _half(batches[-1])
+
+
+def _half(data: Bytes) -> Half:
+    rows = data.reshape(-1, 3073)
+    return torch.from_numpy(rows[:, 1:].reshape(-1, 3, 32, 32)), torch.from_numpy(rows[:, 0].astype(np.int64))
+
+
+def _fetch_cifar(home: Path) -> None:
+    from torchvision.datasets.utils import download_url
+
+    packed = home / Path(CIFAR).name
+    _download(lambda: download_url(CIFAR, str(home), md5=CIFAR_ARCHIVE_MD5), "CIFAR-10", home, CIFAR)
+    (home / CIFAR_FOLDER).mkdir(exist_ok=True)
+    with tarfile.open(packed) as tar:
+        for name in CIFAR_MD5:
+            member = tar.extractfile(f"{CIFAR_FOLDER}/{name}")
+            assert member is not None  # the archive has its checksum
+            write_atomically(home / CIFAR_FOLDER / name, member.read())
