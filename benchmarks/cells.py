@@ -15,7 +15,7 @@ from moe_engine import Engine, StackedMLP
 from moe_engine.contract.routing import Routing, Spec, Tokens, assign
 from moe_engine.layer.activations import ACTIVATIONS
 from moe_engine.layer.dispatch import dispatch
-from moe_engine.layer.fused_cpu import work_dtype
+from moe_engine.layer.fused_cpu import matmul_dtype
 from paired import Call
 
 
@@ -132,7 +132,7 @@ def chosen(cell: Cell, made: torch.Generator) -> Tensor:
 
 def reference(cell: Cell, given: Problem) -> dict[str, Tensor]:
     """In float64: y, and the gradients of `learnt` by name. Autocast's is that of what it multiplies."""
-    shared = given.cast(work_dtype(torch.bfloat16)) if cell.precision == "autocast" else given
+    shared = given.cast(matmul_dtype(torch.bfloat16)) if cell.precision == "autocast" else given
     own = given._replace(**{name: _leaf(value) for name, value in shared._asdict().items()})
     act = ACTIVATIONS[cell.activation]
     y = torch.zeros_like(own.x)
@@ -185,7 +185,7 @@ def products(cell: Cell, given: Problem) -> Call:
     """The floor of what segments cost: six products an expert into memory that is there, weight gradients fresh."""
     counts = torch.bincount(given.expert.flatten(), minlength=cell.experts).tolist()
     rows, wide = sum(counts), given.w_in.shape[2]
-    dtype = work_dtype(given.w_in.dtype if cell.precision == "fp32" else torch.bfloat16)
+    dtype = matmul_dtype(given.w_in.dtype if cell.precision == "fp32" else torch.bfloat16)
     x, y, g, dx = (torch.randn(rows, cell.dim, dtype=dtype) for _ in range(4))
     a, da = (torch.randn(rows, wide, dtype=dtype) for _ in range(2))
     h, dh = (torch.randn(rows, cell.hidden, dtype=dtype) for _ in range(2))
@@ -227,7 +227,7 @@ def whole_layer(cell: Cell) -> Call:
     """Router, bias, loss, ledger and all calls of a training step, on random tokens near balance."""
     built = Engine("saturation,switch_aux", experts=cell.experts, top_k=cell.top_k)
     layer = built.moe(cell.dim, cell.hidden)
-    nn.init.orthogonal_(layer.router.rows)  # equal, independent scores
+    nn.init.orthogonal_(layer.router.weight)  # equal, independent scores
     x, grad = torch.randn(cell.tokens, cell.dim, requires_grad=True), torch.randn(cell.tokens, cell.dim)
 
     def call() -> None:

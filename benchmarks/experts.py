@@ -13,7 +13,7 @@ import attrs
 import torch
 
 from cells import Cell, dense, engine, errors, problem, products, step, weight_gradients, whole_layer
-from moe_engine.layer.fused_cpu import work_dtype
+from moe_engine.layer.fused_cpu import matmul_dtype
 from paired import RESULTS, Bar, Call, Times, arguments, over, steady, tell, timed
 from peers import FORWARDS, ONLY_SMALL, WHOLE, installed
 
@@ -31,7 +31,7 @@ def bf16(cell: Cell) -> Cell:
 
 SHORT = attrs.evolve(bf16(E8), tokens=128)
 HALVES = tuple(bf16(cell) for cell in (E8, E64, E256))
-NATIVE = work_dtype(torch.bfloat16) == torch.bfloat16  # where not, others take seconds for what is in HALVES
+NATIVE = matmul_dtype(torch.bfloat16) == torch.bfloat16  # where not, others take seconds for what is in HALVES
 WITH_PEERS = (E8, WIDE, E64, E256, zipf(E8), zipf(E64), SHORT, *(HALVES if NATIVE else ()))
 WITH_LAYER = (E8, WIDE, E64, E256)
 CELLS = (

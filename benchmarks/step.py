@@ -67,7 +67,7 @@ def both(top_k: int) -> dict[str, Call]:
     loop = ModuleLoop(top_k)
     layer = Engine("topk", experts=EXPERTS, top_k=top_k).moe(PIXELS, HIDDEN, out=CLASSES, bias=True)
     nn.init.orthogonal_(loop.router.weight)
-    nn.init.orthogonal_(layer.router.rows)
+    nn.init.orthogonal_(layer.router.weight)
     by_hand = torch.optim.Adam(loop.parameters(), 0.0, fused=True)
     return {"loop": small_steps(loop, by_hand), "engine": small_steps(layer, adam(layer, 0.0))}
 

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from .contract.growth import Growth as Growth
     from .contract.growth import NewExpert as NewExpert
     from .contract.history import History as History
-    from .contract.history import children_of_peaks as children_of_peaks
-    from .contract.history import lasting as lasting
+    from .contract.history import consecutive as consecutive
+    from .contract.history import grow_at_peaks as grow_at_peaks
     from .contract.hookspecs import hookimpl as hookimpl
     from .contract.numerics import at_least_fp32 as at_least_fp32
     from .contract.numerics import centred_log as centred_log
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .contract.parts import Part as Part
     from .contract.parts import Router as Router
     from .contract.parts import RunningLoad as RunningLoad
-    from .contract.parts import follow as follow
+    from .contract.parts import ema_update_ as ema_update_
     from .contract.parts import linear_logits as linear_logits
     from .contract.parts import ones as ones
     from .contract.parts import uniform as uniform
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from .contract.stats import mean_of_pairs as mean_of_pairs
     from .contract.tasks import Task as Task
     from .contract.tasks import TaskSpec as TaskSpec
+    from .contract.traits import Traits as Traits
     from .engine.engine import Engine as Engine
     from .errors import PluginError as PluginError
     from .errors import RunError as RunError
@@ -68,15 +69,15 @@ if TYPE_CHECKING:
     from .layer.moe import MoE as MoE
     from .layer.probing import evaluating as evaluating
     from .pretrained.watching import watch as watch
-    from .processes import over_processes as over_processes
-    from .processes import shared as shared
+    from .processes import all_reduce_sum as all_reduce_sum
+    from .processes import mean_over_ranks as mean_over_ranks
     from .run.checkpoints import load as load
     from .run.checkpoints import save as save
     from .run.training import adam as adam
 
 _HOMES = {
     "contract.growth": ("Grown", "Growth", "NewExpert"),
-    "contract.history": ("History", "children_of_peaks", "lasting"),
+    "contract.history": ("History", "grow_at_peaks", "consecutive"),
     "contract.hookspecs": ("hookimpl",),
     "contract.numerics": ("at_least_fp32", "centred_log", "count_by", "cv2", "entropy_of"),
     "contract.options": ("option",),
@@ -88,7 +89,7 @@ _HOMES = {
         "Part",
         "Router",
         "RunningLoad",
-        "follow",
+        "ema_update_",
         "linear_logits",
         "ones",
         "uniform",
@@ -110,6 +111,7 @@ _HOMES = {
         "keep_best_groups",
     ),
     "contract.stats": ("Effects", "Finding", "Stats", "Step", "mean_of_pairs"),
+    "contract.traits": ("Traits",),
     "contract.tasks": ("Task", "TaskSpec"),
     "engine.engine": ("Engine",),
     "errors": ("PluginError", "RunError", "UsageError"),
@@ -119,7 +121,7 @@ _HOMES = {
     "layer.moe": ("MoE",),
     "layer.probing": ("evaluating",),
     "pretrained.watching": ("watch",),
-    "processes": ("over_processes", "shared"),
+    "processes": ("all_reduce_sum", "mean_over_ranks"),
     "run.checkpoints": ("load", "save"),
     "run.training": ("adam",),
 }

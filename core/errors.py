@@ -1,15 +1,27 @@
-"""What may go wrong, as the two kinds of error that a caller tells apart."""
+"""The exceptions: UsageError (bad input), PluginError (a broken plugin) and RunError (a failed run)."""
 
 
-class UsageError(Exception):
-    """Bad input. The message is one sentence: what, where, what to do. On the command line: exit 2."""
+class MoeEngineError(Exception):
+    """What moe-engine raises on purpose.
+
+    message: one sentence: what, where, what to do. It may be reworded at any time. code: the stable name of
+    this error, as "unknown-plugin"; empty where a plugin gave none.
+    """
+
+    def __init__(self, message: str, code: str = "") -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class UsageError(MoeEngineError):
+    """Bad input. On the command line: exit 2."""
 
 
 class PluginError(UsageError):
     """A chosen plugin that cannot be used: it does not load, or breaks the contract."""
 
 
-class RunError(Exception):
+class RunError(MoeEngineError):
     """Something failed after the run began: a non-finite loss, a plugin that raised. Exit 1."""
 
 
@@ -20,11 +32,11 @@ def listed(names: object) -> str:
 
 
 def nearest(name: str, known: object) -> str:
-    """The end of an "unknown name" sentence: a likely meaning, or all that exists."""
+    """The end of an "unknown name" sentence: the closest names, or all that exist."""
     from difflib import get_close_matches
 
-    names = sorted(str(one) for one in known)  # type: ignore[attr-defined]
+    names = sorted(str(name) for name in known)  # type: ignore[attr-defined]
     close = get_close_matches(name, names, n=2)
     if close:
-        return "did you mean " + " or ".join(f"'{one}'" for one in close) + "?"
-    return f"there is {listed(names)}" if names else "there is none"
+        return "did you mean " + " or ".join(f"'{match}'" for match in close) + "?"
+    return f"choose from {listed(names)}" if names else "there is none"

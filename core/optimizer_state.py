@@ -92,7 +92,7 @@ def _fresh(optimizer: Optimizer, name: str, key: str, state: Tensor, axis: int, 
         return value.select(axis, position)
     raise UsageError(
         f"{type(optimizer).__name__} keeps '{key}' for each weight of '{name}', and no rule says what a newcomer's "
-        "starts at; use a source that copies its parent's, such as clone"
+        "starts at; use an initializer that copies its parent's, such as clone"
     )
 
 
@@ -126,13 +126,13 @@ def _forgotten(layer: Any, optimizers: Sequence[Optimizer], followers: Sequence[
     known = {id(one) for one in (*optimizers, *followers)}
     known |= {id(one.param_groups) for one in optimizers}  # a wrapper shares them with the optimizer it wraps
     wanted = {id(parameter) for parameter in layer.parameters()}
-    lineage = layer.lineage
+    copy_id = layer.copy_id
 
     def holds(one: Any) -> bool:
         if isinstance(one, Optimizer):
             groups = getattr(one, "param_groups", [])
             return id(groups) not in known and any(id(p) in wanted for group in groups for p in group["params"])
-        return any(getattr(module, "lineage", None) == lineage for module in one.modules())
+        return any(getattr(module, "copy_id", None) == copy_id for module in one.modules())
 
     return [
         one for one in live(Optimizer, DistributedDataParallel, AveragedModel) if id(one) not in known and holds(one)

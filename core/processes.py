@@ -15,7 +15,7 @@ def distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def over_processes(sums: Tensor) -> Tensor:
+def all_reduce_sum(sums: Tensor) -> Tensor:
     """Sums of all processes, in place."""
     if distributed():
         torch.distributed.all_reduce(sums)
@@ -27,10 +27,10 @@ def mean_over_processes(value: Tensor | float, device: torch.device) -> float:
     own = float(torch.as_tensor(value).detach())
     if not distributed():
         return own
-    return float(over_processes(torch.tensor([own], device=device))) / torch.distributed.get_world_size()
+    return float(all_reduce_sum(torch.tensor([own], device=device))) / torch.distributed.get_world_size()
 
 
-def shared(value: Tensor) -> Tensor:
+def mean_over_ranks(value: Tensor) -> Tensor:
     """The mean of value over all processes, in whose gradient this process has its own part.
 
     For what comes before a nonlinearity: gradients that are averaged over processes, as
@@ -39,7 +39,7 @@ def shared(value: Tensor) -> Tensor:
     if not distributed():
         return value
     own = value.detach()
-    return value + (over_processes(own.clone()) / torch.distributed.get_world_size() - own)
+    return value + (all_reduce_sum(own.clone()) / torch.distributed.get_world_size() - own)
 
 
 @contextmanager

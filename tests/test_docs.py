@@ -106,7 +106,7 @@ def ours(loss, logits_TE, top_k):
     tokens, experts = logits_TE.shape
     engine = Engine(f"topk,{loss}", [f"{loss}.weight=1"], experts=experts, top_k=top_k)
     layer = engine.moe(tokens, 4)
-    layer.router.rows.data = logits_TE.t().clone()
+    layer.router.weight.data = logits_TE.t().clone()
     layer(torch.eye(tokens))
     return engine.aux_loss().item()
 

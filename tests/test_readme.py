@@ -54,7 +54,7 @@ def test_the_parts_in_the_hooks_documentation_work(install):
     engine.after_backward()
     engine.after_step()
     assert layer.biases[0]["nudge"].b.abs().sum() > 0
-    for kind, name, cls in (("growth", "hundred", "EveryHundred"), ("source", "half", "HalfNew")):
+    for kind, name, cls in (("growth", "hundred", "EveryHundred"), ("initializer", "half", "HalfNew")):
         install(kind, name, attrs.define(eq=False)(parts[cls]))
     engine = Engine("plain,nudge,hundred,half", experts=4)
     layer = engine.moe(6, 8)

@@ -69,7 +69,7 @@ def filled(kind, config):
 
 def same_weights(layer, block):
     with torch.no_grad():
-        layer.router.rows.copy_(block.gate.weight)
+        layer.router.weight.copy_(block.gate.weight)
         layer.experts.w_in.copy_(block.experts.gate_up_proj.mT)
         layer.experts.w_out.copy_(block.experts.down_proj.mT)
     return layer
@@ -111,7 +111,7 @@ def test_gradients_of_input_and_router(pair):
     """Both receive the block's gradients, through gates and experts."""
     layer, block = pair()
     x = inputs(3, 20)
-    ours = gradients(layer, x, [layer.router.rows])
+    ours = gradients(layer, x, [layer.router.weight])
     theirs = gradients(block, x, [block.gate.weight])
     assert_close(ours, theirs)
     assert theirs[1].abs().sum() > 1
@@ -151,7 +151,7 @@ def test_load_loss_leaves_padding_out(theirs):
     """As theirs does with an attention mask, up to the factor K that is shown below."""
     layer, x = build("topk,switch_aux", top_k=2), inputs(3, 20)
     mask = torch.arange(20) < torch.tensor([20, 7, 13])[:, None]
-    logits = F.linear(x.flatten(0, 1), layer.router.rows)
+    logits = F.linear(x.flatten(0, 1), layer.router.weight)
     assert_close(2 * switch_aux(layer, x, mask), theirs.load_balancing_loss_func((logits,), EXPERTS, 2, mask.long()))
 
 
@@ -163,7 +163,7 @@ def test_load_loss_teaches_the_router_the_same():
     (layer(x).sum() + engine.aux_loss()).backward()
     logits = F.linear(x.detach().flatten(0, 1), block.gate.weight)
     (block(x.detach()).sum() + 0.1 * mixtral.load_balancing_loss_func((logits,), EXPERTS, 2)).backward()
-    assert_close(layer.router.rows.grad, block.gate.weight.grad)
+    assert_close(layer.router.weight.grad, block.gate.weight.grad)
 
 
 # -- what is not, and is meant not to be ---------------------------------------------------------------
@@ -174,7 +174,7 @@ def test_load_loss_teaches_the_router_the_same():
 def test_differs_load_loss_by_factor_k(theirs, top_k):
     """Theirs does not divide the load by K: for one layer it is K times `switch_aux`."""
     layer, x = build("topk,switch_aux", top_k=top_k), inputs(3, 20)
-    logits = F.linear(x.flatten(0, 1), layer.router.rows)
+    logits = F.linear(x.flatten(0, 1), layer.router.weight)
     assert_close(top_k * switch_aux(layer, x), theirs.load_balancing_loss_func((logits,), EXPERTS, top_k))
 
 
@@ -187,8 +187,8 @@ def test_differs_load_loss_per_layer():
     engine = Engine("topk,switch_aux", experts=4, top_k=1)
     layers, x = [engine.moe(DIM, HIDDEN) for _ in range(4)], inputs(20).detach().abs()
     for index, layer in enumerate(layers):
-        layer.router.rows.data = 100 * F.one_hot(torch.tensor(index), 4).float()[:, None].expand(4, DIM)
-    logits = tuple(F.linear(x, layer.router.rows) for layer in layers)
+        layer.router.weight.data = 100 * F.one_hot(torch.tensor(index), 4).float()[:, None].expand(4, DIM)
+    logits = tuple(F.linear(x, layer.router.weight) for layer in layers)
     assert_close(mixtral.load_balancing_loss_func(logits, 4, 1), torch.tensor(1.0))
     assert_close(torch.stack([switch_aux(layer, x) for layer in layers]).mean(), torch.tensor(4.0))
 
@@ -198,7 +198,7 @@ def test_differs_single_gate():
     layer, block = mixtral_pair(top_k=1)
     x = inputs(3, 20)
     assert gradients(block, x, [block.gate.weight])[1].abs().max() < 1e-4
-    assert gradients(layer, x, [layer.router.rows])[1].abs().max() > 0.1
+    assert gradients(layer, x, [layer.router.weight])[1].abs().max() > 0.1
 
 
 def test_differs_jitter():
@@ -244,6 +244,6 @@ def test_differs_group_score():
     """
     layer, block = deepseek_pair(bias=(0.0,) * EXPERTS, kept=2, top_k=2)
     x = inputs(3, 20).detach()
-    best_T = F.linear(x.flatten(0, 1), layer.router.rows).argmax(-1)
+    best_T = F.linear(x.flatten(0, 1), layer.router.weight).argmax(-1)
     assert torch.equal(layer.route(layer.tokens(x)).plan.expert.view(-1, 2)[:, 0], best_T)
     assert (layer(x) - block(x)).abs().max() > 0.1

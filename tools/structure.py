@@ -1,6 +1,7 @@
 """The structure of core/, checked: rooms in order, no circle, classes and functions of a readable size.
 
 python tools/structure.py prints every finding and exits 1 if there is one. `make lint` runs it; a test does, too.
+python tools/structure.py --map writes the map of core/ into CONTRIBUTING.md, from the modules' docstrings.
 """
 
 import ast
@@ -111,6 +112,26 @@ def body(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     return statements[-1].end_lineno - statements[0].lineno + 1 if statements else 0
 
 
+def core_map() -> str:
+    """core/ as a tree: every room and module in order, each with the first line of its docstring."""
+    known = modules()
+    lines = ["core/" + " " * 21 + "the package moe_engine; it names no plugin"]
+    for name in sorted((one for one in known if one), key=lambda one: (ROOMS.index(one.split(".")[0]), one)):
+        indent = "  " * (1 + name.count("."))
+        leaf = name.rpartition(".")[2] + ("/" if known[name].name == "__init__.py" else ".py")
+        said = (ast.get_docstring(ast.parse(known[name].read_text("utf-8"))) or "").partition("\n")[0]
+        lines.append(f"{indent + leaf:<25} {said.rstrip('.')}".rstrip())
+    return "\n".join(lines)
+
+
+def write_map() -> None:
+    """Replace the map in CONTRIBUTING.md."""
+    page = ROOT / "CONTRIBUTING.md"
+    text = page.read_text("utf-8")
+    start, end = text.index("core/ "), text.index("\nplugins/ ")
+    page.write_text(text[:start] + core_map() + text[end:], "utf-8")
+
+
 def main() -> int:
     graph = arrows()
     checks = {"upward imports": upward(graph), "circles": circles(graph), "loose modules": loose(), "size": too_long()}
@@ -122,4 +143,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if "--map" in sys.argv:
+        write_map()
+    else:
+        sys.exit(main())

@@ -1,0 +1,1 @@
+"""Routing analysed after the fact: counts, traces, replay, FLOPs."""

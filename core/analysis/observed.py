@@ -20,7 +20,7 @@ class NotRecorded(Exception):
     """A metric asked for a part of a layer of which only the decisions are seen."""
 
 
-class Observed:
+class CountedLayer:
     """What stands for a MoE layer where there is none: metrics find its `name` and its `spec`.
 
     spec: of which dim, hidden, experts, top_k and causal are known. A plugin that asks for more (the
@@ -32,7 +32,7 @@ class Observed:
         self._measures, self._metrics = plugins.bind("moe_measure"), plugins.bind("moe_metrics")
         self._memory: dict[str, dict[str, Any]] = {bound.plugin: {} for bound in self._metrics}
         # plugins that need what is not seen: a state, or what they will ask for
-        self._blind = {bound.plugin for bound in plugins.bind("moe_state")}
+        self._unanswered = {bound.plugin for bound in plugins.bind("moe_state")}
         self._sums: dict[str, Tensor] = {}
 
     @property
@@ -67,7 +67,7 @@ class Observed:
             try:
                 sums |= measured(routing, [bound], self)
             except NotRecorded:
-                self._blind.add(bound.plugin)
+                self._unanswered.add(bound.plugin)
         self.add(sums)
 
     def add(self, sums: Mapping[str, Tensor]) -> None:
@@ -88,17 +88,17 @@ class Observed:
             try:
                 answers.append((bound.plugin, bound({**offer, "memory": self._memory[bound.plugin]})))
             except NotRecorded:
-                self._blind.add(bound.plugin)
+                self._unanswered.add(bound.plugin)
             except Unmeasured:  # only counts were added, and nothing measured
                 if stats.of(bound.plugin):
                     raise
-                self._blind.add(bound.plugin)
+                self._unanswered.add(bound.plugin)
         return merged(answers)
 
     @property
-    def blind(self) -> list[str]:
+    def unanswered(self) -> list[str]:
         """The plugins that asked for what is not seen, and so say nothing."""
-        return sorted(self._blind)
+        return sorted(self._unanswered)
 
     def _seeing(self, bounds: tuple[Bound, ...]) -> list[Bound]:
-        return [bound for bound in bounds if bound.plugin not in self._blind]
+        return [bound for bound in bounds if bound.plugin not in self._unanswered]

@@ -20,7 +20,7 @@ from ..layer.moe import MoE
 from ..registry.discovery import find, load, pick
 from ..registry.manager import Plugins
 from ..run.traces import Forward, LayerTrace, Trace
-from .observed import Observed
+from .observed import CountedLayer
 
 NUMBERS = ("cv", "maxvio", "active", "entropy", "dropped", "agreement", "first")  # of a replayed layer
 RECORDED, NONE = "recorded", "none"  # what may stand for a bias
@@ -103,7 +103,7 @@ def recorded(trace: Trace) -> list[dict[str, Any]]:
     head = {"recorded": True, "router": trace.router, "bias": ",".join(names) or NONE, "capacity": None}
     rows: list[dict[str, Any]] = []
     for layer in trace.layers:
-        seen = Observed(Plugins(), layer.name, layer.spec)
+        seen = CountedLayer(Plugins(), layer.name, layer.spec)
         for forward in layer.forwards:
             seen.count(forward.routing(layer.spec))
         row = {**head, "layer": layer.name, "top_k": layer.spec.top_k, **_numbers(seen)}
@@ -140,8 +140,8 @@ def _replayed(recorded: LayerTrace, variant: Variant, settings: Settings, batch:
         if any(layer.bias_levels()) or layer.parts_of_plugins():
             for forward in steps:
                 routing = _decide(layer, forward)
-                engine.settle(layer, layer.booked(routing, layer.aux_terms(routing)))
-        seen, shares = Observed(engine.plugins, layer.name, layer.spec), torch.zeros(3, dtype=torch.float64)
+                engine.apply_controllers(layer, layer.training_sums(routing, layer.aux_terms(routing)))
+        seen, shares = CountedLayer(engine.plugins, layer.name, layer.spec), torch.zeros(3, dtype=torch.float64)
         for forward in steps:
             routing = _decide(layer, forward)
             seen.count(routing)
@@ -242,7 +242,7 @@ def _first(routing: Routing) -> Tensor:
     return none_T.index_put((plan.token[best_N],), plan.expert[best_N])
 
 
-def _numbers(seen: Observed) -> dict[str, Any]:
+def _numbers(seen: CountedLayer) -> dict[str, Any]:
     metrics = seen.metrics()
     verdict = metrics.get("verdict")
     numbers = {name: plain(metrics.get(name)) for name in (*NUMBERS[:5], "load")}

@@ -17,7 +17,7 @@ from ..registry.manager import Plugins
 from ..run.folder import read_run
 from ..run.traces import FILE, read_trace
 from .counts import Series
-from .observed import Observed
+from .observed import CountedLayer
 
 TAIL = 0.9  # of a run's steps: the log points after that are its training
 
@@ -31,13 +31,13 @@ def row_of(plugins: Plugins, one: Series) -> tuple[dict[str, Any], list[str]]:
     top_k = one.top_k or 1
     tokens = one.tokens or (one.total / top_k if one.whole else math.inf)
     spec = Spec(dim=0, hidden=0, experts=len(one.count_E), top_k=top_k)
-    layer = Observed(plugins, one.layer, spec)
+    layer = CountedLayer(plugins, one.layer, spec)
     dropped_E = torch.full((spec.experts,), math.nan, dtype=torch.float64)  # nothing tells
     layer.add({"tokens": torch.tensor([tokens]), "load": torch.from_numpy(one.count_E), "dropped": dropped_E})
     numbers = {name: plain(value) for name, value in layer.metrics().items()}
     place = {"file": one.file, "labels": one.labels, "layer": one.layer, "split": one.split, "source": one.source}
     sizes = {"experts": spec.experts, "top_k": one.top_k, "tokens": one.tokens, "total": one.total}
-    return {**place, **sizes, **numbers}, layer.blind
+    return {**place, **sizes, **numbers}, layer.unanswered
 
 
 def changes(series: Sequence[Series], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -29,7 +29,7 @@ class Progress:
             chosen = [
                 name
                 for name, one in engine.plugins.found.items()
-                if name in config.plugins or one.kind not in ("metric", "report", "task", "source")
+                if name in config.plugins or one.kind not in ("metric", "report", "task", "initializer")
             ]
             model = f"{config.experts} experts, top {config.top_k}"
             work = f"{self.training.total_steps} steps on {self.training.device.type}"
@@ -177,7 +177,7 @@ def _facts(record: dict[str, Any] | None, other: dict[str, Any] | None = None) -
 def event(growth: dict[str, Any]) -> str:
     """A growth in words."""
     born, gone = growth["rows"].count(None), len(growth["drop"])
-    source = f"{born} born by {growth['source']}" if born else ""
+    source = f"{born} born by {growth['initializer']}" if born else ""
     what = " and ".join(part for part in (source, f"{gone} removed" if gone else "") if part)
     moved = "" if growth["change"] is None else f", output changed by {growth['change']:.1%}"
     return f"{growth['layer']} has {growth['after']} experts, {what}{moved} ({growth['why']})"

@@ -30,7 +30,7 @@ from .follow import follow
 @flag("seed", int)
 @flag("device")
 @flag("precision")
-@flag("bf16_products")
+@flag("bf16_matmul")
 @flag("data_dir", metavar="FOLDER")
 @flag("eval_every", int)
 @flag("log_every", int)

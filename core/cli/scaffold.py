@@ -25,7 +25,7 @@ FILES = {  # what is written: its template; {kind}, {name} and {module} are fill
 
 
 RESERVED = ("all", "none", "recorded")  # words that stand where names of plugins do
-NOUNS = {"growth": "growth trigger", "source": "source of new experts", "experts": "bank of experts"}
+NOUNS = {"growth": "growth trigger", "initializer": "initializer of new experts", "experts": "bank of experts"}
 
 
 @attrs.frozen

@@ -1,0 +1,1 @@
+"""What a plugin sees: hooks, traits, options, records, and the parts that layers are made of."""

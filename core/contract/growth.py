@@ -24,7 +24,7 @@ class Growth:
     experts to remove; newcomers take their places first, so that one parent and one drop replace an
     expert. of: "expert", or the level of a hierarchical router whose units these are: a group comes
     and goes with its experts. require_exact: refuse a growth that changes what the layer computes. rows: by
-    "part.tensor", what each newcomer has in the place of what the source answers.
+    "part.tensor", what each newcomer has in the place of what the initializer answers.
     """
 
     layer: str
@@ -84,7 +84,7 @@ class Grown:
     rows: tuple[int | None, ...]
     parents: tuple[int | None, ...]
     drop: tuple[int, ...]
-    source: str | None
+    initializer: str | None
     why: str
     change: float | None = None
     loss_before: float | None = None

@@ -31,7 +31,7 @@ class History:
         """Steps since anything grew, whichever trigger wanted it, or since the start."""
         return self.step - max((one.step for one in self.growths), default=0)
 
-    def settled(self, cooldown: int) -> bool:
+    def cooled_down(self, cooldown: int) -> bool:
         """Whether more than `cooldown` steps have passed since anything grew, and more than one."""
         return self.since_growth > max(cooldown, 1)
 
@@ -48,13 +48,13 @@ class History:
         return int(self.load(layer).argmax())
 
 
-def lasting(memory: dict[str, float], layer: Layer, holds: bool) -> float:
+def consecutive(memory: dict[str, float], layer: Layer, holds: bool) -> float:
     """For how many askings in a row something has held of a layer; kept in the trigger's memory by the layer's name."""
     memory[layer.name] = memory.get(layer.name, 0) + 1 if holds else 0
     return memory[layer.name]
 
 
-def children_of_peaks(trigger: Any, history: History, memory: dict[str, float], what: str) -> list[Growth]:
+def grow_at_peaks(trigger: Any, history: History, memory: dict[str, float], what: str) -> list[Growth]:
     """A child for the unit with the largest value in each layer, where that stays above the trigger's threshold.
 
     trigger: with the options threshold, patience, cooldown and max_experts. Its state in a layer has
@@ -63,9 +63,9 @@ def children_of_peaks(trigger: Any, history: History, memory: dict[str, float], 
     wanted = []
     for layer in history.layers:
         value_E = history.state(layer).value
-        ready = history.settled(trigger.cooldown) and layer.spec.experts < trigger.max_experts
+        ready = history.cooled_down(trigger.cooldown) and layer.spec.experts < trigger.max_experts
         peak, highest = int(value_E.argmax()), float(value_E.max())
-        if lasting(memory, layer, ready and highest > trigger.threshold) >= trigger.patience:
+        if consecutive(memory, layer, ready and highest > trigger.threshold) >= trigger.patience:
             why = f"expert {peak} has {highest:.2f} of the mean {what}"
             wanted.append(Growth(layer.name, parents=(peak,), why=why))
     return wanted

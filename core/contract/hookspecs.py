@@ -45,7 +45,7 @@ def moe_router(spec: "Spec") -> "Router":  # type: ignore[empty-body]
 def moe_bias(spec: "Spec", level: "LevelSpec") -> "Bias | None":
     """Answer a bias for one level of a layer's router, or None.
 
-    Called while a layer is built, once for every level (`level` has name, size and picks). The
+    Called while a layer is built, once for every level (`level` has name, size and top_k). The
     biases of all plugins are added up in the order typed.
     """
 

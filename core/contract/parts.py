@@ -84,7 +84,7 @@ class Part(nn.Module):
         self.register_buffer(name, at_least_fp32(tensor) if tensor.is_floating_point() else tensor)
         self.axes[name] = Axis(axis, of, "state", None, new, values)
 
-    def settle(self, staged: dict[str, Tensor], plans: Mapping[str, "Plan"]) -> None:
+    def adjust_rows(self, staged: dict[str, Tensor], plans: Mapping[str, "Plan"]) -> None:
         """Called inside a growth, before it happens: change staged tensors in place where rows hang together.
 
         staged: this part's tensors by name, as they will be. plans: where the units of each population that
@@ -134,7 +134,7 @@ class Part(nn.Module):
 class Router(Part):
     """Scores tokens and decides where they go.
 
-    keeps_function: the sources of new experts, by name, with which the layer's output stays as it was.
+    keeps_function: effects of initializers (keys of `EFFECTS`) with which growth leaves the layer's output as it was.
     """
 
     keeps_function: tuple[str, ...] = ()
@@ -152,11 +152,11 @@ class Router(Part):
         """(probs [T, E] or None, the assignments). Take the top of `level.select_by(scores)`."""
         raise NotImplementedError
 
-    def unit_of(self, level: str) -> Tensor | None:
+    def unit_of_expert(self, level: str) -> Tensor | None:
         """[E]: which unit of this level each expert belongs to; None if the units are the experts."""
         return None
 
-    def within(self, level: str) -> Tensor | None:
+    def competes_in(self, level: str) -> Tensor | None:
         """[n]: the group in which each unit of this level competes; None if all compete with all."""
         return None
 
@@ -167,16 +167,16 @@ class LinearRouter(Router):
     def __init__(self, spec: Any, fresh: Fresh | None = None) -> None:
         super().__init__()
         self.top_k = spec.top_k
-        self.expert_param("rows", (spec.experts, spec.dim), fresh=fresh or uniform(spec.dim), role="logit_row")
+        self.expert_param("weight", (spec.experts, spec.dim), fresh=fresh or uniform(spec.dim), role="logit_row")
 
-    rows: Tensor
+    weight: Tensor
 
     @property
     def levels(self) -> tuple[LevelSpec, ...]:
-        return (LevelSpec("expert", self.rows.shape[0], self.top_k),)
+        return (LevelSpec("expert", self.weight.shape[0], self.top_k),)
 
     def score(self, tokens: Tokens) -> tuple[Tensor, ...]:
-        return (linear_logits(tokens.x, self.rows),)
+        return (linear_logits(tokens.x, self.weight),)
 
 
 class GroupLimitedRouter(LinearRouter):
@@ -186,14 +186,18 @@ class GroupLimitedRouter(LinearRouter):
         super().__init__(spec)
         self.groups, self.groups_kept = groups, groups_kept
 
+    @property
+    def levels(self) -> tuple[LevelSpec, ...]:
+        return (LevelSpec("expert", self.weight.shape[0], self.top_k, limited=self.groups > 1),)
+
     def limited(self, scores_TE: Tensor) -> Tensor:
         """scores_TE, with -inf outside of each token's best groups."""
         if self.groups == 1:
             return scores_TE
         return keep_best_groups(scores_TE, self.groups, self.groups_kept, self.top_k)
 
-    def settle(self, staged: dict[str, Tensor], plans: Mapping[str, "Plan"]) -> None:
-        if self.groups > 1 and staged.get("rows", self.rows).shape != self.rows.shape:
+    def adjust_rows(self, staged: dict[str, Tensor], plans: Mapping[str, "Plan"]) -> None:
+        if self.groups > 1 and staged.get("weight", self.weight).shape != self.weight.shape:
             raise UsageError("the router's groups are cut by position, so growth would cut them anew; use groups=1")
 
 
@@ -216,7 +220,7 @@ class Bias(Part):
         raise NotImplementedError
 
 
-def follow(mean: Tensor, value: Tensor, decay: float) -> None:
+def ema_update_(mean: Tensor, value: Tensor, decay: float) -> None:
     """mean <- decay mean + (1 - decay) value, in place; a value of zeros is a step without data, and moves nothing."""
     mean.lerp_(value.to(mean.dtype), (1 - decay) * (value.sum() > 0).to(mean.dtype))
 
@@ -235,7 +239,7 @@ class RunningLoad(Part):
     value: Tensor
 
     def after_step(self, step: "Step") -> None:
-        follow(self.value, step.relative(step.load), self.decay)
+        ema_update_(self.value, step.relative(step.load), self.decay)
 
 
 class Experts(Part):

@@ -98,11 +98,16 @@ class Tokens:
 
 
 class LevelSpec(NamedTuple):
-    """One level of a router: its name, its number of units, how many of them a token picks (0: it picks none)."""
+    """One level of a router.
+
+    size: its number of units. top_k: how many of them a token chooses; 0: it chooses none. limited: a token may
+    choose only units of some groups.
+    """
 
     name: str
     size: int
-    picks: int
+    top_k: int
+    limited: bool = False
 
 
 @attrs.define(eq=False)

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import attrs
 
+from .traits import traits_of, weight_of
+
 if TYPE_CHECKING:
     from .routing import Spec
     from .tasks import TaskSpec
@@ -34,10 +36,16 @@ class Setup:
     sizes: Mapping[str, int] = attrs.field(factory=dict)
 
     @property
-    def balance_losses(self) -> list[str]:
-        """The losses, of a weight above 0, that pull at the load."""
+    def balance_losses(self) -> dict[str, float]:
+        """The weight of each loss that acts on the load, by name; those of weight 0 are left out."""
+        losses = {name: one for name, one in self.plugins.items() if hasattr(one, "moe_aux_loss")}
+        weights = {name: weight_of(one) for name, one in losses.items() if "load" in traits_of(one).requires}
+        return {name: weight for name, weight in weights.items() if weight > 0}
+
+    def others(self, asking: Any, *, hook: str = "", effect: str = "") -> list[str]:
+        """The plugins other than the one that asks which implement a hook, or whose traits have an effect."""
         return [
             name
             for name, one in self.plugins.items()
-            if hasattr(one, "moe_aux_loss") and "load" in getattr(one, "needs", ()) and getattr(one, "weight", 1) > 0
+            if one is not asking and (hasattr(one, hook) if hook else effect in traits_of(one).effects)
         ]

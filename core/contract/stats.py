@@ -85,23 +85,23 @@ class Step:
 
     load [n]: of the bias's level. own: what its `measure` returned, summed. signal [n]: what its
     `signal` returned, summed, or None. expert_grad [n]: mean |gradient| per unit's experts, unscaled,
-    or None if the part does not want it. within [n]: the group in which each unit competes, or None.
+    or None if the part does not want it. competes_in [n]: the group in which each unit competes, or None.
     """
 
     load: Tensor
     own: Mapping[str, Tensor]
     signal: Tensor | None = None
     expert_grad: Tensor | None = None
-    within: Tensor | None = None
+    competes_in: Tensor | None = None
 
     def relative(self, values: Tensor) -> Tensor:
         """values [n] over the mean of those they compete with."""
-        if self.within is None:
+        if self.competes_in is None:
             return values / values.mean().clamp(min=1e-30)
-        groups = int(self.within.max()) + 1
-        sizes = count_by(self.within, torch.ones_like(values), groups)
-        means = count_by(self.within, values, groups) / sizes.clamp(min=1)
-        return values / means.clamp(min=1e-30)[self.within]
+        groups = int(self.competes_in.max()) + 1
+        sizes = count_by(self.competes_in, torch.ones_like(values), groups)
+        means = count_by(self.competes_in, values, groups) / sizes.clamp(min=1)
+        return values / means.clamp(min=1e-30)[self.competes_in]
 
 
 def mean_of_pairs(values_EE: Tensor) -> Tensor:

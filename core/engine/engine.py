@@ -24,6 +24,7 @@ from ..contract.routing import Routing, Spec
 from ..contract.setup import Bound, Setup
 from ..contract.stats import Effects, Finding, Metrics, Stats, Step, merged
 from ..contract.tasks import TaskSpec
+from ..contract.traits import traits_of, weight_of
 from ..errors import PluginError, UsageError, listed
 from ..growth.transaction import stage
 from ..growth.triggers import Triggers
@@ -33,11 +34,11 @@ from ..layer.experts import ModuleBank, StackedMLP
 from ..layer.ledger import Anchor
 from ..layer.moe import MoE, numel, unflat
 from ..layer.probing import observe
-from ..processes import distributed, mean_over_processes, over_processes
+from ..processes import all_reduce_sum, distributed, mean_over_processes
 from ..registry.discovery import WATCHING
 from ..registry.manager import Plugins
 from ..seeds import generator
-from .growing import grow, sources
+from .growing import grow, initializers
 
 IN_DENSE = (*WATCHING, "experts")  # the kinds of plugins that act in a dense model
 # the hooks that act on one layer, so that its settings can change them
@@ -138,9 +139,9 @@ class Engine:
     def _rehearse_growth(self, layer: MoE) -> None:
         """Where a trigger is chosen, what can't grow is to fail when the layer is built."""
         triggers = [self.plugins.active[bound.plugin] for bound in self.triggers.bounds]
-        for parent in {None if getattr(trigger, "orphans", False) else 0 for trigger in triggers}:
+        for parent in {None if traits_of(trigger).orphans else 0 for trigger in triggers}:
             growth, random = Growth(layer.name, (parent,)), generator(self.seed, "rehearsal")
-            stage(layer, (), growth, sources(self.plugins, layer), random)
+            stage(layer, (), growth, initializers(self.plugins, layer), random)
 
     def _spec(self, **own: Any) -> Spec:
         try:
@@ -172,7 +173,7 @@ class Engine:
                 if (shape := list(bias().shape)) != [level.size]:
                     why = f"its forward answers {shape}, but level '{level.name}' has {level.size} units"
                     raise PluginError(f"bias '{plugin}' can't be used: {why}")
-        weights = {plugin: float(getattr(instance, "weight", 1.0)) for plugin, instance in plugins.items()}
+        weights = {plugin: weight_of(instance) for plugin, instance in plugins.items()}
         used = {plugin for level in biases for plugin in level}
         for bound in self.plugins.bind("moe_bias", plugins):
             if bound.plugin not in used:
@@ -209,7 +210,7 @@ class Engine:
         for name, layer in found:
             layer.name = name or layer.name
             if layer not in mine:
-                layer.found_lineage()  # it is no mere copy of a layer any more
+                layer.new_copy_id()  # it is no mere copy of a layer any more
         self._layers = [weakref.ref(layer) for _, layer in found]
         return self
 
@@ -222,7 +223,7 @@ class Engine:
         twin.growths, twin.remembered = list(self.growths), copy.deepcopy(self.remembered)
         twins = [copy.deepcopy(layer, memo) for layer in self.layers]
         for layer in twins:
-            layer.found_lineage()
+            layer.new_copy_id()
         twin._layers = [weakref.ref(layer) for layer in twins]
         return twin
 
@@ -263,7 +264,7 @@ class Engine:
         skipped: the optimizer did not step (GradScaler found inf): the step's sums are thrown away.
         Raises RuntimeError if `aux_loss()` took part in no backward, or `after_backward()` was not called.
         """
-        booked = [layer for layer in self.layers if layer.book.grad is not None]
+        booked = [layer for layer in self.layers if layer.step_sums.grad is not None]
         if any(layer.losses for layer in booked) and not self._anchored:
             raise RuntimeError("engine.aux_loss() entered no loss: use (loss + engine.aux_loss()).backward()")
         if self._anchored and self.layers and not booked:
@@ -275,25 +276,25 @@ class Engine:
         self._anchored = False
         # all processes must reduce the same layers, also those that one of them did not use
         for layer in self.layers if distributed() else booked:
-            sums = torch.zeros_like(layer.book) if layer.book.grad is None else layer.book.grad.detach()
-            layer.book.grad = None
-            over_processes(sums)
+            sums = torch.zeros_like(layer.step_sums) if layer.step_sums.grad is None else layer.step_sums.grad.detach()
+            layer.step_sums.grad = None
+            all_reduce_sum(sums)
             if not skipped:
-                self.settle(layer, sums)
+                self.apply_controllers(layer, sums)
         self.step += not skipped
 
-    def settle(self, layer: MoE, flat: Tensor) -> None:
-        """Let one layer's controllers act on the sums of a step, `layer.booked` and signals."""
+    def apply_controllers(self, layer: MoE, flat: Tensor) -> None:
+        """Let one layer's controllers act on the sums of a step, `layer.training_sums` and signals."""
         named = unflat(flat, layer.training_layout)
         layer.last_terms = {name.removeprefix("loss."): v for name, v in named.items() if name.startswith("loss.")}
         flat = torch.where(flat.isfinite().all(), flat, 0)  # nothing that is not finite reaches a state
         size = numel(layer.training_layout)
-        if layer.window is None:
-            layer.window = torch.zeros(size, dtype=layer.seen.dtype, device=flat.device)
-        layer.window += flat[:size]
+        if layer.train_sums is None:
+            layer.train_sums = torch.zeros(size, dtype=layer.eval_sums.dtype, device=flat.device)
+        layer.train_sums += flat[:size]
         if self.triggers.bounds:
-            load_E = unflat(flat, layer.training_layout)["load"].to(layer.seen.dtype)
-            layer.recent = load_E if layer.recent is None else layer.recent + load_E
+            load_E = unflat(flat, layer.training_layout)["load"].to(layer.eval_sums.dtype)
+            layer.load_since_growth = load_E if layer.load_since_growth is None else layer.load_since_growth + load_E
         named, signals = unflat(flat, layer.training_layout), _signals(layer, flat[size:])
         states = layer.parts_of_plugins()
         own_parts = [*(bias for level in layer.bias_levels() for bias in level.values()), *states.values()]
@@ -321,7 +322,7 @@ class Engine:
         """
         if not self.triggers.bounds or not self.layers:
             return []
-        device = self.layers[0].book.device
+        device = self.layers[0].step_sums.device
         losses = (
             mean_over_processes(loss, device),
             None if eval_loss is None else mean_over_processes(eval_loss, device),
@@ -390,17 +391,17 @@ class Engine:
     def _take(self, layer: MoE, split: str) -> Stats | None:
         """The sums of one split so far, which begin again at zero; None where there are none."""
         if split == "eval":
-            stats = Stats(layer.spec, unflat(over_processes(layer.seen.clone()), layer.layout))
-            layer.seen.zero_()
-        elif layer.window is not None:
-            stats = Stats(layer.spec, unflat(layer.window, layer.training_layout))
-            layer.window = None
+            stats = Stats(layer.spec, unflat(all_reduce_sum(layer.eval_sums.clone()), layer.layout))
+            layer.eval_sums.zero_()
+        elif layer.train_sums is not None:
+            stats = Stats(layer.spec, unflat(layer.train_sums, layer.training_layout))
+            layer.train_sums = None
         else:
             return None
         for level in layer.router.levels:
-            if not level.picks:
+            if not level.top_k:
                 continue
-            unit_of = layer.router.unit_of(level.name)
+            unit_of = layer.router.unit_of_expert(level.name)
             load = stats.load if unit_of is None else count_by(unit_of.cpu(), stats.load, level.size)
             stats.sums[f"load.{level.name}"] = load
         return stats
@@ -480,7 +481,7 @@ def _expert_grad(layer: MoE) -> Tensor:
 def _step(
     layer: MoE, level: str, load_E: Tensor, own: Mapping[str, Tensor], signal: Tensor | None, grad_E: Tensor | None
 ) -> Step:
-    unit_of, within = layer.router.unit_of(level), layer.router.within(level)
+    unit_of, within = layer.router.unit_of_expert(level), layer.router.competes_in(level)
     if unit_of is None:
         return Step(load_E, own, signal, grad_E, within)
     size = next(one.size for one in layer.router.levels if one.name == level)

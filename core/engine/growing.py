@@ -12,9 +12,10 @@ from torch.optim import Optimizer
 from ..contract.growth import Grown, Growth, NewExpert
 from ..contract.routing import Routing, Tokens
 from ..contract.setup import Setup
+from ..contract.traits import traits_of
 from ..errors import UsageError, listed, nearest
 from ..growth.transaction import Ask, Staged, all_or_nothing, commit, recorded, stage
-from ..layer.ledger import retire
+from ..layer.ledger import invalidate
 from ..layer.moe import MoE
 from ..layer.probing import output_on
 from ..optimizer_state import refuse_holders
@@ -39,18 +40,18 @@ def grow(
     """What `Engine.grow` does."""
     if not isinstance(growth, Growth):
         raise UsageError(f"grow() takes a Growth, not {growth!r}")
-    device = engine.layers[0].book.device if engine.layers else torch.device("cpu")
+    device = engine.layers[0].step_sums.device if engine.layers else torch.device("cpu")
     with agreed(str(growth), device):
         layer = _named(engine, growth.layer)
         copies = [twin for one in followers for twin in _copies(one, layer)]
-    books = [one.book for one in (layer, *copies)]
+    books = [one.step_sums for one in (layer, *copies)]
     with all_or_nothing([layer, *copies], optimizers, engine.growths):
         with agreed(str(growth), device):
             _check_moment(engine, layer, growth, probe)
             refuse_holders(layer, optimizers, followers)
             before, size = _look(engine, layer, probe), layer.spec.experts
             random = generator(engine.seed, f"growth {len(engine.growths)}")
-            asked = sources(engine.plugins, layer, before.routing if before else None)
+            asked = initializers(engine.plugins, layer, before.routing if before else None)
             staged = stage(layer, copies, growth, asked, random, optimizers)
             _check_staged(engine.plugins, layer, growth, staged)
         with agreed(str(growth), device):
@@ -66,11 +67,11 @@ def grow(
         engine.growths.append(record)
     engine.remembered.pop(layer.name, None)  # of other experts
     for book in books:
-        retire(book)  # not before all is done: what fails puts the books back
+        invalidate(book)  # not before all is done: what fails puts the books back
     return record
 
 
-def sources(plugins: Plugins, layer: MoE, seen: Routing | None = None) -> Ask:
+def initializers(plugins: Plugins, layer: MoE, seen: Routing | None = None) -> Ask:
     """Who makes a layer's new experts, the layer's own settings applied; seen: its routing of the probe batch."""
     bounds = plugins.bind("moe_new_expert", plugins.override(layer.settings))
 
@@ -83,14 +84,14 @@ def sources(plugins: Plugins, layer: MoE, seen: Routing | None = None) -> Ask:
             if new is not None:
                 raise UsageError(f"moe_new_expert of '{bound.plugin}' answers {new!r}, which is no NewExpert")
         asked = listed(bound.plugin for bound in bounds) or "no plugin"
-        raise UsageError(f"nobody makes a new expert of layer '{layer.name}' (asked: {asked}); add a source")
+        raise UsageError(f"nobody makes a new expert of layer '{layer.name}' (asked: {asked}); add a initializer")
 
     return ask
 
 
 def _inputs(layer: MoE, of: str, origin: int | None, seen: Routing) -> Tensor:
     """[n, D]: the tokens of a batch that go to one unit; of no unit, those that no expert got."""
-    unit_of = layer.router.unit_of(of) if of != "expert" else None
+    unit_of = layer.router.unit_of_expert(of) if of != "expert" else None
     chosen_TE = seen.chosen() > 0
     if origin is None:
         real_T = torch.ones_like(chosen_TE[:, 0]) if seen.tokens.mask is None else seen.tokens.mask
@@ -115,7 +116,7 @@ def _named(engine: "Engine", name: str) -> MoE:
 
 def _copies(model: nn.Module, layer: MoE) -> list[MoE]:
     """The copy of a layer in a model, as an average of the weights holds one; none in one that wraps the layer."""
-    layers = [module for module in model.modules() if isinstance(module, MoE) and module.lineage == layer.lineage]
+    layers = [module for module in model.modules() if isinstance(module, MoE) and module.copy_id == layer.copy_id]
     if layer in layers:
         return []
     if len(layers) != 1:
@@ -147,10 +148,14 @@ def _check_staged(plugins: Plugins, layer: MoE, growth: Growth, staged: Staged) 
     sizes = {**layer.sizes, **{of: len(plan.origins) for of, plan in staged.plans.items()}}
     spec = attrs.evolve(layer.spec, experts=sizes["expert"])
     plugins.check(Setup(plugins.override(layer.settings), spec, sizes=sizes))
-    if growth.require_exact and staged.source not in layer.router.keeps_function:
+    if growth.require_exact and not set(_effects(plugins, staged)) & set(layer.router.keeps_function):
         (router,) = (bound.plugin for bound in plugins.bind("moe_router"))
-        how = f"source '{staged.source}' can't keep" if staged.source else "removal can't keep"
+        how = f"initializer '{staged.initializer}' can't keep" if staged.initializer else "removal can't keep"
         raise UsageError(f"{how} what a layer with router '{router}' computes; leave require_exact away")
+
+
+def _effects(plugins: Plugins, staged: Staged) -> tuple[str, ...]:
+    return traits_of(plugins.active[staged.initializer]).effects if staged.initializer else ()
 
 
 # -- the change of the function ------------------------------------------------------------------------

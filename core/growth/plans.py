@@ -16,7 +16,7 @@ def plans_of(layer: MoE, growth: Growth) -> dict[str, Plan]:
     plan = _plan(layer.name, growth.of, layer.sizes[growth.of], growth.parents, growth.drop)
     if growth.of == "expert":
         return {"expert": plan}
-    unit_of = layer.router.unit_of(growth.of)
+    unit_of = layer.router.unit_of_expert(growth.of)
     if unit_of is None or any(parent is None for parent in growth.parents):
         raise UsageError(f"a new {growth.of} of layer '{layer.name}' needs a parent, whose experts it starts from")
     members = [(unit_of == unit).nonzero().flatten().tolist() for unit in range(layer.sizes[growth.of])]

@@ -25,7 +25,7 @@ from .plans import plans_of
 Rows = dict[str, Tensor]  # one expert's rows, by "part.tensor"
 Declared = tuple[str, Part, str, Axis]  # a tensor with an expert axis: "part.tensor", part, its name there, the axis
 
-# Who makes a newcomer: (the source's name, the newcomer) from a population, a parent in it, the hook's arguments.
+# Who makes a newcomer: (the initializer's name, the newcomer) from a population, a parent in it, the hook's arguments.
 Ask = Callable[[str, int | None, Mapping[str, Any]], tuple[str, NewExpert]]
 
 
@@ -34,7 +34,7 @@ class Staged:
     """Everything that a commit moves: tensors of parts, and states of optimizers."""
 
     plans: Mapping[str, Plan]
-    source: str | None
+    initializer: str | None
     tensors: Sequence[tuple[Part, str, Tensor]]
     states: Sequence[tuple[Optimizer, Tensor, dict[str, Any]]]
 
@@ -57,14 +57,14 @@ def stage(
     declared = list(_declared(layer))
     _refuse_unable(layer, declared)
     plans = plans_of(layer, growth)
-    source = None
+    initializer = None
     born: dict[str, list[NewExpert]] = {}
     changed: dict[tuple[str, int], Rows] = {}  # (population, old position) -> rows of parents that change too
     for of, plan in plans.items():
         own = [(where, getattr(part, name), axis) for where, part, name, axis in declared if axis.of == of]
         weights = {where: (one, axis) for where, one, axis in own if isinstance(one, nn.Parameter)}
         if weights:
-            source, born[of] = _newcomers(of, plan, growth, weights, changed, ask, generator)
+            initializer, born[of] = _newcomers(of, plan, growth, weights, changed, ask, generator)
     tensors = [
         (part, name, value)
         for target in (layer, *copies)
@@ -73,7 +73,7 @@ def stage(
     ]
     values = {id(getattr(part, name)): value for part, name, value in tensors}
     states = [one for optimizer in optimizers for one in _staged_states(optimizer, declared, plans, born, values)]
-    return Staged(plans, source, tensors, states)
+    return Staged(plans, initializer, tensors, states)
 
 
 def _staged_states(
@@ -106,7 +106,7 @@ def _refuse_unable(layer: MoE, declared: Iterable[Declared]) -> None:
     who = f"layer '{layer.name}' can't grow"
     if not any(part is layer.experts for _, part, _, _ in declared):
         raise UsageError(f"{who}: its {type(layer.experts).__name__} declares no expert axis; use stacked experts")
-    if layer.book.grad is not None:
+    if layer.step_sums.grad is not None:
         raise UsageError(f"{who} in the middle of a step; call engine.after_step() before")
     for where, part, name, axis in declared:
         tensor = getattr(part, name)
@@ -133,8 +133,8 @@ def _newcomers(
     ask: Ask,
     generator: torch.Generator,
 ) -> tuple[str | None, list[NewExpert]]:
-    """Ask the source for each newcomer, with copies of its parent's rows, on the CPU, whatever the layer is on."""
-    source, born = None, []
+    """Ask the initializer for each newcomer, with copies of its parent's rows, on the CPU, whatever the layer is on."""
+    initializer, born = None, []
     roles = {where: axis.role for where, (_, axis) in weights.items()}
     for position in plan.newcomers:
         origin = plan.origins[position]
@@ -145,15 +145,15 @@ def _newcomers(
             parent = {where: row.cpu().clone() for where, row in rows.items()}
         fresh = {where: _fresh_row(tensor, axis, generator) for where, (tensor, axis) in weights.items()}
         offer = {"parent": parent, "growth": growth, "index": position, "fresh": fresh, "roles": roles}
-        source, new = ask(of, origin, {**offer, "generator": generator})
+        initializer, new = ask(of, origin, {**offer, "generator": generator})
         own_rows = {where: row.to("cpu", fresh[where].dtype) for where, row in growth.rows.items() if where in fresh}
         new = attrs.evolve(new, values={**new.values, **own_rows})
-        _check_rows(source, "", new.values, fresh, all_of_them=True)
-        _check_rows(source, " of the parent", new.parent_values, fresh if origin is not None else {})
+        _check_rows(initializer, "", new.values, fresh, all_of_them=True)
+        _check_rows(initializer, " of the parent", new.parent_values, fresh if origin is not None else {})
         if origin is not None:
             changed.setdefault((of, origin), {}).update(new.parent_values)
         born.append(new)
-    return source, born
+    return initializer, born
 
 
 def _fresh_row(tensor: Tensor, axis: Axis, generator: torch.Generator) -> Tensor:
@@ -164,19 +164,21 @@ def _fresh_row(tensor: Tensor, axis: Axis, generator: torch.Generator) -> Tensor
     return row.detach().to("cpu", tensor.dtype)
 
 
-def _check_rows(source: str, whose: str, rows: Mapping[str, Tensor], fresh: Rows, all_of_them: bool = False) -> None:
+def _check_rows(
+    initializer: str, whose: str, rows: Mapping[str, Tensor], fresh: Rows, all_of_them: bool = False
+) -> None:
     if all_of_them and (missing := sorted(fresh.keys() - rows.keys())):
-        raise UsageError(f"source '{source}' gives a newcomer no {listed(missing)}")
+        raise UsageError(f"initializer '{initializer}' gives a newcomer no {listed(missing)}")
     for where, row in rows.items():
         if where not in fresh:
             raise UsageError(
-                f"source '{source}' gives a row{whose} '{where}', which is none of {listed(sorted(fresh))}"
+                f"initializer '{initializer}' gives a row{whose} '{where}', which is none of {listed(sorted(fresh))}"
             )
         if row.shape != fresh[where].shape:
             wanted, found = list(fresh[where].shape), list(row.shape)
-            raise UsageError(f"source '{source}': the row{whose} '{where}' is {found}; it must be {wanted}")
+            raise UsageError(f"initializer '{initializer}': the row{whose} '{where}' is {found}; it must be {wanted}")
         if not bool(row.isfinite().all()):
-            raise UsageError(f"source '{source}': the row{whose} '{where}' is not finite")
+            raise UsageError(f"initializer '{initializer}': the row{whose} '{where}' is not finite")
 
 
 def _staged_parts(
@@ -201,7 +203,7 @@ def _staged_parts(
                     new = rows[f"{where}.{name}"].to(row)
                     row.copy_(new if part is originals[where] else row + new - live)  # a copy's moves by as much
         if staged:
-            part.settle(staged, plans)
+            part.adjust_rows(staged, plans)
             for name, axis in part.axes.items():
                 if axis.values in plans and bool((staged[name] < 0).any()):
                     raise UsageError(f"{where}.{name} still names a unit that is to be removed")
@@ -328,7 +330,7 @@ def recorded(
         rows=tuple(None if at in plan.newcomers else old for at, old in enumerate(plan.origins)),
         parents=tuple(plan.origins[at] for at in plan.newcomers),
         drop=tuple(sorted(set(range(before)) - plan.kept.keys())),
-        source=staged.source,
+        initializer=staged.initializer,
         why=growth.why,
         change=change,
         loss_before=loss_before,

@@ -1,0 +1,1 @@
+"""The MoE layer: forward, sums, dispatch, experts."""

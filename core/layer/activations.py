@@ -18,7 +18,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "gelu"
 
 
 @attrs.frozen
-class ByHand:
+class ManualActivation:
     """An activation without autograd.
 
     of(a): h [n, H] of a product a [n, W], which it may overwrite; what a is then is kept, so h itself for ReLU.
@@ -45,8 +45,8 @@ def _swiglu_back(a: Tensor, d: Tensor) -> Tensor:
     return torch.cat([torch.ops.aten.silu_backward(d * up, gate), d.mul_(F.silu(gate))], dim=-1)
 
 
-BY_HAND = {
-    "relu": ByHand(torch.relu_, lambda h: h, _relu_back),
-    "gelu": ByHand(F.gelu, F.gelu, _gelu_back),
-    "swiglu": ByHand(swiglu, swiglu, _swiglu_back),
+MANUAL_ACTIVATIONS = {
+    "relu": ManualActivation(torch.relu_, lambda h: h, _relu_back),
+    "gelu": ManualActivation(F.gelu, F.gelu, _gelu_back),
+    "swiglu": ManualActivation(swiglu, swiglu, _swiglu_back),
 }

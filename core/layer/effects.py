@@ -38,7 +38,7 @@ def without_gradient(loss: Tensor, routings: Mapping[MoE, Routing]) -> Iterator[
         gate_N = routing.plan.weight
         at_gates = _norm([g * gate_N.detach() for g in _gradients(loss, [gate_N])]) if gate_N.requires_grad else 1.0
         for level in routing.levels:
-            within = layer.router.within(level.name)
+            within = layer.router.competes_in(level.name)
             competing = int(within.bincount().max()) if within is not None else level.logits.shape[-1]
             able = level.logits.requires_grad and competing > 1
             stuck = able and _norm(_gradients(loss, [level.logits])) < LEARNABLE * at_gates

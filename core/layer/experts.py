@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..contract.parts import Experts, combine, mean_grad, uniform
 from ..contract.routing import Spec
 from .activations import ACTIVATIONS
-from .fused_cpu import through_segments
+from .fused_cpu import fused_mlp
 from .grouped import grouped_linear, row_counts
 
 
@@ -62,7 +62,7 @@ class StackedMLP(Experts):
             return combine(self._mapped(x_TD.index_select(0, token_N), counts, *weights), token_N, weight_N, len(x_TD))
 
         weights = (self.w_in, self.b_in, self.w_out, self.b_out)
-        return through_segments(x_TD, token_N, weight_N, counts, self.activation, weights, readable)
+        return fused_mlp(x_TD, token_N, weight_N, counts, self.activation, weights, readable)
 
     def _forward_is_watched(self) -> bool:
         """Somebody counts on `forward` being called: one of somebody's own is in its place, or there are hooks."""

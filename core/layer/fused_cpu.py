@@ -1,6 +1,6 @@
 """The fast path of stacked experts on a CPU: gathering, products, gates and the sum over choices in one Function.
 
-Assignments are sorted by expert, so that an expert's rows are a segment. Segments are worked on in blocks that stay in
+Assignments are sorted by expert, so that an expert's rows are a segment. FusedMLP are worked on in blocks that stay in
 a cache: tokens are gathered, multiplied into memory that is there already and entered into the output; gradients are
 written where they belong in the stacked ones. Of what is computed only the hidden rows are kept for the way back, on
 which tokens are gathered again.
@@ -22,17 +22,17 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from ..contract.numerics import at_least_fp32, rows_of, without_autocast
-from .activations import BY_HAND, ByHand
+from .activations import MANUAL_ACTIVATIONS, ManualActivation
 
 ROWS = 1024  # most rows that are worked on at a time: buffers stay in a cache, whatever the load
 
 Readable = Callable[..., Tensor]
 
 
-WORK: dict[torch.dtype, torch.dtype] = {}  # what `work_dtype` found, or is told
+MATMUL_DTYPES: dict[torch.dtype, torch.dtype] = {}  # what `matmul_dtype` found, or is told
 
 
-def work_dtype(dtype: torch.dtype) -> torch.dtype:
+def matmul_dtype(dtype: torch.dtype) -> torch.dtype:
     """The precision in which this CPU multiplies numbers of that one: of bf16 what is faster, of fp16 fp32.
 
     Measured once in a process, in milliseconds: a processor without products of bf16 takes 5 to 50 times as long for
@@ -40,23 +40,23 @@ def work_dtype(dtype: torch.dtype) -> torch.dtype:
     """
     if dtype == torch.float16:
         return torch.float32
-    if dtype == torch.bfloat16 and dtype not in WORK:
-        WORK[dtype] = min((dtype, torch.float32), key=_seconds)
-    return WORK.get(dtype, dtype)
+    if dtype == torch.bfloat16 and dtype not in MATMUL_DTYPES:
+        MATMUL_DTYPES[dtype] = min((dtype, torch.float32), key=_seconds)
+    return MATMUL_DTYPES.get(dtype, dtype)
 
 
 @contextmanager
-def halves_in(work: torch.dtype) -> Iterator[None]:
+def matmul_in(work: torch.dtype) -> Iterator[None]:
     """Forwards inside multiply bf16 in this precision, and so do their backwards, wherever those are."""
-    found = WORK.get(torch.bfloat16)
-    WORK[torch.bfloat16] = work
+    found = MATMUL_DTYPES.get(torch.bfloat16)
+    MATMUL_DTYPES[torch.bfloat16] = work
     try:
         yield
     finally:
         if found is None:
-            del WORK[torch.bfloat16]
+            del MATMUL_DTYPES[torch.bfloat16]
         else:
-            WORK[torch.bfloat16] = found
+            MATMUL_DTYPES[torch.bfloat16] = found
 
 
 def _seconds(dtype: torch.dtype) -> float:
@@ -69,7 +69,7 @@ def _seconds(dtype: torch.dtype) -> float:
     return min(taken)
 
 
-def through_segments(
+def fused_mlp(
     x_TD: Tensor,
     token_N: Tensor,
     weight_N: Tensor,
@@ -88,11 +88,13 @@ def through_segments(
     halves = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     dtype, keep = halves or x_TD.dtype, torch.is_grad_enabled()
     idle = [expert for expert, count in enumerate(counts) if not count]
-    work = work_dtype(dtype)
-    by_token = bags(token_N, len(x_TD)) if work.itemsize == 2 else None
-    recipe = Recipe(token_N, by_token, blocks(counts), idle, BY_HAND[activation], dtype, work, keep, halves, readable)
+    work = matmul_dtype(dtype)
+    by_token = token_order(token_N, len(x_TD)) if work.itemsize == 2 else None
+    plan = KernelPlan(
+        token_N, by_token, blocks(counts), idle, MANUAL_ACTIVATIONS[activation], dtype, work, keep, halves, readable
+    )
     with without_autocast(x_TD.device):
-        y_TO: Tensor = Segments.apply(recipe, x_TD, at_least_fp32(weight_N), *weights)
+        y_TO: Tensor = FusedMLP.apply(plan, x_TD, at_least_fp32(weight_N), *weights)
     return y_TO
 
 
@@ -131,32 +133,32 @@ def blocks(counts: Sequence[int]) -> list[Block]:
     return found
 
 
-class Bags(NamedTuple):
+class TokenOrder(NamedTuple):
     """order_N: rows by token. starts_T: where in it each token's rows begin."""
 
     order_N: Tensor
     starts_T: Tensor
 
 
-def bags(token_N: Tensor, tokens: int) -> Bags:
+def token_order(token_N: Tensor, tokens: int) -> TokenOrder:
     """Of rows in any order."""
     counts_T = rows_of(token_N, tokens)
-    return Bags(torch.argsort(token_N, stable=True), counts_T.cumsum(0) - counts_T)
+    return TokenOrder(torch.argsort(token_N, stable=True), counts_T.cumsum(0) - counts_T)
 
 
 @attrs.frozen
-class Recipe:
-    """What `Segments` does with its tensors. kept: the precision of what is kept; work: that of products.
+class KernelPlan:
+    """What `FusedMLP` does with its tensors. kept: the precision of what is kept; work: that of products.
 
-    bags: each token's rows, where products are of halves. idle: experts without rows. keep: the way back may be
+    token_order: each token's rows, where products are of halves. idle: experts without rows. keep: the way back may be
     asked for. halves: what autocast was on for, or None.
     """
 
     token_N: Tensor
-    bags: Bags | None
+    token_order: TokenOrder | None
     blocks: list[Block]
     idle: list[int]
-    act: ByHand
+    act: ManualActivation
     kept: torch.dtype
     work: torch.dtype
     keep: bool
@@ -164,13 +166,13 @@ class Recipe:
     readable: Readable
 
 
-class Segments(Function):
-    """`through_segments`, forth and back."""
+class FusedMLP(Function):
+    """`fused_mlp`, forth and back."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        recipe: Recipe,
+        plan: KernelPlan,
         x_TD: Tensor,
         weight_N: Tensor,
         w_in: Tensor,
@@ -178,57 +180,57 @@ class Segments(Function):
         w_out: Tensor,
         b_out: Tensor | None,
     ) -> Tensor:
-        y = ByToken(recipe, len(x_TD), w_out.shape[2], weight_N.dtype)
-        kept_NW = x_TD.new_empty(len(weight_N) if recipe.keep else 0, w_in.shape[2], dtype=recipe.kept)
-        direct = recipe.keep and recipe.kept == recipe.work
+        y = ByToken(plan, len(x_TD), w_out.shape[2], weight_N.dtype)
+        kept_NW = x_TD.new_empty(len(weight_N) if plan.keep else 0, w_in.shape[2], dtype=plan.kept)
+        direct = plan.keep and plan.kept == plan.work
         into, out_of = Products(w_in, b_in), Products(w_out, b_out)
-        for block in recipe.blocks:
-            token_n = recipe.token_N[block.rows]
-            x_nD = x_TD.index_select(0, token_n).to(recipe.work)
+        for block in plan.blocks:
+            token_n = plan.token_N[block.rows]
+            x_nD = x_TD.index_select(0, token_n).to(plan.work)
             a_nW = into.multiply(block, x_nD, kept_NW[block.rows] if direct else None)
-            h_nH = recipe.act.of(a_nW)
-            if recipe.keep and not direct:
+            h_nH = plan.act.of(a_nW)
+            if plan.keep and not direct:
                 kept_NW[block.rows] = a_nW
             y.enter(block, out_of.multiply(block, h_nH), weight_N)
         # weights as they are now, too: growth gives a parameter other memory, perhaps before the way back
         now = (None if one is None else one.detach() for one in (w_in, b_in, w_out, b_out))
         ctx.save_for_backward(x_TD, weight_N, w_in, b_in, w_out, b_out, *now, kept_NW)
-        ctx.recipe = recipe
+        ctx.plan = plan
         return y.whole(weight_N)
 
     @staticmethod
     def backward(ctx: Any, g_TO: Tensor) -> Any:
-        recipe, (*inputs, kept_NW) = ctx.recipe, ctx.saved_tensors
+        plan, (*inputs, kept_NW) = ctx.plan, ctx.saved_tensors
         needs_x, _, *needs = needed = ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():  # somebody wants second derivatives
-            return None, *_derived(recipe, inputs[:6], needed, g_TO)
+            return None, *_derived(plan, inputs[:6], needed, g_TO)
         x_TD, weight_N = inputs[:2]
         w_in, _, w_out, b_out = weights = inputs[6:]
-        dx = ByToken(recipe, len(x_TD), x_TD.shape[1], x_TD.dtype) if needs_x else None
+        dx = ByToken(plan, len(x_TD), x_TD.shape[1], x_TD.dtype) if needs_x else None
         dweight_N = torch.empty_like(weight_N)
         safe_N = _not_zero(weight_N)
         of_in, of_b_in, of_out, of_b_out = grads = [
-            Gradient(of, recipe.idle) if need else None for of, need in zip(weights, needs, strict=True)
+            Gradient(of, plan.idle) if need else None for of, need in zip(weights, needs, strict=True)
         ]
         into, out_of = Products(w_in.mT) if needs_x else None, Products(w_out.mT)
         shift = None if b_out is None else Products(b_out[..., None])
-        for block in recipe.blocks:
-            rows, token_n = block.rows, recipe.token_N[block.rows]
+        for block in plan.blocks:
+            rows, token_n = block.rows, plan.token_N[block.rows]
             weight_n1 = safe_N[rows, None]
-            g_nO = g_TO.index_select(0, token_n).mul_(weight_n1).to(recipe.work)
-            kept_nW = kept_NW[rows].to(recipe.work)
-            h_nH, d_nH = recipe.act.again(kept_nW), out_of.multiply(block, g_nO)
+            g_nO = g_TO.index_select(0, token_n).mul_(weight_n1).to(plan.work)
+            kept_nW = kept_NW[rows].to(plan.work)
+            h_nH, d_nH = plan.act.again(kept_nW), out_of.multiply(block, g_nO)
             dweight_N[rows] = (h_nH * d_nH).sum(1, dtype=weight_N.dtype)
             if shift is not None:
                 dweight_N[rows] += shift.multiply(block, g_nO).squeeze(1)
-            d_nW = recipe.act.back(kept_nW, d_nH)
+            d_nW = plan.act.back(kept_nW, d_nH)
             if of_out is not None:
                 of_out.enter(block, h_nH, g_nO)
             for of_bias, g in ((of_b_out, g_nO), (of_b_in, d_nW)):
                 if of_bias is not None:
                     of_bias.enter(block, g.new_ones(len(g), 1), g)
             if of_in is not None:
-                of_in.enter(block, x_TD.index_select(0, token_n).to(recipe.work), d_nW)
+                of_in.enter(block, x_TD.index_select(0, token_n).to(plan.work), d_nW)
             if into is not None and dx is not None:
                 dx.enter(block, into.multiply(block, d_nW))
         dx_TD = None if dx is None else dx.whole()
@@ -242,27 +244,27 @@ class ByToken:
     of halves are kept and summed in the end: beside products of a quarter of the time, that takes 3 to 7 % off.
     """
 
-    def __init__(self, recipe: Recipe, tokens: int, width: int, dtype: torch.dtype) -> None:
-        self.recipe = recipe
-        if recipe.bags is None:
-            self.sums = recipe.token_N.new_zeros(tokens, width, dtype=torch.promote_types(dtype, torch.float32))
+    def __init__(self, plan: KernelPlan, tokens: int, width: int, dtype: torch.dtype) -> None:
+        self.plan = plan
+        if plan.token_order is None:
+            self.sums = plan.token_N.new_zeros(tokens, width, dtype=torch.promote_types(dtype, torch.float32))
         else:
-            self.rows = recipe.token_N.new_empty(len(recipe.token_N), width, dtype=dtype)
+            self.rows = plan.token_N.new_empty(len(plan.token_N), width, dtype=dtype)
 
     def enter(self, block: Block, x_nO: Tensor, weight_N: Tensor | None = None) -> None:
         """A block's rows, which may be overwritten."""
-        if self.recipe.bags is not None:
+        if self.plan.token_order is not None:
             self.rows[block.rows] = x_nO
             return
         x_nO = x_nO.to(self.sums.dtype)
         x_nO = x_nO if weight_N is None else x_nO.mul_(weight_N[block.rows, None])
-        self.sums.index_add_(0, self.recipe.token_N[block.rows], x_nO)
+        self.sums.index_add_(0, self.plan.token_N[block.rows], x_nO)
 
     def whole(self, weight_N: Tensor | None = None) -> Tensor:
         """The sums, when all blocks are in."""
-        if self.recipe.bags is None:
+        if self.plan.token_order is None:
             return self.sums
-        order_N, starts_T = self.recipe.bags
+        order_N, starts_T = self.plan.token_order
         weight_N = None if weight_N is None else weight_N.index_select(0, order_N)
         return F.embedding_bag(order_N, self.rows, starts_T, mode="sum", per_sample_weights=weight_N)
 
@@ -292,7 +294,7 @@ class Products:
 class Gradient:
     """Of a stacked weight [E, I, O] or bias [E, O]: x^T g over each expert's rows, 0 for experts without.
 
-    Segments of an expert follow each other, and are summed in fp32 or better.
+    FusedMLP of an expert follow each other, and are summed in fp32 or better.
     """
 
     def __init__(self, of: Tensor, idle: Sequence[int]) -> None:
@@ -321,7 +323,7 @@ def _not_zero(weight_N: Tensor) -> Tensor:
 
 
 def _derived(
-    recipe: Recipe, inputs: Sequence[Tensor | None], needed: Sequence[bool], g_TO: Tensor
+    plan: KernelPlan, inputs: Sequence[Tensor | None], needed: Sequence[bool], g_TO: Tensor
 ) -> Iterable[Tensor | None]:
     """The gradients, with a graph of their own.
 
@@ -329,7 +331,7 @@ def _derived(
     """
     views = [None if one is None else one.view_as(one) for one in inputs]
     wanted = [one for one, need in zip(views, needed, strict=True) if need and one is not None]
-    with torch.autocast(g_TO.device.type, recipe.halves, enabled=recipe.halves is not None):
-        y_TO = recipe.readable(*views)
+    with torch.autocast(g_TO.device.type, plan.halves, enabled=plan.halves is not None):
+        y_TO = plan.readable(*views)
     grads = iter(torch.autograd.grad(y_TO, wanted, g_TO, create_graph=True))
     return [next(grads) if need else None for need in needed]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .fused_cpu import work_dtype
+from .fused_cpu import matmul_dtype
 
 
 def row_counts(counts_E: Tensor) -> list[int] | Tensor:
@@ -107,7 +107,7 @@ def grouped_rows(x_ND: Tensor, w_EDH: Tensor, counts_E: Tensor) -> Tensor:
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
-    work = work_dtype(out.dtype) if out.device.type == "cpu" else out.dtype
+    work = matmul_dtype(out.dtype) if out.device.type == "cpu" else out.dtype
     if work == out.dtype:
         torch.mm(a, b, out=out)
     else:

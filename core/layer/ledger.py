@@ -20,7 +20,7 @@ Signals = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 STALE = "the layer changed its number of experts between this forward and its backward"
 
 
-def retire(book: Tensor) -> None:
+def invalidate(book: Tensor) -> None:
     """No layer has this book any more: a backward that reaches it has gradients of the old shapes, and raises."""
 
     def stale(_: Tensor) -> None:

@@ -18,7 +18,7 @@ from ..optimizer_state import forget_old_shapes
 from .capacity import within_capacity
 from .dense import shared_expert
 from .dispatch import dispatch
-from .ledger import Ledger, retire
+from .ledger import Ledger, invalidate
 
 Layout = dict[str, torch.Size]  # what a flat vector of sums holds, in order
 
@@ -46,8 +46,8 @@ class MoE(nn.Module):
     ) -> None:
         super().__init__()
         self.spec, self.settings, self.name = spec, settings, name
-        self.lineage = ""
-        self.found_lineage()
+        self.copy_id = ""
+        self.new_copy_id()
         self.router = router
         self.biases = nn.ModuleList(nn.ModuleDict(dict(level)) for level in biases)
         self.experts = experts
@@ -58,8 +58,8 @@ class MoE(nn.Module):
         self.layout: Layout = {}  # sums of every forward; in training, more: `training_layout`
         self.training_layout: Layout = {}
         self.signal_sizes: dict[tuple[int, str], int] = {}
-        self.window: Tensor | None = None  # sums of the steps since the last log point, by training_layout
-        self.recent: Tensor | None = None  # [E]: load since the last growth, where a trigger asks for it
+        self.train_sums: Tensor | None = None  # sums of the steps since the last log point, by training_layout
+        self.load_since_growth: Tensor | None = None  # [E]: load since the last growth, where a trigger asks for it
         self.last_terms: dict[str, Tensor] = {}  # the loss terms of the last step
         for level, own in zip(router.levels, biases, strict=True):
             for bias in own.values():  # a bias declares the units of its level, whatever they are
@@ -71,11 +71,11 @@ class MoE(nn.Module):
         if self.sizes["expert"] != spec.experts:
             raise UsageError(f"layer '{name}': its parts are for {self.sizes['expert']} experts, not {spec.experts}")
         self._rehearse()
-        self._open_book()
+        self._reset_sums()
         self.register_load_state_dict_pre_hook(_before_load)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
 
-    book: Tensor
+    step_sums: Tensor
     seen: Tensor
     aux_value: Tensor
     aux_scale: Tensor
@@ -95,7 +95,7 @@ class MoE(nn.Module):
         elif self.training:
             y_TO = self._enter(y_TO, routing)
         else:
-            self.seen.add_(_flat(self.measure(routing), self.layout).to(self.seen.dtype))
+            self.eval_sums.add_(_flat(self.measure(routing), self.layout).to(self.eval_sums.dtype))
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         return y_TO.to(dtype).view(*x.shape[:-1], self.spec.out_dim)
@@ -180,7 +180,7 @@ class MoE(nn.Module):
         """Pass a training forward's output through the ledger."""
         with without_autocast(y_TO.device):
             terms = self.aux_terms(routing)
-            flat = self.booked(routing, terms)
+            flat = self.training_sums(routing, terms)
             aux = None
             for name, value in terms.items():
                 term = self.weight_of(name) * value
@@ -192,10 +192,10 @@ class MoE(nn.Module):
         if self.signal_sizes:
             weight_N = torch.where(plan.kept, plan.weight.detach(), 0)
             routed = plan.token, plan.expert, weight_N, self._signals
-        entered: Tensor = Ledger.apply(y_TO, self.book, flat, aux, self.aux_scale, *routed)
+        entered: Tensor = Ledger.apply(y_TO, self.step_sums, flat, aux, self.aux_scale, *routed)
         return entered
 
-    def booked(self, routing: Routing, terms: Mapping[str, Tensor]) -> Tensor:
+    def training_sums(self, routing: Routing, terms: Mapping[str, Tensor]) -> Tensor:
         """What a training forward with these loss terms enters into the step's sums, by `training_layout`."""
         some = routing.tokens.count > 0  # a forward without a token is no data
         sums = {**self.measure(routing), "forwards": some, **self._bias_sums(routing)}
@@ -205,7 +205,7 @@ class MoE(nn.Module):
     def _signals(self, grad_TD: Tensor, token_N: Tensor, expert_N: Tensor, weight_N: Tensor) -> Tensor:
         found = []
         for index, name in self.signal_sizes:
-            unit_of = self.router.unit_of(self.router.levels[index].name)
+            unit_of = self.router.unit_of_expert(self.router.levels[index].name)
             unit_N = expert_N if unit_of is None else unit_of[expert_N]
             bias = self.biases[index][name]  # type: ignore[index]
             found.append(bias.signal(grad_TD, token_N, unit_N, weight_N).float().view(-1))
@@ -216,7 +216,7 @@ class MoE(nn.Module):
 
         A forward that is recomputed in its own backward gets the same answer again.
         """
-        booked = self.book.grad if hasattr(self, "book") else None  # there is none in the first rehearsal
+        booked = self.step_sums.grad if hasattr(self, "step_sums") else None  # there is none in the first rehearsal
         if booked is None:
             return routing.load
         return routing.load + unflat(booked.detach(), self.training_layout)["load"]
@@ -237,7 +237,7 @@ class MoE(nn.Module):
             routing = self.route(tokens)
             _check_plan(self.name, routing.plan)
             sums, terms, own = self.measure(routing), self.aux_terms(routing), self._bias_sums(routing)
-        if not hasattr(self, "book"):  # a built layer may be frozen since
+        if not hasattr(self, "step_sums"):  # a built layer may be frozen since
             _check_terms(self.name, terms)
         self.layout = {name: value.shape for name, value in sums.items()}
         one = torch.Size([1])
@@ -265,23 +265,23 @@ class MoE(nn.Module):
             if found.shape[0] != sum(self.signal_sizes.values()):
                 raise UsageError(f"layer '{self.name}': a bias's signal is not one number for each unit of its level")
 
-    def _open_book(self) -> None:
+    def _reset_sums(self) -> None:
         """The leaf whose gradient is the step's sums, and its companions; fp32 whatever the layer is cast to."""
         device = next(self.parameters(), torch.empty(0)).device
         size = numel(self.training_layout) + sum(self.signal_sizes.values())
         fp32: Any = {"dtype": torch.float32, "device": device}
-        self.register_buffer("book", torch.zeros(size, requires_grad=True, **fp32), persistent=False)
+        self.register_buffer("step_sums", torch.zeros(size, requires_grad=True, **fp32), persistent=False)
         self.register_buffer("aux_value", torch.zeros((), **fp32), persistent=False)
         self.register_buffer("aux_scale", torch.zeros((), **fp32), persistent=False)
         # no buffer, because DDP would overwrite it with the first process's; fp32 would stop counting at 2^24
         wide = torch.float32 if device.type == "mps" else torch.float64
-        self.seen = torch.zeros(numel(self.layout), dtype=wide, device=device)
+        self.eval_sums = torch.zeros(numel(self.layout), dtype=wide, device=device)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "MoE":
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        seen = self.seen
-        self._open_book()
-        self.seen.copy_(seen)
+        seen = self.eval_sums
+        self._reset_sums()
+        self.eval_sums.copy_(seen)
         return self
 
     # -- growing ---------------------------------------------------------------------------------
@@ -305,26 +305,30 @@ class MoE(nn.Module):
                     raise UsageError(f"layer '{self.name}': {odd}")
         return {"expert": self.spec.experts, **{of: size for of, (size, _) in found.items()}}
 
-    def found_lineage(self) -> None:
+    def new_copy_id(self) -> None:
         """Take a name of its own that copies from now on share, so that growth finds them."""
-        self.lineage = uuid.uuid4().hex
+        self.copy_id = uuid.uuid4().hex
 
     def refit(self) -> None:
         """Take over the sizes that the tensors of the parts have now. Sums so far are dropped."""
         self.sizes = self._sizes()
         self.spec = attrs.evolve(self.spec, experts=self.sizes["expert"])
-        self.window = self.recent = None
+        self.train_sums = self.load_since_growth = None
         self._rehearse()
-        self._open_book()
+        self._reset_sums()
 
     def sums(self) -> dict[str, Tensor | None]:
         """What was counted and not yet asked for, as copies."""
-        held = {"window": self.window, "recent": self.recent, "seen": self.seen}
+        held = {"train_sums": self.train_sums, "load_since_growth": self.load_since_growth, "eval_sums": self.eval_sums}
         return {name: None if value is None else value.clone() for name, value in held.items()}
 
     def check_sums(self, sums: Mapping[str, Tensor | None]) -> None:
         """Raise UsageError if what `sums` answered is of another layer, or of this one with other plugins."""
-        sizes = {"window": numel(self.training_layout), "recent": self.spec.experts, "seen": numel(self.layout)}
+        sizes = {
+            "train_sums": numel(self.training_layout),
+            "load_since_growth": self.spec.experts,
+            "eval_sums": numel(self.layout),
+        }
         for name, size in sizes.items():
             value = sums[name]
             if value is not None and value.numel() != size:
@@ -334,9 +338,9 @@ class MoE(nn.Module):
 
     def take_sums(self, sums: Mapping[str, Tensor | None]) -> None:
         """Go on from what `sums` answered."""
-        for name in ("window", "recent", "seen"):
+        for name in ("train_sums", "load_since_growth", "eval_sums"):
             value = sums[name]
-            setattr(self, name, None if value is None else value.to(self.seen, copy=True))
+            setattr(self, name, None if value is None else value.to(self.eval_sums, copy=True))
 
     def bias_levels(self) -> list[dict[str, Bias]]:
         """The biases of each level by plugin, in the order typed."""
@@ -406,16 +410,16 @@ def _before_load(layer: MoE, state: Mapping[str, Any], prefix: str, *_: Any) -> 
     for where, part in layer.parts():
         own = {name: given[f"{where}.{name}"].clone() for name in part.axes if f"{where}.{name}" in given}
         if own:
-            part.settle(own, {})
+            part.adjust_rows(own, {})
 
 
 def _after_load(layer: MoE, _: Any) -> None:
     """The tensors that were loaded may be of another number of experts."""
     if layer._sizes() != layer.sizes:
-        old = layer.book
+        old = layer.step_sums
         old.grad = None  # counts of experts that are gone
         layer.refit()
-        retire(old)
+        invalidate(old)
         forget_old_shapes(layer.parameters())
 
 

@@ -11,7 +11,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from ..analysis.observed import Observed
+from ..analysis.observed import CountedLayer
 from ..contract.routing import Level, Routing, Spec, Tokens, assign
 from ..contract.stats import Metrics
 from ..engine.engine import Engine
@@ -69,7 +69,7 @@ class Watcher:
                 f"{type(model).__name__} has no block that can be watched; known are those of {known} in "
                 "transformers; layers of engine.moe() need no watching: engine.metrics() tells of them"
             )
-        self._layers = {name: Observed(plugins, name, _spec(block)) for name, block in found.items()}
+        self._layers = {name: CountedLayer(plugins, name, _spec(block)) for name, block in found.items()}
         self._traces = {name: _trace(name, block) for name, block in found.items()} if record else {}
         self._trace = Trace(list(self._traces.values()), {"model": type(model).__name__})
         self._call = Call()

@@ -12,6 +12,7 @@ from typing import Any
 import attrs
 
 from ..contract.hookspecs import HOOKS
+from ..contract.traits import problem_of
 from ..errors import PluginError, UsageError, listed, nearest
 
 PREFIX = "moe_engine."
@@ -20,23 +21,14 @@ KINDS = {  # entry-point group -> what one of its plugins is called
     "biases": "bias",
     "losses": "loss",
     "growth": "growth",
-    "sources": "source",
+    "initializers": "initializer",
     "metrics": "metric",
     "reports": "report",
     "tasks": "task",
     "experts": "experts",
 }
+RENAMED_GROUPS = {"sources": "initializers"}  # entry-point groups of earlier versions
 WATCHING = ("metric", "report")  # the kinds that look on while a model learns
-# What a router may give (its class attribute `gives`), and any plugin may need (`needs`).
-TRAITS = {
-    "logits": "raw logits",
-    "probs": "a distribution over experts for each token",
-    "load": "a load that training can shift between experts",
-    "picks": "the same number of choices for every token",
-    "choices": "experts that each token chose, or was chosen by",
-    "smooth_load": "an estimate of the load that has a gradient",
-}
-USUAL = ("logits", "probs", "load", "picks", "choices")  # given by a router that does not say
 DISABLED = "MOE_ENGINE_DISABLE_PLUGINS"
 
 
@@ -113,10 +105,9 @@ def load(found: Found) -> type:
     origin = f"{found.title} ({found.distribution} {found.version})"
     group = found.entry_point.group
     if group.removeprefix(PREFIX) not in KINDS:
-        known = [PREFIX + one for one in KINDS]
-        raise PluginError(
-            f"plugin '{found.name}' is in the unknown entry-point group '{group}'; {nearest(group, known)}"
-        )
+        renamed = RENAMED_GROUPS.get(group.removeprefix(PREFIX))
+        hint = f"it is now '{PREFIX}{renamed}'" if renamed else nearest(group, [PREFIX + one for one in KINDS])
+        raise PluginError(f"plugin '{found.name}' is in the unknown entry-point group '{group}'; {hint}")
     try:
         cls = found.entry_point.load()
     except (Exception, SystemExit) as error:
@@ -126,11 +117,11 @@ def load(found: Found) -> type:
     for name in dir(cls):
         if name.startswith("moe_") or _marks(cls, name) is not None:
             _check_hook(origin, cls, name)
-    if not any(_marks(cls, name) is not None for name in HOOKS):
+    hooks = [name for name in HOOKS if _marks(cls, name) is not None]
+    if not hooks:
         raise PluginError(f"{origin} implements no hook")
-    for trait in (*getattr(cls, "gives", ()), *getattr(cls, "needs", ())):
-        if trait not in TRAITS:
-            raise PluginError(f"{origin} gives or needs '{trait}', which is no trait; {nearest(trait, TRAITS)}")
+    if problem := problem_of(cls, hooks):
+        raise PluginError(f"{origin}: {problem}")
     return cls
 
 

@@ -13,8 +13,9 @@ import pluggy
 from ..contract import hookspecs
 from ..contract.options import Settings, build, changed, values_of
 from ..contract.setup import Bound, Setup
+from ..contract.traits import ROUTER_TRAITS, provided_by, traits_of, weight_of
 from ..errors import PluginError, UsageError, listed, nearest
-from .discovery import TRAITS, USUAL, Found, _marks, defaults, disabled, find, load, pick
+from .discovery import Found, _marks, defaults, disabled, find, load, pick
 
 if TYPE_CHECKING:
     from ..contract.stats import Finding
@@ -83,7 +84,7 @@ class Plugins:
         if not routers and usual["router"] not in self._classes:
             raise UsageError("no router is left; name one with --plugins")
         if not any(_marks(cls, "moe_new_expert") is not None for cls in self._classes.values()):
-            self._add_default(usual["source"], installed)
+            self._add_default(usual["initializer"], installed)
         for name in (*usual["metrics"], *usual["reports"]):
             self._add_default(name, installed)
 
@@ -133,16 +134,16 @@ class Plugins:
             raise UsageError("; ".join(objections))
 
     def _unmet(self, plugins: Mapping[str, Any]) -> list[str]:
-        """What chosen plugins need and the router does not give, as sentences."""
+        """What chosen plugins require and the router does not provide, as sentences."""
         (router,) = (bound.plugin for bound in self.bind("moe_router", plugins))
-        given = getattr(plugins[router], "gives", USUAL)
+        provided = provided_by(plugins[router])
         return [
-            f"{self.found[name].title} needs {TRAITS[trait]}, which router '{router}' does not give; "
-            f"choose another router, or leave {name} away"
+            f"{self.found[name].title} needs {ROUTER_TRAITS[trait]}, which router '{router}' does not provide; "
+            f"choose another router or remove {name}"
             for name in plugins
-            if name in self.chosen and getattr(plugins[name], "weight", True)
-            for trait in getattr(plugins[name], "needs", ())
-            if trait not in given
+            if name in self.chosen and weight_of(plugins[name])
+            for trait in traits_of(plugins[name]).requires
+            if trait not in provided
         ]
 
     def ask(self, bound: Bound, kind: Any, offer: Mapping[str, Any]) -> Any:

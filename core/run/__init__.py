@@ -1,0 +1,1 @@
+"""A run: configuration, training, checkpoints, its folder."""

@@ -44,7 +44,7 @@ class RunConfig:
     precision: str = option(
         "fp32", help="fp32, or bf16: forwards under autocast, weights stay fp32", choices=("fp32", "bf16")
     )
-    bf16_products: str = option(
+    bf16_matmul: str = option(
         "auto",
         help="at precision bf16, what a CPU multiplies experts' numbers in; auto: what it measures as faster",
         choices=("auto", "bf16", "fp32"),

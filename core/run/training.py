@@ -24,7 +24,7 @@ from ..contract.tasks import Batch, Task, TaskSpec
 from ..engine.engine import Engine
 from ..errors import RunError, UsageError, listed, nearest
 from ..files import dump, write_atomically
-from ..layer.fused_cpu import halves_in, work_dtype
+from ..layer.fused_cpu import matmul_dtype, matmul_in
 from ..layer.probing import evaluating
 from ..optimizer_state import restore
 from ..seeds import generator, own_random_state, random_state, set_random_state
@@ -68,9 +68,9 @@ def find_device(name: str) -> torch.device:
 
 def products(config: RunConfig, device: torch.device) -> str:
     """In what the run multiplies bf16, measured for "auto" where it is asked: in bf16 on a CPU."""
-    if config.bf16_products != "auto" or config.precision == "fp32" or device.type != "cpu":
-        return config.bf16_products
-    return next(name for name, dtype in PRECISIONS.items() if dtype == work_dtype(torch.bfloat16))
+    if config.bf16_matmul != "auto" or config.precision == "fp32" or device.type != "cpu":
+        return config.bf16_matmul
+    return next(name for name, dtype in PRECISIONS.items() if dtype == matmul_dtype(torch.bfloat16))
 
 
 @contextmanager
@@ -128,7 +128,7 @@ class Training:
         config = self.config
         self.device = find_device(config.device)
         halves = products(config, self.device)
-        self.config = config = attrs.evolve(config, device=str(self.device), bf16_products=halves)
+        self.config = config = attrs.evolve(config, device=str(self.device), bf16_matmul=halves)
         shape = {name: getattr(config, name) for name in SHAPE}
         self.engine = Engine(config.plugins, self.settings, config.no_plugin, config.task, config.seed, **shape)
         spec = TaskSpec(config.data_dir, config.seed)
@@ -147,9 +147,11 @@ class Training:
                 raise UsageError(f"the model of task '{config.task}' can't be built: {error}") from error
         self.engine.attach(self.model)
         kinds = {name: self.engine.plugins.found[name].kind for name in config.plugins if name not in config.no_plugin}
-        if not self.engine.plugins.bind("moe_growth") and "source" in kinds.values():
-            idle = next(name for name, kind in kinds.items() if kind == "source")
-            raise UsageError(f"source '{idle}' acts on nothing: no plugin makes the layers grow; add a growth plugin")
+        if not self.engine.plugins.bind("moe_growth") and "initializer" in kinds.values():
+            idle = next(name for name, kind in kinds.items() if kind == "initializer")
+            raise UsageError(
+                f"initializer '{idle}' acts on nothing: no plugin makes the layers grow; add a growth plugin"
+            )
         if not self.engine.layers and not config.dense:
             raise UsageError(f"the model of task '{config.task}' has no MoE layer")
         self.engine.check_learning(self._probe)
@@ -243,8 +245,8 @@ class Training:
         """A forward in the run's precision."""
         if self.config.precision == "fp32":
             return self.task.score(self.model, batch)
-        work = PRECISIONS.get(self.config.bf16_products, torch.bfloat16)  # a GPU's run leaves "auto"
-        with halves_in(work), torch.autocast(self.device.type, torch.bfloat16):
+        work = PRECISIONS.get(self.config.bf16_matmul, torch.bfloat16)  # a GPU's run leaves "auto"
+        with matmul_in(work), torch.autocast(self.device.type, torch.bfloat16):
             return self.task.score(self.model, batch)
 
     def _lr(self) -> float:

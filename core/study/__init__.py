@@ -1,1 +1,1 @@
-"""Studies: what is compared, what is measured and what is expected, as data; see `spec` for the file's form."""
+"""Studies: a grid of variants and seeds, criteria, tables, figures."""

@@ -240,7 +240,7 @@ def _read(folder: Path, cell: Cell) -> Record | None:
 def _usual() -> tuple[str, ...]:
     """The plugins that a run has unless told otherwise."""
     usual = defaults()
-    return (usual["router"], usual["source"], *usual["metrics"])
+    return (usual["router"], usual["initializer"], *usual["metrics"])
 
 
 def _plugins(names: Iterable[str]) -> dict[str, Any]:

@@ -13,9 +13,7 @@ from .tables import remarks
 def html_of(results: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
     """The page: the question and the bars first, then tables, pictures and remarks. It needs no network."""
     shown = [(name.removesuffix(".png"), b64encode(content).decode()) for name, content in pictures.items()]
-    page = Environment(loader=PackageLoader("moe_engine.study", ""), autoescape=True).get_template(
-        "study.html.jinja"
-    )
+    page = Environment(loader=PackageLoader("moe_engine.study", ""), autoescape=True).get_template("study.html.jinja")
     columns, bars = bars_table(results)
     return page.render(
         results=results,

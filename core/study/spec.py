@@ -156,7 +156,7 @@ class Study:
     def _variant(self, part: Part, name: str, whole: Choice, flags: Mapping[str, Any]) -> Variant:
         run = {**whole.run, **flags}
         usual = defaults()
-        own = {*whole.plugins, *usual["metrics"], usual["router"], usual["source"], run.get("task", usual["task"])}
+        own = {*whole.plugins, *usual["metrics"], usual["router"], usual["initializer"], run.get("task", usual["task"])}
         settings = {plugin: options for plugin, options in whole.set.items() if plugin in own}
         seeds = range(part.seeds) if part.seeds else None
         return Variant(f"{part.name}: {name}", whole.plugins, settings, run, seeds, part.latency)

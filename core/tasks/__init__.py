@@ -1,0 +1,1 @@
+"""What the tasks of plugins share: data sets and image models."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..contract.routing import Routing
+from ..contract.traits import trial_options_of
 from ..engine.engine import Engine
 from ..errors import PluginError, UsageError
 from ..layer.moe import MoE, unflat
@@ -117,8 +118,8 @@ class Rig:
             self.engine.after_backward()
             seen[f"output {number}"] = y.detach()
         seen |= self.gradients()
-        book = self.layer.book.grad
-        flat = torch.zeros_like(self.layer.book) if book is None else book.detach().clone()
+        book = self.layer.step_sums.grad
+        flat = torch.zeros_like(self.layer.step_sums) if book is None else book.detach().clone()
         counted = unflat(flat, self.layer.training_layout)
         seen |= {f"sum '{name}'": value for name, value in counted.items()}
         seen["sum of signals"] = flat[sum(value.numel() for value in counted.values()) :]
@@ -138,7 +139,7 @@ class Rig:
 
     def state(self) -> Seen:
         """Every parameter and every buffer that a step may move, saved or not."""
-        own = ("book", "aux_value", "aux_scale")
+        own = ("step_sums", "aux_value", "aux_scale")
         named = [*self.layer.named_parameters(), *self.layer.named_buffers()]
         return {f"state {name}": value.detach().clone() for name, value in named if name not in own}
 
@@ -206,7 +207,7 @@ class Bench:
     def _engine(self, router: str, sizes: Mapping[str, Any], options: Mapping[str, Any]) -> Engine:
         """An engine with the plugin, without what would only cost time."""
         subject = self.subject
-        trial = getattr(subject.cls, "trial_options", None)
+        trial = trial_options_of(subject.cls)
         own = dict(trial(self.folder, sizes["dim"], sizes["hidden"])) if trial else {}
         own |= {**subject.settings.get(subject.name, {}), **options}
         names = list(dict.fromkeys((router, subject.name)))

@@ -1,4 +1,4 @@
-"""Claims about sources of new experts."""
+"""Claims about initializers of new experts."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..contract.growth import Growth, NewExpert
-from ..engine.growing import sources
+from ..engine.growing import initializers
 from ..growth.transaction import stage
 from .bench import Bench, Rig, data
 from .claims import claim, demand
@@ -24,20 +24,20 @@ def _trained(bench: Bench) -> Rig:
 
 
 def _born(rig: Rig, chance: int = 0, **growth: Any) -> list[tuple[dict[str, Any], NewExpert]]:
-    """What the source is given and answers when experts are born, beside the live layer, which stays.
+    """What the initializer is given and answers when experts are born, beside the live layer, which stays.
 
     chance: what every draw without a generator is seeded by.
     """
     answers: list[tuple[dict[str, Any], NewExpert]] = []
     batch = data().to(next(rig.layer.parameters()).dtype)
     _, routings = rig.engine.observe(lambda: batch.loss(rig.evaluate(batch)))
-    asked = sources(rig.engine.plugins, rig.layer, routings[rig.layer])
+    asked = initializers(rig.engine.plugins, rig.layer, routings[rig.layer])
 
     def ask(of: str, origin: int | None, offer: Mapping[str, Any]) -> tuple[str, NewExpert]:
         before = {key: _copy(offer[key]) for key in ("parent", "fresh")}
-        source, new = asked(of, origin, offer)
+        initializer, new = asked(of, origin, offer)
         answers.append(({**offer, "before": before}, new))
-        return source, new
+        return initializer, new
 
     torch.manual_seed(chance)
     stage(rig.layer, (), Growth(rig.layer.name, **growth), ask, torch.Generator().manual_seed(0))

@@ -52,7 +52,7 @@ def experts_come_and_go(bench: Bench) -> str | None:
     """Experts are added, replaced and removed, and the layer trains on; or it is refused by a sentence."""
     rig, refused = bench.rig(), None
     router = rig.layer.router
-    groups = [level.name for level in router.levels if router.unit_of(level.name) is not None]
+    groups = [level.name for level in router.levels if router.unit_of_expert(level.name) is not None]
     changes: list[dict[str, Any]] = [
         {"parents": (0,)},
         {"parents": (1,), "drop": (2,)},

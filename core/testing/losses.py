@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..contract.options import options_of
 from ..contract.routing import Routing
+from ..contract.traits import traits_of
 from .bench import Bench, Rig, data
 from .biases import balanced
 from .claims import NotApplicable, claim, demand
@@ -31,7 +32,7 @@ def _terms(bench: Bench, rig: Rig, routing: Routing | None = None) -> dict[str, 
 @claim("moe_aux_loss")
 def balance_is_worth_what_it_says(bench: Bench) -> None:
     """At perfect balance it is what its attribute `balanced` says, for any K and any number of tokens."""
-    worth = getattr(bench.subject.cls, "balanced", None)
+    worth = traits_of(bench.subject.cls).balanced
     if worth is None:
         raise NotApplicable("its value at balance is not fixed; if it is, say so: balanced = 1.0")
     for top_k in (1, 2, 3):

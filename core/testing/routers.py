@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ..contract.parts import Bias
 from ..contract.routing import Routing
+from ..contract.traits import provided_by
 from ..errors import UsageError
-from ..registry.discovery import USUAL
 from .bench import EXPERTS, TOP_K, Bench, Rig, data
 from .biases import skewed
 from .claims import NotApplicable, claim, demand
@@ -39,7 +39,7 @@ def _with_logits(bench: Bench) -> Rig:
 
 def _gives(bench: Bench, *traits: str) -> None:
     for trait in traits:
-        if trait not in getattr(bench.subject.cls, "gives", USUAL):
+        if trait not in provided_by(bench.subject.cls):
             raise NotApplicable(f"the router does not give '{trait}'")
 
 
@@ -90,20 +90,23 @@ def choices_are_sound(bench: Bench) -> None:
 
 @claim("moe_router")
 def picks_are_as_many_as_said(bench: Bench) -> None:
-    """A router that gives 'picks' picks K experts for every token, in training and in evaluation."""
-    _gives(bench, "picks")
+    """A router that gives 'top_k' picks K experts for every token, in training and in evaluation."""
+    _gives(bench, "top_k")
     for top_k, rig in _accepted(bench):
         for training in (True, False):
             rig.layer.train(training)
             per_token = rig.route(data()).chosen().sum(-1)
             found = sorted({int(one) for one in per_token})
-            demand(found == [top_k], f"at top_k={top_k} tokens pick {found} experts; say what it gives: gives = (...)")
+            demand(
+                found == [top_k],
+                f"at top_k={top_k} tokens pick {found} experts; declare what it provides: traits = Traits(provides=...)",
+            )
 
 
 @claim("moe_router")
 def first_choice_is_best(bench: Bench) -> None:
-    """Of a router that gives 'picks', a token's choices are ranked, best first: rank 0 has the largest gate."""
-    _gives(bench, "picks")
+    """Of a router that gives 'top_k', a token's choices are ranked, best first: rank 0 has the largest gate."""
+    _gives(bench, "top_k")
     for top_k, rig in _accepted(bench):
         rig.layer.eval()
         plan = rig.route(data()).plan
@@ -147,7 +150,7 @@ def probabilities_are_a_distribution(bench: Bench) -> None:
 @claim("moe_router")
 def chances_are_what_happens(bench: Bench) -> None:
     """A router that gives 'smooth_load' estimates how often its own noise would choose each expert."""
-    if "smooth_load" not in getattr(bench.subject.cls, "gives", USUAL):
+    if "smooth_load" not in provided_by(bench.subject.cls):
         raise NotApplicable("the router does not give 'smooth_load'")
     rig = bench.rig()
     with torch.no_grad():

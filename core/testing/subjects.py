@@ -10,9 +10,10 @@ import attrs
 
 from ..contract.hookspecs import HOOKS
 from ..contract.options import Settings, build, parse_settings, values_of
+from ..contract.traits import provided_by, traits_of
 from ..errors import PluginError, UsageError, listed
 from ..registry import discovery
-from ..registry.discovery import KINDS, PREFIX, USUAL, Found
+from ..registry.discovery import KINDS, PREFIX, Found
 
 # the hook by which a plugin is of a kind
 HOOK_OF = {
@@ -20,7 +21,7 @@ HOOK_OF = {
     "bias": "moe_bias",
     "loss": "moe_aux_loss",
     "growth": "moe_growth",
-    "source": "moe_new_expert",
+    "initializer": "moe_new_expert",
     "metric": "moe_metrics",
     "report": "moe_report",
     "task": "moe_task",
@@ -87,23 +88,25 @@ class Subject:
 
     @cached_property
     def routers(self) -> list[str]:
-        """Routers that give what it needs, the default one first; itself, if it is one."""
+        """Routers that provide what it requires, the default one first; itself, if it is one."""
         if "moe_router" in self.hooks:
             return [self.name]
         usual = discovery.defaults()["router"]
         names = [name for name, (one, *_) in self.installed.items() if one.kind == "router" and name != usual]
         fitting = [name for name in (usual, *names) if self._fits(name)]
         if not fitting:
-            needs = listed(getattr(self.cls, "needs", ()))
-            raise UsageError(f"no installed router gives {self.title} what it needs ({needs}); install one that does")
+            needs = listed(traits_of(self.cls).requires)
+            raise UsageError(
+                f"no installed router provides what {self.title} requires ({needs}); install one that does"
+            )
         return fitting
 
     def _fits(self, router: str) -> bool:
         try:
-            gives = getattr(discovery.load(discovery.pick(router, self.installed)), "gives", USUAL)
+            provided = provided_by(discovery.load(discovery.pick(router, self.installed)))
         except UsageError:  # a broken one, which is nobody's partner
             return False
-        return set(getattr(self.cls, "needs", ())) <= set(gives)
+        return set(traits_of(self.cls).requires) <= set(provided)
 
 
 def subject(plugin: Any, settings: Iterable[str] | Settings = (), data_dir: str = "data") -> Subject:

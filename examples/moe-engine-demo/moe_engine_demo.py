@@ -27,14 +27,14 @@ class CosineRouter(Router):
     def __init__(self, spec, temperature):
         super().__init__()
         self.top_k, self.temperature = spec.top_k, temperature
-        self.expert_param("rows", (spec.experts, spec.dim), fresh=uniform(spec.dim), role="logit_row")
+        self.expert_param("weight", (spec.experts, spec.dim), fresh=uniform(spec.dim), role="logit_row")
 
     @property
     def levels(self):
-        return (LevelSpec("expert", self.rows.shape[0], self.top_k),)
+        return (LevelSpec("expert", self.weight.shape[0], self.top_k),)
 
     def score(self, tokens):
-        dots_TE = linear_logits(tokens.x, normalize(self.rows, dim=-1))
+        dots_TE = linear_logits(tokens.x, normalize(self.weight, dim=-1))
         length_T1 = tokens.x.norm(dim=-1, keepdim=True, dtype=dots_TE.dtype).clamp(min=1e-6)  # a token may be 0
         return (dots_TE / (length_T1 * self.temperature),)
 

@@ -3,7 +3,7 @@
 import attrs
 import torch
 
-from moe_engine import Bias, follow, hookimpl, option
+from moe_engine import Bias, Traits, ema_update_, hookimpl, option
 
 
 @attrs.define(eq=False)
@@ -16,7 +16,7 @@ class AbsoluteSaturation:
     Source: kennycason/srnn, 2025.
     """
 
-    needs = ("logits", "load")
+    traits = Traits(requires=("logits", "load"))
     beta: float = option(0.5, help="strength", min=0)
     decay: float = option(0.9, help="memory of the running mean", min=0, max=1)
 
@@ -38,4 +38,4 @@ class AbsoluteBias(Bias):
         return self.beta * (1 - self.s)
 
     def after_step(self, step):
-        follow(self.s, step.expert_grad, self.decay)
+        ema_update_(self.s, step.expert_grad, self.decay)

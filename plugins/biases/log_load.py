@@ -3,7 +3,7 @@
 import attrs
 import torch
 
-from moe_engine import Bias, centred_log, follow, hookimpl, option
+from moe_engine import Bias, Traits, centred_log, ema_update_, hookimpl, option
 
 
 @attrs.define(eq=False)
@@ -16,7 +16,7 @@ class LogLoad:
     Source: this project.
     """
 
-    needs = ("logits", "load")
+    traits = Traits(requires=("logits", "load"), effects=("equal_load",))
     beta: float = option(1.5, help="strength", min=0)
     decay: float = option(0.95, help="memory of the running mean", min=0, max=1)
     eps: float = option(1e-6, help="smallest relative load that log sees", min=1e-30)
@@ -36,4 +36,4 @@ class LogLoadBias(Bias):
         return -self.beta * centred_log(self.s, self.eps)
 
     def after_step(self, step):
-        follow(self.s, step.load, self.decay)
+        ema_update_(self.s, step.load, self.decay)

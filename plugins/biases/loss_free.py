@@ -3,7 +3,7 @@
 import attrs
 import torch
 
-from moe_engine import Bias, Finding, hookimpl, option
+from moe_engine import Bias, Finding, Traits, hookimpl, option
 
 
 @attrs.define(eq=False)
@@ -16,20 +16,18 @@ class LossFree:
     Sources: Wang et al., 2024; DeepSeek-AI, 2024 (DeepSeek-V3).
     """
 
-    needs = ("logits", "load")
+    traits = Traits(requires=("logits", "load"), effects=("equal_load",))
     rate: float = option(0.001, help="step of the bias, in units of the router's scores", min=0)
 
     @hookimpl
     def moe_check(self, setup):
-        heavy = [name for name in setup.balance_losses if getattr(setup.plugins[name], "weight", 1) >= 1e-3]
-        rivals = [name for name, one in setup.plugins.items() if one is not self and hasattr(one, "moe_bias")]
-        if rivals:
-            why = f"{rivals[0]} and loss_free both steer the choice, each against what the other does"
-            return Finding("two controllers", 1, why, f"leave {rivals[0]} away, or loss_free")
-        if not heavy:
-            return None
-        why = f"{heavy[0]} pulls at the gradients from which loss_free is meant to keep balancing away"
-        return Finding("two remedies", 1, why, f"leave {heavy[0]} away, or set its weight below 0.001")
+        if rivals := setup.others(self, hook="moe_bias"):
+            why = f"{rivals[0]} and loss_free both adjust routing scores and will counteract each other"
+            return Finding("two controllers", 1, why, f"remove {rivals[0]} or loss_free")
+        if heavy := [name for name, weight in setup.balance_losses.items() if weight >= 1e-3]:
+            why = f"{heavy[0]} adds a balancing gradient, which loss_free is meant to avoid"
+            return Finding("two remedies", 1, why, f"remove {heavy[0]}, or set its weight below 0.001")
+        return None
 
     @hookimpl
     def moe_bias(self, spec, level):
@@ -45,7 +43,7 @@ class SignBias(Bias):
     def forward(self):
         return self.b
 
-    def settle(self, staged, plans):
+    def adjust_rows(self, staged, plans):
         staged["b"] -= staged["b"].mean()
 
     def after_step(self, step):

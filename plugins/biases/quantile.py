@@ -3,7 +3,7 @@
 import attrs
 import torch
 
-from moe_engine import Bias, hookimpl, option
+from moe_engine import Bias, Traits, UsageError, hookimpl, option
 
 
 @attrs.define(eq=False)
@@ -18,43 +18,41 @@ class Quantile:
     Source: Su, 2026 (quantile balancing), as in Megatron-LM.
     """
 
-    needs = ("logits", "load", "picks")
+    traits = Traits(requires=("logits", "load", "top_k"), effects=("equal_load",))
     ema: float = option(0.0, help="share of the old value that a step keeps", min=0, max=1)
 
     @hookimpl
     def moe_check(self, setup):
-        others = [name for name, one in setup.plugins.items() if one is not self and hasattr(one, "moe_bias")]
-        others += setup.balance_losses
-        if others:
-            return f"quantile sets the load to equal by itself; leave {others[0]} away, or quantile"
-        if any(getattr(one, "groups", 1) > 1 for one in setup.plugins.values()):
-            return "quantile counts on every expert being open to every token; set the router's groups to 1"
+        if others := [*setup.others(self, hook="moe_bias"), *setup.balance_losses]:
+            return f"quantile already equalises the load; remove {others[0]} or quantile"
         return None
 
     @hookimpl
     def moe_bias(self, spec, level):
-        return QuantileBias(level.size, level.picks, self.ema) if level.picks < level.size else None
+        if level.limited:
+            raise UsageError("quantile counts on every expert being open to every token; set the router's groups to 1")
+        return QuantileBias(level.size, level.top_k, self.ema) if level.top_k < level.size else None
 
 
 class QuantileBias(Bias):
-    def __init__(self, size, picks, ema):
+    def __init__(self, size, top_k, ema):
         super().__init__()
-        self.picks, self.ema = picks, ema
+        self.top_k, self.ema = top_k, ema
         self.expert_buffer("beta", torch.zeros(size), new="parent")
 
     def forward(self):
         return -self.beta
 
-    def settle(self, staged, plans):
+    def adjust_rows(self, staged, plans):
         staged["beta"] -= staged["beta"].mean()
 
     def measure(self, level, tokens):
         scores_TE = level.scores.float()
-        edge_T1 = (scores_TE - self.beta).topk(self.picks + 1, dim=-1).values[:, -1:]
+        edge_T1 = (scores_TE - self.beta).topk(self.top_k + 1, dim=-1).values[:, -1:]
         above_TE = scores_TE - edge_T1
         if tokens.mask is not None:
             above_TE = above_TE.masked_fill(~tokens.mask[:, None], -torch.inf)
-        place = (tokens.count * self.picks / above_TE.shape[1]).round().long().minimum((tokens.count - 1).clamp(min=0))
+        place = (tokens.count * self.top_k / above_TE.shape[1]).round().long().minimum((tokens.count - 1).clamp(min=0))
         some = tokens.count > 0
         new_E = (
             above_TE.sort(dim=0, descending=True).values.index_select(0, place.view(1))[0]

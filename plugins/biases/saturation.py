@@ -3,7 +3,7 @@
 import attrs
 import torch
 
-from moe_engine import Bias, centred_log, count_by, follow, hookimpl, option
+from moe_engine import Bias, Traits, centred_log, count_by, ema_update_, hookimpl, option
 
 
 @attrs.define(eq=False)
@@ -19,7 +19,7 @@ class Saturation:
     Source: this project, after kennycason/srnn, 2025, whose own form is `absolute_saturation`.
     """
 
-    needs = ("logits", "load")
+    traits = Traits(requires=("logits", "load"))
     signal: str = option("mass", help="what an expert is judged by", choices=("mass", "weights"))
     beta: float | None = option(None, help="strength; unset: 1.5 for mass, 1 for weights", min=0)
     decay: float = option(0.95, help="memory of the running mean", min=0, max=1)
@@ -48,4 +48,4 @@ class SaturationBias(Bias):
         return count_by(unit_N, norm_N.pow(self.power), self.s.shape[0])
 
     def after_step(self, step):
-        follow(self.s, step.signal if self.wants_signal else step.expert_grad, self.decay)
+        ema_update_(self.s, step.signal if self.wants_signal else step.expert_grad, self.decay)

@@ -39,7 +39,7 @@ class Conv:
 class ConvExperts(Experts):
     """k_in [E, C k^2, H], for swiglu [E, C k^2, 2H], k_out [E, H k^2, C'], windows flattened as F.unfold does.
 
-    The names are not those of a stacked MLP, because a hidden channel is many rows of k_out: sources that part
+    The names are not those of a stacked MLP, because a hidden channel is many rows of k_out: initializers that part
     hidden units refuse what they don't know.
     """
 

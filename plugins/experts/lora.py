@@ -24,8 +24,9 @@ class Lora:
 
     @hookimpl
     def moe_check(self, setup):
-        if "zero_output" in setup.plugins:
-            return "zero_output can't silence a newcomer of lora, which has the shared MLP too; choose another source"
+        if silent := setup.others(self, effect="silent_start"):
+            why = "can't start a new expert of lora at 0, because it also has the shared MLP"
+            return f"{silent[0]} {why}; choose another initializer"
         return None
 
     @hookimpl

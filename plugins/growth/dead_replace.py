@@ -2,7 +2,7 @@
 
 import attrs
 
-from moe_engine import Growth, RunningLoad, hookimpl, lasting, option
+from moe_engine import Growth, RunningLoad, Traits, consecutive, hookimpl, option
 
 
 @attrs.define(eq=False)
@@ -15,7 +15,7 @@ class DeadReplace:
     Source: this project.
     """
 
-    needs = ("load",)
+    traits = Traits(requires=("load",))
     threshold: float = option(0.01, help="load over the mean load below which an expert is dead", min=0, max=1)
     patience: int = option(20, help="steps in a row before a replacement", min=1)
     cooldown: int = option(50, help="steps after a growth, and at the start, without a check", min=0)
@@ -30,10 +30,10 @@ class DeadReplace:
         wanted = []
         for layer in history.layers:
             load_E = history.state(layer).value
-            dead, within = int(load_E.argmin()), layer.router.within("expert")
+            dead, within = int(load_E.argmin()), layer.router.competes_in("expert")
             busiest = int((load_E if within is None else load_E.where(within == within[dead], -1)).argmax())
-            holds = history.settled(self.cooldown) and float(load_E[dead]) < self.threshold and dead != busiest
-            if lasting(memory, layer, holds) >= self.patience:
+            holds = history.cooled_down(self.cooldown) and float(load_E[dead]) < self.threshold and dead != busiest
+            if consecutive(memory, layer, holds) >= self.patience:
                 why = f"expert {dead} has {float(load_E[dead]):.2g} of the mean load"
                 wanted.append(Growth(layer.name, parents=(busiest,), drop=(dead,), why=why))
         return wanted

@@ -3,7 +3,7 @@
 import attrs
 import torch
 
-from moe_engine import Part, children_of_peaks, follow, hookimpl, option
+from moe_engine import Part, ema_update_, grow_at_peaks, hookimpl, option
 
 
 @attrs.define(eq=False)
@@ -31,7 +31,7 @@ class Gradient:
 
     @hookimpl
     def moe_growth(self, history, memory):
-        return children_of_peaks(self, history, memory, "gradient")
+        return grow_at_peaks(self, history, memory, "gradient")
 
 
 class RunningGradient(Part):
@@ -43,4 +43,4 @@ class RunningGradient(Part):
         self.expert_buffer("value", torch.ones(size), new=1.0)
 
     def after_step(self, step):
-        follow(self.value, step.relative(step.expert_grad), self.decay)
+        ema_update_(self.value, step.relative(step.expert_grad), self.decay)

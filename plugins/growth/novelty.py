@@ -3,7 +3,7 @@
 import attrs
 import torch
 
-from moe_engine import Growth, Part, hookimpl, lasting, option
+from moe_engine import Growth, Part, Traits, consecutive, hookimpl, option
 
 
 @attrs.define(eq=False)
@@ -18,8 +18,7 @@ class Novelty:
     Source: Guo et al., 2024 (DynMoE), without its removal of experts.
     """
 
-    needs = ("choices",)
-    orphans = True
+    traits = Traits(requires=("choices",), orphans=True)
     share: float = option(0.1, help="share of novel tokens from which the layer grows", min=0, max=1)
     confidence: float = option(1.5, help="largest probability, times E, below which a token is novel", min=0)
     patience: int = option(20, help="steps in a row before a growth", min=1)
@@ -45,8 +44,8 @@ class Novelty:
         wanted = []
         for layer in history.layers:
             state = history.state(layer)
-            ready = history.settled(self.cooldown) and layer.spec.experts < self.max_experts
-            if lasting(memory, layer, ready and float(state.share) > self.share) >= self.patience:
+            ready = history.cooled_down(self.cooldown) and layer.spec.experts < self.max_experts
+            if consecutive(memory, layer, ready and float(state.share) > self.share) >= self.patience:
                 why = f"{float(state.share):.0%} of the tokens suit no expert"
                 rows = _towards(state.direction, layer.router)
                 wanted.append(Growth(layer.name, parents=(None,), rows=rows, why=why))

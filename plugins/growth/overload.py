@@ -2,7 +2,7 @@
 
 import attrs
 
-from moe_engine import RunningLoad, children_of_peaks, hookimpl, option
+from moe_engine import RunningLoad, Traits, grow_at_peaks, hookimpl, option
 
 
 @attrs.define(eq=False)
@@ -16,7 +16,7 @@ class Overload:
     Source: this project.
     """
 
-    needs = ("load",)
+    traits = Traits(requires=("load",))
     threshold: float = option(2.0, help="load over the mean load from which an expert is overloaded", min=1)
     patience: int = option(20, help="steps in a row before a growth", min=1)
     cooldown: int = option(50, help="steps after a growth, and at the start, without a check", min=0)
@@ -25,8 +25,9 @@ class Overload:
 
     @hookimpl
     def moe_check(self, setup):
-        forced = [name for name in ("loss_free", "quantile", "log_load") if name in setup.plugins]
-        return f"overload never fires while {forced[0]} makes all loads equal; choose one of them" if forced else None
+        if rivals := setup.others(self, effect="equal_load"):
+            return f"overload never fires while {rivals[0]} makes all loads equal; choose one of them"
+        return None
 
     @hookimpl
     def moe_state(self, spec):
@@ -34,4 +35,4 @@ class Overload:
 
     @hookimpl
     def moe_growth(self, history, memory):
-        return children_of_peaks(self, history, memory, "load")
+        return grow_at_peaks(self, history, memory, "load")

@@ -21,8 +21,7 @@ class Schedule:
 
     @hookimpl
     def moe_check(self, setup):
-        others = [name for name, one in setup.plugins.items() if one is not self and hasattr(one, "moe_growth")]
-        if others:
+        if others := setup.others(self, hook="moe_growth"):
             return f"schedule grows at its steps whatever {others[0]} has just done; choose one of them"
         return None
 

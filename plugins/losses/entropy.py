@@ -2,7 +2,7 @@
 
 import attrs
 
-from moe_engine import entropy_of, hookimpl, option, shared
+from moe_engine import Traits, entropy_of, hookimpl, mean_over_ranks, option
 
 
 @attrs.define(eq=False)
@@ -17,8 +17,7 @@ class Entropy:
     Sources: Huang et al., 2024 ("Harder Tasks Need More Experts"); Csordás et al., 2023 (sigma-MoE).
     """
 
-    needs = ("probs",)
-    balanced = None
+    traits = Traits(requires=("probs",), balanced=None, effects=("token_entropy",))
     weight: float = option(0.0001, help="coefficient", min=0)
     form: str = option("token_min", help="whose entropy goes where", choices=("token_min", "batch_max"))
 
@@ -26,4 +25,4 @@ class Entropy:
     def moe_aux_loss(self, routing):
         if self.form == "token_min":
             return routing.mean(entropy_of(routing.probs))
-        return -entropy_of(shared(routing.mean(routing.probs)))
+        return -entropy_of(mean_over_ranks(routing.mean(routing.probs)))

@@ -2,7 +2,7 @@
 
 import attrs
 
-from moe_engine import hookimpl, option, shared
+from moe_engine import Traits, hookimpl, mean_over_ranks, option
 
 
 @attrs.define(eq=False)
@@ -14,11 +14,10 @@ class GateVariance:
     Source: kennycason/srnn, 2025.
     """
 
-    needs = ("probs", "load")
-    balanced = 0.0
+    traits = Traits(requires=("probs", "load"), balanced=0.0, effects=("mean_probs_cv2",))
     weight: float = option(0.1, help="coefficient", min=0)
 
     @hookimpl
     def moe_aux_loss(self, routing):
-        scaled_E = routing.experts * shared(routing.mean(routing.probs))
+        scaled_E = routing.experts * mean_over_ranks(routing.mean(routing.probs))
         return (scaled_E - scaled_E.mean()).square().sum() / max(routing.experts - 1, 1)

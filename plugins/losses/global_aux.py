@@ -2,7 +2,7 @@
 
 import attrs
 
-from moe_engine import hookimpl, option, over_processes
+from moe_engine import Traits, all_reduce_sum, hookimpl, option
 
 
 @attrs.define(eq=False)
@@ -18,12 +18,11 @@ class GlobalAux:
     Source: Qiu et al., 2025 ("Demons in the Detail").
     """
 
-    needs = ("probs", "load")
-    balanced = 1.0
+    traits = Traits(requires=("probs", "load"), balanced=1.0)
     weight: float = option(0.01, help="coefficient", min=0)
 
     @hookimpl
     def moe_aux_loss(self, routing, layer):
-        load_E = over_processes(layer.step_load(routing))
+        load_E = all_reduce_sum(layer.step_load(routing))
         f_E = load_E / load_E.sum().clamp(min=1)
         return routing.experts * (f_E * routing.mean(routing.probs)).sum()

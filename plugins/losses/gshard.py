@@ -2,7 +2,7 @@
 
 import attrs
 
-from moe_engine import count_by, hookimpl, option
+from moe_engine import Traits, count_by, hookimpl, option
 
 
 @attrs.define(eq=False)
@@ -15,8 +15,7 @@ class GShard:
     Source: Lepikhin et al., 2020, algorithm 1.
     """
 
-    needs = ("probs", "load")
-    balanced = 1.0
+    traits = Traits(requires=("probs", "load"), balanced=1.0)
     weight: float = option(0.01, help="coefficient", min=0)
 
     @hookimpl

@@ -3,7 +3,7 @@
 import attrs
 import torch
 
-from moe_engine import Finding, count_by, cv2, hookimpl, option, shared
+from moe_engine import Finding, Traits, count_by, cv2, hookimpl, mean_over_ranks, option
 
 
 @attrs.define(eq=False)
@@ -17,8 +17,7 @@ class ImportanceCV2:
     Sources: Shazeer et al., 2017, eq. 6-7; Riquelme et al., 2021 (V-MoE).
     """
 
-    needs = ("probs", "load")
-    balanced = 0.0
+    traits = Traits(requires=("probs", "load"), balanced=0.0)
     weight: float = option(0.1, help="coefficient", min=0)
     of: str = option(
         "gates", help="what is summed: gates after top-k, or all probabilities", choices=("gates", "probs")
@@ -26,14 +25,14 @@ class ImportanceCV2:
 
     @hookimpl
     def moe_check(self, setup):
-        if self.of == "probs" and "gate_variance" in setup.plugins:
-            why = "importance_cv2.of=probs and gate_variance are the same loss but for the factor E / (E - 1)"
-            return Finding("counted twice", 1, why, "leave one of them out")
+        if self.of == "probs" and (twice := setup.others(self, effect="mean_probs_cv2")):
+            why = f"importance_cv2.of=probs and {twice[0]} both penalise the variance of the mean probabilities"
+            return Finding("counted twice", 1, why, "remove one of them")
         return None
 
     @hookimpl
     def moe_aux_loss(self, routing):
         if self.of == "probs":
-            return cv2(shared(routing.mean(routing.probs)))
+            return cv2(mean_over_ranks(routing.mean(routing.probs)))
         plan = routing.plan
-        return cv2(shared(count_by(plan.expert, torch.where(plan.selected, plan.weight, 0), routing.experts)))
+        return cv2(mean_over_ranks(count_by(plan.expert, torch.where(plan.selected, plan.weight, 0), routing.experts)))

@@ -2,7 +2,7 @@
 
 import attrs
 
-from moe_engine import cv2, hookimpl, option, shared
+from moe_engine import Traits, cv2, hookimpl, mean_over_ranks, option
 
 
 @attrs.define(eq=False)
@@ -16,8 +16,7 @@ class LoadCV2:
     Source: Shazeer et al., 2017, appendix A.
     """
 
-    needs = ("smooth_load",)
-    balanced = None  # equal loads do not make the estimate of them equal
+    traits = Traits(requires=("smooth_load",), balanced=None)  # equal loads do not equalise their estimate
     weight: float = option(0.1, help="coefficient", min=0)
 
     @hookimpl
@@ -31,4 +30,4 @@ class LoadCV2:
 
     @hookimpl
     def moe_aux_loss(self, routing):
-        return cv2(shared(routing.smooth_load))
+        return cv2(mean_over_ranks(routing.smooth_load))

@@ -2,7 +2,7 @@
 
 import attrs
 
-from moe_engine import Finding, entropy_of, hookimpl, option, shared
+from moe_engine import Finding, Traits, entropy_of, hookimpl, mean_over_ranks, option
 
 
 @attrs.define(eq=False)
@@ -16,17 +16,16 @@ class MutualInformation:
     Source: Shen et al., 2023 (ModuleFormer).
     """
 
-    needs = ("probs",)
-    balanced = None
+    traits = Traits(requires=("probs",), balanced=None)
     weight: float = option(0.01, help="coefficient", min=0)
 
     @hookimpl
     def moe_check(self, setup):
-        if "entropy" in setup.plugins:
-            why = "mutual_information is the sum of both forms of the loss entropy, so that one of them counts twice"
-            return Finding("counted twice", 1, why, "leave mutual_information or entropy out")
+        if twice := setup.others(self, effect="token_entropy"):
+            why = f"mutual_information already contains {twice[0]}, an entropy of the choice, so it counts twice"
+            return Finding("counted twice", 1, why, f"remove mutual_information or {twice[0]}")
         return None
 
     @hookimpl
     def moe_aux_loss(self, routing):
-        return routing.mean(entropy_of(routing.probs)) - entropy_of(shared(routing.mean(routing.probs)))
+        return routing.mean(entropy_of(routing.probs)) - entropy_of(mean_over_ranks(routing.mean(routing.probs)))

@@ -4,7 +4,7 @@ import attrs
 import torch
 from torch.nn.functional import normalize
 
-from moe_engine import at_least_fp32, hookimpl, option
+from moe_engine import Traits, at_least_fp32, hookimpl, option
 
 
 @attrs.define(eq=False)
@@ -20,8 +20,7 @@ class OutputSimilarity:
     Source: this project, after Guo et al., 2025 (orthogonality loss), whose norm is not given.
     """
 
-    needs = ("choices",)
-    balanced = None
+    traits = Traits(requires=("choices",), balanced=None)
     weight: float = option(0.01, help="coefficient", min=0)
     tokens: int = option(64, help="tokens of a forward on which outputs are compared", min=1)
 

@@ -3,9 +3,7 @@
 import attrs
 import torch
 
-from moe_engine import Finding, UsageError, hookimpl, linear_logits, option
-
-COPIES = ("clone", "exclusive_split", "partial_reinit")  # sources whose newcomer starts with its parent's row
+from moe_engine import Finding, Traits, UsageError, hookimpl, linear_logits, option
 
 
 @attrs.define(eq=False)
@@ -19,7 +17,7 @@ class RouterDiversity:
     Sources: Omi et al., 2025 (SimBal); Guo et al., 2024 (DynMoE), for the Frobenius norm.
     """
 
-    balanced = None
+    traits = Traits(balanced=None)
     weight: float = option(0.1, help="coefficient", min=0)
     norm: str = option("l1", help="norm of the difference", choices=("l1", "frobenius"))
 
@@ -28,9 +26,11 @@ class RouterDiversity:
         if 0 < setup.spec.dim < setup.spec.experts:
             why = f"router_diversity can't reach 0: {setup.spec.experts} rows of {setup.spec.dim} can't be orthogonal"
             return Finding("out of reach", 1, why, "use fewer experts, or a wider model")
-        if copies := [name for name in COPIES if name in setup.plugins]:
-            why = f"router_diversity parts the equal rows that {copies[0]} makes, whatever the growth kept"
-            return Finding("at odds", 1, why, f"leave router_diversity out, or use another source than {copies[0]}")
+        if copies := setup.others(self, effect="copies_router_row"):
+            why = f"router_diversity separates the equal router rows that {copies[0]} creates, whatever the growth kept"
+            return Finding(
+                "at odds", 1, why, f"remove router_diversity, or choose another initializer than {copies[0]}"
+            )
         return None
 
     @hookimpl

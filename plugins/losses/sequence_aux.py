@@ -3,7 +3,7 @@
 import attrs
 import torch
 
-from moe_engine import Level, hookimpl, option
+from moe_engine import Level, Traits, hookimpl, option
 
 
 @attrs.define(eq=False)
@@ -17,8 +17,7 @@ class SequenceAux:
     Source: DeepSeek-AI, 2024 (DeepSeek-V3), eq. 17-20.
     """
 
-    needs = ("probs", "load", "picks")
-    balanced = 1.0
+    traits = Traits(requires=("probs", "load", "top_k"), balanced=1.0)
     weight: float = option(0.0001, help="coefficient", min=0)
 
     @hookimpl

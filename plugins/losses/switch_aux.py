@@ -2,7 +2,7 @@
 
 import attrs
 
-from moe_engine import hookimpl, option
+from moe_engine import Traits, hookimpl, option
 
 
 @attrs.define(eq=False)
@@ -16,8 +16,7 @@ class SwitchAux:
     Source: Fedus et al., 2021, eq. 4-6.
     """
 
-    needs = ("probs", "load")
-    balanced = 1.0
+    traits = Traits(requires=("probs", "load"), balanced=1.0)
     weight: float = option(0.01, help="coefficient", min=0)
 
     @hookimpl

@@ -3,7 +3,7 @@
 import attrs
 import torch
 
-from moe_engine import hookimpl, option
+from moe_engine import Traits, hookimpl, option
 
 
 @attrs.define(eq=False)
@@ -15,8 +15,7 @@ class ZLoss:
     Source: Zoph et al., 2022 (ST-MoE), eq. 5.
     """
 
-    needs = ("logits",)
-    balanced = None
+    traits = Traits(requires=("logits",), balanced=None)
     weight: float = option(0.001, help="coefficient", min=0)
 
     @hookimpl

@@ -4,7 +4,7 @@ import math
 
 import attrs
 
-from moe_engine import hookimpl
+from moe_engine import Traits, hookimpl
 
 
 @attrs.define(eq=False)
@@ -17,7 +17,7 @@ class Churn:
     Source: Dai et al., 2022 (StableMoE), who count the tokens whose expert still changes.
     """
 
-    needs = ("choices",)
+    traits = Traits(requires=("choices",))
 
     @hookimpl
     def moe_metrics(self, probe, memory):

@@ -3,7 +3,7 @@
 import attrs
 import torch
 
-from moe_engine import hookimpl
+from moe_engine import Traits, hookimpl
 
 
 @attrs.define(eq=False)
@@ -16,7 +16,7 @@ class CoActivation:
     Source: Muennighoff et al., 2024 (OLMoE), eq. 6.
     """
 
-    needs = ("choices",)
+    traits = Traits(requires=("choices",))
 
     @hookimpl
     def moe_check(self, setup):

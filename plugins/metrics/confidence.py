@@ -5,7 +5,7 @@ import math
 import attrs
 import torch
 
-from moe_engine import Level, evaluating, hookimpl
+from moe_engine import Level, Traits, evaluating, hookimpl
 
 
 @attrs.define(eq=False)
@@ -19,7 +19,7 @@ class Confidence:
     Source: this project.
     """
 
-    needs = ("probs",)
+    traits = Traits(requires=("probs",))
 
     @hookimpl
     def moe_metrics(self, probe, layer):
@@ -43,15 +43,15 @@ class Seen(Level):
 def margin(probe, router):
     """The mean margin over the real tokens of a routing, or nan."""
     levels = tuple(Seen(level.name, level.logits, level.biased, level.bias) for level in probe.levels)
-    if len(levels) != 1 or not 0 < router.levels[0].picks < probe.experts:
+    if len(levels) != 1 or not 0 < router.levels[0].top_k < probe.experts:
         return math.nan
     with evaluating(router):
         router.select(probe.tokens, levels)
-    scores_TE, picks = levels[0].scores, router.levels[0].picks
+    scores_TE, top_k = levels[0].scores, router.levels[0].top_k
     if scores_TE is None or scores_TE.shape != probe.chosen().shape:
         return math.nan
-    best_TK = scores_TE.topk(picks + 1, dim=-1)
-    top_TE = torch.zeros_like(probe.chosen()).scatter(1, best_TK.indices[:, :picks], 1.0)
+    best_TK = scores_TE.topk(top_k + 1, dim=-1)
+    top_TE = torch.zeros_like(probe.chosen()).scatter(1, best_TK.indices[:, :top_k], 1.0)
     if not torch.equal(probe.tokens.real(top_TE), probe.chosen()):
         return math.nan
     return probe.mean(best_TK.values[:, -2] - best_TK.values[:, -1])

@@ -3,7 +3,7 @@
 import attrs
 import torch
 
-from moe_engine import hookimpl
+from moe_engine import Traits, hookimpl
 
 POINTS, TOKENS = 64, 1024  # log points that are remembered, tokens of the held-out batch
 
@@ -19,7 +19,7 @@ class RouterSaturation:
     Source: Muennighoff et al., 2024 (OLMoE), eq. 5.
     """
 
-    needs = ("choices",)
+    traits = Traits(requires=("choices",))
 
     @hookimpl
     def moe_metrics(self, probe, memory):

@@ -3,7 +3,7 @@
 import attrs
 import torch
 
-from moe_engine import Assignments, LinearRouter, causal_problem, hookimpl, option
+from moe_engine import Assignments, LinearRouter, Traits, causal_problem, hookimpl, option
 
 
 @attrs.define(eq=False)
@@ -18,7 +18,7 @@ class ExpertChoice:
     Source: Zhou et al., 2022.
     """
 
-    gives = ("logits", "probs", "choices")
+    traits = Traits(provides=("logits", "probs", "choices"))
     group: str = option("batch", help="tokens among which experts choose", choices=("batch", "sequence"))
     allow_noncausal: bool = option(False, help="allow it in a causal layer, where it sees later tokens")
 

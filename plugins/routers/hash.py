@@ -3,7 +3,7 @@
 import attrs
 import torch
 
-from moe_engine import Router, UsageError, assign, hookimpl, option
+from moe_engine import Router, Traits, UsageError, assign, hookimpl, option
 from moe_engine.seeds import generator
 
 
@@ -18,8 +18,7 @@ class Hash:
     Source: Roller et al., 2021 (there the weight is 1; here 1 / K, so that the output's scale does not depend on K).
     """
 
-    gives = ("picks", "choices")
-    parts_copies = True  # exact copies of an expert get different tokens
+    traits = Traits(provides=("top_k", "choices"), effects=("parts_copies",))
     seed: int = option(0, help="which table", min=0)
 
     @hookimpl
@@ -34,7 +33,7 @@ class Hash:
 
 
 class HashRouter(Router):
-    keeps_function = ("clone",)
+    keeps_function = ("copies_expert",)
     levels = ()
 
     def __init__(self, spec, seed):
@@ -55,7 +54,7 @@ class HashRouter(Router):
         weight_TK = torch.full(expert_TK.shape, 1 / expert_TK.shape[1], dtype=kind, device=expert_TK.device)
         return None, assign(weight_TK, expert_TK, tokens)
 
-    def settle(self, staged, plans):
+    def adjust_rows(self, staged, plans):
         if "expert" not in plans:
             return
         plan, table_VK = plans["expert"], staged["table"]

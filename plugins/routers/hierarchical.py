@@ -34,30 +34,30 @@ class Hierarchical:
 class TwoLevelRouter(Router):
     def __init__(self, spec, groups, groups_kept):
         super().__init__()
-        self.picks, self.groups_kept, fresh = spec.top_k // groups_kept, groups_kept, uniform(spec.dim)
-        self.expert_param("group_rows", (groups, spec.dim), fresh=fresh, role="logit_row", of="group")
-        self.expert_param("rows", (spec.experts, spec.dim), fresh=fresh, role="logit_row")
+        self.top_k, self.groups_kept, fresh = spec.top_k // groups_kept, groups_kept, uniform(spec.dim)
+        self.expert_param("group_weight", (groups, spec.dim), fresh=fresh, role="logit_row", of="group")
+        self.expert_param("weight", (spec.experts, spec.dim), fresh=fresh, role="logit_row")
         self.expert_buffer("group_of", torch.arange(spec.experts) * groups // spec.experts, values="group")
 
-    def settle(self, staged, plans):
+    def adjust_rows(self, staged, plans):
         group_of = staged.get("group_of", self.group_of)
-        sizes = group_of[group_of >= 0].bincount(minlength=len(staged.get("group_rows", self.group_rows)))
-        if len(sizes) < self.groups_kept or sizes.min() < self.picks:
-            raise UsageError(f"{self.groups_kept} groups of at least {self.picks} experts each must remain")
+        sizes = group_of[group_of >= 0].bincount(minlength=len(staged.get("group_weight", self.group_weight)))
+        if len(sizes) < self.groups_kept or sizes.min() < self.top_k:
+            raise UsageError(f"{self.groups_kept} groups of at least {self.top_k} experts each must remain")
 
     @property
     def levels(self):
-        group = LevelSpec("group", len(self.group_rows), self.groups_kept)
-        return group, LevelSpec("expert", len(self.rows), self.picks)
+        group = LevelSpec("group", len(self.group_weight), self.groups_kept)
+        return group, LevelSpec("expert", len(self.weight), self.top_k, limited=True)
 
-    def unit_of(self, level):
+    def unit_of_expert(self, level):
         return self.group_of if level == "group" else None
 
-    def within(self, level):
+    def competes_in(self, level):
         return self.group_of if level == "expert" else None
 
     def score(self, tokens):
-        return linear_logits(tokens.x, self.group_rows), linear_logits(tokens.x, self.rows)
+        return linear_logits(tokens.x, self.group_weight), linear_logits(tokens.x, self.weight)
 
     def select(self, tokens, levels):
         group, leaf = levels
@@ -66,7 +66,7 @@ class TwoLevelRouter(Router):
         inside_TE = leaf.biased[:, None].masked_fill(~inside_GE, -torch.inf).softmax(-1).sum(1)  # G_i|g
         best_TM = group.select_by(group.biased).topk(self.groups_kept, dim=-1).indices
         leaf_TE = leaf.select_by(leaf.biased)
-        expert_TMP = leaf_TE[:, None].masked_fill(~inside_GE[best_TM], -torch.inf).topk(self.picks, dim=-1).indices
+        expert_TMP = leaf_TE[:, None].masked_fill(~inside_GE[best_TM], -torch.inf).topk(self.top_k, dim=-1).indices
         outer_TM = _normalised(group_TG.gather(-1, best_TM))
         inner_TMP = _normalised(inside_TE.gather(-1, expert_TMP.flatten(1)).view_as(expert_TMP))
         probs_TE = group_TG[:, self.group_of] * inside_TE

@@ -4,7 +4,7 @@ import attrs
 import torch
 from torch.nn.functional import softplus
 
-from moe_engine import LinearRouter, assign, hookimpl, linear_logits, option, zeros
+from moe_engine import LinearRouter, Traits, assign, hookimpl, linear_logits, option, zeros
 
 
 @attrs.define(eq=False)
@@ -22,7 +22,7 @@ class NoisyTopK:
     Source: Shazeer et al., 2017, section 2.1 and appendix A; the floor is tensor2tensor's.
     """
 
-    gives = ("logits", "probs", "load", "picks", "choices", "smooth_load")
+    traits = Traits(provides=("logits", "probs", "load", "top_k", "choices", "smooth_load"))
     noise_floor: float = option(0.01, help="least standard deviation of the noise", min=1e-6)
 
     @hookimpl
@@ -34,12 +34,12 @@ class NoisyTopKRouter(LinearRouter):
     def __init__(self, spec, noise_floor):
         super().__init__(spec, fresh=zeros)
         self.noise_floor = noise_floor
-        self.expert_param("noise_rows", (spec.experts, spec.dim), fresh=zeros, role="state")
+        self.expert_param("noise_weight", (spec.experts, spec.dim), fresh=zeros, role="state")
 
     def select(self, tokens, levels):
         (level,) = levels
         clean_TE = level.biased
-        deviation_TE = softplus(linear_logits(tokens.x, self.noise_rows)) + self.noise_floor
+        deviation_TE = softplus(linear_logits(tokens.x, self.noise_weight)) + self.noise_floor
         noisy_TE = clean_TE + deviation_TE * torch.randn_like(clean_TE) if self.training else clean_TE
         by_TE = level.select_by(noisy_TE)
         expert_TK = by_TE.topk(self.top_k, dim=-1).indices

@@ -3,7 +3,7 @@
 import attrs
 import torch
 
-from moe_engine import LinearRouter, Part, assign_where, hookimpl, option
+from moe_engine import LinearRouter, Part, Traits, assign_where, hookimpl, option
 
 
 @attrs.define(eq=False)
@@ -19,7 +19,7 @@ class ReLU:
     Source: Wang et al., 2024 (ReMoE); the coefficient is each layer's own here, one of all layers there.
     """
 
-    gives = ("load", "choices")
+    traits = Traits(provides=("load", "choices"))
     weight: float = option(1e-8, help="coefficient of the L1 loss at the start", min=0)
     rate: float = option(1.2, help="factor by which a step moves the coefficient", min=1)
 
@@ -43,7 +43,7 @@ class ReLU:
 
 
 class ReLURouter(LinearRouter):
-    keeps_function = ("zero_output",)
+    keeps_function = ("silent_start",)
 
     def select(self, tokens, levels):
         (level,) = levels

@@ -3,7 +3,7 @@
 import attrs
 import torch
 
-from moe_engine import LinearRouter, assign, causal_problem, hookimpl, option
+from moe_engine import LinearRouter, Traits, assign, causal_problem, hookimpl, option
 
 
 @attrs.define(eq=False)
@@ -19,7 +19,7 @@ class Sinkhorn:
     Source: Clark et al., 2022 (S-BASE).
     """
 
-    gives = ("logits", "probs", "picks", "choices")
+    traits = Traits(provides=("logits", "probs", "top_k", "choices"))
     iterations: int = option(8, help="rounds of normalisation; sharp logits need more", min=1)
     allow_noncausal: bool = option(False, help="allow it in a causal layer, where it sees later tokens")
 

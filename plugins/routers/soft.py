@@ -6,7 +6,7 @@ import attrs
 import torch
 from torch.nn.functional import normalize
 
-from moe_engine import LevelSpec, Router, Slots, causal_problem, hookimpl, option, uniform
+from moe_engine import LevelSpec, Router, Slots, Traits, causal_problem, hookimpl, option, uniform
 
 
 @attrs.define(eq=False)
@@ -22,7 +22,7 @@ class Soft:
     Source: Puigcerver et al., 2023.
     """
 
-    gives = ("probs",)
+    traits = Traits(provides=("probs",))
     slots: int = option(1, help="slots of each expert for a sequence", min=1)
     allow_noncausal: bool = option(False, help="allow it in a causal layer, where it sees later tokens")
 

@@ -3,7 +3,7 @@
 import attrs
 import torch
 
-from moe_engine import LinearRouter, assign_where, hookimpl, option, zeros
+from moe_engine import LinearRouter, Traits, assign_where, hookimpl, option, zeros
 
 
 @attrs.define(eq=False)
@@ -17,7 +17,7 @@ class Threshold:
     Source: Guo et al., 2024 (DynMoE).
     """
 
-    gives = ("load", "choices")
+    traits = Traits(provides=("load", "choices"))
     tau: float = option(1.0, help="sharpness of the scores", min=1e-3, max=100)
 
     @hookimpl
@@ -34,7 +34,7 @@ class ThresholdRouter(LinearRouter):
     def score(self, tokens):
         (dot_TE,) = super().score(tokens)
         length_T1 = tokens.x.to(dot_TE.dtype).norm(dim=-1, keepdim=True)
-        length_E = self.rows.to(dot_TE.dtype).norm(dim=-1)
+        length_E = self.weight.to(dot_TE.dtype).norm(dim=-1)
         return (self.tau * dot_TE / (length_T1 * length_E).clamp(min=1e-12),)
 
     def select(self, tokens, levels):

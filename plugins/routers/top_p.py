@@ -3,7 +3,7 @@
 import attrs
 import torch
 
-from moe_engine import LinearRouter, assign_where, hookimpl, option
+from moe_engine import LinearRouter, Traits, assign_where, hookimpl, option
 
 
 @attrs.define(eq=False)
@@ -17,7 +17,7 @@ class TopP:
     Source: Huang et al., 2024.
     """
 
-    gives = ("logits", "probs", "load", "choices")
+    traits = Traits(provides=("logits", "probs", "load", "choices"))
     p: float = option(0.4, help="mass before an expert up to which it is chosen", min=0)
 
     @hookimpl

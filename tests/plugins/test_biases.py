@@ -131,7 +131,7 @@ def test_loss_free_moves_by_its_rate_against_the_load():
     engine = Engine("topk,loss_free", ["loss_free.rate=0.5"], experts=4, top_k=1)
     layer = engine.moe(4, 8)
     with torch.no_grad():
-        layer.router.rows[:] = torch.eye(4)
+        layer.router.weight[:] = torch.eye(4)
     # loads 2, 1, 1, 0: mean 1; only the first is over and only the last is under it
     one_step(engine, layer, torch.eye(4)[[0, 0, 1, 2]] * 5)
     assert bias_of(layer, "loss_free").b.tolist() == [-0.5, 0.0, 0.0, 0.5]
@@ -193,7 +193,7 @@ def test_biases_add_up_in_any_number():
 def test_quantile_is_where_each_expert_would_have_got_its_share():
     """By hand: K = 1, four tokens, two experts: beta_i is the third largest of s_ti - a_t."""
     layer = Engine("topk,quantile", experts=2, top_k=1).moe(2, 4)
-    layer.router.rows.data[:] = torch.eye(2)
+    layer.router.weight.data[:] = torch.eye(2)
     scores = torch.tensor([[3.0, 0.0], [2.0, 0.0], [5.0, 1.0], [1.0, 0.0]])
     routing = layer.route(layer.tokens(scores))
     own = bias_of(layer, "quantile").measure(routing.levels[0], routing.tokens)
@@ -207,7 +207,7 @@ def test_quantile_balances_a_fixed_batch_in_a_few_steps_and_centres():
     torch.manual_seed(0)
     engine = Engine("topk,quantile", experts=8, top_k=2)
     layer = engine.moe(8, 4)
-    layer.router.rows.data[:] = torch.eye(8)
+    layer.router.weight.data[:] = torch.eye(8)
     x, worst = torch.randn(1024, 8) + torch.linspace(0, 3, 8), []
     for _ in range(6):
         load = layer.route(layer.tokens(x)).load

@@ -190,8 +190,8 @@ def test_a_shared_mlp_that_is_not_trained_gets_no_gradient():
 # -- growth, states, precision ---------------------------------------------------------------------
 
 
-def trained(name, source="clone", steps=3, **spec):
-    engine, layer = build(name, f"topk,switch_aux,{source}", **spec)
+def trained(name, initializer="clone", steps=3, **spec):
+    engine, layer = build(name, f"topk,switch_aux,{initializer}", **spec)
     optimizer = adam(layer, 1e-2)
     for _ in range(steps):
         step(engine, layer, optimizer)
@@ -206,19 +206,19 @@ def step(engine, layer, optimizer):
     optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("source", ["clone", "random", "split"])
+@pytest.mark.parametrize("initializer", ["clone", "random", "split"])
 @kinds
-def test_a_bank_grows_and_learns_on(name, act, bias, source):
-    """Old experts stay bit for bit (but for a parent that `split` moves), the newcomer is the source's."""
-    engine, layer, optimizer = trained(name, source, activation=act, bias=bias)
+def test_a_bank_grows_and_learns_on(name, act, bias, initializer):
+    """Old experts stay bit for bit (but for a parent that `split` moves), the newcomer is the initializer's."""
+    engine, layer, optimizer = trained(name, initializer, activation=act, bias=bias)
     x = torch.randn(7, DIM)
     before = layer.experts.outputs(x).detach()
     engine.grow(Growth("moe", (1,)), optimizer)
     after = layer.experts.outputs(x).detach()
-    kept = [0, 2, 3] if source == "split" else [0, 1, 2, 3]
+    kept = [0, 2, 3] if initializer == "split" else [0, 1, 2, 3]
     assert (len(after), torch.equal(after[kept], before[kept])) == (5, True)
     far = float((after[4] - before[1]).norm() / before[1].norm())
-    assert far > 0.2 if source == "random" and name != "lora" else 0 < far < 0.5
+    assert far > 0.2 if initializer == "random" and name != "lora" else 0 < far < 0.5
     for _ in range(2):
         step(engine, layer, optimizer)
     engine.grow(Growth("moe", drop=(0, 4)), optimizer)
@@ -226,11 +226,13 @@ def test_a_bank_grows_and_learns_on(name, act, bias, source):
     assert layer.experts.outputs(x).shape == (3, 7, DIM)
 
 
-@pytest.mark.parametrize("source", ["exclusive_split", "partial_reinit"])
+@pytest.mark.parametrize("initializer", ["exclusive_split", "partial_reinit"])
 @pytest.mark.parametrize("name", ["lora", "conv", "convnet", "deep_mlp"])
-def test_sources_that_part_hidden_units_are_refused_where_these_are_no_rows(name, source):
-    engine, _, optimizer = trained(name, source)
-    with pytest.raises(UsageError, match=f"{source} .* hidden units of stacked MLPs, and these experts are others"):
+def test_sources_that_part_hidden_units_are_refused_where_these_are_no_rows(name, initializer):
+    engine, _, optimizer = trained(name, initializer)
+    with pytest.raises(
+        UsageError, match=f"{initializer} .* hidden units of stacked MLPs, and these experts are others"
+    ):
         engine.grow(Growth("moe", (1,)), optimizer)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from moe_engine import Engine, Finding, LinearRouter, UsageError, assign, hookimpl
+from moe_engine import Engine, Finding, LinearRouter, Traits, UsageError, assign, hookimpl
 from moe_engine.contract.setup import Setup
 
 E = 4
@@ -20,7 +20,7 @@ def built(name, top_k=1, settings=(), experts=E, **spec):
     engine = Engine(f"topk,{name}", settings, experts=experts, top_k=top_k, **spec)
     layer = engine.moe(experts, 4)
     with torch.no_grad():
-        layer.router.rows[:] = torch.eye(experts)
+        layer.router.weight[:] = torch.eye(experts)
     return engine, layer
 
 
@@ -97,8 +97,8 @@ def test_a_loss_on_two_collapsed_layers_is_not_pooled():
     layers = [engine.moe(E, 4) for _ in range(2)]
     for index, layer in enumerate(layers):
         with torch.no_grad():
-            layer.router.rows.zero_()
-            layer.router.rows[index] = 60.0
+            layer.router.weight.zero_()
+            layer.router.weight[index] = 60.0
         layer(torch.ones(8, E))
     torch.testing.assert_close(engine.aux_loss(), torch.tensor(float(E)))
 
@@ -216,7 +216,7 @@ class Chancy(LinearRouter):
 
 @attrs.define(eq=False)
 class ChancyPlugin:
-    gives = ("logits", "probs", "load", "picks", "smooth_load")
+    traits = Traits(provides=("logits", "probs", "load", "top_k", "smooth_load"))
 
     @hookimpl
     def moe_router(self, spec):
@@ -227,17 +227,17 @@ def test_load_cv2_is_that_of_the_smooth_load_of_real_tokens(install):
     install("router", "chancy", ChancyPlugin)
     layer = Engine("chancy,load_cv2", experts=E, top_k=1).moe(E, 4)
     with torch.no_grad():
-        layer.router.rows[:] = torch.eye(E)
+        layer.router.weight[:] = torch.eye(E)
     mask = torch.arange(12) < 9
     value = layer.aux_terms(layer.route(layer.tokens(RANDOM, mask)))["load_cv2"]
     v = softmax(RANDOM[:9]).sum(0)
     assert float(value.detach()) == pytest.approx(np.var(v) / np.mean(v) ** 2)
     value.backward()
-    assert layer.router.rows.grad.abs().sum() > 0
+    assert layer.router.weight.grad.abs().sum() > 0
 
 
 def test_load_cv2_needs_an_estimate_with_a_gradient_and_a_choice(install):
-    with pytest.raises(UsageError, match="loss 'load_cv2' needs an estimate of the load that has a gradient"):
+    with pytest.raises(UsageError, match="loss 'load_cv2' needs a differentiable estimate of the load"):
         built("load_cv2")
     install("router", "chancy", ChancyPlugin)
     with pytest.raises(UsageError, match="every token takes all 4 experts"):
@@ -323,7 +323,7 @@ def gradients(wrap, **spec):
         x = torch.randn(7, 6, generator=torch.Generator().manual_seed(seed)).requires_grad_()
         (run(x).square().mean() + engine.aux_loss()).backward()
         engine.after_backward()
-    return layer.router.rows.grad, layer.book.grad
+    return layer.router.weight.grad, layer.step_sums.grad
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -348,7 +348,7 @@ def _sides(rank, folder):
     layer = engine.moe(6, 8)
     parallel = nn.parallel.DistributedDataParallel(layer)
     (0 * parallel(SHARED_INPUT.chunk(2)[rank]).sum() + engine.aux_loss()).backward()
-    torch.save([torch.tensor(value), layer.router.rows.grad], f"{folder}/{rank}")
+    torch.save([torch.tensor(value), layer.router.weight.grad], f"{folder}/{rank}")
     torch.distributed.destroy_process_group()
 
 
@@ -366,7 +366,7 @@ def test_two_processes_balance_together(tmp_path):
     engine = Engine(SHARED, SHARED_SETTINGS, experts=4, top_k=2)
     layer = engine.moe(6, 8)
     (0 * layer(SHARED_INPUT).sum() + engine.aux_loss()).backward()
-    torch.testing.assert_close(grad, layer.router.rows.grad)
+    torch.testing.assert_close(grad, layer.router.weight.grad)
     torch.testing.assert_close(grad, twin, rtol=0, atol=0)
 
 
@@ -424,30 +424,30 @@ def test_router_diversity_is_zero_for_orthonormal_rows(norm, of_two):
     _, layer = built("router_diversity", settings=settings)
     routing = layer.route(layer.tokens(RANDOM))
     with torch.no_grad():
-        layer.router.rows[:] = torch.linalg.qr(torch.randn(E, E)).Q
-    value = layer.aux_terms(routing)["router_diversity.rows"]
+        layer.router.weight[:] = torch.linalg.qr(torch.randn(E, E)).Q
+    value = layer.aux_terms(routing)["router_diversity.weight"]
     torch.testing.assert_close(value, torch.tensor(0.0), atol=1e-5, rtol=0)
     with torch.no_grad():
-        layer.router.rows[:] = 2 * torch.eye(E)
-    value = layer.aux_terms(routing)["router_diversity.rows"]
+        layer.router.weight[:] = 2 * torch.eye(E)
+    value = layer.aux_terms(routing)["router_diversity.weight"]
     torch.testing.assert_close(value, torch.tensor(float(of_two)))
     value.backward()
-    assert layer.router.rows.grad.abs().sum() > 0
+    assert layer.router.weight.grad.abs().sum() > 0
 
 
 def test_router_diversity_of_equal_rows():
     """Rows e and e: the Gram matrix is all ones, E (E - 1) of them off the diagonal."""
     _, layer = built("router_diversity")
     with torch.no_grad():
-        layer.router.rows[:] = torch.eye(E)[0]
-    value = layer.aux_terms(layer.route(layer.tokens(RANDOM)))["router_diversity.rows"]
+        layer.router.weight[:] = torch.eye(E)[0]
+    value = layer.aux_terms(layer.route(layer.tokens(RANDOM)))["router_diversity.weight"]
     torch.testing.assert_close(value, torch.tensor(float(E * (E - 1))))
 
 
 def test_router_diversity_has_a_term_for_each_level():
     layer = Engine("hierarchical,router_diversity", experts=E, top_k=1).moe(6, 4)
     terms = layer.aux_terms(layer.route(layer.tokens(torch.randn(5, 6))))
-    assert set(terms) == {"router_diversity.group_rows", "router_diversity.rows"}
+    assert set(terms) == {"router_diversity.group_weight", "router_diversity.weight"}
 
 
 def test_router_diversity_says_what_it_cannot_reach_and_what_undoes_it():
@@ -567,7 +567,7 @@ def test_every_loss_compiles_and_leaves_padding_out(router):
             torch._dynamo.reset()
             layer.compile(fullgraph=True, backend="aot_eager")
         (layer(x, mask).square().mean() + engine.aux_loss()).backward()
-        return [p.grad for p in layer.parameters()], layer.book.grad
+        return [p.grad for p in layer.parameters()], layer.step_sums.grad
 
     expected = trial(False, x)
     torch.testing.assert_close(trial(True, x), expected)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from moe_engine import Engine, ModuleBank, Part, Spec, Stats, UsageError, uniform
+from moe_engine import Engine, ModuleBank, Part, Spec, Stats, Traits, UsageError, uniform
 from moe_engine.plugins.metrics.attribution import Attribution
 from moe_engine.plugins.metrics.balance import Balance
 from moe_engine.plugins.metrics.churn import Churn
@@ -218,7 +218,7 @@ def test_specialization_counts_classes_by_expert():
     engine = Engine("topk", experts=4, top_k=1)
     layer = engine.moe(4, 8, classes=2).eval()
     with torch.no_grad():
-        layer.router.rows[:] = torch.eye(4)
+        layer.router.weight[:] = torch.eye(4)
     layer(torch.eye(4)[[0, 0, 1, 3]], labels=torch.tensor([0, 0, 1, 1]))
     table = engine.metrics("eval")["moe0"]["class_expert"]
     assert table.tolist() == [[2, 0, 0, 0], [0, 1, 0, 1]]
@@ -287,7 +287,7 @@ def chooser(experts, top_k):
     engine = Engine("co_activation" if top_k > 1 else "topk", experts=experts, top_k=top_k)
     layer = engine.moe(experts, 4).eval()
     with torch.no_grad():
-        layer.router.rows[:] = torch.eye(experts)
+        layer.router.weight[:] = torch.eye(experts)
     return engine, layer
 
 
@@ -363,7 +363,7 @@ def sure(logits, router="topk", mask=None, **spec):
     engine = Engine([router, "loss_free", "confidence"], experts=logits.shape[-1], **spec)
     layer = engine.moe(logits.shape[-1], 4)
     with torch.no_grad():
-        layer.router.rows[:] = torch.eye(logits.shape[-1])
+        layer.router.weight[:] = torch.eye(logits.shape[-1])
     layer.biases[0]["loss_free"].b[1] = 0.5
     got = Confidence().moe_metrics(layer.route(layer.tokens(logits, mask)), layer)
     assert layer.router.training
@@ -562,7 +562,7 @@ def test_a_counting_metric_is_refused_by_a_router_that_makes_no_choices(install)
 
     @attrs.define(eq=False)
     class Plugin:
-        gives = ("probs",)
+        traits = Traits(provides=("probs",))
 
         @hookimpl
         def moe_router(self, spec):

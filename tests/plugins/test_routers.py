@@ -13,7 +13,7 @@ def route(plugins, logits, settings=(), bias=None, **spec):
     engine = Engine(plugins, settings, experts=logits.shape[-1], **spec)
     layer = engine.moe(logits.shape[-1], 4)
     with torch.no_grad():
-        layer.router.rows[:] = torch.eye(logits.shape[-1])
+        layer.router.weight[:] = torch.eye(logits.shape[-1])
         if bias is not None:
             layer.biases[0]["loss_free"].b[:] = torch.tensor(bias)
     return layer.route(layer.tokens(logits))
@@ -76,8 +76,8 @@ def hierarchical(logits_group, logits_leaf, settings, **spec):
     engine = Engine("hierarchical", settings, experts=len(logits_leaf), **spec)
     layer = engine.moe(1, 4)
     with torch.no_grad():
-        layer.router.group_rows[:, 0] = torch.tensor(logits_group)
-        layer.router.rows[:, 0] = torch.tensor(logits_leaf)
+        layer.router.group_weight[:, 0] = torch.tensor(logits_group)
+        layer.router.weight[:, 0] = torch.tensor(logits_leaf)
     return layer, layer.route(layer.tokens(torch.ones(1, 1)))
 
 
@@ -110,8 +110,8 @@ def test_hierarchical_biases_act_on_each_level_and_compete_inside_a_group():
     engine = Engine("hierarchical,loss_free", ["loss_free.rate=1"], experts=4, top_k=1)
     layer = engine.moe(1, 4)
     with torch.no_grad():
-        layer.router.group_rows[:, 0] = torch.tensor([9.0, 0.0])
-        layer.router.rows[:, 0] = torch.tensor([9.0, 0.0, 0.0, 0.0])
+        layer.router.group_weight[:, 0] = torch.tensor([9.0, 0.0])
+        layer.router.weight[:, 0] = torch.tensor([9.0, 0.0, 0.0, 0.0])
     layer(torch.ones(5, 1)).sum().backward()
     engine.after_backward()
     engine.after_step()
@@ -184,11 +184,11 @@ def test_noisy_topk_starts_without_a_preference_and_with_the_deviation_of_softpl
 
 def test_noisy_topk_gates_are_a_softmax_over_the_chosen_and_at_one_over_all():
     layer = Engine("noisy_topk", experts=4, top_k=2).moe(4, 4).eval()
-    layer.router.rows.data[:] = torch.eye(4)
+    layer.router.weight.data[:] = torch.eye(4)
     routing = layer.route(layer.tokens(LOGITS))
     torch.testing.assert_close(routing.gates()[0, :2], LOGITS[0, :2].softmax(-1))
     single = Engine("noisy_topk", experts=4, top_k=1).moe(4, 4).eval()
-    single.router.rows.data[:] = torch.eye(4)
+    single.router.weight.data[:] = torch.eye(4)
     torch.testing.assert_close(single.route(single.tokens(LOGITS)).plan.weight, LOGITS[0].softmax(-1)[:1])
 
 
@@ -197,7 +197,7 @@ def test_noisy_topk_chances_are_what_drawing_one_experts_noise_anew_gives():
     torch.manual_seed(3)
     clean_TE, noise_TE, deviation = torch.randn(5, 6), torch.randn(5, 6), 0.6931 + 0.01
     layer = Engine("noisy_topk", experts=6, top_k=2).moe(6, 4)
-    layer.router.rows.data[:] = torch.eye(6)
+    layer.router.weight.data[:] = torch.eye(6)
     held, torch.randn_like = torch.randn_like, lambda _: noise_TE
     try:
         routing = layer.route(layer.tokens(clean_TE))
@@ -218,7 +218,7 @@ def test_noisy_topk_chances_add_up_to_about_the_choices_and_leave_padding_out():
     routing = layer.route(layer.tokens(torch.randn(4000, 6), mask))
     assert abs(float(routing.smooth_load.detach().sum()) / 6000 - 1) < 0.02
     routing.smooth_load.square().sum().backward()
-    assert layer.router.noise_rows.grad.any() and layer.router.rows.grad.any()
+    assert layer.router.noise_weight.grad.any() and layer.router.weight.grad.any()
 
 
 # -- expert_choice ---------------------------------------------------------------------------------
@@ -273,7 +273,7 @@ def test_sinkhorn_chooses_the_same_with_a_constant_on_one_expert_and_gates_by_ra
     torch.testing.assert_close(single.gates(), logits.sigmoid() * single.chosen())
     assert single.load.max() <= 11  # near 8 each; top-1 of the raw logits is not
     layer = Engine("sinkhorn", experts=4, top_k=1).moe(4, 4).eval()
-    layer.router.rows.data[:] = torch.eye(4)
+    layer.router.weight.data[:] = torch.eye(4)
     assert layer.route(layer.tokens(logits)).plan.expert.tolist() == logits.argmax(-1).tolist()
 
 
@@ -378,7 +378,7 @@ def test_threshold_takes_all_experts_on_the_tokens_side_whatever_its_length():
     layer = Engine("threshold", experts=6, top_k=2).moe(8, 4)
     x = torch.randn(40, 8)
     chosen = layer.route(layer.tokens(x)).chosen()
-    assert torch.equal(chosen, (x @ layer.router.rows.t() > 0).float())
+    assert torch.equal(chosen, (x @ layer.router.weight.t() > 0).float())
     assert torch.equal(layer.route(layer.tokens(100 * x)).chosen(), chosen)
     gates = layer.route(layer.tokens(x)).gates()
     torch.testing.assert_close(gates, chosen / chosen.sum(-1, keepdim=True).clamp(min=1))
@@ -386,7 +386,7 @@ def test_threshold_takes_all_experts_on_the_tokens_side_whatever_its_length():
 
 def test_threshold_gives_a_token_that_passes_none_its_best_expert_in_evaluation_only():
     layer = Engine("threshold", experts=4, top_k=1).moe(4, 4)
-    layer.router.rows.data[:] = torch.eye(4)
+    layer.router.weight.data[:] = torch.eye(4)
     x = torch.tensor([[-1.0, -2.0, -3.0, -0.5]])
     assert not layer.route(layer.tokens(x)).chosen().any()
     assert layer(x).abs().sum() == 0
@@ -395,9 +395,9 @@ def test_threshold_gives_a_token_that_passes_none_its_best_expert_in_evaluation_
 
 def test_threshold_learns_scores_and_thresholds_of_active_pairs_only():
     layer = Engine("threshold", experts=4, top_k=1).moe(4, 4)
-    layer.router.rows.data[:] = torch.eye(4)
+    layer.router.weight.data[:] = torch.eye(4)
     layer(torch.tensor([[1.0, 2.0, -3.0, -0.5]])).sum().backward()
-    assert [bool(row.any()) for row in layer.router.rows.grad] == [True, True, False, False]
+    assert [bool(row.any()) for row in layer.router.weight.grad] == [True, True, False, False]
     assert (layer.router.G.grad != 0).tolist() == [True, True, False, False]
 
 
@@ -471,7 +471,7 @@ def test_sinkhorn_takes_an_expert_that_is_far_behind():
 
 def test_threshold_chooses_by_scores_that_no_sigmoid_has_rounded():
     layer = Engine("threshold", ["threshold.tau=100"], experts=2, top_k=1).moe(2, 4)
-    layer.router.rows.data[:] = torch.eye(2)
+    layer.router.weight.data[:] = torch.eye(2)
     layer.router.G.data[:] = 0.3
     assert layer.route(layer.tokens(torch.tensor([[1.0, 0.0]]))).chosen().tolist() == [[1, 0]]
 

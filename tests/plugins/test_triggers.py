@@ -42,12 +42,12 @@ def test_every_layer_grows_until_it_is_full():
 
 def test_newcomers_descend_from_the_busiest_expert():
     engine, (layer,) = engine_of("schedule", ["schedule.every=1"], sizes=(4,))
-    layer.recent = torch.tensor([1.0, 2.0, 9.0, 3.0])
+    layer.load_since_growth = torch.tensor([1.0, 2.0, 9.0, 3.0])
     engine.step = 1
     (growth,) = engine.due(1.0)
     assert growth.parents == (2,)
     engine.grow(growth)
-    assert layer.recent is None  # it counts anew
+    assert layer.load_since_growth is None  # it counts anew
 
 
 PLATEAU = ["loss_plateau.cooldown=10", "loss_plateau.patience=4"]
@@ -158,9 +158,9 @@ def test_dead_replace_revives_the_dead_expert_of_a_live_layer():
     torch.manual_seed(0)
     engine = Engine("topk,dead_replace,clone", ["dead_replace.cooldown=5", "dead_replace.patience=3"], top_k=1)
     layer = engine.moe(6, 8, experts=3, name="m")
-    layer.router.rows.data[2] = -99.0 * layer.router.rows.data[:2].sum(0).sign()
+    layer.router.weight.data[2] = -99.0 * layer.router.weight.data[:2].sum(0).sign()
     x = torch.rand(200, 6)
-    layer.router.rows.data[2] = -99.0
+    layer.router.weight.data[2] = -99.0
     optimizer = torch.optim.Adam(layer.parameters(), lr=0.001)
     for _ in range(60):
         (layer(x).square().mean() + engine.aux_loss()).backward()
@@ -186,7 +186,7 @@ def test_novelty_lets_a_newcomer_look_where_no_expert_does():
     settings = ["novelty.cooldown=5", "novelty.patience=3", "novelty.share=0.3"]
     engine = Engine("threshold,novelty", settings, top_k=1)
     layer = engine.moe(4, 8, experts=2, name="m")
-    layer.router.rows.data[:] = torch.eye(4)[:2]
+    layer.router.weight.data[:] = torch.eye(4)[:2]
     x = torch.eye(4)[torch.tensor([0, 1, 2, 2]).repeat(10)] - 0.1
     fired = []
     for _ in range(30):
@@ -198,7 +198,7 @@ def test_novelty_lets_a_newcomer_look_where_no_expert_does():
             fired.append((engine.step, growth.parents))
             engine.grow(growth)
     assert fired[0][1] == (None,) and len(fired) == 1
-    row = layer.router.rows[2].detach()
+    row = layer.router.weight[2].detach()
     torch.testing.assert_close(row / row.norm(), (x[2] / x[2].norm()), atol=1e-4, rtol=0)
     assert layer.route(layer.tokens(x)).load[2] == 20
 
@@ -207,7 +207,7 @@ def test_novelty_is_quiet_where_every_token_suits_some_expert():
     settings = ["novelty.cooldown=0", "novelty.patience=1"]
     engine = Engine("topk,novelty", settings, top_k=1)
     layer = engine.moe(4, 8, experts=2)
-    layer.router.rows.data *= 99  # sure of every token
+    layer.router.weight.data *= 99  # sure of every token
     for _ in range(20):
         (layer(torch.randn(9, 4)).square().mean() + engine.aux_loss()).backward()
         engine.after_backward()
@@ -217,19 +217,19 @@ def test_novelty_is_quiet_where_every_token_suits_some_expert():
 
 
 def test_a_newcomer_looks_the_triggers_way_whatever_the_source():
-    """The source gives all its other rows; where the router starts at zero, the row has length 1."""
+    """The initializer gives all its other rows; where the router starts at zero, the row has length 1."""
     for router, length in (("topk", None), ("noisy_topk", 1.0)):
         torch.manual_seed(0)
         engine = Engine(f"{router},clone,novelty", ["novelty.cooldown=1", "novelty.patience=1"], top_k=1)
         layer = engine.moe(4, 8, experts=2, name="m")
-        old = layer.router.rows.detach().norm(dim=-1).mean()
+        old = layer.router.weight.detach().norm(dim=-1).mean()
         layer.states["novelty"].share.fill_(0.5)
         layer.states["novelty"].direction[:] = torch.tensor([0.0, 3.0, 0.0, 4.0])
         engine.step = 5
         (growth,) = engine.due(1.0)
-        assert engine.grow(growth).source == "clone"
+        assert engine.grow(growth).initializer == "clone"
         expected = torch.tensor([0.0, 0.6, 0.0, 0.8]) * (length or old)
-        torch.testing.assert_close(layer.router.rows[2].detach(), expected)
+        torch.testing.assert_close(layer.router.weight[2].detach(), expected)
 
 
 def test_a_trigger_of_orphans_is_refused_where_nobody_is_born_without_a_parent():

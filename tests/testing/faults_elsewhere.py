@@ -1,4 +1,4 @@
-"""Faults of sources, triggers, metrics, reports and tasks."""
+"""Faults of initializers, triggers, metrics, reports and tasks."""
 
 import attrs
 import torch
@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from moe_engine import Growth, NewExpert, Task, hookimpl, option
 
-# -- sources --------------------------------------------------------------------------------------
+# -- initializers --------------------------------------------------------------------------------------
 
 
 @fault("newcomers_fit", says="what is drawn goes .to(row.dtype)", hook="moe_new_expert")

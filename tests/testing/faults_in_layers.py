@@ -192,7 +192,7 @@ class CastsToFloat(Top):
     """fp32 whatever is given."""
 
     def score(self, tokens):
-        return (tokens.x.float() @ self.rows.float().t(),)
+        return (tokens.x.float() @ self.weight.float().t(),)
 
 
 @fault("bf16_works", says="the logits are torch.bfloat16; score with linear_logits", bugs=(21,), hook="moe_router")
@@ -200,7 +200,7 @@ class ScoresInBf16(Top):
     """Logits of the inputs' precision, which tie."""
 
     def score(self, tokens):
-        return (tokens.x @ self.rows.t(),)
+        return (tokens.x @ self.weight.t(),)
 
 
 @fault("bf16_works", says="became torch.bfloat16, in which a step of 1e-3 is lost", bugs=(15, 21), hook="moe_bias")
@@ -244,7 +244,7 @@ class ReadsThroughAClosure(Top):
 
     def __init__(self, spec):
         super().__init__(spec)
-        self.read = lambda: self.rows
+        self.read = lambda: self.weight
 
     def score(self, tokens):
         return (linear_logits(tokens.x, self.read()),)

@@ -3,8 +3,8 @@
 import torch
 from faults import Plain, Sign, Top, fault
 
-from moe_engine import assign, assign_where, hookimpl, option
-from moe_engine.registry.discovery import USUAL
+from moe_engine import Traits, assign, assign_where, hookimpl, option
+from moe_engine.contract.traits import USUAL
 
 
 @fault(
@@ -63,7 +63,7 @@ class RoutesPadding(Top):
         return probs_TE, plan
 
 
-@fault("picks_are_as_many_as_said", says="say what it gives: gives = (...)", hook="moe_router")
+@fault("picks_are_as_many_as_said", says="declare what it provides", hook="moe_router")
 class PicksAnyNumber(Top):
     """All experts above the mean, and never a word of it."""
 
@@ -102,7 +102,7 @@ class SeedsItself(Top):
 
     def __init__(self, spec):
         super().__init__(spec)
-        self.rows.data = 0.3 * torch.randn(self.rows.shape, generator=torch.Generator().manual_seed(42))
+        self.weight.data = 0.3 * torch.randn(self.weight.shape, generator=torch.Generator().manual_seed(42))
 
 
 @fault("causal_sees_no_future", says="a later token changes an output", bugs=(2,), hook="moe_router")
@@ -136,7 +136,7 @@ class ScoresProbabilities(Top):
     says="compare noisy logits with noisy logits",
     bugs=(7,),
     hook="moe_router",
-    gives=(*USUAL, "smooth_load"),
+    traits=Traits(provides=(*USUAL, "smooth_load")),
 )
 class MixesScales(Top):
     """Raw logits held against thresholds of probabilities."""

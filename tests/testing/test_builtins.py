@@ -33,4 +33,4 @@ def test_a_built_in_plugin_keeps_every_promise(offline, tmp_path, name):
 def test_a_built_in_loss_says_what_balance_is_worth(name):
     """Also where that is nothing fixed, by None."""
     (found,) = discovery.find()[name]
-    assert "balanced" in vars(discovery.load(found))
+    assert "traits" in vars(discovery.load(found))

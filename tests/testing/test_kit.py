@@ -9,7 +9,7 @@ import pytest
 import torch
 from faults import Top
 
-from moe_engine import UsageError, assign, hookimpl, option
+from moe_engine import Traits, UsageError, assign, hookimpl, option
 from moe_engine.testing import CLAIMS, Broken, NotApplicable, check_loss, check_router, checks
 from moe_engine.testing.subjects import subject
 
@@ -95,7 +95,7 @@ def test_a_loss_gets_a_router_that_gives_what_it_needs():
 
     @attrs.define(eq=False)
     class Smooth:
-        needs = ("smooth_load",)
+        traits = Traits(requires=("smooth_load",))
 
         @hookimpl
         def moe_aux_loss(self, routing):

@@ -48,7 +48,7 @@ def test_a_dropped_choice_leaves_the_other_gate_as_it_was():
     def gates(capacity):
         layer = Engine(experts=4, top_k=2, capacity=capacity).moe(4, 4)
         with torch.no_grad():
-            layer.router.rows[:] = torch.eye(4)
+            layer.router.weight[:] = torch.eye(4)
         return layer.route(layer.tokens(torch.tensor([[3.0, 2.0, 0.0, 0.0]]).expand(4, 4))).gates()
 
     free, limited = gates(None), gates(1.0)

@@ -17,5 +17,5 @@ def test_the_length_of_a_token_has_no_say():
     x = torch.randn(9, 6)
     near, far = (layer.route(layer.tokens(value)) for value in (x, 10 * x))
     torch.testing.assert_close(near.gates(), far.gates())
-    along = layer.route(layer.tokens(3 * layer.router.rows.detach()))
+    along = layer.route(layer.tokens(3 * layer.router.weight.detach()))
     torch.testing.assert_close(torch.full((4,), 5.0), along.levels[0].logits.diagonal())

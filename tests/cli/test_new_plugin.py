@@ -12,7 +12,7 @@ import pytest
 from moe_engine.cli import main
 from moe_engine.registry.discovery import KINDS
 
-DEMO = Path(__file__).parents[1] / "examples" / "moe-engine-demo"
+DEMO = Path(__file__).parents[2] / "examples" / "moe-engine-demo"
 NAME = "quite_a_long_name_for_a_{}"  # the longest lines of a module hold its class's name
 
 

@@ -112,8 +112,8 @@ def test_what_capacity_drops_is_no_work():
     """Equal tokens all choose one of two experts, which keeps ceil(0.5 * 8 / 2) of them."""
     engine = Engine("topk", experts=2, top_k=1, capacity=0.5)
     layer = engine.moe(4, 3)
-    torch.nn.init.constant_(layer.router.rows[1], 1.0)
-    torch.nn.init.zeros_(layer.router.rows[0])
+    torch.nn.init.constant_(layer.router.weight[1], 1.0)
+    torch.nn.init.zeros_(layer.router.weight[0])
     layer(torch.ones(8, 4)).sum().backward()
     engine.after_step()
     assert engine.metrics("train")["moe0"]["rows"] == 2 / 8

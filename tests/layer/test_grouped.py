@@ -5,7 +5,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
 
-from moe_engine.layer import grouped as dispatch
+from moe_engine.layer import grouped
 
 
 @pytest.mark.parametrize("counts", [[3, 0, 5, 2], [0, 0, 0, 0], [10, 0, 0, 0], [0, 1, 2, 9]])
@@ -16,10 +16,10 @@ def test_grouped_products_are_those_of_a_loop(counts):
     each_N = torch.arange(4).repeat_interleave(counts_E)
     wanted = torch.zeros(12, 24)
     wanted[: len(each_N)] = torch.einsum("nd,ndh->nh", x_ND[: len(each_N)], w_EDH[each_N])
-    for product in (dispatch.grouped_rows, dispatch._grouped_mm):
+    for product in (grouped.grouped_rows, grouped._grouped_mm):
         torch.testing.assert_close(product(x_ND, w_EDH, counts_E), wanted)
-    outer = F.grouped_mm(x_ND.t(), g_NH, offs=dispatch._ends(counts_E))
-    torch.testing.assert_close(dispatch._grouped_outer(x_ND, g_NH, counts_E), outer)
+    outer = F.grouped_mm(x_ND.t(), g_NH, offs=grouped._ends(counts_E))
+    torch.testing.assert_close(grouped._grouped_outer(x_ND, g_NH, counts_E), outer)
 
 
 def test_grouped_products_have_first_and_second_derivatives():
@@ -29,7 +29,7 @@ def test_grouped_products_have_first_and_second_derivatives():
     counts_E = torch.tensor([2, 0, 3])
 
     def product(x_ND, w_EDH):
-        return dispatch._grouped_mm(x_ND, w_EDH, counts_E)
+        return grouped._grouped_mm(x_ND, w_EDH, counts_E)
 
     assert gradcheck(product, (x_ND, w_EDH))
     assert gradgradcheck(product, (x_ND, w_EDH))

@@ -3,7 +3,7 @@
 import attrs
 import torch
 
-from moe_engine import NewExpert, UsageError, hookimpl, option
+from moe_engine import NewExpert, Traits, UsageError, hookimpl, option
 
 
 @attrs.define(eq=False)
@@ -13,6 +13,8 @@ class PartialReinit:
     J are round(r H) hidden units, at least one, the same ones in every tensor. Router row and moments are copied.
     Source: Nakamura et al., 2025 (Drop-Upcycling), where r = 0.5 is best.
     """
+
+    traits = Traits(effects=("copies_router_row",))
 
     share: float = option(0.5, help="share of hidden units that are redrawn", min=0.001, max=1)
 

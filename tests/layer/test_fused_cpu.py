@@ -8,7 +8,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from moe_engine import Engine, Experts, Growth, StackedMLP, adam
 from moe_engine.contract.routing import Assignments, Routing, Spec, Tokens
-from moe_engine.layer import fused_cpu as segments
+from moe_engine.layer import fused_cpu
 from moe_engine.layer.dispatch import dispatch
 
 TOKENS, DIM, HIDDEN, OUT, EXPERTS = 23, 6, 8, 4, 5
@@ -17,7 +17,7 @@ LIMITS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 4e-3}
 
 @pytest.fixture(params=[1024, 3], ids=["one block", "blocks of 3 rows"])
 def rows(request, monkeypatch):
-    monkeypatch.setattr(segments, "ROWS", request.param)
+    monkeypatch.setattr(fused_cpu, "ROWS", request.param)
 
 
 def rig(activation="relu", bias=False, dtype=torch.float32, seed=0):
@@ -83,7 +83,7 @@ def test_agrees_with_float64(activation, bias, dtype):
 @pytest.mark.usefixtures("rows")
 @pytest.mark.parametrize("work", [torch.float32, torch.bfloat16])
 def test_halves_multiplied_either_way(work, monkeypatch):
-    monkeypatch.setitem(segments.WORK, torch.bfloat16, work)
+    monkeypatch.setitem(fused_cpu.MATMUL_DTYPES, torch.bfloat16, work)
     found, wanted = answers(*rig("gelu", True, torch.bfloat16)), exact("gelu", True, torch.bfloat16)
     assert max(error(value, wanted[name]) for name, value in found.items()) < 8e-3
     assert found["w_in"].dtype == torch.bfloat16 and found["y"].dtype == torch.float32
@@ -91,7 +91,7 @@ def test_halves_multiplied_either_way(work, monkeypatch):
 
 @pytest.mark.parametrize("work", [torch.float32, torch.bfloat16])
 def test_autocast(work, monkeypatch):
-    monkeypatch.setitem(segments.WORK, torch.bfloat16, work)
+    monkeypatch.setitem(fused_cpu.MATMUL_DTYPES, torch.bfloat16, work)
     bank, x, gate, forward = rig("gelu", True)
     with torch.autocast("cpu", torch.bfloat16):
         found = answers(bank, x, gate, forward)
@@ -127,9 +127,9 @@ def test_what_needs_no_gradient_gets_none():
 
 
 def test_blocks_hold_every_row_once(monkeypatch):
-    monkeypatch.setattr(segments, "ROWS", 4)
+    monkeypatch.setattr(fused_cpu, "ROWS", 4)
     for counts in product(range(7), repeat=3):
-        found = segments.blocks(counts)
+        found = fused_cpu.blocks(counts)
         assert all(block.rows.stop - block.rows.start == sum(block.sizes) <= 4 for block in found)
         assert [row for block in found for row in range(block.rows.start, block.rows.stop)] == list(range(sum(counts)))
         each = [(e, size, first) for block in found for e, size, first in zip(*block[1:], strict=True)]
@@ -138,9 +138,9 @@ def test_blocks_hold_every_row_once(monkeypatch):
 
 
 def test_fp16_is_multiplied_in_fp32():
-    assert segments.work_dtype(torch.float16) == torch.float32
-    assert segments.work_dtype(torch.float64) == torch.float64
-    assert segments.work_dtype(torch.bfloat16) in (torch.bfloat16, torch.float32)
+    assert fused_cpu.matmul_dtype(torch.float16) == torch.float32
+    assert fused_cpu.matmul_dtype(torch.float64) == torch.float64
+    assert fused_cpu.matmul_dtype(torch.bfloat16) in (torch.bfloat16, torch.float32)
 
 
 @pytest.mark.parametrize("combined", [StackedMLP.combined, Experts.combined])
@@ -158,7 +158,7 @@ def test_a_dropped_choice_does_not_enter_whatever_its_gate(combined, monkeypatch
 @pytest.mark.parametrize("taken", [[], [2], [0, 2, 2, 3]])
 def test_a_token_without_a_choice_gets_nothing(taken, work, monkeypatch):
     """Whose choices were all dropped, and where all were; one that chose twice gets the sum."""
-    monkeypatch.setitem(segments.WORK, torch.bfloat16, work)
+    monkeypatch.setitem(fused_cpu.MATMUL_DTYPES, torch.bfloat16, work)
     bank = StackedMLP(Spec(DIM, HIDDEN, OUT, 2, 1)).to(torch.bfloat16)
     x = torch.randn(4, DIM).to(torch.bfloat16).requires_grad_()
     y = bank.combined(x, torch.tensor(taken, dtype=torch.long), torch.ones(len(taken)), torch.tensor([len(taken), 0]))
@@ -228,16 +228,16 @@ def test_what_halves_are_multiplied_in_is_measured_outside_of_autocast(monkeypat
     seen = []
     monkeypatch.setattr(torch, "mm", lambda a, b: seen.append(torch.is_autocast_enabled("cpu")))
     with torch.autocast("cpu", torch.bfloat16):
-        segments._seconds(torch.float32)
+        fused_cpu._seconds(torch.float32)
     assert seen == [False] * 5
 
 
 def test_halves_are_multiplied_as_told_inside_alone():
-    before = segments.work_dtype(torch.bfloat16)
+    before = fused_cpu.matmul_dtype(torch.bfloat16)
     for told in (torch.float32, torch.bfloat16):
-        with segments.halves_in(told):
-            assert segments.work_dtype(torch.bfloat16) == told
-    assert segments.work_dtype(torch.bfloat16) == before
+        with fused_cpu.matmul_in(told):
+            assert fused_cpu.matmul_dtype(torch.bfloat16) == told
+    assert fused_cpu.matmul_dtype(torch.bfloat16) == before
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

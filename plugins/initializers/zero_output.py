@@ -3,7 +3,7 @@
 import attrs
 import torch
 
-from moe_engine import NewExpert, hookimpl
+from moe_engine import NewExpert, Traits, hookimpl
 
 
 @attrs.define(eq=False)
@@ -16,6 +16,8 @@ class ZeroOutput:
 
     Source: zero initialisation of a residual branch (Goyal et al., 2017), here of an expert.
     """
+
+    traits = Traits(effects=("silent_start",))
 
     @hookimpl
     def moe_new_expert(self, fresh, roles):

@@ -19,7 +19,7 @@ from moe_engine.contract import growth
 from moe_engine.contract.parts import Part
 from moe_engine.growth import transaction
 
-SOURCES = ("random", "zero_output", "clone", "split")
+INITIALIZERS = ("random", "zero_output", "clone", "split")
 ROUTERS = ("topk", "sigmoid_topk", "hierarchical")
 LOSSES = "saturation,loss_free,switch_aux"
 
@@ -66,8 +66,8 @@ class Rig:
 
     def everything(self):
         """All that a growth may touch, as copies."""
-        tensors = {**self.model.state_dict(), "book": self.layer.book, "seen": self.layer.seen}
-        tensors |= {"aux_value": self.layer.aux_value, "window": self.layer.window}
+        tensors = {**self.model.state_dict(), "step_sums": self.layer.step_sums, "seen": self.layer.eval_sums}
+        tensors |= {"aux_value": self.layer.aux_value, "window": self.layer.train_sums}
         state = self.optimizer.state_dict()["state"]
         tensors |= {f"{i}.{key}": value for i, own in state.items() for key, value in own.items()}
         kept = {name: value.detach().clone() for name, value in tensors.items() if isinstance(value, torch.Tensor)}
@@ -87,18 +87,18 @@ def same(one, two):
 # -- what a growth does ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("initializer", INITIALIZERS)
 @pytest.mark.parametrize("router", ROUTERS)
-def test_old_experts_and_their_moments_stay_bit_for_bit(router, source):
-    rig = Rig(f"{router},{LOSSES},{source}", experts=6).train(5)
+def test_old_experts_and_their_moments_stay_bit_for_bit(router, initializer):
+    rig = Rig(f"{router},{LOSSES},{initializer}", experts=6).train(5)
     before = {n: p.detach().clone() for n, p in rig.layer.named_parameters()}
     moments = {n: copy.deepcopy(rig.optimizer.state[p]) for n, p in rig.layer.named_parameters()}
     record = rig.grow(1)
     assert (record.before, record.after, record.rows) == (6, 7, (*range(6), None))
     for name, parameter in rig.layer.named_parameters():
-        if "group_rows" in name:
+        if "group_weight" in name:
             continue
-        kept = [row for row in range(6) if not (source == "split" and row == 1)]
+        kept = [row for row in range(6) if not (initializer == "split" and row == 1)]
         assert torch.equal(parameter[kept], before[name][kept]), name
         for key in ("exp_avg", "exp_avg_sq"):
             state = rig.optimizer.state[parameter]
@@ -107,13 +107,13 @@ def test_old_experts_and_their_moments_stay_bit_for_bit(router, source):
     rig.train(5)
 
 
-@pytest.mark.parametrize("source", SOURCES)
-def test_the_loss_moves_by_what_the_probe_measured(source):
-    rig = Rig(f"topk,{LOSSES},{source}").train(20)
+@pytest.mark.parametrize("initializer", INITIALIZERS)
+def test_the_loss_moves_by_what_the_probe_measured(initializer):
+    rig = Rig(f"topk,{LOSSES},{initializer}").train(20)
     first = float(rig.probe().detach())
     record = rig.grow(2)
     assert (record.loss_before, record.loss_after) == (first, float(rig.probe().detach()))
-    assert record.source == source
+    assert record.initializer == initializer
 
 
 def test_the_change_is_that_of_the_layers_output():
@@ -127,8 +127,8 @@ def test_the_change_is_that_of_the_layers_output():
 
 
 def test_newcomers_of_each_source_are_what_they_say():
-    def newcomer(source, settings=()):
-        rig = Rig(f"topk,{source}").train(3)
+    def newcomer(initializer, settings=()):
+        rig = Rig(f"topk,{initializer}").train(3)
         before = copy.deepcopy(rig.layer)
         rig.grow(1)
         return before.requires_grad_(False), rig.layer.requires_grad_(False)
@@ -141,7 +141,7 @@ def test_newcomers_of_each_source_are_what_they_say():
     assert not after.experts.b_out[4].any()
     assert after.experts.w_in[4].any()
     before, after = newcomer("clone")
-    assert torch.equal(after.router.rows[4], before.router.rows[1])
+    assert torch.equal(after.router.weight[4], before.router.weight[1])
     noise = after.experts.w_in[4] - before.experts.w_in[1]
     assert float(noise.std() / before.experts.w_in[1].std()) == pytest.approx(0.01, rel=0.5)
     before, after = newcomer("split")
@@ -149,7 +149,7 @@ def test_newcomers_of_each_source_are_what_they_say():
         old, new = getattr(before.experts, name), getattr(after.experts, name)
         assert not torch.equal(new[1], old[1])
         torch.testing.assert_close((new[1] + new[4]) / 2, old[1])
-    torch.testing.assert_close((after.router.rows[1] + after.router.rows[4]) / 2, before.router.rows[1])
+    torch.testing.assert_close((after.router.weight[1] + after.router.weight[4]) / 2, before.router.weight[1])
 
 
 def test_a_parent_of_several_is_split_again_and_again():
@@ -164,8 +164,8 @@ def test_a_parent_of_several_is_split_again_and_again():
 
 def test_moments_of_a_newcomer():
     """Copied with a copy; else 0, and the mean of squares where no bias is corrected for."""
-    for source, copied in (("clone", True), ("split", True), ("random", False), ("zero_output", False)):
-        rig = Rig(f"topk,{source}").train(10)
+    for initializer, copied in (("clone", True), ("split", True), ("random", False), ("zero_output", False)):
+        rig = Rig(f"topk,{initializer}").train(10)
         rig.grow(1)
         state = rig.optimizer.state[rig.layer.experts.w_in]
         if copied:
@@ -192,25 +192,25 @@ def test_biases_and_histories_follow_their_rules():
 
 def test_removal_and_replacement():
     rig = Rig(experts=5).train(3)
-    rows = rig.layer.router.rows.detach().clone()
+    rows = rig.layer.router.weight.detach().clone()
     record = rig.grow(drop=(1, 3))
-    assert (record.rows, record.drop, record.source, rig.layer.spec.experts) == ((0, 2, 4), (1, 3), None, 3)
-    assert torch.equal(rig.layer.router.rows, rows[[0, 2, 4]])
+    assert (record.rows, record.drop, record.initializer, rig.layer.spec.experts) == ((0, 2, 4), (1, 3), None, 3)
+    assert torch.equal(rig.layer.router.weight, rows[[0, 2, 4]])
     record = rig.grow(0, drop=(1,))
     assert (record.rows, record.parents, rig.layer.spec.experts) == ((0, None, 2), (0,), 3)
-    assert torch.equal(rig.layer.router.rows[[0, 2]], rows[[0, 4]])
-    assert not torch.equal(rig.layer.router.rows[1], rows[2])
+    assert torch.equal(rig.layer.router.weight[[0, 2]], rows[[0, 4]])
+    assert not torch.equal(rig.layer.router.weight[1], rows[2])
     rig.train(3)
 
 
 def test_whole_groups_come_and_go():
     rig = Rig(f"hierarchical,{LOSSES},clone", experts=6).train(3)
     router = rig.layer.router
-    rows = router.group_rows.detach().clone()
+    rows = router.group_weight.detach().clone()
     record = rig.grow(1, of="group")
     assert (record.before, record.after, record.parents) == (6, 9, (3, 4, 5))
     assert router.group_of.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    assert torch.equal(router.group_rows, rows[[0, 1, 1]])
+    assert torch.equal(router.group_weight, rows[[0, 1, 1]])
     assert rig.layer.biases[0]["saturation"].s.shape == (3,)
     assert rig.layer.biases[1]["saturation"].s.shape == (9,)
     rig.train(3)
@@ -247,15 +247,15 @@ def test_a_frozen_layer_grows_and_loads_and_stays_frozen():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("source", SOURCES)
-def test_a_layer_of_any_precision_grows_and_loads(dtype, source):
-    rig = Rig(f"topk,saturation,switch_aux,{source}")
+@pytest.mark.parametrize("initializer", INITIALIZERS)
+def test_a_layer_of_any_precision_grows_and_loads(dtype, initializer):
+    rig = Rig(f"topk,saturation,switch_aux,{initializer}")
     rig.model.to(dtype)
     rig.x = rig.x.to(dtype)
     record = rig.grow(1)
     assert record.change >= 0
     assert {p.dtype for p in rig.model.parameters()} == {dtype}
-    small = Rig(f"topk,saturation,switch_aux,{source}")
+    small = Rig(f"topk,saturation,switch_aux,{initializer}")
     small.model.to(dtype).load_state_dict(rig.model.state_dict())
     assert torch.equal(small.model(rig.x), rig.model(rig.x))
 
@@ -307,11 +307,11 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("source", ["random", "split"])
+@pytest.mark.parametrize("initializer", ["random", "split"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_optimizers_go_on(name, source):
+def test_optimizers_go_on(name, initializer):
     """Kept state is kept, a newcomer's is finite, and all rows learn."""
-    rig = Rig(f"topk,{source}", optimizer=lambda model, _: OPTIMIZERS[name](model.parameters())).train(4)
+    rig = Rig(f"topk,{initializer}", optimizer=lambda model, _: OPTIMIZERS[name](model.parameters())).train(4)
     before = copy.deepcopy(rig.optimizer.state_dict()["state"])
     order = list(rig.optimizer.state)
     rig.grow(1)
@@ -324,29 +324,29 @@ def test_optimizers_go_on(name, source):
             if isinstance(value, torch.Tensor) and value.shape == parameter.shape != before[number][key].shape:
                 assert torch.equal(value[:3], before[number][key][1:]), key
     assert all(one is two for one, two in zip(rig.optimizer.state, order, strict=True))
-    rows = rig.layer.router.rows.detach().clone()
+    rows = rig.layer.router.weight.detach().clone()
     rig.train(10)
-    assert rig.layer.router.rows.isfinite().all()
-    assert (rig.layer.router.rows != rows).all()
+    assert rig.layer.router.weight.isfinite().all()
+    assert (rig.layer.router.weight != rows).all()
 
 
 def test_a_state_without_the_parameters_shape_is_refused_by_name():
     rig = Rig("topk", optimizer=lambda model, _: torch.optim.LBFGS(model.parameters()))
-    rig.optimizer.state[rig.layer.router.rows]["d"] = torch.zeros(7)
+    rig.optimizer.state[rig.layer.router.weight]["d"] = torch.zeros(7)
     with pytest.raises(UsageError, match="LBFGS keeps 'd', which no rule can grow; use Adam"):
         rig.grow(0)
     rig = Rig("topk,random").train(2)
-    rig.optimizer.state[rig.layer.router.rows]["factor"] = torch.zeros(4, 1)
-    with pytest.raises(UsageError, match=r"AdamW keeps 'factor' of shape \[4, 1\] for 'router.rows' \[4, 6\]"):
+    rig.optimizer.state[rig.layer.router.weight]["factor"] = torch.zeros(4, 1)
+    with pytest.raises(UsageError, match=r"AdamW keeps 'factor' of shape \[4, 1\] for 'router.weight' \[4, 6\]"):
         rig.grow(0)
     rig = Rig("topk,random").train(2)
-    rig.optimizer.state[rig.layer.router.rows]["mystery"] = torch.ones(4, 6)
-    with pytest.raises(UsageError, match="AdamW keeps 'mystery' for each weight of 'router.rows'.*such as clone"):
+    rig.optimizer.state[rig.layer.router.weight]["mystery"] = torch.ones(4, 6)
+    with pytest.raises(UsageError, match="AdamW keeps 'mystery' for each weight of 'router.weight'.*such as clone"):
         rig.grow(0)
     rig = Rig("topk,clone").train(2)
-    rig.optimizer.state[rig.layer.router.rows]["mystery"] = torch.ones(4, 6)
+    rig.optimizer.state[rig.layer.router.weight]["mystery"] = torch.ones(4, 6)
     rig.grow(0)
-    assert rig.optimizer.state[rig.layer.router.rows]["mystery"].shape == (5, 6)
+    assert rig.optimizer.state[rig.layer.router.weight]["mystery"].shape == (5, 6)
     rig = Rig("topk", experts=1, top_k=1, optimizer=lambda model, _: OPTIMIZERS["adafactor"](model.parameters()))
     with pytest.raises(UsageError, match="Adafactor keeps"):  # with one expert a factor looks like a row
         rig.train(2).grow(0)
@@ -401,7 +401,7 @@ def test_a_held_loss_and_lists_of_parameters_stay_true():
     rig = Rig().train(2)
     mine = list(rig.layer.parameters())
     hooked = []
-    rig.layer.router.rows.register_post_accumulate_grad_hook(lambda p: hooked.append(p.shape[0]))
+    rig.layer.router.weight.register_post_accumulate_grad_hook(lambda p: hooked.append(p.shape[0]))
     held = rig.loss(rig.x)
     rig.grow(0)
     rig.loss(rig.x).backward()
@@ -424,7 +424,7 @@ class Fault:
     """Raises at the n-th line that some source files execute."""
 
     def __init__(self, at, error, *modules):
-        self.at, self.error, self.seen = at, error, 0
+        self.at, self.error, self.eval_sums = at, error, 0
         self.files = {module.__file__ for module in modules}
         self.where = None
 
@@ -442,8 +442,8 @@ class Fault:
 
     def _line(self, frame, event, _):
         if event == "line":
-            self.seen += 1
-            if self.seen == self.at:
+            self.eval_sums += 1
+            if self.eval_sums == self.at:
                 self.where = (frame.f_code.co_name, frame.f_lineno)
                 raise self.error(f"line {self.at}")
         return self._line
@@ -487,7 +487,7 @@ def test_a_backward_through_a_growth_is_an_error_and_not_a_crash(plugins):
     rig.grow(0)
     with pytest.raises(RuntimeError, match="the layer changed its number of experts between this forward and its"):
         loss.backward()
-    assert rig.layer.router.rows.grad is None
+    assert rig.layer.router.weight.grad is None
     rig.optimizer.zero_grad()
     rig.train(1)
 
@@ -569,7 +569,7 @@ def _tensors():
         ((1,), {"drop": (1,)}, "expert 1 of layer 'moe' can't be removed and be a parent"),
         ((0,), {"of": "group"}, "layer 'moe' has no 'group' that could grow; it has expert"),
         ((0,), {"require_exact": True, "probe": None}, "require_exact needs a probe"),
-        ((0,), {"require_exact": True}, "source 'random' can't keep what a layer with router 'topk' computes"),
+        ((0,), {"require_exact": True}, "initializer 'random' can't keep what a layer with router 'topk' computes"),
         ((), {"drop": (0,), "require_exact": True}, "removal can't keep what a layer with router 'topk' computes"),
         ((0,), {"optimizers": ()}, r"a live AdamW holds this layer's weights; pass it to grow\(..., optimizers"),
     ],
@@ -652,17 +652,17 @@ def test_a_source_that_answers_nonsense_is_named(install):
         def moe_new_expert(self, parent, fresh):
             return answers["now"](parent, fresh)
 
-    install("source", "odd", Odd)
+    install("initializer", "odd", Odd)
     rig = Rig("topk,odd").train(1)
     before = rig.everything()
     for answer, sentence in (
         (lambda parent, fresh: None, "nobody makes a new expert of layer 'moe' .asked: odd"),
         (lambda parent, fresh: 3, "moe_new_expert of 'odd' answers 3"),
-        (lambda parent, fresh: NewExpert({}), "source 'odd' gives a newcomer no experts.b_in"),
+        (lambda parent, fresh: NewExpert({}), "initializer 'odd' gives a newcomer no experts.b_in"),
         (lambda parent, fresh: NewExpert({**fresh, "x": fresh["experts.b_in"]}), "gives a row 'x'"),
         (
             lambda parent, fresh: NewExpert({n: r[None] for n, r in fresh.items()}),
-            r"'router.rows' is \[1, 6\]; it must be \[6\]",
+            r"'router.weight' is \[1, 6\]; it must be \[6\]",
         ),
         (lambda parent, fresh: NewExpert({n: r * torch.nan for n, r in fresh.items()}), "is not finite"),
         (lambda parent, fresh: NewExpert(fresh, parent_values={"y": fresh["experts.b_in"]}), "of the parent 'y'"),
@@ -670,8 +670,8 @@ def test_a_source_that_answers_nonsense_is_named(install):
     ):
         answers["now"] = answer
         if sentence is None:
-            rig.grow(1)  # what a source is given are copies
-            assert torch.equal(rig.layer.router.rows[1], before[0]["1.router.rows"][1])
+            rig.grow(1)  # what a initializer is given are copies
+            assert torch.equal(rig.layer.router.weight[1], before[0]["1.router.weight"][1])
             continue
         with pytest.raises(UsageError, match=sentence):
             rig.grow(1)
@@ -682,7 +682,7 @@ def test_exactness_is_held_against_a_measurement(install):
     """A router's word is not enough."""
 
     class Liar(sys.modules["moe_engine"].LinearRouter):
-        keeps_function = ("random",)
+        keeps_function = ("copies_expert",)
 
         def select(self, tokens, levels):
             probs = levels[0].biased.softmax(-1)
@@ -696,7 +696,7 @@ def test_exactness_is_held_against_a_measurement(install):
             return Liar(spec)
 
     install("router", "liar", LiarPlugin)
-    rig = Rig("liar,random").train(2)
+    rig = Rig("liar,clone").train(2)
     before = rig.everything()
     with pytest.raises(UsageError, match=r"changed its output by 0\.\d+; nothing was done"):
         rig.grow(0, require_exact=True)
@@ -709,7 +709,7 @@ def test_an_exact_growth_is_let_through(install):
     from moe_engine import LinearRouter, assign
 
     class Relu(LinearRouter):
-        keeps_function = ("zero_output",)
+        keeps_function = ("silent_start",)
 
         def select(self, tokens, levels):
             gates = levels[0].biased.relu()
@@ -826,7 +826,7 @@ def test_a_state_that_can_not_be_of_this_layer_is_refused_and_changes_nothing():
     before = small.everything()
     rig.grow(0)
     state = {name: value for name, value in rig.model.state_dict().items() if "experts" in name}
-    with pytest.raises(UsageError, match=r"layer 'moe': experts.w_in is for 5 units of 'expert', router.rows for 4"):
+    with pytest.raises(UsageError, match=r"layer 'moe': experts.w_in is for 5 units of 'expert', router.weight for 4"):
         small.model.load_state_dict(state, strict=False)
     same(before, small.everything())
     with pytest.raises(UsageError, match="top_k is 2, but a token can choose 1 to 1"):
@@ -869,7 +869,7 @@ def test_a_layer_used_twice_counts_twice_and_grows_once():
     x = torch.randn(8, 6)
     (layer(layer(x)).square().mean() + engine.aux_loss()).backward()
     engine.after_backward()
-    once = layer.book.grad.clone()
+    once = layer.step_sums.grad.clone()
     assert once[0] == 16
     optimizer.step()
     engine.after_step()

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from moe_engine import RunError, cli
 from moe_engine.contract.options import options_of
+from moe_engine.contract.traits import USUAL, traits_of
 from moe_engine.registry import discovery
 from moe_engine.run.config import RunConfig
 
@@ -198,8 +199,7 @@ def words(*several):
 FREE = [  # losses that have nothing to say against any other good ingredient
     name
     for name in LOSSES
-    if not hasattr(cls := discovery.load(INSTALLED[name][0]), "moe_check")
-    and {*getattr(cls, "needs", ())} <= {*discovery.USUAL}
+    if not hasattr(cls := discovery.load(INSTALLED[name][0]), "moe_check") and {*traits_of(cls).requires} <= {*USUAL}
 ]
 GOOD = st.one_of(
     one_of_both("experts", st.integers(2, 64)),

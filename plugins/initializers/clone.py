@@ -3,7 +3,7 @@
 import attrs
 import torch
 
-from moe_engine import NewExpert, hookimpl, option
+from moe_engine import NewExpert, Traits, hookimpl, option
 
 
 @attrs.define(eq=False)
@@ -16,12 +16,13 @@ class Clone:
     Source: Komatsuzaki et al., 2022 (sparse upcycling), for one expert of a sparse layer.
     """
 
+    traits = Traits(effects=("copies_router_row", "copies_expert"))
+
     noise: float = option(0.01, help="standard deviation of the noise, over that of each weight tensor", min=0)
 
     @hookimpl
     def moe_check(self, setup):
-        parted = any(getattr(one, "parts_copies", False) for one in setup.plugins.values())
-        if self.noise == 0 and not parted:
+        if self.noise == 0 and not setup.others(self, effect="parts_copies"):
             return "clone.noise=0 makes twins that get the same gradients and never part; set it above 0"
         return None
 

@@ -12,7 +12,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassRecall
 
 from moe_engine import Engine, RunError, Task, UsageError, hookimpl, option
-from moe_engine.layer import fused_cpu as segments
+from moe_engine.layer import fused_cpu
 from moe_engine.run.config import RunConfig, merged, read_config
 from moe_engine.run.folder import read_run
 from moe_engine.run.training import Training, adam
@@ -59,14 +59,16 @@ def test_rerunning_config_toml_gives_the_same_run(tmp_path):
 
 @pytest.mark.parametrize(("measured", "products"), [(torch.bfloat16, "bf16"), (torch.float32, "fp32")])
 def test_a_run_in_bf16_writes_down_what_it_multiplies_in(tmp_path, monkeypatch, measured, products):
-    monkeypatch.setitem(segments.WORK, torch.bfloat16, measured)
+    monkeypatch.setitem(fused_cpu.MATMUL_DTYPES, torch.bfloat16, measured)
     half, training = train(tmp_path / "half", precision="bf16", steps=40)
     wide, _ = train(tmp_path / "wide", steps=40)
-    assert tomllib.loads((half.folder / "config.toml").read_text())["run"]["bf16_products"] == products
+    assert tomllib.loads((half.folder / "config.toml").read_text())["run"]["bf16_matmul"] == products
     assert half.records != wide.records
     assert half.summary["loss"] == pytest.approx(wide.summary["loss"], rel=0.2)
     assert {parameter.dtype for parameter in training.model.parameters()} == {torch.float32}
-    monkeypatch.setitem(segments.WORK, torch.bfloat16, torch.float64)  # what is written goes before what is measured
+    monkeypatch.setitem(
+        fused_cpu.MATMUL_DTYPES, torch.bfloat16, torch.float64
+    )  # what is written goes before what is measured
     flags, settings = read_config(half.folder / "config.toml")
     again = Training(merged(flags, {}), settings, tmp_path / "again").run()
     assert again.records == half.records

@@ -6,7 +6,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from moe_engine import Engine, ModuleBank, UsageError
-from moe_engine.layer import fused_cpu as segments
+from moe_engine.layer import fused_cpu
 
 ROUTERS = ["topk", "sigmoid_topk", "hierarchical"]
 
@@ -37,10 +37,10 @@ def test_gradients_are_those_of_finite_differences(router, top_k):
     settings = ["hierarchical.groups=1"] if router == "hierarchical" else []
     layer = Engine(router, settings, experts=4, top_k=top_k).moe(3, 5).double().eval()
     x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
-    rows = layer.router.rows
+    rows = layer.router.weight
 
     def run(x, w_in, rows_):
-        return torch.func.functional_call(layer, {"experts.w_in": w_in, "router.rows": rows_}, (x,))
+        return torch.func.functional_call(layer, {"experts.w_in": w_in, "router.weight": rows_}, (x,))
 
     inputs = (x, layer.experts.w_in.detach().clone().requires_grad_(), rows.detach().clone().requires_grad_())
     assert torch.autograd.gradcheck(run, inputs, eps=1e-7, atol=1e-5)
@@ -84,7 +84,7 @@ def test_autocast_gives_the_autocast_type_and_fp32_gates():
     loss.backward()
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.float(), exact, rtol=0.05, atol=0.02)
-    assert layer.router.rows.grad.dtype == torch.float32
+    assert layer.router.weight.grad.dtype == torch.float32
 
 
 @pytest.mark.parametrize("router", ROUTERS)
@@ -143,7 +143,7 @@ def test_capacity_keeps_at_most_its_share(capacity, tokens, top_k, experts, limi
     engine = Engine("topk", experts=experts, top_k=top_k, capacity=capacity)
     layer = engine.moe(3, 4)
     with torch.no_grad():
-        layer.router.rows[:] = torch.arange(experts)[:, None].float()
+        layer.router.weight[:] = torch.arange(experts)[:, None].float()
     routing = layer.route(layer.tokens(torch.ones(tokens, 3)))
     kept_E = torch.zeros(experts, dtype=torch.long).index_add(0, routing.plan.expert, routing.plan.kept.long())
     assert kept_E.max() == min(limit, tokens)
@@ -154,7 +154,7 @@ def test_capacity_keeps_at_most_its_share(capacity, tokens, top_k, experts, limi
 def test_capacity_takes_first_choices_first_and_then_earlier_tokens():
     layer = Engine("topk", experts=2, top_k=2, capacity=0.5).moe(2, 4)
     with torch.no_grad():
-        layer.router.rows[:] = torch.eye(2)
+        layer.router.weight[:] = torch.eye(2)
     # tokens 0 and 2 want expert 0 first, token 1 and 3 expert 1 first; each keeps ceil(.5 * 4 * 2 / 2) = 2
     x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
     plan = layer.route(layer.tokens(x)).plan
@@ -284,7 +284,7 @@ def test_a_causal_layer_drops_no_token_for_a_later_one():
     def kept(causal):
         layer = Engine("topk", experts=3, top_k=2, capacity=1.0, causal=causal).moe(3, 4)
         with torch.no_grad():
-            layer.router.rows[:] = torch.eye(3)
+            layer.router.weight[:] = torch.eye(3)
         plan = layer.route(layer.tokens(x)).plan
         return [bool(k) for k, e in zip(plan.kept, plan.expert, strict=True) if e == 0]
 
@@ -358,7 +358,7 @@ def test_a_router_may_read_token_ids_and_sees_zeros_at_padding():
     ],
 )
 def test_compiles_whole_and_no_more_than_twice(precision, work, limit, monkeypatch):
-    monkeypatch.setitem(segments.WORK, torch.bfloat16, work)
+    monkeypatch.setitem(fused_cpu.MATMUL_DTYPES, torch.bfloat16, work)
     torch._dynamo.reset()
     torch.manual_seed(0)
     counter = CompileCounterWithBackend("aot_eager")

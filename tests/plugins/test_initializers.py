@@ -6,10 +6,10 @@ import torch
 from moe_engine import Engine, Growth
 
 
-def grown(source, settings=(), x=None, seed=0, **spec):
+def grown(initializer, settings=(), x=None, seed=0, **spec):
     """(the rows of parent and newcomer before and after) of one growth of expert 1 of three."""
     torch.manual_seed(seed)
-    engine = Engine(f"topk,{source}", settings, top_k=1, **spec)
+    engine = Engine(f"topk,{initializer}", settings, top_k=1, **spec)
     layer = engine.moe(8, 10, experts=3, name="m")
     x = torch.rand(600, 8) if x is None else x
     before = {name: tensor.detach().clone() for name, tensor in layer.named_parameters()}
@@ -24,13 +24,13 @@ def test_pca_split_halves_the_parents_tokens_along_their_principal_direction():
     x[:, 3] = x[:, 3] ** 2 / 6
     x[:, 0] = 1 + x[:, 0] / 100  # nearly even over tokens, so that it can stand for a bias
     layer, before, _, _ = grown("pca_split", x=x)
-    was = (x @ before["router.rows"].t()).argmax(-1) == 1
-    rows = layer.router.rows.detach()
+    was = (x @ before["router.weight"].t()).argmax(-1) == 1
+    rows = layer.router.weight.detach()
     own = x[was]
     to_child = own @ rows[3] > own @ rows[1]
     assert was.sum() > 50
     assert abs(float(to_child.float().mean()) - 0.5) < 0.02
-    torch.testing.assert_close((rows[1] + rows[3]) / 2, before["router.rows"][1])
+    torch.testing.assert_close((rows[1] + rows[3]) / 2, before["router.weight"][1])
     apart = own @ (rows[3] - rows[1])
     torch.testing.assert_close(apart.std(), torch.tensor(1.0), atol=1e-3, rtol=0)  # 2 delta
     _, axes = torch.linalg.eigh(torch.cov(own.t()))
@@ -51,8 +51,8 @@ def test_pca_split_parts_two_blobs():
 
 def test_pca_split_draws_a_direction_where_there_are_no_tokens():
     layer, before, _, _ = grown("pca_split", x=torch.zeros(2, 8))
-    assert not torch.equal(layer.router.rows[3], before["router.rows"][1])
-    torch.testing.assert_close((layer.router.rows[1] + layer.router.rows[3]) / 2, before["router.rows"][1])
+    assert not torch.equal(layer.router.weight[3], before["router.weight"][1])
+    torch.testing.assert_close((layer.router.weight[1] + layer.router.weight[3]) / 2, before["router.weight"][1])
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "swiglu"])
@@ -79,7 +79,7 @@ def test_partial_reinit_redraws_the_same_hidden_units_everywhere(activation):
     assert torch.equal(new_in.view(-1, 10), new_out.expand(len(new_in) // 10, 10))
     assert torch.equal(new_bias, new_in)
     torch.testing.assert_close(layer.experts.w_out[3][~new_out], before["experts.w_out"][1][~new_out])
-    torch.testing.assert_close(layer.router.rows[3], before["router.rows"][1])
+    torch.testing.assert_close(layer.router.weight[3], before["router.weight"][1])
 
 
 def test_partial_reinit_draws_with_the_moments_of_what_it_replaces():
@@ -92,9 +92,9 @@ def test_partial_reinit_draws_with_the_moments_of_what_it_replaces():
     torch.testing.assert_close(layer.experts.w_in[2].std(), torch.tensor(0.5), atol=0.02, rtol=0)
 
 
-@pytest.mark.parametrize("source", ["exclusive_split", "partial_reinit", "pca_split"])
-def test_whole_groups_grow_too(source):
-    engine = Engine(f"hierarchical,{source}", experts=4, top_k=1)
+@pytest.mark.parametrize("initializer", ["exclusive_split", "partial_reinit", "pca_split"])
+def test_whole_groups_grow_too(initializer):
+    engine = Engine(f"hierarchical,{initializer}", experts=4, top_k=1)
     layer = engine.moe(6, 4, name="m")
     engine.grow(Growth("m", parents=(0,), of="group"))
     assert layer.router.group_of.bincount().tolist() == [2, 2, 2]
@@ -108,4 +108,4 @@ def test_pca_split_parts_what_mixes_tokens_too_and_draws_where_all_tokens_are_eq
     engine.grow(Growth("m", parents=(0,)), probe=lambda: layer.eval()(x).sum())
     assert (layer.router.phi[0] - layer.router.phi[2]).abs().max() > 0.01
     layer, _, _, _ = grown("pca_split", x=torch.randn(1, 8).repeat(16, 1))
-    assert not torch.equal(layer.router.rows[3], layer.router.rows[1])
+    assert not torch.equal(layer.router.weight[3], layer.router.weight[1])

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from moe_engine import Engine, RunningLoad, UsageError, hookimpl
+from moe_engine import Engine, RunningLoad, UsageError, hookimpl, watch
 from moe_engine.analysis.replay import Variant, replay
 from moe_engine.cli import main
 from moe_engine.run.traces import read_trace
@@ -280,7 +280,7 @@ class MeasuredNorms:
 
     @hookimpl
     def moe_measure(self, layer):
-        return {"norm": layer.router.rows.norm().view(1)}
+        return {"norm": layer.router.weight.norm().view(1)}
 
     @hookimpl
     def moe_metrics(self, stats):

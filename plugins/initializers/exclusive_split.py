@@ -3,7 +3,7 @@
 import attrs
 import torch
 
-from moe_engine import NewExpert, UsageError, hookimpl
+from moe_engine import NewExpert, Traits, UsageError, hookimpl
 
 
 @attrs.define(eq=False)
@@ -17,6 +17,8 @@ class ExclusiveSplit:
 
     Source: Zhu et al., 2024 (LLaMA-MoE), there for a dense network cut into experts.
     """
+
+    traits = Traits(effects=("copies_router_row",))
 
     @hookimpl
     def moe_new_expert(self, parent, fresh, generator):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from moe_engine import Engine, LinearRouter, UsageError, assign, hookimpl
+from moe_engine import Engine, LinearRouter, Traits, UsageError, assign, hookimpl
 from moe_engine.analysis.replay import Variant, recorded, replay, variants
 from moe_engine.cli import main
 from moe_engine.contract.routing import Level, Routing, Slots, Spec, Tokens
@@ -148,9 +148,9 @@ def test_recording_counts_nothing():
     engine = Engine("topk", experts=4)
     layer = engine.moe(8, 4, name="moe").eval()
     layer(torch.randn(10, 8))
-    before = layer.seen.clone()
+    before = layer.eval_sums.clone()
     record(engine, [lambda: layer(torch.randn(6, 8))], {})
-    assert torch.equal(layer.seen, before)
+    assert torch.equal(layer.eval_sums, before)
 
 
 def test_a_trace_has_an_end():
@@ -385,7 +385,7 @@ class Reading:
 
 class ReadingRouter(LinearRouter):
     def select(self, tokens, levels):
-        scores_TE = tokens.x @ self.rows.t()
+        scores_TE = tokens.x @ self.weight.t()
         expert_TK = scores_TE.topk(self.top_k).indices
         return scores_TE.softmax(-1), assign(scores_TE.gather(-1, expert_TK), expert_TK, tokens)
 
@@ -406,7 +406,7 @@ def test_a_router_without_choices(install):
 class Mixing:
     """One slot an expert, of all tokens alike."""
 
-    gives = ("probs",)
+    traits = Traits(provides=("probs",))
 
     @hookimpl
     def moe_router(self, spec):

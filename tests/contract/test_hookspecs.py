@@ -59,17 +59,17 @@ class EveryOther(Router):
 
     def __init__(self, spec):
         super().__init__()
-        self.expert_param("rows", (spec.experts, spec.dim), fresh=normal, role="logit_row")
+        self.expert_param("weight", (spec.experts, spec.dim), fresh=normal, role="logit_row")
 
     @property
     def levels(self):
-        return (LevelSpec("expert", self.rows.shape[0], 1),)
+        return (LevelSpec("expert", self.weight.shape[0], 1),)
 
     def score(self, tokens):
-        return (tokens.x @ self.rows.t(),)
+        return (tokens.x @ self.weight.t(),)
 
     def select(self, tokens, levels):
-        expert_T1 = (torch.arange(len(tokens.x)) % self.rows.shape[0])[:, None]
+        expert_T1 = (torch.arange(len(tokens.x)) % self.weight.shape[0])[:, None]
         probs = levels[0].biased.softmax(-1)
         return probs, assign(probs.gather(-1, expert_T1), expert_T1, tokens)
 
@@ -91,7 +91,7 @@ class Push(Bias):
     def __init__(self, size):
         super().__init__()
         self.expert_buffer("b", torch.arange(float(size)) * 100)
-        self.seen = []
+        self.eval_sums = []
 
     def forward(self):
         return self.b
@@ -100,7 +100,7 @@ class Push(Bias):
         return {"logits": level.logits.sum(0)}
 
     def after_step(self, step):
-        self.seen.append((step.load.clone(), step.own["logits"].clone()))
+        self.eval_sums.append((step.load.clone(), step.own["logits"].clone()))
 
 
 @attrs.define(eq=False)
@@ -307,7 +307,7 @@ def test_hook_moe_growth(install):
     assert engine.due(1.0) == []
     one_step(engine, layer, optimizer)
     (wanted,) = engine.due(torch.tensor(2.0, requires_grad=True), eval_loss=3.0)
-    assert wanted == Growth("one", (int(layer.recent.argmax()),), why="eager: loss 2.0")
+    assert wanted == Growth("one", (int(layer.load_since_growth.argmax()),), why="eager: loss 2.0")
     assert engine.triggers.memory == {"never": {"asked": 3.0}, "eager": {"steps": 2}}
     assert engine.due(float("nan")) == []
 
@@ -316,16 +316,16 @@ def test_hook_moe_growth(install):
 class Halves:
     @hookimpl
     def moe_new_expert(self, parent, growth, index, fresh, roles, generator):
-        assert (index, roles["router.rows"], roles["experts.w_out"]) == (3, "logit_row", "output")
+        assert (index, roles["router.weight"], roles["experts.w_out"]) == (3, "logit_row", "output")
         assert growth.why == "because"
         noise = torch.randn(1, generator=generator)
         return NewExpert({name: row / 2 + 0 * noise for name, row in parent.items()})
 
 
 def test_hook_moe_new_expert(install):
-    install("source", "halves", Halves)
+    install("initializer", "halves", Halves)
     engine = Engine("halves", experts=3)
     layer = engine.moe(4, 8, name="one")
     engine.grow(Growth("one", (1,), why="because"))
-    for weight in (layer.router.rows, layer.experts.w_in, layer.experts.w_out):
+    for weight in (layer.router.weight, layer.experts.w_in, layer.experts.w_out):
         torch.testing.assert_close(weight[3], weight[1] / 2)

@@ -1,0 +1,150 @@
+"""What a plugin says about itself beside its hooks: facts that other plugins and the core go by.
+
+    @attrs.define(eq=False)
+    class MyBias:
+        traits = Traits(requires=("logits", "load"), effects=("equal_load",))
+
+Besides hooks, options and `traits`, the core reads two names off a plugin: the option `weight`, by which
+an auxiliary loss is multiplied, and the static method `trial_options`, which tells the conformance tests
+how to configure a plugin whose defaults can't run.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from ..errors import UsageError, nearest
+
+# what a router may provide, and any plugin require
+ROUTER_TRAITS = {
+    "logits": "raw logits",
+    "probs": "a distribution over experts for each token",
+    "load": "a load that training can shift between experts",
+    "top_k": "the same number of choices for every token",
+    "choices": "experts that each token chose, or was chosen by",
+    "smooth_load": "a differentiable estimate of the load",
+}
+USUAL = ("logits", "probs", "load", "top_k", "choices")  # what a router provides unless it says otherwise
+
+# what a strategy does that another one may be at odds with, or count on
+EFFECTS = {
+    "equal_load": "makes all loads equal",
+    "copies_router_row": "starts a new expert with its parent's router row",
+    "copies_expert": "starts a new expert as an exact copy of its parent",
+    "silent_start": "starts a new expert with an output of 0",
+    "parts_copies": "sends exact copies of an expert different tokens",
+    "token_entropy": "moves the entropy of the choice",
+    "mean_probs_cv2": "penalises the variance of the mean probabilities",
+}
+
+_NAMES = ("provides", "requires", "effects", "balanced", "orphans")
+# class attributes of earlier versions, and what replaces each
+RENAMED = {
+    "gives": "traits = Traits(provides=...)",
+    "needs": "traits = Traits(requires=...)",
+    "balanced": "traits = Traits(balanced=...)",
+    "orphans": "traits = Traits(orphans=True)",
+    "parts_copies": 'traits = Traits(effects=("parts_copies",))',
+}
+DECLARED = ("traits", "weight", "trial_options")  # what the core reads off a plugin beside hooks and options
+
+
+@attrs.frozen(init=False)
+class Traits:
+    """Facts about a strategy, the class attribute `traits` of its plugin. Raises UsageError for unknown ones.
+
+    provides: of a router, keys of `ROUTER_TRAITS`; None is `USUAL`. requires: what the chosen router must
+    provide. effects: keys of `EFFECTS`. balanced: a loss's value at perfect balance, None if it has no fixed
+    one. orphans: a trigger asks for new experts without a parent. One word may stand for a tuple of one.
+    """
+
+    provides: tuple[str, ...] | None
+    requires: tuple[str, ...]
+    effects: tuple[str, ...]
+    balanced: float | None
+    orphans: bool
+
+    def __init__(
+        self,
+        *,
+        provides: str | Iterable[str] | None = None,
+        requires: str | Iterable[str] = (),
+        effects: str | Iterable[str] = (),
+        balanced: float | None = None,
+        orphans: bool = False,
+        **unknown: Any,
+    ) -> None:
+        for name in unknown:
+            raise UsageError(f"Traits has no '{name}'; {nearest(name, _NAMES)}")
+        if balanced is not None and (isinstance(balanced, bool) or not isinstance(balanced, int | float)):
+            raise UsageError(f"Traits: balanced is a number or None, not {balanced!r}")
+        if not isinstance(orphans, bool):
+            raise UsageError(f"Traits: orphans is True or False, not {orphans!r}")
+        self.__attrs_init__(  # type: ignore[attr-defined]
+            None if provides is None else _words("provides", provides, ROUTER_TRAITS),
+            _words("requires", requires, ROUTER_TRAITS),
+            _words("effects", effects, EFFECTS),
+            balanced,
+            orphans,
+        )
+
+
+def _words(field: str, given: str | Iterable[str], known: Mapping[str, str]) -> tuple[str, ...]:
+    words = (given,) if isinstance(given, str) else tuple(given)
+    for word in words:
+        if word not in known:
+            raise UsageError(f"Traits: {field} has unknown '{word}'; {nearest(str(word), known)}")
+    return words
+
+
+NONE = Traits()
+
+
+def traits_of(plugin: Any) -> Traits:
+    """The traits of a plugin, or of a plugin class."""
+    traits: Traits = getattr(plugin, "traits", NONE)
+    return traits
+
+
+def provided_by(plugin: Any) -> tuple[str, ...]:
+    """What a router provides."""
+    provides = traits_of(plugin).provides
+    return USUAL if provides is None else provides
+
+
+def weight_of(plugin: Any) -> float:
+    """The coefficient of a plugin's auxiliary loss: its option `weight`, 1 if it has none."""
+    return float(getattr(plugin, "weight", 1.0))
+
+
+def trial_options_of(cls: type) -> Callable[[Path, int, int], Mapping[str, Any]] | None:
+    """How the conformance tests configure a plugin: trial_options(folder, dim, hidden) -> options by name."""
+    found: Callable[[Path, int, int], Mapping[str, Any]] | None = getattr(cls, "trial_options", None)
+    return found
+
+
+def problem_of(cls: type, hooks: Iterable[str]) -> str | None:
+    """What is wrong with what a plugin class declares about itself, or None. hooks: those that it implements."""
+    names = [name for one in cls.__mro__[:-1] for name in vars(one)]
+    for name in names:
+        if name in RENAMED and name not in _options(cls):
+            return f"'{name}' is now {RENAMED[name]}"
+        near = get_close_matches(name, (*DECLARED, *RENAMED), n=1, cutoff=0.8)
+        if near and name not in DECLARED and not callable(getattr(cls, name, None)) and name not in _options(cls):
+            known = "traits" if near[0] in RENAMED else near[0]
+            return f"the class attribute '{name}' means nothing to the core; did you mean '{known}'?"
+        if name != "traits" and isinstance(getattr(cls, name, None), Traits):
+            return f"its traits are called '{name}'; call them 'traits'"
+    traits = traits_of(cls)
+    if not isinstance(traits, Traits):
+        return f"'traits' is {traits!r}, not Traits(...)"
+    if traits.provides is not None and "moe_router" not in hooks:
+        return "only a router provides traits; say requires=... for what it needs of one"
+    return None
+
+
+def _options(cls: type) -> set[str]:
+    return {field.name for field in attrs.fields(cls)}
