@@ -10,7 +10,7 @@ from ..contract.parts import Experts, Part, Router
 from ..contract.routing import Routing, Spec
 from ..contract.setup import Bound
 from ..contract.stats import Finding, Metrics, Stats, Unmeasured, merged
-from ..layer.moe import measured, sums_of
+from ..layer.sums import measured, sums_of
 from ..registry.manager import Plugins
 
 NO_DATA = Finding("no data", 1, "no real token has come through since the last look", "run the model, then ask again")

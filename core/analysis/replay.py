@@ -14,6 +14,7 @@ from ..contract.options import Settings, build
 from ..contract.parts import Bias
 from ..contract.routing import Routing
 from ..contract.stats import Finding, plain
+from ..engine.controllers import apply_controllers
 from ..engine.engine import Engine
 from ..errors import UsageError, listed
 from ..layer.moe import MoE
@@ -140,7 +141,7 @@ def _replayed(recorded: LayerTrace, variant: Variant, settings: Settings, batch:
         if any(layer.bias_levels()) or layer.parts_of_plugins():
             for forward in steps:
                 routing = _decide(layer, forward)
-                engine.apply_controllers(layer, layer.training_sums(routing, layer.aux_terms(routing)))
+                apply_controllers(layer, layer.training_sums(routing, layer.aux_terms(routing)), with_load=False)
         seen, shares = CountedLayer(engine.plugins, layer.name, layer.spec), torch.zeros(3, dtype=torch.float64)
         for forward in steps:
             routing = _decide(layer, forward)

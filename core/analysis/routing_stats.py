@@ -12,7 +12,7 @@ from ..contract.routing import Spec
 from ..contract.run import Run
 from ..contract.stats import plain
 from ..errors import UsageError, listed
-from ..layer.moe import sums_of
+from ..layer.sums import sums_of
 from ..registry.manager import Plugins
 from ..run.folder import read_run
 from ..run.traces import FILE, read_trace

@@ -1,8 +1,8 @@
-"""One growth from beginning to end: checks, the transaction, and the change of the function, measured."""
+"""One growth from beginning to end: checks, the transaction, and the measured change of the function."""
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import attrs
 import torch
@@ -15,6 +15,7 @@ from ..contract.setup import Setup
 from ..contract.traits import traits_of
 from ..errors import UsageError, listed, nearest
 from ..growth.transaction import Ask, Staged, all_or_nothing, commit, recorded, stage
+from ..growth.triggers import Triggers
 from ..layer.ledger import invalidate
 from ..layer.moe import MoE
 from ..layer.probing import output_on
@@ -22,29 +23,38 @@ from ..optimizer_state import refuse_holders
 from ..processes import agreed
 from ..registry.manager import Plugins
 from ..seeds import generator
-
-if TYPE_CHECKING:
-    from .engine import Engine
+from .measuring import Probe, observed
 
 EXACT = 1e-5  # the largest relative change of a layer's output that still counts as none
-Probe = Callable[[], Tensor]
+
+
+@attrs.frozen
+class Growing:
+    """What a growth needs of an engine. growths: gets the record. in_step: a backward was, `after_step` was not."""
+
+    plugins: Plugins
+    layers: Sequence[MoE]
+    growths: list[Grown]
+    step: int
+    seed: int
+    in_step: bool
 
 
 def grow(
-    engine: "Engine",
+    engine: Growing,
     growth: Growth,
     optimizers: Sequence[Optimizer],
     followers: Sequence[nn.Module],
     probe: Probe | None,
 ) -> Grown:
-    """What `Engine.grow` does."""
+    """Grow a layer, its copies and the optimizers' state, as `Engine.grow` says. Raises UsageError."""
     if not isinstance(growth, Growth):
         raise UsageError(f"grow() takes a Growth, not {growth!r}")
-    device = engine.layers[0].step_sums.device if engine.layers else torch.device("cpu")
+    device = engine.layers[0].sums.step.device if engine.layers else torch.device("cpu")
     with agreed(str(growth), device):
         layer = _named(engine, growth.layer)
-        copies = [twin for one in followers for twin in _copies(one, layer)]
-    books = [one.step_sums for one in (layer, *copies)]
+        copies = [twin for follower in followers for twin in _copies(follower, layer)]
+    steps = [twin.sums.step for twin in (layer, *copies)]
     with all_or_nothing([layer, *copies], optimizers, engine.growths):
         with agreed(str(growth), device):
             _check_moment(engine, layer, growth, probe)
@@ -65,10 +75,17 @@ def grow(
         losses = [None if look is None else look.loss for look in (before, after)]
         record = recorded(engine.step, growth, staged, size, change, *losses)
         engine.growths.append(record)
-    engine.remembered.pop(layer.name, None)  # of other experts
-    for book in books:
-        invalidate(book)  # not before all is done: what fails puts the books back
+    for step in steps:
+        invalidate(step)  # not before all is done: a failure puts them back
     return record
+
+
+def rehearse_growth(plugins: Plugins, triggers: Triggers, layer: MoE, seed: int) -> None:
+    """If a trigger is chosen, stage a growth of a new layer, so that what can't grow fails now. Raises UsageError."""
+    asking = [traits_of(plugins.active[bound.plugin]) for bound in triggers.bounds]
+    for parent in {None if traits.orphans else 0 for traits in asking}:
+        growth, random = Growth(layer.name, (parent,)), generator(seed, "rehearsal")
+        stage(layer, (), growth, initializers(plugins, layer), random)
 
 
 def initializers(plugins: Plugins, layer: MoE, seen: Routing | None = None) -> Ask:
@@ -104,7 +121,7 @@ def _inputs(layer: MoE, of: str, origin: int | None, seen: Routing) -> Tensor:
 # -- checks ------------------------------------------------------------------------------------------
 
 
-def _named(engine: "Engine", name: str) -> MoE:
+def _named(engine: Growing, name: str) -> MoE:
     layers = {layer.name: layer for layer in engine.layers}
     if name not in layers:
         raise UsageError(
@@ -132,7 +149,7 @@ def _copies(model: nn.Module, layer: MoE) -> list[MoE]:
     return layers
 
 
-def _check_moment(engine: "Engine", layer: MoE, growth: Growth, probe: Probe | None) -> None:
+def _check_moment(engine: Growing, layer: MoE, growth: Growth, probe: Probe | None) -> None:
     if growth.require_exact and probe is None:
         raise UsageError("require_exact needs a probe, on which the change is measured")
     if engine.in_step:
@@ -171,11 +188,11 @@ class _Look:
     output: Tensor | None
 
 
-def _look(engine: "Engine", layer: MoE, probe: Probe | None, same: _Look | None = None) -> _Look | None:
+def _look(engine: Growing, layer: MoE, probe: Probe | None, same: _Look | None = None) -> _Look | None:
     """A look at the layer; with `same`, on the very tokens of that look."""
     if probe is None:
         return None
-    loss, routings = engine.observe(probe)
+    loss, routings = observed(engine.layers, engine.plugins, probe)
     seen = routings.get(layer)
     own = attrs.evolve(seen.tokens, x=seen.tokens.x.detach()) if seen else None
     tokens = same.tokens if same else own

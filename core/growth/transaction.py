@@ -106,7 +106,7 @@ def _refuse_unable(layer: MoE, declared: Iterable[Declared]) -> None:
     who = f"layer '{layer.name}' can't grow"
     if not any(part is layer.experts for _, part, _, _ in declared):
         raise UsageError(f"{who}: its {type(layer.experts).__name__} declares no expert axis; use stacked experts")
-    if layer.step_sums.grad is not None:
+    if layer.sums.of_step() is not None:
         raise UsageError(f"{who} in the middle of a step; call engine.after_step() before")
     for where, part, name, axis in declared:
         tensor = getattr(part, name)

@@ -1,7 +1,7 @@
 """The layer: score -> biases -> selection -> capacity -> dispatch -> experts -> combine."""
 
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..contract.numerics import without_autocast
 from ..contract.options import Settings
 from ..contract.parts import Bias, Experts, Part, Router
-from ..contract.routing import Assignments, Level, Routing, Slots, Spec, Tokens, assign
+from ..contract.routing import Level, Routing, Slots, Spec, Tokens, assign
 from ..contract.setup import Bound
 from ..errors import UsageError
 from ..optimizer_state import forget_old_shapes
@@ -19,16 +19,16 @@ from .capacity import within_capacity
 from .dense import shared_expert
 from .dispatch import dispatch
 from .ledger import Ledger, invalidate
-
-Layout = dict[str, torch.Size]  # what a flat vector of sums holds, in order
+from .rehearsal import check_plan, check_terms, drawn, output_of
+from .sums import LayerSums, flat, layouts_of, measured, sums_of, unflat
 
 
 class MoE(nn.Module):
     """A Mixture-of-Experts layer. `Engine.moe()` builds it; its parts come from plugins.
 
-    Called with x [..., D] and, each of x's leading shape or None: mask (bool, True = a real token),
-    ids (token ids), labels (class or domain). Answers [..., out], 0 at padding and for a token whose
-    every assignment capacity dropped.
+    Called with x [..., D] and, each of x's leading shape or None: mask (bool, True = a real token), ids (token
+    ids), labels (class or domain). Returns [..., out], which is 0 at padding and for a token whose every
+    assignment capacity dropped. It is a `Layer`, as hooks see it.
     """
 
     def __init__(
@@ -46,8 +46,7 @@ class MoE(nn.Module):
     ) -> None:
         super().__init__()
         self.spec, self.settings, self.name = spec, settings, name
-        self.copy_id = ""
-        self.new_copy_id()
+        self.copy_id = new_copy_id()
         self.router = router
         self.biases = nn.ModuleList(nn.ModuleDict(dict(level)) for level in biases)
         self.experts = experts
@@ -55,30 +54,21 @@ class MoE(nn.Module):
         self.states = nn.ModuleDict(dict(states))
         self.losses, self.measures, self.weights = tuple(losses), tuple(measures), dict(weights)
         self.watched: list[Routing] | None = None  # a probe collects routings here
-        self.layout: Layout = {}  # sums of every forward; in training, more: `training_layout`
-        self.training_layout: Layout = {}
-        self.signal_sizes: dict[tuple[int, str], int] = {}
-        self.train_sums: Tensor | None = None  # sums of the steps since the last log point, by training_layout
-        self.load_since_growth: Tensor | None = None  # [E]: load since the last growth, where a trigger asks for it
-        self.last_terms: dict[str, Tensor] = {}  # the loss terms of the last step
-        for level, own in zip(router.levels, biases, strict=True):
-            for bias in own.values():  # a bias declares the units of its level, whatever they are
+        for level, by_plugin in zip(router.levels, biases, strict=True):
+            for bias in by_plugin.values():  # a bias declares the units of its level, whatever they are
                 bias.axes = {
                     tensor: attrs.evolve(axis, of=level.name) if axis.of == "expert" else axis
                     for tensor, axis in bias.axes.items()
                 }
         self.sizes = self._sizes()
         if self.sizes["expert"] != spec.experts:
-            raise UsageError(f"layer '{name}': its parts are for {self.sizes['expert']} experts, not {spec.experts}")
-        self._rehearse()
-        self._reset_sums()
+            message = f"layer '{name}': its parts are for {self.sizes['expert']} experts, not {spec.experts}"
+            raise UsageError(message, code="sizes-disagree")
+        self.sums = self._rehearse(first=True)
         self.register_load_state_dict_pre_hook(_before_load)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
 
-    step_sums: Tensor
-    seen: Tensor
-    aux_value: Tensor
-    aux_scale: Tensor
+    sums: LayerSums
 
     # -- the forward ---------------------------------------------------------------------------
 
@@ -93,9 +83,9 @@ class MoE(nn.Module):
         if self.watched is not None:
             self.watched.append(routing)
         elif self.training:
-            y_TO = self._enter(y_TO, routing)
+            y_TO = self._attach_ledger(y_TO, routing)
         else:
-            self.eval_sums.add_(_flat(self.measure(routing), self.layout).to(self.eval_sums.dtype))
+            self.sums.add_evaluated(self.measure(routing))
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         return y_TO.to(dtype).view(*x.shape[:-1], self.spec.out_dim)
@@ -104,15 +94,7 @@ class MoE(nn.Module):
         self, x: Tensor, mask: Tensor | None = None, ids: Tensor | None = None, labels: Tensor | None = None
     ) -> Tokens:
         """The forward's arguments, checked and flattened, padding set to 0."""
-        if x.shape[-1] != self.spec.dim:
-            raise ValueError(f"layer '{self.name}' takes [..., {self.spec.dim}], not {list(x.shape)}")
-        for word, value in (("mask", mask), ("ids", ids), ("labels", labels)):
-            if value is not None and value.shape != x.shape[:-1]:
-                raise ValueError(
-                    f"layer '{self.name}': {word} is {list(value.shape)}, the tokens are {list(x.shape[:-1])}"
-                )
-        if mask is not None and mask.dtype != torch.bool:
-            raise ValueError(f"layer '{self.name}': mask is {mask.dtype}; it must be bool, True = a real token")
+        _check_arguments(self.name, self.spec.dim, x, {"mask": mask, "ids": ids, "labels": labels})
         tokens = Tokens(x.reshape(-1, x.shape[-1]), tuple(x.shape[:-1]), None if mask is None else mask.reshape(-1))
         tokens.x = tokens.real(tokens.x)  # even NaN at a pad must reach nobody
         tokens.ids = None if ids is None else tokens.real(ids.reshape(-1))
@@ -168,7 +150,8 @@ class MoE(nn.Module):
         """The plugin's own state in this layer, or None."""
         return self.states[plugin] if plugin in self.states else None  # noqa: SIM401 (no ModuleDict.get)
 
-    def _bias_sums(self, routing: Routing) -> dict[str, Tensor]:
+    def bias_sums(self, routing: Routing) -> dict[str, Tensor]:
+        """What the biases measure of one forward, as "LEVEL/PLUGIN/NAME"."""
         return {
             f"{level.name}/{name}/{key}": value.detach()
             for level, biases in zip(routing.levels, self.biases, strict=True)
@@ -176,171 +159,87 @@ class MoE(nn.Module):
             for key, value in bias.measure(level, routing.tokens).items()
         }
 
-    def _enter(self, y_TO: Tensor, routing: Routing) -> Tensor:
-        """Pass a training forward's output through the ledger."""
+    def _attach_ledger(self, y_TO: Tensor, routing: Routing) -> Tensor:
+        """A training forward's output, passed through the ledger: see there."""
         with without_autocast(y_TO.device):
             terms = self.aux_terms(routing)
-            flat = self.training_sums(routing, terms)
+            sums = self.training_sums(routing, terms)
             aux = None
             for name, value in terms.items():
                 term = self.weight_of(name) * value
                 aux = term if aux is None else aux + term
         if aux is not None:
-            self.aux_value.add_(aux.detach())
+            self.sums.aux_value.add_(aux.detach())
         plan = routing.plan
         routed: tuple[Any, ...] = (None, None, None, None)
-        if self.signal_sizes:
+        if self.sums.signal_sizes:
             weight_N = torch.where(plan.kept, plan.weight.detach(), 0)
-            routed = plan.token, plan.expert, weight_N, self._signals
-        entered: Tensor = Ledger.apply(y_TO, self.step_sums, flat, aux, self.aux_scale, *routed)
-        return entered
+            routed = plan.token, plan.expert, weight_N, self.signals
+        out: Tensor = Ledger.apply(y_TO, self.sums.step, sums, aux, self.sums.aux_scale, *routed)
+        return out
 
     def training_sums(self, routing: Routing, terms: Mapping[str, Tensor]) -> Tensor:
-        """What a training forward with these loss terms enters into the step's sums, by `training_layout`."""
-        some = routing.tokens.count > 0  # a forward without a token is no data
-        sums = {**self.measure(routing), "forwards": some, **self._bias_sums(routing)}
+        """What a training forward with these loss terms adds to the step's sums, flat."""
+        real = routing.tokens.count > 0  # a forward without a token is no data
+        sums = {**self.measure(routing), "forwards": real, **self.bias_sums(routing)}
         sums.update({f"loss.{name}": value.detach() for name, value in terms.items()})
-        return _flat(sums, self.training_layout)
+        return flat(sums, self.sums.step_layout)
 
-    def _signals(self, grad_TD: Tensor, token_N: Tensor, expert_N: Tensor, weight_N: Tensor) -> Tensor:
-        found = []
-        for index, name in self.signal_sizes:
+    def signals(self, grad_TD: Tensor, token_N: Tensor, expert_N: Tensor, weight_N: Tensor) -> Tensor:
+        """The signals of all biases that want one, end to end; called in backward."""
+        signals = []
+        for index, biases in enumerate(self.biases):
             unit_of = self.router.unit_of_expert(self.router.levels[index].name)
             unit_N = expert_N if unit_of is None else unit_of[expert_N]
-            bias = self.biases[index][name]  # type: ignore[index]
-            found.append(bias.signal(grad_TD, token_N, unit_N, weight_N).float().view(-1))
-        return torch.cat(found)
+            for bias in biases.values():  # type: ignore[operator]
+                if bias.wants_signal:
+                    signals.append(bias.signal(grad_TD, token_N, unit_N, weight_N).float().view(-1))
+        return torch.cat(signals)
 
     def step_load(self, routing: Routing) -> Tensor:
-        """[E]: a forward's load and what this process's backwards of this step have counted so far.
+        """[E]: a forward's load plus what this process's backward passes of this step have counted so far.
 
-        A forward that is recomputed in its own backward gets the same answer again.
+        A forward that is recomputed in its own backward gets the same result again.
         """
-        booked = self.step_sums.grad if hasattr(self, "step_sums") else None  # there is none in the first rehearsal
-        if booked is None:
-            return routing.load
-        return routing.load + unflat(booked.detach(), self.training_layout)["load"]
+        so_far = self.sums.of_step() if hasattr(self, "sums") else None  # there are none in the first rehearsal
+        return routing.load if so_far is None else routing.load + unflat(so_far, self.sums.step_layout)["load"]
 
-    # -- building --------------------------------------------------------------------------------
+    @property
+    def load_since_growth(self) -> Tensor | None:
+        """[E]: assignments to each expert since the layer last grew; None before the first step."""
+        return self.sums.load_since_growth
 
-    def _rehearse(self) -> None:
-        """Run four tokens through, so that a mix that makes no sense fails here, with the plugin's name."""
-        spec, some = self.spec, next((p for p in self.parameters() if p.is_floating_point()), torch.empty(0))
-        device = some.device
+    def _rehearse(self, first: bool = False) -> LayerSums:
+        """Run four tokens through, and make the sums of what is counted. first: not of a layer that is in use."""
+        like = next((p for p in self.parameters() if p.is_floating_point()), torch.empty(0))
         with torch.enable_grad(), torch.random.fork_rng(devices=[]):
-            zeros = torch.zeros(4, dtype=torch.long, device=device)
-            tokens = self.tokens(
-                torch.randn(4, spec.dim).to(some),
-                ids=zeros if spec.vocab else None,
-                labels=zeros if spec.classes else None,
-            )
-            routing = self.route(tokens)
-            _check_plan(self.name, routing.plan)
-            sums, terms, own = self.measure(routing), self.aux_terms(routing), self._bias_sums(routing)
-        if not hasattr(self, "step_sums"):  # a built layer may be frozen since
-            _check_terms(self.name, terms)
-        self.layout = {name: value.shape for name, value in sums.items()}
-        one = torch.Size([1])
-        self.training_layout = {**self.layout, "forwards": one, **{name: value.shape for name, value in own.items()}}
-        self.training_layout |= {f"loss.{name}": one for name in terms}
-        self.signal_sizes = {
+            routing = self.route(self.tokens(**drawn(self.spec, like)))  # type: ignore[arg-type]
+            check_plan(self.name, routing.plan)
+            counted, terms, of_biases = self.measure(routing), self.aux_terms(routing), self.bias_sums(routing)
+        if first:  # a layer in use may be frozen
+            check_terms(self.name, terms)
+        layouts = layouts_of(counted, of_biases, terms)
+        sizes = {
             (index, name): level.size
-            for index, (level, biases) in enumerate(zip(self.router.levels, self.biases, strict=True))
-            for name, bias in biases.items()  # type: ignore[operator]
+            for index, (level, biases) in enumerate(zip(self.router.levels, self.bias_levels(), strict=True))
+            for name, bias in biases.items()
             if bias.wants_signal
         }
-        self._rehearse_experts(routing)
+        y_TO, plan = output_of(self.experts, routing, self.spec.out_dim), routing.plan
+        if sizes and len(self.signals(torch.zeros_like(y_TO), plan.token, plan.expert, plan.weight)) != sum(
+            sizes.values()
+        ):
+            message = f"layer '{self.name}': a bias's signal is not one number for each unit of its level"
+            raise UsageError(message, code="signal-wrong-length")
+        return LayerSums(*layouts, sizes, next(self.parameters(), torch.empty(0)).device)
 
-    @torch.no_grad()
-    def _rehearse_experts(self, routing: Routing) -> None:
-        """The same for experts and signals, which leaves running statistics of the experts' modules alone."""
-        plan = routing.plan
-        training = [module for module in self.experts.modules() if module.training]
-        self.experts.eval()
-        y_TO = dispatch(self.experts, routing, self.spec.out_dim)
-        for module in training:
-            module.training = True
-        if self.signal_sizes:
-            found = self._signals(torch.zeros_like(y_TO), plan.token, plan.expert, plan.weight)
-            if found.shape[0] != sum(self.signal_sizes.values()):
-                raise UsageError(f"layer '{self.name}': a bias's signal is not one number for each unit of its level")
-
-    def _reset_sums(self) -> None:
-        """The leaf whose gradient is the step's sums, and its companions; fp32 whatever the layer is cast to."""
-        device = next(self.parameters(), torch.empty(0)).device
-        size = numel(self.training_layout) + sum(self.signal_sizes.values())
-        fp32: Any = {"dtype": torch.float32, "device": device}
-        self.register_buffer("step_sums", torch.zeros(size, requires_grad=True, **fp32), persistent=False)
-        self.register_buffer("aux_value", torch.zeros((), **fp32), persistent=False)
-        self.register_buffer("aux_scale", torch.zeros((), **fp32), persistent=False)
-        # no buffer, because DDP would overwrite it with the first process's; fp32 would stop counting at 2^24
-        wide = torch.float32 if device.type == "mps" else torch.float64
-        self.eval_sums = torch.zeros(numel(self.layout), dtype=wide, device=device)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "MoE":
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        seen = self.eval_sums
-        self._reset_sums()
-        self.eval_sums.copy_(seen)
-        return self
-
-    # -- growing ---------------------------------------------------------------------------------
+    # -- parts and sizes ---------------------------------------------------------------------------
 
     def parts(self) -> Iterator[tuple[str, Part]]:
         """Every part by its place: "router", "experts", "biases.0.NAME", "states.NAME"."""
         for where, module in self.named_modules():
             if isinstance(module, Part):
                 yield where, module
-
-    def _sizes(self, given: Mapping[str, Tensor] | None = None) -> dict[str, int]:
-        """The size of each population, on which all parts must agree; given: tensors in the place of some of theirs."""
-        found: dict[str, tuple[int, str]] = {}
-        for where, part in self.parts():
-            for name, axis in part.axes.items():
-                tensor = (given or {}).get(f"{where}.{name}", getattr(part, name))
-                size = tensor.shape[axis.axis] if tensor.dim() > axis.axis else -1
-                first, who = found.setdefault(axis.of, (size, f"{where}.{name}"))
-                if size != first:
-                    odd = f"{where}.{name} is for {size} units of '{axis.of}', {who} for {first}"
-                    raise UsageError(f"layer '{self.name}': {odd}")
-        return {"expert": self.spec.experts, **{of: size for of, (size, _) in found.items()}}
-
-    def new_copy_id(self) -> None:
-        """Take a name of its own that copies from now on share, so that growth finds them."""
-        self.copy_id = uuid.uuid4().hex
-
-    def refit(self) -> None:
-        """Take over the sizes that the tensors of the parts have now. Sums so far are dropped."""
-        self.sizes = self._sizes()
-        self.spec = attrs.evolve(self.spec, experts=self.sizes["expert"])
-        self.train_sums = self.load_since_growth = None
-        self._rehearse()
-        self._reset_sums()
-
-    def sums(self) -> dict[str, Tensor | None]:
-        """What was counted and not yet asked for, as copies."""
-        held = {"train_sums": self.train_sums, "load_since_growth": self.load_since_growth, "eval_sums": self.eval_sums}
-        return {name: None if value is None else value.clone() for name, value in held.items()}
-
-    def check_sums(self, sums: Mapping[str, Tensor | None]) -> None:
-        """Raise UsageError if what `sums` answered is of another layer, or of this one with other plugins."""
-        sizes = {
-            "train_sums": numel(self.training_layout),
-            "load_since_growth": self.spec.experts,
-            "eval_sums": numel(self.layout),
-        }
-        for name, size in sizes.items():
-            value = sums[name]
-            if value is not None and value.numel() != size:
-                raise UsageError(
-                    f"the state of layer '{self.name}' is of other plugins or experts; load the model before it"
-                )
-
-    def take_sums(self, sums: Mapping[str, Tensor | None]) -> None:
-        """Go on from what `sums` answered."""
-        for name in ("train_sums", "load_since_growth", "eval_sums"):
-            value = sums[name]
-            setattr(self, name, None if value is None else value.to(self.eval_sums, copy=True))
 
     def bias_levels(self) -> list[dict[str, Bias]]:
         """The biases of each level by plugin, in the order typed."""
@@ -350,92 +249,67 @@ class MoE(nn.Module):
         """The plugins' own states in this layer."""
         return dict(self.states.items())  # type: ignore[arg-type]
 
+    def _sizes(self, given: Mapping[str, Tensor] | None = None) -> dict[str, int]:
+        """The size of each population, on which all parts must agree; given: tensors that replace some of theirs."""
+        found: dict[str, tuple[int, str]] = {}
+        for where, part in self.parts():
+            for name, axis in part.axes.items():
+                tensor = (given or {}).get(f"{where}.{name}", getattr(part, name))
+                size = tensor.shape[axis.axis] if tensor.dim() > axis.axis else -1
+                first, other = found.setdefault(axis.of, (size, f"{where}.{name}"))
+                if size != first:
+                    mismatch = f"{where}.{name} is for {size} units of '{axis.of}', {other} for {first}"
+                    raise UsageError(f"layer '{self.name}': {mismatch}", code="sizes-disagree")
+        return {"expert": self.spec.experts, **{of: size for of, (size, _) in found.items()}}
+
+    def refit(self) -> None:
+        """Adopt the sizes that the parts' tensors have now. What was counted so far is dropped."""
+        self.sizes = self._sizes()
+        self.spec = attrs.evolve(self.spec, experts=self.sizes["expert"])
+        last_terms = self.sums.last_terms
+        self.sums = self._rehearse()
+        self.sums.last_terms = last_terms
+
     def extra_repr(self) -> str:
         spec = self.spec
         return f"{spec.dim} -> {spec.out_dim}, experts={spec.experts}, top_k={spec.top_k}"
 
 
-def sums_of(routing: Routing) -> dict[str, Tensor]:
-    """What is counted of every forward: tokens, load, dropped; prob and slots where the router has such."""
-    tokens = routing.tokens
-    sums = {"tokens": tokens.count.view(1), "load": routing.load, "dropped": routing.dropped}
-    if routing.probs is not None:
-        sums["prob"] = tokens.real(routing.probs.detach()).sum(0)
-    if routing.slots is not None:
-        sums["slots"] = torch.stack([routing.work, tokens.count * routing.slots.each])
-    return sums
+def new_copy_id() -> str:
+    """An id that a layer shares with the copies made of it from now on, so that growth finds them."""
+    return uuid.uuid4().hex
 
 
-def measured(routing: Routing, measures: Iterable[Bound], layer: Any) -> dict[str, Tensor]:
-    """What plugins measure of one forward, as "PLUGIN.NAME"; layer: a MoE, or what stands for it."""
-    sums: dict[str, Tensor] = {}
-    for bound in measures:
-        answer = bound({"routing": routing, "layer": layer, "state": layer.state_of(bound.plugin)})
-        if not isinstance(answer, Mapping) or not all(isinstance(value, Tensor) for value in answer.values()):
-            raise UsageError(
-                f"layer '{layer.name}': moe_measure of '{bound.plugin}' answers {answer!r}, not tensors by name"
-            )
-        sums.update({f"{bound.plugin}.{name}": value.detach() for name, value in answer.items()})
-    return sums
-
-
-def _flat(sums: Mapping[str, Tensor], layout: Layout) -> Tensor:
-    if sums.keys() != layout.keys():
-        changed = sorted(sums.keys() ^ layout.keys())
-        raise ValueError(f"measured names must be the same in every forward; {changed} came or went")
-    return torch.cat([value.reshape(-1) for value in sums.values()]).float()
-
-
-def unflat(flat: Tensor, layout: Layout) -> dict[str, Tensor]:
-    """Sums by name out of the flat vector of a layout."""
-    sums, start = {}, 0
-    for name, shape in layout.items():
-        sums[name] = flat[start : start + shape.numel()].view(shape)
-        start += shape.numel()
-    return sums
-
-
-def numel(layout: Layout) -> int:
-    """The length of the flat vector of a layout."""
-    return sum(shape.numel() for shape in layout.values())
+def _check_arguments(layer: str, dim: int, x: Tensor, others: Mapping[str, Tensor | None]) -> None:
+    """Raise ValueError unless x is [..., dim], the others have its leading shape, and the mask is bool."""
+    if x.shape[-1] != dim:
+        raise ValueError(f"layer '{layer}' takes [..., {dim}], not {list(x.shape)}")
+    for name, value in others.items():
+        if value is not None and value.shape != x.shape[:-1]:
+            raise ValueError(f"layer '{layer}': {name} is {list(value.shape)}, the tokens are {list(x.shape[:-1])}")
+    mask = others["mask"]
+    if mask is not None and mask.dtype != torch.bool:
+        raise ValueError(f"layer '{layer}': mask is {mask.dtype}; it must be bool, True = a real token")
 
 
 def _before_load(layer: MoE, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
-    """Refuse what can't be of this layer at any number of experts, before anything has changed. Raises UsageError."""
-    given = {name.removeprefix(prefix): one for name, one in state.items() if name.startswith(prefix)}
+    """Before anything changes, refuse a state that is not of this layer at any number of experts: UsageError."""
+    given = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     sizes = layer._sizes(given)
     if sizes == layer.sizes:
         return
     attrs.evolve(layer.spec, experts=sizes["expert"])
     for where, part in layer.parts():
-        own = {name: given[f"{where}.{name}"].clone() for name in part.axes if f"{where}.{name}" in given}
-        if own:
-            part.adjust_rows(own, {})
+        staged = {name: given[f"{where}.{name}"].clone() for name in part.axes if f"{where}.{name}" in given}
+        if staged:
+            part.adjust_rows(staged, {})
 
 
 def _after_load(layer: MoE, _: Any) -> None:
     """The tensors that were loaded may be of another number of experts."""
     if layer._sizes() != layer.sizes:
-        old = layer.step_sums
+        old = layer.sums.step
         old.grad = None  # counts of experts that are gone
         layer.refit()
         invalidate(old)
         forget_old_shapes(layer.parameters())
-
-
-def _check_plan(name: str, plan: Any) -> None:
-    if not isinstance(plan, Assignments):
-        raise UsageError(f"layer '{name}': its router's select answered {type(plan).__name__}, not Assignments")
-
-
-def _check_terms(name: str, terms: Mapping[str, Any]) -> None:
-    for term, value in terms.items():
-        if not isinstance(value, Tensor):
-            why = f"is {value!r}, not a tensor"
-        elif value.dim():
-            why = f"is of shape {list(value.shape)}, not a scalar; take a mean, say routing.mean(...)"
-        elif not value.requires_grad:
-            why = "does not depend on the router; it can teach this router nothing"
-        else:
-            continue
-        raise UsageError(f"layer '{name}': loss '{term}' {why}")

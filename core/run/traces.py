@@ -16,8 +16,9 @@ from ..contract.options import values_of
 from ..contract.routing import Assignments, Level, Routing, Spec, Tokens
 from ..engine.engine import Engine
 from ..errors import UsageError
-from ..layer.moe import MoE, sums_of
+from ..layer.moe import MoE
 from ..layer.probing import uncounted
+from ..layer.sums import sums_of
 from .checkpoints import read_tree, write_tree
 
 FILE = "routing.safetensors"  # in a run's folder

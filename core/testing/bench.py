@@ -15,7 +15,8 @@ from ..contract.routing import Routing
 from ..contract.traits import trial_options_of
 from ..engine.engine import Engine
 from ..errors import PluginError, UsageError
-from ..layer.moe import MoE, unflat
+from ..layer.moe import MoE
+from ..layer.sums import unflat
 from ..run.training import adam
 from .claims import demand
 from .comparing import distance
@@ -118,9 +119,9 @@ class Rig:
             self.engine.after_backward()
             seen[f"output {number}"] = y.detach()
         seen |= self.gradients()
-        book = self.layer.step_sums.grad
-        flat = torch.zeros_like(self.layer.step_sums) if book is None else book.detach().clone()
-        counted = unflat(flat, self.layer.training_layout)
+        book = self.layer.sums.step.grad
+        flat = torch.zeros_like(self.layer.sums.step) if book is None else book.detach().clone()
+        counted = unflat(flat, self.layer.sums.step_layout)
         seen |= {f"sum '{name}'": value for name, value in counted.items()}
         seen["sum of signals"] = flat[sum(value.numel() for value in counted.values()) :]
         return seen
@@ -139,7 +140,7 @@ class Rig:
 
     def state(self) -> Seen:
         """Every parameter and every buffer that a step may move, saved or not."""
-        own = ("step_sums", "aux_value", "aux_scale")
+        own = ("sums.step", "sums.aux_value", "sums.aux_scale")
         named = [*self.layer.named_parameters(), *self.layer.named_buffers()]
         return {f"state {name}": value.detach().clone() for name, value in named if name not in own}
 

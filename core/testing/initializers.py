@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..contract.growth import Growth, NewExpert
 from ..engine.growing import initializers
+from ..engine.measuring import observed
 from ..growth.transaction import stage
 from .bench import Bench, Rig, data
 from .claims import claim, demand
@@ -30,7 +31,7 @@ def _born(rig: Rig, chance: int = 0, **growth: Any) -> list[tuple[dict[str, Any]
     """
     answers: list[tuple[dict[str, Any], NewExpert]] = []
     batch = data().to(next(rig.layer.parameters()).dtype)
-    _, routings = rig.engine.observe(lambda: batch.loss(rig.evaluate(batch)))
+    _, routings = observed([rig.layer], rig.engine.plugins, lambda: batch.loss(rig.evaluate(batch)))
     asked = initializers(rig.engine.plugins, rig.layer, routings[rig.layer])
 
     def ask(of: str, origin: int | None, offer: Mapping[str, Any]) -> tuple[str, NewExpert]:

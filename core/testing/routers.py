@@ -99,7 +99,7 @@ def picks_are_as_many_as_said(bench: Bench) -> None:
             found = sorted({int(one) for one in per_token})
             demand(
                 found == [top_k],
-                f"at top_k={top_k} tokens pick {found} experts; declare what it provides: traits = Traits(provides=...)",
+                f"at top_k={top_k} tokens pick {found} experts; declare what it does provide in its traits",
             )
 
 

@@ -148,9 +148,9 @@ def test_recording_counts_nothing():
     engine = Engine("topk", experts=4)
     layer = engine.moe(8, 4, name="moe").eval()
     layer(torch.randn(10, 8))
-    before = layer.eval_sums.clone()
+    before = layer.sums.evaluated.clone()
     record(engine, [lambda: layer(torch.randn(6, 8))], {})
-    assert torch.equal(layer.eval_sums, before)
+    assert torch.equal(layer.sums.evaluated, before)
 
 
 def test_a_trace_has_an_end():

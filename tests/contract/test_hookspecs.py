@@ -91,7 +91,7 @@ class Push(Bias):
     def __init__(self, size):
         super().__init__()
         self.expert_buffer("b", torch.arange(float(size)) * 100)
-        self.eval_sums = []
+        self.seen = []
 
     def forward(self):
         return self.b
@@ -100,7 +100,7 @@ class Push(Bias):
         return {"logits": level.logits.sum(0)}
 
     def after_step(self, step):
-        self.eval_sums.append((step.load.clone(), step.own["logits"].clone()))
+        self.seen.append((step.load.clone(), step.own["logits"].clone()))
 
 
 @attrs.define(eq=False)

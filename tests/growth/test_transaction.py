@@ -66,14 +66,19 @@ class Rig:
 
     def everything(self):
         """All that a growth may touch, as copies."""
-        tensors = {**self.model.state_dict(), "step_sums": self.layer.step_sums, "seen": self.layer.eval_sums}
-        tensors |= {"aux_value": self.layer.aux_value, "window": self.layer.train_sums}
+        tensors = {**self.model.state_dict(), "step_sums": self.layer.sums.step, "seen": self.layer.sums.evaluated}
+        tensors |= {"aux_value": self.layer.sums.aux_value, "window": self.layer.sums.since_log}
         state = self.optimizer.state_dict()["state"]
         tensors |= {f"{i}.{key}": value for i, own in state.items() for key, value in own.items()}
         kept = {name: value.detach().clone() for name, value in tensors.items() if isinstance(value, torch.Tensor)}
         ids = [(id(p), p.data_ptr(), p.requires_grad) for p in self.model.parameters()]
         order = [id(p) for p in self.optimizer.state]
-        plain = (self.layer.spec, dict(self.layer.sizes), dict(self.layer.layout), dict(self.layer.training_layout))
+        plain = (
+            self.layer.spec,
+            dict(self.layer.sizes),
+            dict(self.layer.sums.layout),
+            dict(self.layer.sums.step_layout),
+        )
         return kept, (ids, order, plain, len(self.engine.growths), torch.get_rng_state().tolist())
 
 
@@ -424,7 +429,7 @@ class Fault:
     """Raises at the n-th line that some source files execute."""
 
     def __init__(self, at, error, *modules):
-        self.at, self.error, self.eval_sums = at, error, 0
+        self.at, self.error, self.lines = at, error, 0
         self.files = {module.__file__ for module in modules}
         self.where = None
 
@@ -442,8 +447,8 @@ class Fault:
 
     def _line(self, frame, event, _):
         if event == "line":
-            self.eval_sums += 1
-            if self.eval_sums == self.at:
+            self.lines += 1
+            if self.lines == self.at:
                 self.where = (frame.f_code.co_name, frame.f_lineno)
                 raise self.error(f"line {self.at}")
         return self._line
@@ -512,7 +517,7 @@ def test_a_part_that_fails_after_the_commit_is_put_back_too(monkeypatch):
     """A rehearsal of the grown layer, and the probe, are part of the transaction."""
     rig = Rig().train(3)
     before = rig.everything()
-    monkeypatch.setattr(rig.layer, "_rehearse", lambda: 1 / 0)
+    monkeypatch.setattr(rig.layer, "_rehearse", lambda **_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         rig.grow(1)
     monkeypatch.undo()
@@ -869,7 +874,7 @@ def test_a_layer_used_twice_counts_twice_and_grows_once():
     x = torch.randn(8, 6)
     (layer(layer(x)).square().mean() + engine.aux_loss()).backward()
     engine.after_backward()
-    once = layer.step_sums.grad.clone()
+    once = layer.sums.step.grad.clone()
     assert once[0] == 16
     optimizer.step()
     engine.after_step()

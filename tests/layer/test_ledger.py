@@ -53,7 +53,7 @@ def one_step(engine, model, micro_batches, scale=1.0):
         loss = (model(x).square().mean() + engine.aux_loss()) / len(micro_batches)
         (loss * scale).backward()
         engine.after_backward()
-    sums = [layer.step_sums.grad.clone() for layer in engine.layers]
+    sums = [layer.sums.step.grad.clone() for layer in engine.layers]
     grads = [p.grad / scale for p in model.parameters()]
     engine.after_step()
     return grads, sums, [b for layer in engine.layers for b in layer.biases.buffers()]
@@ -108,7 +108,7 @@ def test_a_compiled_layer_agrees_for_every_kind_of_layer(spec):
         mask = torch.arange(7).expand(2, 7) < 5
         y = layer(x, mask)
         (y.square().mean() + engine.aux_loss()).backward()
-        return y, [p.grad for p in layer.parameters()], layer.step_sums.grad
+        return y, [p.grad for p in layer.parameters()], layer.sums.step.grad
 
     torch.testing.assert_close(trial(True), trial(False))
 
@@ -188,7 +188,7 @@ def test_a_skipped_step_moves_nothing_and_leaves_nothing():
     engine.after_backward()
     engine.after_step(skipped=True)
     assert all(torch.equal(a, b) for a, b in zip(before, model.first.biases.buffers(), strict=False))
-    assert model.first.step_sums.grad is None
+    assert model.first.sums.step.grad is None
     assert engine.metrics() == {}
 
 
@@ -251,7 +251,7 @@ def test_a_layer_that_breaks_the_graph_counts_and_injects_too(backend):
         run = torch.compile(layer, backend=backend) if compiled else layer
         (run(torch.randn(9, 6)).square().sum() + engine.aux_loss()).backward()
         engine.after_backward()
-        return layer.router.weight.grad, layer.step_sums.grad
+        return layer.router.weight.grad, layer.sums.step.grad
 
     torch.testing.assert_close(trial(True), trial(False))
 
@@ -261,7 +261,7 @@ def test_the_output_may_be_changed_in_place():
     y = model(torch.randn(5, 6))
     y += 1
     (torch.relu_(y).sum() + engine.aux_loss()).backward()
-    assert model.second.step_sums.grad is not None
+    assert model.second.sums.step.grad is not None
 
 
 def test_two_forwards_may_come_before_two_backwards():
@@ -272,13 +272,13 @@ def test_two_forwards_may_come_before_two_backwards():
     for loss in (first, second):
         loss.backward()
         engine.after_backward()
-    got = [p.grad.clone() for p in model.parameters()], [layer.step_sums.grad.clone() for layer in engine.layers]
+    got = [p.grad.clone() for p in model.parameters()], [layer.sums.step.grad.clone() for layer in engine.layers]
     engine, model = build(plain)
     for x in (one, two):
         (model(x).square().mean() + engine.aux_loss()).backward()
         engine.after_backward()
     torch.testing.assert_close(
-        got, ([p.grad for p in model.parameters()], [layer.step_sums.grad for layer in engine.layers])
+        got, ([p.grad for p in model.parameters()], [layer.sums.step.grad for layer in engine.layers])
     )
 
 
@@ -302,7 +302,7 @@ def test_counts_and_states_are_exact_whatever_the_default_precision():
         (layer(torch.randn(1001, 6)).sum() + engine.aux_loss()).backward()
     finally:
         torch.set_default_dtype(torch.float32)
-    assert layer.step_sums.grad[0] == 1001
+    assert layer.sums.step.grad[0] == 1001
     assert {b.dtype for b in layer.biases.buffers()} == {torch.float32}
 
 

@@ -107,10 +107,10 @@ def test_a_layer_may_have_a_weight_of_its_own():
     engine = Engine("topk,switch_aux", experts=E, top_k=1)
     usual = engine.moe(6, 4)
     usual(torch.randn(5, 6))
-    assert usual.aux_value > 0
+    assert usual.sums.aux_value > 0
     silent = engine.moe(6, 4, settings=["switch_aux.weight=0"])
     silent(torch.randn(5, 6))
-    assert silent.aux_value == 0
+    assert silent.sums.aux_value == 0
 
 
 def softmax(logits):
@@ -323,7 +323,7 @@ def gradients(wrap, **spec):
         x = torch.randn(7, 6, generator=torch.Generator().manual_seed(seed)).requires_grad_()
         (run(x).square().mean() + engine.aux_loss()).backward()
         engine.after_backward()
-    return layer.router.weight.grad, layer.step_sums.grad
+    return layer.router.weight.grad, layer.sums.step.grad
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -532,7 +532,7 @@ def test_output_similarity_needs_two_choices_and_runs_under_autocast():
     _, layer, _ = similar()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         layer(torch.randn(6, 4, dtype=torch.bfloat16))
-    assert 0 < float(layer.aux_value) < 1
+    assert 0 < float(layer.sums.aux_value) < 1
 
 
 def test_a_loss_on_weights_alone_is_not_called_without_effect():
@@ -567,7 +567,7 @@ def test_every_loss_compiles_and_leaves_padding_out(router):
             torch._dynamo.reset()
             layer.compile(fullgraph=True, backend="aot_eager")
         (layer(x, mask).square().mean() + engine.aux_loss()).backward()
-        return [p.grad for p in layer.parameters()], layer.step_sums.grad
+        return [p.grad for p in layer.parameters()], layer.sums.step.grad
 
     expected = trial(False, x)
     torch.testing.assert_close(trial(True, x), expected)

@@ -211,7 +211,7 @@ def imports(path):
 
 def test_core_imports_no_plugin_and_plugins_import_no_plugin():
     for path in (ROOT / "core").rglob("*.py"):
-        for module, level in imports(path):
+        for module, _ in imports(path):
             assert not module.startswith("moe_engine"), (path, module)
     for path in (ROOT / "plugins").rglob("*.py"):
         for module, level in imports(path):

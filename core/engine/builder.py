@@ -1,0 +1,143 @@
+"""Building a layer: ask the plugins for its parts, check what they return, put it together."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import attrs
+from torch import nn
+
+from ..contract.options import Settings
+from ..contract.parts import Bias, Experts, Part, Router
+from ..contract.routing import Spec
+from ..contract.setup import Setup
+from ..contract.traits import EFFECTS, weight_of
+from ..errors import PluginError, UsageError, listed, nearest
+from ..layer.dense import dense_twin
+from ..layer.experts import ModuleBank, StackedMLP
+from ..layer.moe import MoE
+from ..registry.manager import Plugins
+
+# the hooks that act on one layer, so that its settings can change them
+LAYER_HOOKS = ("router", "bias", "experts", "state", "aux_loss", "measure", "new_expert", "metrics")
+
+
+def spec_of(sizes: Mapping[str, Any]) -> Spec:
+    """The spec of these sizes. Raises UsageError."""
+    try:
+        return Spec(**sizes)
+    except TypeError as error:
+        raise UsageError(f"a layer can't be built: {error}", code="bad-layer-spec") from error
+
+
+@attrs.define(eq=False)
+class LayerBuild:
+    """One layer to be built: `layer()`, or `twin()`, the MLP that replaces it in a dense model.
+
+    chosen: the engine's plugins. settings: plugin options of this layer alone. modules: experts, one each, or None
+    for those that a plugin brings, or a stacked MLP. Raises UsageError for a mix that makes no sense.
+    """
+
+    chosen: Plugins
+    spec: Spec
+    name: str
+    settings: Settings
+    modules: Sequence[nn.Module] | None = None
+    plugins: Mapping[str, Any] = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        spec = self.spec
+        if spec.dim < 1 or (spec.hidden < 1 and (self.modules is None or spec.shared)):
+            message = f"a layer of dim={spec.dim} and hidden={spec.hidden} is empty; both must be at least 1"
+            raise UsageError(message, code="empty-layer")
+        self.plugins = self.chosen.override(self.settings)
+        for plugin in self.settings:
+            if not any(hasattr(self.plugins[plugin], f"moe_{hook}") for hook in LAYER_HOOKS):
+                message = f"'{plugin}' acts on the whole engine, so it can't be set for one layer"
+                raise UsageError(message, code="not-a-layer-plugin")
+        self.chosen.check(Setup(self.plugins, spec))
+
+    def layer(self) -> MoE:
+        """The layer. Raises PluginError where a plugin fails."""
+        return self._blaming(self._layer)
+
+    def twin(self) -> nn.Module:
+        """One MLP as wide as the experts that a token is sent to; of experts that a plugin brings, one."""
+        return self._blaming(lambda: dense_twin(self.spec, self._bank))
+
+    def _blaming(self, build: Any) -> Any:
+        """build(), with the plugin named out of which an exception comes."""
+        try:
+            return build()
+        except UsageError:
+            raise
+        except (Exception, SystemExit) as error:
+            (router,) = (bound.plugin for bound in self.chosen.bind("moe_router", self.plugins))
+            blamed = self.chosen.culprit(error) or f"layer '{self.name}' with router '{router}'"
+            message = f"{blamed} can't be built: {type(error).__name__}: {error}"
+            raise PluginError(message, code="layer-not-built") from error
+
+    def _layer(self) -> MoE:
+        ((plugin, router),) = self._ask("moe_router", Router, spec=self.spec)
+        _check_keeps_function(plugin, router)
+        biases: list[dict[str, Bias]] = [
+            dict(self._ask("moe_bias", Bias | None, spec=self.spec, level=level)) for level in router.levels
+        ]
+        experts = self._bank(self.spec) or StackedMLP(self.spec)
+        self._check_biases(router, biases)
+        weights = {name: weight_of(plugin) for name, plugin in self.plugins.items()}
+        return MoE(
+            self.spec,
+            router,
+            biases,
+            experts,
+            states=dict(self._ask("moe_state", Part | None, spec=self.spec)),
+            losses=[bound for bound in self.chosen.bind("moe_aux_loss", self.plugins) if weights[bound.plugin]],
+            measures=self.chosen.bind("moe_measure", self.plugins),
+            weights=weights,
+            settings=self.settings,
+            name=self.name,
+        )
+
+    def _ask(self, hook: str, kind: Any, **offer: Any) -> list[tuple[str, Any]]:
+        """(plugin, part) for each implementation of a hook that returns one."""
+        bounds = self.chosen.bind(hook, self.plugins)
+        answers = [(bound.plugin, self.chosen.ask(bound, kind, offer)) for bound in bounds]
+        return [(plugin, part) for plugin, part in answers if part is not None]
+
+    def _bank(self, spec: Spec) -> Experts | None:
+        """The bank of the modules given, or that a plugin brings; None for a stacked MLP."""
+        if self.modules is not None:
+            return ModuleBank(self.modules[: spec.experts], spec.out_dim)
+        banks: dict[str, Experts] = dict(self._ask("moe_experts", Experts | None, spec=spec))
+        if len(banks) > 1:
+            message = f"a layer has one bank of experts, but {listed(map(repr, banks))} bring one; choose one"
+            raise UsageError(message, code="several-banks")
+        return next(iter(banks.values()), None)
+
+    def _check_biases(self, router: Router, biases: Sequence[Mapping[str, Bias]]) -> None:
+        for level, by_plugin in zip(router.levels, biases, strict=True):
+            for plugin, bias in by_plugin.items():
+                if (shape := list(bias().shape)) != [level.size]:
+                    why = f"its forward returns {shape}, but level '{level.name}' has {level.size} units"
+                    raise PluginError(f"bias '{plugin}' can't be used: {why}", code="bias-wrong-shape")
+        acting = {plugin for by_plugin in biases for plugin in by_plugin}
+        for bound in self.chosen.bind("moe_bias", self.plugins):
+            if bound.plugin not in acting:
+                message = f"bias '{bound.plugin}' acts on nothing: the router has no level that it can shift"
+                raise UsageError(message, code="acts-on-nothing")
+
+
+def _check_keeps_function(plugin: str, router: Router) -> None:
+    for effect in router.keeps_function:
+        if effect not in EFFECTS:
+            message = f"router '{plugin}': keeps_function has unknown effect '{effect}'; {nearest(effect, EFFECTS)}"
+            raise PluginError(message, code="unknown-trait")
+
+
+def layer_name(wanted: str | None, layers: Iterable[MoE], count: int) -> str:
+    """The name of a new layer, which no other one has; "moeN" unless one is wanted. Raises UsageError."""
+    name = wanted or f"moe{count}"
+    if any(layer.name == name for layer in layers):
+        message = f"there is a layer '{name}' already; give this one another name"
+        raise UsageError(message, code="duplicate-layer")
+    return name

@@ -1,0 +1,89 @@
+"""What the metrics say of layers, and probes: forwards on a held-out batch that are not counted."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..contract.numerics import count_by
+from ..contract.routing import Routing
+from ..contract.setup import Bound
+from ..contract.stats import Effects, Finding, Metrics, Stats, merged
+from ..errors import PluginError, UsageError
+from ..layer.effects import effects_of, without_gradient
+from ..layer.moe import MoE
+from ..layer.probing import observe
+from ..registry.manager import Plugins
+
+Probe = Callable[[], Tensor]
+Probed = Mapping[MoE, tuple[Routing, Effects]]
+Memory = dict[str, dict[str, dict[str, Any]]]  # what metrics keep, by layer, plugin and split
+
+
+def measure(
+    layers: Sequence[MoE], bounds: Sequence[Bound], memory: Memory, split: str, probed: Probed
+) -> dict[str, Metrics]:
+    """What each metric says of each layer since the last call for this split; a layer without data is left out."""
+    answers: dict[str, Metrics] = {}
+    for layer in layers:
+        stats = _taken(layer, split)
+        if stats is not None and stats.tokens:
+            routing, effects = probed.get(layer, (None, None))
+            offer = {"stats": stats, "layer": layer, "effects": effects, "probe": routing}
+            core: Metrics = {f"loss.{term}": value for term, value in stats.terms().items()}
+            core |= stats.work()
+            answered = [
+                (bound.plugin, bound({**offer, "memory": _memory(memory, layer, bound, split)})) for bound in bounds
+            ]
+            answers[layer.name] = merged([("the core", core), *answered])
+    return answers
+
+
+def _taken(layer: MoE, split: str) -> Stats | None:
+    """The sums of one split so far, which begin again at zero; None where there are none."""
+    sums = layer.sums.take_evaluated() if split == "eval" else layer.sums.take_since_log()
+    if sums is None:
+        return None
+    stats = Stats(layer.spec, sums)
+    for level in layer.router.levels:
+        if level.top_k:
+            unit_of = layer.router.unit_of_expert(level.name)
+            load = stats.load if unit_of is None else count_by(unit_of.cpu(), stats.load, level.size)
+            stats.sums[f"load.{level.name}"] = load
+    return stats
+
+
+def _memory(memory: Memory, layer: MoE, bound: Bound, split: str) -> dict[str, Any]:
+    """What a metric keeps of a layer from one log point to the next; nothing for one that does not ask."""
+    if "memory" not in bound.arguments:
+        return {}
+    kept: dict[str, Any] = memory.setdefault(layer.name, {}).setdefault(bound.plugin, {}).setdefault(split, {})
+    return kept
+
+
+def observed(layers: Sequence[MoE], plugins: Plugins, run: Probe) -> tuple[Tensor, dict[MoE, Routing]]:
+    """(task loss, routing of each layer) of a forward that is not counted. Raises PluginError, naming the plugin."""
+    try:
+        return observe(layers, run)
+    except (Exception, SystemExit) as error:
+        if (culprit := plugins.culprit(error)) is None:
+            raise
+        message = f"{culprit} failed on a held-out batch: {type(error).__name__}: {error}"
+        raise PluginError(message, code="plugin-failed") from error
+
+
+def probed(layers: Sequence[MoE], plugins: Plugins, run: Probe) -> dict[MoE, tuple[Routing, Effects]]:
+    """Routing and effects of each layer on one batch."""
+    loss, routings = observed(layers, plugins, run)
+    return {layer: (routing, effects_of(layer, routing, loss, len(layers))) for layer, routing in routings.items()}
+
+
+def check_learning(layers: Sequence[MoE], plugins: Plugins, run: Probe) -> None:
+    """Raise UsageError if the task gives some level of a router no gradient; where that is allowed, remark on it."""
+    found = list(without_gradient(*observed(layers, plugins, run)))
+    for layer, why in found:
+        if not layer.spec.allow_no_gradient:
+            raise UsageError(why, code="router-without-gradient")
+    if found:
+        advice = "only losses and biases move it; let gates be the raw probabilities, or raise top_k"
+        plugins.remarks["learning"] = Finding("no gradient", 2, "; ".join(why for _, why in found), advice)

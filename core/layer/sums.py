@@ -1,0 +1,182 @@
+"""What one layer counts: in a step, since the last log point, in evaluation, and since it last grew."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..contract.protocols import Layer
+from ..contract.routing import Routing
+from ..contract.setup import Bound
+from ..errors import UsageError
+from ..processes import all_reduce_sum
+
+Layout = dict[str, torch.Size]  # what a flat vector of sums holds, in order
+HELD = ("since_log", "load_since_growth", "evaluated")  # what a state keeps
+
+
+class LayerSums(nn.Module):
+    """One layer's sums, flat, in fp32 or better whatever the layer is cast to.
+
+    layout: names and shapes of what every forward counts. step_layout: of what a training forward counts, which is
+    more. signal_sizes: length of each bias's signal, by (index of the level, plugin).
+
+    step: a leaf of zeros, whose gradient is the sums of this step's backward passes by step_layout, then the
+    signals. aux_value: the auxiliary loss of the forwards since it was last asked for. aux_scale: what its
+    gradient is scaled by. since_log: sums of the steps since the last log point, by step_layout. evaluated: of
+    forwards in eval mode, by layout. load_since_growth [E]: where a trigger needs it. last_terms: the loss terms
+    of the last step by name.
+    """
+
+    step: Tensor
+    aux_value: Tensor
+    aux_scale: Tensor
+
+    def __init__(
+        self, layout: Layout, step_layout: Layout, signal_sizes: Mapping[tuple[int, str], int], device: torch.device
+    ) -> None:
+        super().__init__()
+        self.layout, self.step_layout, self.signal_sizes = layout, step_layout, dict(signal_sizes)
+        self.since_log: Tensor | None = None
+        self.load_since_growth: Tensor | None = None
+        self.last_terms: dict[str, Tensor] = {}
+        self._open(device)
+
+    def _open(self, device: torch.device) -> None:
+        size = numel(self.step_layout) + sum(self.signal_sizes.values())
+        fp32: Any = {"dtype": torch.float32, "device": device}
+        self.register_buffer("step", torch.zeros(size, requires_grad=True, **fp32), persistent=False)
+        self.register_buffer("aux_value", torch.zeros((), **fp32), persistent=False)
+        self.register_buffer("aux_scale", torch.zeros((), **fp32), persistent=False)
+        # no buffer, because DDP would overwrite it with the first process's; fp32 would stop counting at 2^24
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        self.evaluated = torch.zeros(numel(self.layout), dtype=wide, device=device)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "LayerSums":
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        evaluated = self.evaluated
+        self._open(self.step.device)
+        self.evaluated.copy_(evaluated)
+        return self
+
+    # -- a step ----------------------------------------------------------------------------------
+
+    def of_step(self) -> Tensor | None:
+        """The sums of this step's backward passes so far; None if there was no backward pass."""
+        return None if self.step.grad is None else self.step.grad.detach()
+
+    def take_step(self) -> Tensor:
+        """The sums of this step, which begin again; zeros if there was no backward pass."""
+        sums = self.of_step()
+        self.step.grad = None
+        return torch.zeros_like(self.step) if sums is None else sums
+
+    def add_step(self, flat: Tensor, with_load: bool) -> None:
+        """Add a step's sums by step_layout to those since the last log point; with_load: its load since growth too."""
+        if self.since_log is None:
+            self.since_log = torch.zeros(len(flat), dtype=self.evaluated.dtype, device=flat.device)
+        self.since_log += flat
+        if with_load:
+            load_E = unflat(flat, self.step_layout)["load"].to(self.evaluated.dtype)
+            self.load_since_growth = load_E if self.load_since_growth is None else self.load_since_growth + load_E
+
+    def signals(self, flat: Tensor) -> dict[tuple[int, str], Tensor]:
+        """The biases' signals out of a step's sums."""
+        flat = flat[numel(self.step_layout) :]
+        parts = flat.split(list(self.signal_sizes.values())) if self.signal_sizes else ()
+        return dict(zip(self.signal_sizes, parts, strict=True))
+
+    # -- what was counted ------------------------------------------------------------------------
+
+    def add_evaluated(self, sums: Mapping[str, Tensor]) -> None:
+        """Add what a forward in eval mode counted."""
+        self.evaluated.add_(flat(sums, self.layout).to(self.evaluated.dtype))
+
+    def take_evaluated(self) -> dict[str, Tensor]:
+        """The sums of forwards in eval mode over all processes, by name, which begin again at zero."""
+        taken = all_reduce_sum(self.evaluated.clone())
+        self.evaluated.zero_()
+        return unflat(taken, self.layout)
+
+    def take_since_log(self) -> dict[str, Tensor] | None:
+        """The sums of the steps since the last call by name, None if there were none."""
+        taken, self.since_log = self.since_log, None
+        return None if taken is None else unflat(taken, self.step_layout)
+
+    # -- saving ----------------------------------------------------------------------------------
+
+    def held(self) -> dict[str, Tensor | None]:
+        """What was counted and not yet taken, as copies."""
+        values = {name: getattr(self, name) for name in HELD}
+        return {name: None if value is None else value.clone() for name, value in values.items()}
+
+    def check_held(self, held: Mapping[str, Tensor | None], layer: str, experts: int) -> None:
+        """Raise UsageError if `held` is of another layer, or of this one with other plugins or experts."""
+        sizes = (numel(self.step_layout), experts, numel(self.layout))
+        for name, size in zip(HELD, sizes, strict=True):
+            value = held[name]
+            if value is not None and value.numel() != size:
+                message = f"the state of layer '{layer}' is of other plugins or experts; load the model before it"
+                raise UsageError(message, code="state-of-other-layer")
+
+    def load_held(self, held: Mapping[str, Tensor | None]) -> None:
+        """Continue from what `held` returned."""
+        for name in HELD:
+            value = held[name]
+            setattr(self, name, None if value is None else value.to(self.evaluated, copy=True))
+
+
+def sums_of(routing: Routing) -> dict[str, Tensor]:
+    """What is counted of every forward: tokens, load, dropped; prob and slots where the router has them."""
+    tokens = routing.tokens
+    sums = {"tokens": tokens.count.view(1), "load": routing.load, "dropped": routing.dropped}
+    if routing.probs is not None:
+        sums["prob"] = tokens.real(routing.probs.detach()).sum(0)
+    if routing.slots is not None:
+        sums["slots"] = torch.stack([routing.work, tokens.count * routing.slots.each])
+    return sums
+
+
+def measured(routing: Routing, measures: Iterable[Bound], layer: Layer) -> dict[str, Tensor]:
+    """What plugins measure of one forward, as "PLUGIN.NAME"."""
+    sums: dict[str, Tensor] = {}
+    for bound in measures:
+        answer = bound({"routing": routing, "layer": layer, "state": layer.state_of(bound.plugin)})
+        if not isinstance(answer, Mapping) or not all(isinstance(value, Tensor) for value in answer.values()):
+            message = f"layer '{layer.name}': moe_measure of '{bound.plugin}' returned {answer!r}, not tensors by name"
+            raise UsageError(message, code="measure-not-tensors")
+        sums.update({f"{bound.plugin}.{name}": value.detach() for name, value in answer.items()})
+    return sums
+
+
+def layouts_of(
+    counted: Mapping[str, Tensor], of_biases: Mapping[str, Tensor], terms: Iterable[str]
+) -> tuple[Layout, Layout]:
+    """(layout, step_layout) of a layer whose forwards count this, whose biases measure that, with these loss terms."""
+    layout = {name: value.shape for name, value in counted.items()}
+    scalar = torch.Size([1])
+    losses = {f"loss.{name}": scalar for name in terms}
+    return layout, {**layout, "forwards": scalar, **{name: value.shape for name, value in of_biases.items()}, **losses}
+
+
+def flat(sums: Mapping[str, Tensor], layout: Layout) -> Tensor:
+    """Sums by name as one vector. Raises ValueError if the names are not those of the layout."""
+    if sums.keys() != layout.keys():
+        changed = sorted(sums.keys() ^ layout.keys())
+        raise ValueError(f"measured names must be the same in every forward; {changed} came or went")
+    return torch.cat([value.reshape(-1) for value in sums.values()]).float()
+
+
+def unflat(vector: Tensor, layout: Layout) -> dict[str, Tensor]:
+    """Sums by name out of the flat vector of a layout."""
+    sums, start = {}, 0
+    for name, shape in layout.items():
+        sums[name] = vector[start : start + shape.numel()].view(shape)
+        start += shape.numel()
+    return sums
+
+
+def numel(layout: Layout) -> int:
+    """The length of the flat vector of a layout."""
+    return sum(shape.numel() for shape in layout.values())
