@@ -9,7 +9,7 @@ from torch import Tensor
 from ..contract.parts import Experts, Part, Router
 from ..contract.routing import Routing, Spec
 from ..contract.setup import Bound
-from ..contract.stats import Finding, Metrics, Stats, Unmeasured, merged
+from ..contract.stats import Finding, Metrics, Stats, Unmeasured, merge_metrics
 from ..layer.sums import measured, sums_of
 from ..registry.manager import Plugins
 
@@ -93,7 +93,7 @@ class CountedLayer:
                 if stats.of(bound.plugin):
                     raise
                 self._unanswered.add(bound.plugin)
-        return merged(answers)
+        return merge_metrics(answers)
 
     @property
     def unanswered(self) -> list[str]:

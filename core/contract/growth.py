@@ -1,4 +1,4 @@
-"""What is to become of a layer's experts, what became of them, and where each comes from."""
+"""The records of growth: what is asked for, what a new expert is made of, and what happened."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,26 +10,26 @@ from ..errors import UsageError
 from ..optimizer_state import Moments
 
 
-def _several(units: Any) -> tuple[Any, ...]:
+def _units(units: Any) -> tuple[Any, ...]:
     if not isinstance(units, list | tuple):
-        raise UsageError(f"parents and drop of a Growth are tuples of experts, not {units!r}")
+        raise UsageError(f"parents and drop of a Growth are tuples of experts, not {units!r}", code="bad-growth")
     return tuple(units)
 
 
 @attrs.frozen
 class Growth:
-    """What is to become of a layer's experts.
+    """A change of a layer's experts: add, remove, or replace some.
 
-    layer: its name. parents: one newcomer for each; the expert that it descends from, or None. drop:
-    experts to remove; newcomers take their places first, so that one parent and one drop replace an
-    expert. of: "expert", or the level of a hierarchical router whose units these are: a group comes
-    and goes with its experts. require_exact: refuse a growth that changes what the layer computes. rows: by
-    "part.tensor", what each newcomer has in the place of what the initializer answers.
+    layer: its name. parents: one entry per new expert: the expert that it descends from, or None. drop: experts to
+    remove; new experts take their places first, so that one parent and one drop replace an expert. of: "expert", or
+    the level of a hierarchical router whose units these are: a group comes and goes with its experts.
+    require_exact: refuse a growth that changes what the layer computes. rows: by "part.tensor", each new expert's
+    row, which replaces the initializer's. why: for the report. Raises UsageError.
     """
 
     layer: str
-    parents: tuple[int | None, ...] = attrs.field(default=(), converter=_several)
-    drop: tuple[int, ...] = attrs.field(default=(), converter=_several)
+    parents: tuple[int | None, ...] = attrs.field(default=(), converter=_units)
+    drop: tuple[int, ...] = attrs.field(default=(), converter=_units)
     of: str = "expert"
     require_exact: bool = False
     rows: Mapping[str, Tensor] = attrs.field(factory=dict, repr=False, eq=False)
@@ -38,9 +38,9 @@ class Growth:
 
 @attrs.frozen
 class NewExpert:
-    """A newcomer's rows by "part.tensor". parent_values: the same of its parent, where it changes too.
+    """A new expert's rows by "part.tensor". parent_values: its parent's new rows, if that changes too.
 
-    moments: what the optimizer's state of its rows starts as: "fresh" (`optimizers.FRESH`: 0 in Adam) or
+    moments: how the optimizer's state of its rows starts: "fresh" (0 in Adam; see `optimizer_state.FRESH`) or
     "copy" (its parent's).
     """
 
@@ -53,27 +53,27 @@ class NewExpert:
 class Plan:
     """Where each unit of a population comes from.
 
-    origins: for each new position the old one whose row it goes on with; for a newcomer its parent's, or
-    None. newcomers: their positions. homes: of newcomers in a group that is new itself, that group.
+    origins: for each new position the old position whose row it keeps; for a new unit its parent's, or None.
+    added: the positions of new units. homes: for new experts of a group that is new as well, that group.
     """
 
     origins: tuple[int | None, ...]
-    newcomers: tuple[int, ...]
+    added: tuple[int, ...]
     homes: tuple[int, ...] = ()
 
     @property
     def kept(self) -> dict[int, int]:
         """Old position -> new position of all that stay."""
-        return {old: new for new, old in enumerate(self.origins) if new not in self.newcomers and old is not None}
+        return {old: new for new, old in enumerate(self.origins) if new not in self.added and old is not None}
 
 
 @attrs.frozen
 class Grown:
-    """What one growth did.
+    """The record of one growth.
 
-    rows: for each expert now, which one it was before; None for a newcomer. parents: each newcomer's.
-    change: |y' - y| / |y| of the layer on the probe batch; loss_before, loss_after: the task's there;
-    None where there was no probe.
+    rows: for each expert now, its number before; None for a new one. parents: the parent of each new expert.
+    change: |y' - y| / |y| of the layer's output y on the probe batch; loss_before, loss_after: the task's loss
+    there; None without a probe.
     """
 
     step: int

@@ -15,8 +15,8 @@ from .protocols import Layer
 class History:
     """A run so far, after an optimizer step; the same in every process.
 
-    step: optimizer steps. loss: the task's of this step. eval_loss: of an evaluation since the last
-    step, or None. layers: the layers. growths: what has grown, oldest first. asked: the plugin that is asked.
+    step: optimizer steps. loss: the task's, of this step. eval_loss: of an evaluation since the last step, or None.
+    growths: what has grown, oldest first. asked: the plugin that is asked.
     """
 
     step: int
@@ -28,37 +28,37 @@ class History:
 
     @property
     def since_growth(self) -> int:
-        """Steps since anything grew, whichever trigger wanted it, or since the start."""
+        """Steps since the last growth, whichever trigger asked for it, or since the start."""
         return self.step - max((one.step for one in self.growths), default=0)
 
     def cooled_down(self, cooldown: int) -> bool:
-        """Whether more than `cooldown` steps have passed since anything grew, and more than one."""
+        """Whether more than `cooldown` steps, and more than one, have passed since the last growth."""
         return self.since_growth > max(cooldown, 1)
 
     def load(self, layer: Layer) -> Tensor:
-        """[E]: assignments of real tokens to each expert since the layer grew last, over all processes."""
+        """[E]: assignments of real tokens to each expert since the layer last grew, over all processes."""
         return torch.zeros(layer.spec.experts) if layer.load_since_growth is None else layer.load_since_growth
 
     def state(self, layer: Layer) -> Any:
-        """What the asked plugin's own `moe_state` answered for this layer."""
+        """The asked plugin's state in this layer: what its `moe_state` returned."""
         return layer.state_of(self.asked)
 
     def busiest(self, layer: Layer) -> int:
-        """The expert with the largest load since the layer grew last; 0 where there is no load yet."""
+        """The expert with the largest load since the layer last grew; 0 without any load yet."""
         return int(self.load(layer).argmax())
 
 
 def consecutive(memory: dict[str, float], layer: Layer, holds: bool) -> float:
-    """For how many askings in a row something has held of a layer; kept in the trigger's memory by the layer's name."""
+    """How many times in a row a condition has held for a layer; counted in the trigger's memory by the layer's name."""
     memory[layer.name] = memory.get(layer.name, 0) + 1 if holds else 0
     return memory[layer.name]
 
 
 def grow_at_peaks(trigger: Any, history: History, memory: dict[str, float], what: str) -> list[Growth]:
-    """A child for the unit with the largest value in each layer, where that stays above the trigger's threshold.
+    """One new expert per layer for the expert with the largest value, once that stays above the trigger's threshold.
 
-    trigger: with the options threshold, patience, cooldown and max_experts. Its state in a layer has
-    `value` [E], over the mean; what: what that is, for the reason.
+    trigger: has the options threshold, patience, cooldown and max_experts; its state in a layer has `value` [E],
+    relative to the mean. what: the name of that value, for the reason.
     """
     wanted = []
     for layer in history.layers:

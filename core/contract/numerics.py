@@ -13,12 +13,12 @@ def count_by(index_N: Tensor, value_N: Tensor, size: int) -> Tensor:
 
 
 def at_least_fp32(values: Tensor) -> Tensor:
-    """values as fp32; float64 stays what it is."""
+    """values as fp32, or float64 if they are float64."""
     return values if values.dtype == torch.float64 else values.float()
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Operations inside run in the precision of their operands. Where autocast is off anyway, that costs nothing."""
+    """Operations inside run in the precision of their operands. Free where autocast is off anyway."""
     kind = device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 

@@ -29,8 +29,8 @@ def option(
 ) -> Any:
     """One option of a plugin: an attrs field with a default, a help text and limits.
 
-    `min` and `max` are inclusive; `choices` lists every value allowed. A type of `X | None` also
-    takes the word "none". Limits are not applied to None.
+    `min` and `max` are inclusive; `choices` lists every allowed value. A type of `X | None` also
+    takes the word "none", to which no limits apply.
     """
     checks: list[Any] = []
     if min is not None:
@@ -47,7 +47,7 @@ def option(
 
 @attrs.frozen
 class Option:
-    """What there is to know of one option, for `moe-engine plugins NAME` and the documentation."""
+    """One option, for `moe-engine plugins NAME` and the documentation."""
 
     name: str
     type: str
@@ -78,7 +78,7 @@ def parse_settings(texts: Iterable[str]) -> Settings:
         left, equals, value = text.partition("=")
         plugin, dot, name = left.strip().partition(".")
         if not (equals and dot and plugin and name):
-            raise UsageError(f"setting '{text}' is not of the form plugin.option=value")
+            raise UsageError(f"setting '{text}' is not of the form plugin.option=value", code="bad-setting")
         settings.setdefault(plugin, {})[name] = value.strip()
     return settings
 
@@ -89,7 +89,7 @@ def build(cls: type, title: str, given: Mapping[str, Any]) -> Any:
 
 
 def changed(plugin: Any, title: str, given: Mapping[str, Any]) -> Any:
-    """A copy of a plugin with some options changed: how one layer gets settings of its own."""
+    """A copy of a plugin with some options changed, for the settings of one layer."""
     return _checked(title, lambda: attrs.evolve(plugin, **_structured(type(plugin), title, given)))
 
 
@@ -99,23 +99,24 @@ def _checked(title: str, make: Any) -> Any:
     except UsageError:
         raise
     except Exception as error:
-        raise UsageError(f"{title}: {str(error.args[0]) if error.args else error}") from error
+        raise UsageError(f"{title}: {str(error.args[0]) if error.args else error}", code="bad-option") from error
 
 
 def _structured(cls: type, title: str, given: Mapping[str, Any]) -> dict[str, Any]:
     try:
         fields = {field.name: field for field in _fields(cls)}
     except UsageError as error:
-        raise UsageError(f"{title}: {error}") from error
+        raise UsageError(f"{title}: {error}", code="bad-option-type") from error
     values = {}
     for name, value in given.items():
         if name not in fields:
-            raise UsageError(f"{title} has no option '{name}'; {nearest(name, fields)}")
+            raise UsageError(f"{title} has no option '{name}'; {nearest(name, fields)}", code="unknown-option")
         kind = fields[name].type
         try:
             values[name] = None if _optional(kind) and _is_none(value) else _convert(value, kind)
         except (ValueError, TypeError, OverflowError, cattrs.errors.StructureHandlerNotFoundError) as error:
-            raise UsageError(f"{title}: option '{name}' is {_type_name(kind)}; {value!r} is not") from error
+            message = f"{title}: option '{name}' is {_type_name(kind)}; {value!r} is not"
+            raise UsageError(message, code="bad-option") from error
     return values
 
 
@@ -123,7 +124,7 @@ def _fields(cls: type) -> list[Any]:
     try:
         attrs.resolve_types(cls)
     except Exception as error:
-        raise UsageError(f"the type of an option can't be read: {error}") from error
+        raise UsageError(f"the type of an option can't be read: {error}", code="bad-option-type") from error
     return [field for field in attrs.fields(cls) if "help" in field.metadata]
 
 
@@ -157,7 +158,7 @@ _WORDS = {
 
 def _type_name(kind: Any) -> str:
     """A type in words."""
-    names = ["none" if one is type(None) else _name(one) for one in _members(kind)]
+    names = ["none" if member is type(None) else _name(member) for member in _members(kind)]
     return " or ".join(_WORDS.get(name, name) for name in names)
 
 
@@ -196,7 +197,7 @@ def _str(value: Any, _: Any) -> str:
 
 
 def _words(value: Any, _: Any) -> tuple[str, ...]:
-    if not isinstance(value, list | tuple) or not all(isinstance(one, str) for one in value):
+    if not isinstance(value, list | tuple) or not all(isinstance(word, str) for word in value):
         raise ValueError(value)
     return tuple(value)
 
@@ -204,10 +205,10 @@ def _words(value: Any, _: Any) -> tuple[str, ...]:
 def _numbers(value: Any, _: Any) -> tuple[int, ...]:
     """A list of whole numbers, or a text with commas between them, as --set gives it."""
     if isinstance(value, int | str):
-        value = [one for one in str(value).split(",") if one.strip()]
+        value = [word for word in str(value).split(",") if word.strip()]
     if not isinstance(value, list | tuple):
         raise ValueError(value)
-    return tuple(_int(one, None) for one in value)
+    return tuple(_int(number, None) for number in value)
 
 
 _converter = cattrs.Converter(detailed_validation=False)

@@ -1,8 +1,7 @@
 """Parts of a layer: modules whose tensors declare where their expert axis is.
 
-From that declaration follow growth, removal, the optimizer's share in both, and loading a checkpoint
-of another number of experts. A part never goes through attrs: one validated field on an nn.Module
-hides all its parameters.
+Growth, removal, the optimizer's state in both, and loading a checkpoint with another number of experts all follow
+from that declaration. Never define a part with attrs: one validated field on an nn.Module hides all its parameters.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,12 +26,11 @@ Role = Literal["in", "output", "logit_row", "logit_bias", "state"]
 
 @attrs.frozen
 class Axis:
-    """What one tensor says of its expert axis.
+    """A tensor's declaration of its expert axis.
 
-    axis: which dimension. of: the population along it, "expert" or the name of a router's level. role:
-    what the tensor does. fresh: draws a newcomer's row from (shape, generator). new: what a newcomer's
-    row of a buffer starts as: "parent", "mean", "zero" or a number. values: the population whose units
-    the tensor's integers name.
+    axis: the dimension. of: the population along it, "expert" or the name of a router's level. role: what the
+    tensor does. fresh: draws a new unit's row from (shape, generator). new: how a new unit's row of a buffer
+    starts: "parent", "mean", "zero" or a number. values: the population whose units the tensor's integers name.
     """
 
     axis: int = 0
@@ -44,10 +42,10 @@ class Axis:
 
 
 class Part(nn.Module):
-    """A piece of a layer with tensors of its own. Floating-point buffers stay in fp32 or better through `.to()`.
+    """A piece of a layer with its tensors. Floating-point buffers stay in fp32 or better through `.to()`.
 
-    Sizes must be read off the tensors, never kept: growth changes them.
-    wants_expert_grad: give `step.expert_grad` to `after_step`.
+    Read sizes off the tensors and never store them: growth changes them.
+    wants_expert_grad: `after_step` needs `step.expert_grad`.
     """
 
     wants_expert_grad: bool = False
@@ -59,9 +57,9 @@ class Part(nn.Module):
     def expert_param(
         self, name: str, shape: tuple[int, ...], *, fresh: Fresh, role: Role, axis: int = 0, of: str = "expert"
     ) -> None:
-        """Register a parameter with an expert axis, drawn by fresh(shape), as a newcomer's row will be.
+        """Register a parameter with an expert axis, drawn by fresh(shape), as the row of a new unit will be.
 
-        Raises ValueError for a role that does not exist.
+        Raises ValueError for an unknown role.
         """
         if role not in get_args(Role):
             raise ValueError(f"a tensor's role is one of {', '.join(get_args(Role))}, not {role!r}")
@@ -80,27 +78,27 @@ class Part(nn.Module):
     ) -> None:
         """Register a saved buffer with an expert axis."""
         if isinstance(new, str) and new not in ("parent", "mean", "zero"):
-            raise ValueError(f"a newcomer's row starts as 'parent', 'mean', 'zero' or a number, not {new!r}")
+            raise ValueError(f"new must be 'parent', 'mean', 'zero' or a number, not {new!r}")
         self.register_buffer(name, at_least_fp32(tensor) if tensor.is_floating_point() else tensor)
         self.axes[name] = Axis(axis, of, "state", None, new, values)
 
     def adjust_rows(self, staged: dict[str, Tensor], plans: Mapping[str, "Plan"]) -> None:
-        """Called inside a growth, before it happens: change staged tensors in place where rows hang together.
+        """Change staged tensors in place where rows are coupled; called inside a growth, before it is committed.
 
         staged: this part's tensors by name, as they will be. plans: where the units of each population that
         changes come from; empty when a checkpoint of another size is loaded. Integers that name a
-        removed unit are -1. Raises UsageError where such a growth makes no sense.
+        removed unit are -1. Raises UsageError if such a growth makes no sense.
         """
 
     def put(self, name: str, value: Tensor) -> None:
-        """Give a declared tensor another value of any size; a parameter stays the same object."""
+        """Set a declared tensor to a value of any size; a parameter stays the same object."""
         if name not in self._parameters:
             self._buffers[name] = value
             return
         parameter = self._parameters[name]
         assert parameter is not None
-        # A detour through another dtype: only then autograd forgets the accumulator of the old shape,
-        # which a loss that somebody still holds keeps alive.
+        # A detour through another dtype: only then does autograd forget the accumulator of the old shape,
+        # which a loss that is still referenced keeps alive.
         other = torch.float32 if value.dtype == torch.float16 else torch.float16
         parameter.data = torch.empty(0, dtype=other, device=value.device)
         parameter.data = value
@@ -108,7 +106,7 @@ class Part(nn.Module):
             parameter.grad = None
 
     def after_step(self, step: "Step") -> None:
-        """Called once per optimizer step that was not skipped, under no_grad; this is where state may move."""
+        """Move state; called once per optimizer step that was not skipped, under no_grad."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Part":
         before = dict(self.named_buffers(recurse=False))
@@ -120,14 +118,14 @@ class Part(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
-        """Take the size of what is loaded: a checkpoint may hold another number of experts."""
+        """Adopt the loaded size: a checkpoint may hold another number of experts."""
         for name, axis in self.axes.items():
-            own, given = getattr(self, name), state_dict.get(prefix + name)
-            if isinstance(given, Tensor) and given.dim() == own.dim() and given.shape != own.shape:
-                shape = list(own.shape)
+            live, given = getattr(self, name), state_dict.get(prefix + name)
+            if isinstance(given, Tensor) and given.dim() == live.dim() and given.shape != live.shape:
+                shape = list(live.shape)
                 shape[axis.axis] = given.shape[axis.axis]
                 if shape == list(given.shape):
-                    self.put(name, own.new_zeros(shape))
+                    self.put(name, live.new_zeros(shape))
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
@@ -141,7 +139,7 @@ class Router(Part):
 
     @property
     def levels(self) -> tuple[LevelSpec, ...]:
-        """From coarse to fine, derived from the tensors; empty for a router without logits."""
+        """The levels from coarse to fine, derived from the tensors; empty for a router without logits."""
         raise NotImplementedError
 
     def score(self, tokens: Tokens) -> tuple[Tensor, ...]:
@@ -149,20 +147,20 @@ class Router(Part):
         raise NotImplementedError
 
     def select(self, tokens: Tokens, levels: tuple[Level, ...]) -> tuple[Tensor | None, Assignments]:
-        """(probs [T, E] or None, the assignments). Take the top of `level.select_by(scores)`."""
+        """(probs [T, E] or None, the assignments). Take the top-K of `level.select_by(scores)`."""
         raise NotImplementedError
 
     def unit_of_expert(self, level: str) -> Tensor | None:
-        """[E]: which unit of this level each expert belongs to; None if the units are the experts."""
+        """[E]: the unit of this level that each expert belongs to; None if the units are the experts."""
         return None
 
     def competes_in(self, level: str) -> Tensor | None:
-        """[n]: the group in which each unit of this level competes; None if all compete with all."""
+        """[n]: the group within which each unit of this level competes; None if all compete with all."""
         return None
 
 
 class LinearRouter(Router):
-    """What routers with one row of weights per expert share: logits = x W^T."""
+    """A router with one row of weights per expert: logits = x W^T. weight [E, D]."""
 
     def __init__(self, spec: Any, fresh: Fresh | None = None) -> None:
         super().__init__()
@@ -198,17 +196,21 @@ class GroupLimitedRouter(LinearRouter):
 
     def adjust_rows(self, staged: dict[str, Tensor], plans: Mapping[str, "Plan"]) -> None:
         if self.groups > 1 and staged.get("weight", self.weight).shape != self.weight.shape:
-            raise UsageError("the router's groups are cut by position, so growth would cut them anew; use groups=1")
+            message = "the router's groups are cut by position, so growth would cut them differently; use groups=1"
+            raise UsageError(message, code="groups-cannot-grow")
 
 
 class Bias(Part):
-    """Shifts the scores of one level. selection_only: gates do not see it."""
+    """Shifts the scores of one level.
+
+    selection_only: gates do not see it. wants_signal: call `signal` in each backward.
+    """
 
     selection_only: bool = True
-    wants_signal: bool = False  # call `signal` in each backward
+    wants_signal: bool = False
 
     def forward(self) -> Tensor:
-        """[n]: the bias now."""
+        """[n]: the current bias."""
         raise NotImplementedError
 
     def measure(self, level: Level, tokens: Tokens) -> Mapping[str, Tensor]:
@@ -221,14 +223,14 @@ class Bias(Part):
 
 
 def ema_update_(mean: Tensor, value: Tensor, decay: float) -> None:
-    """mean <- decay mean + (1 - decay) value, in place; a value of zeros is a step without data, and moves nothing."""
+    """mean <- decay mean + (1 - decay) value, in place; a value of all zeros (a step without data) moves nothing."""
     mean.lerp_(value.to(mean.dtype), (1 - decay) * (value.sum() > 0).to(mean.dtype))
 
 
 class RunningLoad(Part):
     """A state for triggers: `value` [E], the running mean over steps of each expert's load over the mean load.
 
-    It starts at 1, a newcomer's too, and stays where it is in a step without data.
+    It starts at 1, for new experts too, and does not move in a step without data.
     """
 
     def __init__(self, size: int, decay: float) -> None:
@@ -243,7 +245,7 @@ class RunningLoad(Part):
 
 
 class Experts(Part):
-    """A bank of experts. One that declares no expert axis says itself what `outputs` and `expert_grad` are."""
+    """A bank of experts. One that declares no expert axis must define `outputs` and `expert_grad` itself."""
 
     def forward(self, x_ND: Tensor, counts_E: Tensor) -> Tensor:
         """[N, out]: rows sorted by expert, counts_E[e] rows each; rows past the counts' sum come back as 0."""
@@ -268,8 +270,8 @@ class Experts(Part):
 
     def expert_grad(self) -> Tensor:
         """[E]: mean |gradient| of each expert's weights, averaged over its tensors; no gradient counts as 0."""
-        own = [(getattr(self, name), axis.axis) for name, axis in self.axes.items() if name in self._parameters]
-        return torch.stack([mean_grad(parameter, keep=axis) for parameter, axis in own]).mean(0)
+        declared = [(getattr(self, name), axis.axis) for name, axis in self.axes.items() if name in self._parameters]
+        return torch.stack([mean_grad(parameter, keep=axis) for parameter, axis in declared]).mean(0)
 
 
 def combine(out_NO: Tensor, token_N: Tensor, weight_N: Tensor, tokens: int) -> Tensor:
@@ -286,7 +288,7 @@ def mean_grad(parameter: Tensor, keep: int | None = None) -> Tensor:
 
 
 def uniform(fan_in: int) -> Fresh:
-    """Draws U(-1/sqrt(fan_in), 1/sqrt(fan_in)), as nn.Linear draws its weights."""
+    """A `fresh` that draws U(-1/sqrt(fan_in), 1/sqrt(fan_in)), as nn.Linear does."""
     return partial(_uniform, fan_in**-0.5)
 
 
@@ -295,16 +297,16 @@ def _uniform(bound: float, shape: tuple[int, ...], generator: torch.Generator | 
 
 
 def zeros(shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
-    """Draws nothing: a tensor that starts at zero."""
+    """A `fresh` that draws nothing: zeros."""
     return torch.zeros(shape)
 
 
 def ones(shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
-    """Draws nothing: a tensor that starts at one, as a gain does."""
+    """A `fresh` that draws nothing: ones, as a gain starts."""
     return torch.ones(shape)
 
 
-def linear_logits(x_TD: Tensor, rows_nD: Tensor) -> Tensor:
+def linear_logits(x_TD: Tensor, weight_nD: Tensor) -> Tensor:
     """x W^T in fp32 or better, whatever the precision of x and W: bf16 logits tie and flip choices."""
-    dtype = torch.promote_types(torch.promote_types(x_TD.dtype, rows_nD.dtype), torch.float32)
-    return x_TD.to(dtype) @ rows_nD.to(dtype).t()
+    dtype = torch.promote_types(torch.promote_types(x_TD.dtype, weight_nD.dtype), torch.float32)
+    return x_TD.to(dtype) @ weight_nD.to(dtype).t()

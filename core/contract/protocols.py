@@ -1,4 +1,4 @@
-"""What plugins may use of objects that the rooms above make: a layer, and whatever builds one.
+"""What plugins may use of objects that later rooms make: a layer, and what builds one.
 
 `moe_engine.MoE` is a `Layer`, and so is the stand-in for a layer that is known only through its counts;
 `moe_engine.Engine` is a `LayerBuilder`.

@@ -1,7 +1,7 @@
-"""Records of one routing decision, and the few operations that every router needs.
+"""The records of a routing decision, and the few operations that every router needs.
 
-Raw logits, biased logits, scores, selection and what capacity kept are five things with five names.
-Suffixes: T tokens, E experts, K chosen a token, N assignments, n units of a level.
+Raw logits, biased logits, scores, selected and kept assignments are five things with five names.
+Suffixes: T tokens, E experts, K chosen per token, N assignments, n units of a level.
 """
 
 import math
@@ -18,14 +18,14 @@ from .numerics import at_least_fp32, count_by
 
 @attrs.frozen
 class Spec:
-    """What a layer is to be. Sizes that are not known yet (before a model is built) are 0.
+    """The sizes and switches of a layer; sizes not known yet (before a model is built) are 0. Raises UsageError.
 
     dim: D of the input. hidden: H of an expert. out: D of the output, 0 = dim. experts: E. top_k: K.
     activation: relu, gelu or swiglu. bias: experts have bias vectors. shared: number of shared
     experts, through which every token goes. capacity: an expert keeps at most ceil(capacity*T*K/E)
     of T real tokens in training; None drops nothing. vocab: number of token ids, where the layer is
     given ids. classes: number of labels, where it is given labels. causal: a token must not see later ones.
-    allow_no_gradient: go on, with a remark, where the task gives the router no gradient.
+    allow_no_gradient: accept, with a remark, that the task gives the router no gradient.
     """
 
     dim: int
@@ -46,22 +46,24 @@ class Spec:
         for name in ("dim", "hidden", "out", "experts", "top_k", "shared"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise UsageError(f"{name} of a layer is a whole number from 0, not {value!r}")
+                raise _bad_spec(f"{name} of a layer must be a whole number >= 0, not {value!r}")
         if self.experts < 1:
-            raise UsageError(f"a layer needs at least one expert, not {self.experts}")
+            raise _bad_spec(f"experts={self.experts}: a layer needs at least one expert")
         if not 1 <= self.top_k <= self.experts:
-            raise UsageError(
-                f"top_k is {self.top_k}, but a token can choose 1 to {self.experts} of {self.experts} experts"
-            )
+            raise _bad_spec(f"top_k={self.top_k}: with {self.experts} experts it must be 1 to {self.experts}")
         if self.capacity is not None and not 1e-6 <= self.capacity <= 1e6:
-            raise UsageError(f"capacity is {self.capacity}; it must be 1e-6 to 1e6, or unset to drop nothing")
+            raise _bad_spec(f"capacity={self.capacity} must be 1e-6 to 1e6, or unset to drop nothing")
         if self.activation not in ("relu", "gelu", "swiglu"):
-            raise UsageError(f"activation is '{self.activation}'; there is relu, gelu and swiglu")
+            raise _bad_spec(f"activation is '{self.activation}'; choose relu, gelu or swiglu")
 
     @property
     def out_dim(self) -> int:
         """D of the output."""
         return self.out or self.dim
+
+
+def _bad_spec(message: str) -> UsageError:
+    return UsageError(message, code="bad-layer-spec")
 
 
 @attrs.define(eq=False)
@@ -93,7 +95,7 @@ class Tokens:
         return torch.where(self.mask.view(-1, *[1] * (values.dim() - 1)), values, 0)
 
     def mean(self, values: Tensor) -> Tensor:
-        """The mean over real tokens of values [T] or [T, n]; 0, still attached to the graph, if there is none."""
+        """The mean over real tokens of values [T] or [T, n]; 0, still attached to the graph, without any."""
         return self.real(values).sum(0) / self.count.clamp(min=1)
 
 
@@ -114,8 +116,8 @@ class LevelSpec(NamedTuple):
 class Level:
     """The scores of one level of a router. logits [T, n]: raw. biased [T, n]: with the biases that gates see.
 
-    bias [n]: the sum of the biases that only selection sees, or None. scores [T, n]: what was selected by,
-    without that bias; None before.
+    bias [n]: the sum of the biases that only selection sees, or None. scores [T, n]: what selection ranked by,
+    without that bias; None before selection.
     """
 
     name: str
@@ -125,7 +127,7 @@ class Level:
     scores: Tensor | None = None
 
     def select_by(self, scores: Tensor) -> Tensor:
-        """What to take the top of: scores [T, n] plus the selection bias; ties go to a different unit at each token.
+        """What to take the top-K of: scores [T, n] plus the selection bias; ties are broken differently for each token.
 
         The tie-break is below 3e-7 * n * (1 + |score|). Without it equal scores, as of an all-zero
         router or of exact clones, send every token to the same units, and to other ones on a GPU.
@@ -145,8 +147,8 @@ class Assignments:
 
     token, expert: indices. weight: the gate, attached to the graph. rank: 0 for a token's first choice.
     selected: a real choice of a real token. kept: selected and within capacity. chances: of a router
-    that draws noise, what answers the probability [T, E] that a token would choose each expert if its
-    noise were drawn anew, attached to the graph.
+    that draws noise, returns the probability [T, E] that a token would choose each expert if its
+    noise were drawn again, attached to the graph.
     """
 
     token: Tensor
@@ -166,7 +168,7 @@ class Assignments:
 def assign(
     weight_TK: Tensor, expert_TK: Tensor, tokens: Tokens, chances: Callable[[], Tensor] | None = None
 ) -> Assignments:
-    """The assignments of a router that picks K experts for each token, best first."""
+    """The assignments of a router that chooses K experts for each token, best first: weight_TK, expert_TK."""
     count, top_k = expert_TK.shape
     device = expert_TK.device
     place = torch.arange(count * top_k, device=device)
@@ -192,7 +194,7 @@ def assign_where(weight_TE: Tensor, chosen_TE: Tensor, tokens: Tokens) -> Assign
 
 @attrs.define(eq=False)
 class Slots:
-    """Mixtures of tokens in the place of choices: expert e works on n slots of each group of tokens.
+    """Mixtures of tokens instead of choices: expert e works on n slots of each group of tokens.
 
     dispatch, combine [G, S, E, n] for G groups of S tokens: a slot is the sum of its group's tokens by
     dispatch weight, a token's output the sum of all slots' outputs by combine weight. 0 at padding.
@@ -203,7 +205,7 @@ class Slots:
 
     @property
     def each(self) -> int:
-        """How many slots a group has, into all of which each of its tokens is mixed."""
+        """Number of slots of a group; each of its tokens is mixed into all of them."""
         return self.dispatch.shape[2] * self.dispatch.shape[3]
 
 
@@ -235,7 +237,7 @@ class Routing:
 
     @property
     def work(self) -> Tensor:
-        """How many tokens or slots experts work on. Padding, and groups of nothing else, count as no work."""
+        """Number of tokens or slots that experts work on. Padding, and groups of padding only, do not count."""
         if self.slots is None:
             return self.plan.kept.sum()
         return (self.slots.dispatch.detach().sum((1, 2, 3)) > 0).sum() * self.slots.each
@@ -257,7 +259,7 @@ class Routing:
         return zeros.index_put((self.plan.token, self.plan.expert), value_N, accumulate=True)
 
     def gates(self) -> Tensor:
-        """[T, E]: the weight with which each expert's output enters; 0 where not chosen. Attached to the graph."""
+        """[T, E]: the gate of each expert's output, 0 if not chosen. Attached to the graph."""
         return self._scattered(torch.where(self.plan.kept, self.plan.weight, 0))
 
     def chosen(self) -> Tensor:
@@ -275,7 +277,7 @@ def keep_best_groups(scores_TE: Tensor, groups: int, kept: int, top_k: int) -> T
 
     A group's score is the sum of its top K/kept scores (DeepSeek-V3, 2024, in whose setting that is 2;
     transformers sums 2 whatever K/kept is). The mask is -inf, not 0, which would beat negative scores.
-    Ask `groups_problem` first.
+    Check with `groups_problem` first.
     """
     count, experts = scores_TE.shape
     grouped = scores_TE.view(count, groups, experts // groups)
@@ -289,8 +291,8 @@ def causal_problem(spec: Any, router: str, allowed: bool) -> str | None:
     if not spec.causal or allowed:
         return None
     return (
-        f"{router} lets a token's way depend on later tokens, which a causal layer must not see; "
-        f"choose another router, or set {router}.allow_noncausal to measure what that is worth"
+        f"{router} routes a token by later tokens, which a causal layer must not see; "
+        f"choose another router, or set {router}.allow_noncausal to measure the difference"
     )
 
 

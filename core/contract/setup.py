@@ -27,7 +27,7 @@ class Bound(NamedTuple):
 class Setup:
     """What `moe_check` sees: the plugins by name in the order typed, the layer's spec, the task's spec.
 
-    sizes: of a layer that is to grow, the size of each population afterwards, as "expert" and "group".
+    sizes: for a layer that is about to grow, the size of each population afterwards ("expert", "group").
     """
 
     plugins: Mapping[str, Any]

@@ -1,4 +1,4 @@
-"""Sums by name: what metrics and controllers read. Merging two of them is addition."""
+"""Sums by name, which metrics and controllers read; findings, and the effects of losses and biases."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -14,9 +14,9 @@ from .routing import Spec
 
 @attrs.frozen
 class Finding:
-    """What a metric says in words. severity: 0 fine, 1 worth a look, 2 broken.
+    """A metric's statement in words. severity: 0 fine, 1 worth a look, 2 broken.
 
-    The metric named `verdict` gives a run's verdict: the name of the worst layer's finding.
+    The finding called `verdict` is a layer's verdict; a run's is that of its worst layer.
     """
 
     name: str
@@ -26,16 +26,16 @@ class Finding:
 
 
 class Unmeasured(KeyError):
-    """A metric asked for a sum that nobody counted."""
+    """A metric asked for a sum that was not counted."""
 
 
 class Stats:
     """Sums over forwards of one layer, in float64 on the CPU.
 
-    tokens [1]: real tokens. load [E]: their assignments. dropped [E]: those over capacity. slots [2]: those
-    that experts worked on, and pairs of a token and a slot that it was mixed into. prob [E]: summed
-    probabilities. load.LEVEL [n]: load of a router's level. loss.TERM [1]: summed values of a loss term, over
-    `forwards` [1]. PLUGIN.NAME: what a plugin measured.
+    tokens [1]: real tokens. load [E]: their assignments. dropped [E]: assignments over capacity. slots [2]: slots
+    that experts worked on, and pairs of a token and a slot that it was mixed into. prob [E]: summed probabilities.
+    load.LEVEL [n]: load of a router's level. loss.TERM [1]: summed values of a loss term, over `forwards` [1].
+    PLUGIN.NAME: what a plugin's `moe_measure` returned.
     """
 
     def __init__(self, spec: Spec, sums: Mapping[str, Tensor]) -> None:
@@ -63,14 +63,14 @@ class Stats:
         return self.sums["dropped"]
 
     def work(self) -> dict[str, float]:
-        """rows: tokens or slots that experts work on for a token. slots: how many a token is mixed into, if any."""
+        """rows: tokens or slots that experts work on, per token. slots: how many a token is mixed into, if any."""
         if "slots" not in self.sums:
             return {"rows": float((self.load - self.dropped).sum()) / self.tokens}
         rows, pairs = (self.sums["slots"] / self.tokens).tolist()
         return {"rows": rows, "slots": pairs}
 
     def of(self, plugin: str) -> dict[str, Tensor]:
-        """What one plugin measured, by its own names."""
+        """What one plugin measured, by the names it gave."""
         return {name.removeprefix(f"{plugin}."): v for name, v in self.sums.items() if name.startswith(f"{plugin}.")}
 
     def terms(self) -> dict[str, float]:
@@ -81,11 +81,12 @@ class Stats:
 
 @attrs.define(eq=False)
 class Step:
-    """What a bias or a state sees of one optimizer step: sums over micro-batches and processes.
+    """One optimizer step as a bias or a state sees it: sums over micro-batches and processes.
 
-    load [n]: of the bias's level. own: what its `measure` returned, summed. signal [n]: what its
-    `signal` returned, summed, or None. expert_grad [n]: mean |gradient| per unit's experts, unscaled,
-    or None if the part does not want it. competes_in [n]: the group in which each unit competes, or None.
+    load [n]: of the bias's level. own: what its `measure` returned, summed (for a state: its plugin's
+    `moe_measure`). signal [n]: what its `signal` returned, summed, or None. expert_grad [n]: mean |gradient| per
+    unit's experts, unscaled, or None if the part does not want it. competes_in [n]: the group within which each unit
+    competes, or None.
     """
 
     load: Tensor
@@ -105,12 +106,12 @@ class Step:
 
 
 def mean_of_pairs(values_EE: Tensor) -> Tensor:
-    """The mean over pairs i < j of what is defined; nan where nothing is."""
+    """The mean over pairs i < j, ignoring nan; nan if all are."""
     return values_EE[torch.ones_like(values_EE).triu(1).bool()].nanmean()
 
 
 def plain(value: Any) -> Any:
-    """A metric's answer as JSON can hold it: what is not a finite number becomes None."""
+    """A metric's value as JSON can hold it: a number that is not finite becomes None."""
     if isinstance(value, Finding):
         return attrs.asdict(value)
     if isinstance(value, Tensor):
@@ -118,9 +119,9 @@ def plain(value: Any) -> Any:
     if hasattr(value, "tolist"):  # numpy's too
         value = value.tolist()
     if isinstance(value, list | tuple):
-        return [plain(one) for one in value]
+        return [plain(item) for item in value]
     if isinstance(value, dict):
-        return {name: plain(one) for name, one in value.items()}
+        return {name: plain(item) for name, item in value.items()}
     if isinstance(value, float) and not (float("-inf") < value < float("inf")):
         return None
     return value
@@ -144,20 +145,22 @@ class Effects:
 Metrics = dict[str, float | Tensor | Finding]
 
 
-def merged(answers: Iterable[tuple[str, Metrics]]) -> Metrics:
-    """The answers of several metrics as one. Raises RunError for a name that two of them answer."""
+def merge_metrics(answers: Iterable[tuple[str, Metrics]]) -> Metrics:
+    """The metrics of several plugins as one mapping. Raises RunError for a name that two of them return."""
     together: Metrics = {}
     owner: dict[str, str] = {}
     for plugin, answer in answers:
         if not isinstance(answer, Mapping):
-            raise RunError(f"metric '{plugin}' answers {answer!r}, not numbers by name")
+            raise RunError(f"metric '{plugin}' returned {answer!r}, not metrics by name", code="bad-metric")
         for name, value in answer.items():
             if not isinstance(value, float | int | list | str | Tensor | Finding | None) and not hasattr(
                 value, "tolist"
             ):
-                raise RunError(f"metric '{plugin}' answers {value!r} as '{name}', which is no number")
+                message = f"metric '{plugin}' returned {value!r} as '{name}', which is not a number"
+                raise RunError(message, code="bad-metric")
             if name in owner:
-                raise RunError(f"metric '{name}' is answered by {listed([owner[name], plugin])}; rename one")
+                message = f"metric '{name}' is returned by {listed([owner[name], plugin])}; rename one"
+                raise RunError(message, code="duplicate-metric")
             owner[name] = plugin
             together[name] = value
     return together

@@ -17,7 +17,7 @@ Batch = tuple[Tensor, ...]
 
 @attrs.frozen
 class TaskSpec:
-    """What a task is told. data_dir: where its files are, or go. seed: of the run."""
+    """What a task gets. data_dir: where its files are, or are downloaded to. seed: of the run."""
 
     data_dir: str = "data"
     seed: int = 0
@@ -25,16 +25,15 @@ class TaskSpec:
 
 @attrs.define(eq=False)
 class Task:
-    """Data, model and measure of one run.
+    """The data, model and measures of one run.
 
-    train, test: columns of equal length, which batches are rows of. model: builds the model, its
-    layers by the engine. score: what a batch gives: "loss", the mean loss with its graph, and sums over the
-    batch by name: "correct" where there is an accuracy; NAME beside "count.NAME" where NAME is of some rows
-    only. Everything is measured on `test`. perplexity: report exp(loss). ordered: show the rows for training
-    as they stand, as a stream, instead of shuffled. augment: changes a batch for training, on its device;
-    it draws from torch's global generator, which is the run's own. measures: builds the torchmetrics that the
-    test set is judged by beside; they get score's "predicted" and "true", which it adds where the model is
-    in evaluation.
+    train, test: columns of equal length; a batch is some of their rows. model: builds the model, whose layers come
+    from the engine. score: of a batch, "loss", the mean loss attached to the graph, and sums over the batch by
+    name: "correct" if there is an accuracy; NAME with "count.NAME" if NAME is a sum over some rows only. Everything
+    is measured on `test`. perplexity: report exp(loss). ordered: train on the rows in their order, as a stream,
+    instead of shuffled. augment: changes a batch for training, on its device; it draws from torch's global
+    generator, which the run seeds. measures: builds torchmetrics for the test set; they get score's "predicted"
+    and "true", which it adds when the model is in eval mode.
     """
 
     train: Batch

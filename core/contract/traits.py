@@ -1,12 +1,12 @@
-"""What a plugin says about itself beside its hooks: facts that other plugins and the core go by.
+"""What a plugin declares about itself besides its hooks: facts that other plugins and the core go by.
 
     @attrs.define(eq=False)
     class MyBias:
         traits = Traits(requires=("logits", "load"), effects=("equal_load",))
 
-Besides hooks, options and `traits`, the core reads two names off a plugin: the option `weight`, by which
-an auxiliary loss is multiplied, and the static method `trial_options`, which tells the conformance tests
-how to configure a plugin whose defaults can't run.
+Besides hooks, options and `traits`, the core reads two names off a plugin: the option `weight`, the coefficient
+of an auxiliary loss, and the static method `trial_options`, which configures a plugin for the conformance tests
+if its defaults can't run.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -49,7 +49,7 @@ RENAMED = {
     "orphans": "traits = Traits(orphans=True)",
     "parts_copies": 'traits = Traits(effects=("parts_copies",))',
 }
-DECLARED = ("traits", "weight", "trial_options")  # what the core reads off a plugin beside hooks and options
+DECLARED = ("traits", "weight", "trial_options")  # what the core reads off a plugin besides hooks and options
 
 
 @attrs.frozen(init=False)
@@ -78,11 +78,11 @@ class Traits:
         **unknown: Any,
     ) -> None:
         for name in unknown:
-            raise UsageError(f"Traits has no '{name}'; {nearest(name, _NAMES)}")
+            raise UsageError(f"Traits has no '{name}'; {nearest(name, _NAMES)}", code="unknown-trait")
         if balanced is not None and (isinstance(balanced, bool) or not isinstance(balanced, int | float)):
-            raise UsageError(f"Traits: balanced is a number or None, not {balanced!r}")
+            raise UsageError(f"Traits: balanced is a number or None, not {balanced!r}", code="bad-trait")
         if not isinstance(orphans, bool):
-            raise UsageError(f"Traits: orphans is True or False, not {orphans!r}")
+            raise UsageError(f"Traits: orphans is True or False, not {orphans!r}", code="bad-trait")
         self.__attrs_init__(  # type: ignore[attr-defined]
             None if provides is None else _words("provides", provides, ROUTER_TRAITS),
             _words("requires", requires, ROUTER_TRAITS),
@@ -96,7 +96,7 @@ def _words(field: str, given: str | Iterable[str], known: Mapping[str, str]) -> 
     words = (given,) if isinstance(given, str) else tuple(given)
     for word in words:
         if word not in known:
-            raise UsageError(f"Traits: {field} has unknown '{word}'; {nearest(str(word), known)}")
+            raise UsageError(f"Traits: {field} has unknown '{word}'; {nearest(str(word), known)}", code="unknown-trait")
     return words
 
 
@@ -128,7 +128,7 @@ def trial_options_of(cls: type) -> Callable[[Path, int, int], Mapping[str, Any]]
 
 def problem_of(cls: type, hooks: Iterable[str]) -> str | None:
     """What is wrong with what a plugin class declares about itself, or None. hooks: those that it implements."""
-    names = [name for one in cls.__mro__[:-1] for name in vars(one)]
+    names = [name for base in cls.__mro__[:-1] for name in vars(base)]
     for name in names:
         if name in RENAMED and name not in _options(cls):
             return f"'{name}' is now {RENAMED[name]}"

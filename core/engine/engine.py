@@ -1,8 +1,8 @@
-"""The engine: builds layers from plugins, and owns the order of events around a training step.
+"""The engine: it builds layers from plugins and owns the order of events around a training step.
 
 Sequence: forward; (task_loss + engine.aux_loss()).backward(); engine.after_backward() for each
 micro-batch; then unscale, clip, optimizer.step(); engine.after_step(skipped=False) once. Growth comes
-after that: optimizer.zero_grad(), then engine.grow() for what engine.due() answers.
+after that: optimizer.zero_grad(), then engine.grow() for each growth that engine.due() returns.
 """
 
 import copy

@@ -49,7 +49,7 @@ def grow(
 ) -> Grown:
     """Grow a layer, its copies and the optimizers' state, as `Engine.grow` says. Raises UsageError."""
     if not isinstance(growth, Growth):
-        raise UsageError(f"grow() takes a Growth, not {growth!r}")
+        raise UsageError(f"grow() takes a Growth, not {growth!r}", code="bad-growth")
     device = engine.layers[0].sums.step.device if engine.layers else torch.device("cpu")
     with agreed(str(growth), device):
         layer = _named(engine, growth.layer)
@@ -69,7 +69,8 @@ def grow(
             after = _look(engine, layer, probe, before)
             change = _change(before, after)
             if growth.require_exact and not (change is not None and change <= EXACT):
-                raise UsageError(f"growth of layer '{layer.name}' changed its output by {change}; nothing was done")
+                message = f"growth of layer '{layer.name}' changed its output by {change}; it was rolled back"
+                raise UsageError(message, code="growth-not-exact")
             if "torch._dynamo" in sys.modules:
                 torch.compiler.reset()  # after eight sizes a compiled model would silently run eagerly
         losses = [None if look is None else look.loss for look in (before, after)]
@@ -89,7 +90,7 @@ def rehearse_growth(plugins: Plugins, triggers: Triggers, layer: MoE, seed: int)
 
 
 def initializers(plugins: Plugins, layer: MoE, seen: Routing | None = None) -> Ask:
-    """Who makes a layer's new experts, the layer's own settings applied; seen: its routing of the probe batch."""
+    """How a layer's new experts are made, with the layer's settings. seen: its routing of the probe batch."""
     bounds = plugins.bind("moe_new_expert", plugins.override(layer.settings))
 
     def ask(of: str, origin: int | None, offer: Mapping[str, Any]) -> tuple[str, NewExpert]:
@@ -99,15 +100,17 @@ def initializers(plugins: Plugins, layer: MoE, seen: Routing | None = None) -> A
             if isinstance(new, NewExpert):
                 return bound.plugin, new
             if new is not None:
-                raise UsageError(f"moe_new_expert of '{bound.plugin}' answers {new!r}, which is no NewExpert")
+                message = f"moe_new_expert of '{bound.plugin}' returned {new!r}, which is not a NewExpert"
+                raise UsageError(message, code="bad-new-expert")
         asked = listed(bound.plugin for bound in bounds) or "no plugin"
-        raise UsageError(f"nobody makes a new expert of layer '{layer.name}' (asked: {asked}); add a initializer")
+        message = f"no plugin makes a new expert for layer '{layer.name}' (asked: {asked}); add an initializer"
+        raise UsageError(message, code="no-initializer")
 
     return ask
 
 
 def _inputs(layer: MoE, of: str, origin: int | None, seen: Routing) -> Tensor:
-    """[n, D]: the tokens of a batch that go to one unit; of no unit, those that no expert got."""
+    """[n, D]: the tokens routed to one unit, or, if `origin` is None, the tokens that no expert received."""
     unit_of = layer.router.unit_of_expert(of) if of != "expert" else None
     chosen_TE = seen.chosen() > 0
     if origin is None:
@@ -124,51 +127,49 @@ def _inputs(layer: MoE, of: str, origin: int | None, seen: Routing) -> Tensor:
 def _named(engine: Growing, name: str) -> MoE:
     layers = {layer.name: layer for layer in engine.layers}
     if name not in layers:
-        raise UsageError(
-            f"there is no layer '{name}' to grow; {nearest(name, layers)} "
-            "(engine.attach, which callbacks call too, names layers by their place in the model)"
-        )
+        hint = "engine.attach, which callbacks call too, names layers by their place in the model"
+        raise UsageError(f"there is no layer '{name}' to grow; {nearest(name, layers)} ({hint})", code="unknown-layer")
     return layers[name]
 
 
 def _copies(model: nn.Module, layer: MoE) -> list[MoE]:
-    """The copy of a layer in a model, as an average of the weights holds one; none in one that wraps the layer."""
+    """The copy of a layer in a follower, as in an average of the weights; none in a model that wraps the layer."""
     layers = [module for module in model.modules() if isinstance(module, MoE) and module.copy_id == layer.copy_id]
     if layer in layers:
         return []
     if len(layers) != 1:
-        raise UsageError(
-            f"a follower, {type(model).__name__}, holds {len(layers)} copies of layer '{layer.name}', not one; "
-            "make it after engine.attach(model)"
-        )
+        message = f"follower {type(model).__name__} holds {len(layers)} copies of layer '{layer.name}', not one"
+        raise UsageError(f"{message}; make it after engine.attach(model)", code="bad-follower")
     if layers[0].sizes != layer.sizes:
-        raise UsageError(
-            f"a follower, {type(model).__name__}, holds a copy of layer '{layer.name}' with "
-            f"{layers[0].spec.experts} experts, not {layer.spec.experts}; pass it at every growth"
-        )
+        sizes = f"{layers[0].spec.experts} experts, not {layer.spec.experts}"
+        message = f"follower {type(model).__name__} holds a copy of layer '{layer.name}' with {sizes}"
+        raise UsageError(f"{message}; pass it at every growth", code="bad-follower")
     return layers
 
 
 def _check_moment(engine: Growing, layer: MoE, growth: Growth, probe: Probe | None) -> None:
     if growth.require_exact and probe is None:
-        raise UsageError("require_exact needs a probe, on which the change is measured")
+        raise UsageError("require_exact needs a probe, on which the change is measured", code="growth-needs-probe")
     if engine.in_step:
-        raise UsageError(f"layer '{layer.name}' can't grow in the middle of a step; call engine.after_step() before")
+        message = f"layer '{layer.name}' can't grow: a step is not finished; call engine.after_step() first"
+        raise UsageError(message, code="layer-cannot-grow")
     mine = {id(parameter) for parameter in layer.parameters()}
     for other in engine.layers:
         if other is not layer and any(id(parameter) in mine for parameter in other.parameters()):
-            raise UsageError(f"layer '{layer.name}' shares weights with '{other.name}', which would not grow with it")
+            message = f"layer '{layer.name}' shares weights with '{other.name}', which would not grow with it"
+            raise UsageError(message, code="layer-cannot-grow")
 
 
 def _check_staged(plugins: Plugins, layer: MoE, growth: Growth, staged: Staged) -> None:
-    """Ask the plugins about the layer as it will be; refuse what can't keep the function, where it must."""
+    """Ask the plugins about the layer as it will be; if the growth must be exact, refuse one that can't be."""
     sizes = {**layer.sizes, **{of: len(plan.origins) for of, plan in staged.plans.items()}}
     spec = attrs.evolve(layer.spec, experts=sizes["expert"])
     plugins.check(Setup(plugins.override(layer.settings), spec, sizes=sizes))
     if growth.require_exact and not set(_effects(plugins, staged)) & set(layer.router.keeps_function):
         (router,) = (bound.plugin for bound in plugins.bind("moe_router"))
-        how = f"initializer '{staged.initializer}' can't keep" if staged.initializer else "removal can't keep"
-        raise UsageError(f"{how} what a layer with router '{router}' computes; leave require_exact away")
+        how = f"initializer '{staged.initializer}' can't preserve" if staged.initializer else "removal can't preserve"
+        message = f"{how} what a layer with router '{router}' computes; remove require_exact"
+        raise UsageError(message, code="growth-not-exact")
 
 
 def _effects(plugins: Plugins, staged: Staged) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..contract.numerics import count_by
 from ..contract.routing import Routing
 from ..contract.setup import Bound
-from ..contract.stats import Effects, Finding, Metrics, Stats, merged
+from ..contract.stats import Effects, Finding, Metrics, Stats, merge_metrics
 from ..errors import PluginError, UsageError
 from ..layer.effects import effects_of, without_gradient
 from ..layer.moe import MoE
@@ -35,7 +35,7 @@ def measure(
             answered = [
                 (bound.plugin, bound({**offer, "memory": _memory(memory, layer, bound, split)})) for bound in bounds
             ]
-            answers[layer.name] = merged([("the core", core), *answered])
+            answers[layer.name] = merge_metrics([("the core", core), *answered])
     return answers
 
 

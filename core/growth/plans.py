@@ -12,15 +12,17 @@ from ..layer.moe import MoE
 def plans_of(layer: MoE, growth: Growth) -> dict[str, Plan]:
     """The plan of each population that a growth changes. Raises UsageError if it makes no sense."""
     if growth.of not in layer.sizes:
-        raise UsageError(f"layer '{layer.name}' has no '{growth.of}' that could grow; it has {listed(layer.sizes)}")
+        message = f"layer '{layer.name}' has no '{growth.of}' that could grow; it has {listed(layer.sizes)}"
+        raise UsageError(message, code="unknown-population")
     plan = _plan(layer.name, growth.of, layer.sizes[growth.of], growth.parents, growth.drop)
     if growth.of == "expert":
         return {"expert": plan}
     unit_of = layer.router.unit_of_expert(growth.of)
     if unit_of is None or any(parent is None for parent in growth.parents):
-        raise UsageError(f"a new {growth.of} of layer '{layer.name}' needs a parent, whose experts it starts from")
+        message = f"a new {growth.of} of layer '{layer.name}' needs a parent, whose experts it starts from"
+        raise UsageError(message, code="growth-needs-parent")
     members = [(unit_of == unit).nonzero().flatten().tolist() for unit in range(layer.sizes[growth.of])]
-    homes = zip(growth.parents, plan.newcomers, strict=True)
+    homes = zip(growth.parents, plan.added, strict=True)
     born = [(expert, home) for parent, home in homes if parent is not None for expert in members[parent]]
     drop = [expert for unit in growth.drop for expert in members[unit]]
     experts = _plan(layer.name, "expert", layer.sizes["expert"], [expert for expert, _ in born], drop)
@@ -28,15 +30,7 @@ def plans_of(layer: MoE, growth: Growth) -> dict[str, Plan]:
 
 
 def _plan(layer: str, of: str, size: int, parents: Sequence[int | None], drop: Sequence[int]) -> Plan:
-    for one in (*parents, *drop):
-        if one is not None and (isinstance(one, bool) or not isinstance(one, int) or not 0 <= one < size):
-            raise UsageError(f"layer '{layer}' has no {of} {one!r}; they are 0 to {size - 1}")
-    if both := sorted({one for one in parents if one is not None} & set(drop)):
-        raise UsageError(f"{of} {both[0]} of layer '{layer}' can't be removed and be a parent in one growth")
-    if len(set(drop)) < len(drop):
-        raise UsageError(f"a growth of layer '{layer}' drops an {of} twice: {list(drop)}")
-    if not parents and not drop:
-        raise UsageError(f"a growth of layer '{layer}' names no parent and nobody to drop: it does nothing")
+    _check_units(layer, of, size, parents, drop)
     waiting = list(parents)
     rows: list[tuple[int | None, bool]] = []
     for old in range(size):
@@ -46,5 +40,21 @@ def _plan(layer: str, of: str, size: int, parents: Sequence[int | None], drop: S
             rows.append((waiting.pop(0), True))
     rows += [(parent, True) for parent in waiting]
     if not rows:
-        raise UsageError(f"a growth of layer '{layer}' would remove every {of}")
+        raise UsageError(f"a growth of layer '{layer}' would remove every {of}", code="bad-growth")
     return Plan(tuple(old for old, _ in rows), tuple(position for position, (_, new) in enumerate(rows) if new))
+
+
+def _check_units(layer: str, of: str, size: int, parents: Sequence[int | None], drop: Sequence[int]) -> None:
+    named = [unit for unit in (*parents, *drop) if unit is not None]
+    unknown = [unit for unit in named if isinstance(unit, bool) or not isinstance(unit, int) or not 0 <= unit < size]
+    if unknown:
+        problem = f"layer '{layer}' has no {of} {unknown[0]!r}; they are 0 to {size - 1}"
+    elif both := sorted({unit for unit in parents if unit is not None} & set(drop)):
+        problem = f"{of} {both[0]} of layer '{layer}' can't be removed and be a parent in one growth"
+    elif len(set(drop)) < len(drop):
+        problem = f"a growth of layer '{layer}' drops an {of} twice: {list(drop)}"
+    elif not parents and not drop:
+        problem = f"a growth of layer '{layer}' names neither a parent nor an {of} to drop: it does nothing"
+    else:
+        return
+    raise UsageError(problem, code="bad-growth")

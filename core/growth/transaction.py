@@ -1,7 +1,7 @@
-"""Growth as a transaction: experts of a live layer, and the optimizer's state of them, come and go all or not at all.
+"""Growth as a transaction: experts and their optimizer state change together, or nothing does.
 
-Stage, then commit. Staging reads the layer and writes tensors of its own; committing moves pointers,
-and whatever fails until the end puts them back.
+Stage, then commit. Staging reads the live layer and writes new tensors; committing moves pointers, and any failure
+before the end moves them back.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,13 +25,13 @@ from .plans import plans_of
 Rows = dict[str, Tensor]  # one expert's rows, by "part.tensor"
 Declared = tuple[str, Part, str, Axis]  # a tensor with an expert axis: "part.tensor", part, its name there, the axis
 
-# Who makes a newcomer: (the initializer's name, the newcomer) from a population, a parent in it, the hook's arguments.
+# Makes a new expert: (the initializer's name, the new expert) from a population, a parent in it, the hook's arguments.
 Ask = Callable[[str, int | None, Mapping[str, Any]], tuple[str, NewExpert]]
 
 
 @attrs.frozen
 class Staged:
-    """Everything that a commit moves: tensors of parts, and states of optimizers."""
+    """Everything that a commit moves: tensors of parts, and optimizer states."""
 
     plans: Mapping[str, Plan]
     initializer: str | None
@@ -50,9 +50,9 @@ def stage(
     generator: torch.Generator,
     optimizers: Sequence[Optimizer] = (),
 ) -> Staged:
-    """Everything that the growth makes, beside the live layer, which stays as it is. Raises UsageError.
+    """Everything that the growth creates; the live layer stays as it is. Raises UsageError.
 
-    copies: layers that get the same newcomers, as in an average of the weights.
+    copies: layers that get the same new experts, as in an average of the weights.
     """
     declared = list(_declared(layer))
     _refuse_unable(layer, declared)
@@ -61,10 +61,10 @@ def stage(
     born: dict[str, list[NewExpert]] = {}
     changed: dict[tuple[str, int], Rows] = {}  # (population, old position) -> rows of parents that change too
     for of, plan in plans.items():
-        own = [(where, getattr(part, name), axis) for where, part, name, axis in declared if axis.of == of]
-        weights = {where: (one, axis) for where, one, axis in own if isinstance(one, nn.Parameter)}
+        tensors_of = [(where, getattr(part, name), axis) for where, part, name, axis in declared if axis.of == of]
+        weights = {where: (tensor, axis) for where, tensor, axis in tensors_of if isinstance(tensor, nn.Parameter)}
         if weights:
-            initializer, born[of] = _newcomers(of, plan, growth, weights, changed, ask, generator)
+            initializer, born[of] = _new_experts(of, plan, growth, weights, changed, ask, generator)
     tensors = [
         (part, name, value)
         for target in (layer, *copies)
@@ -72,7 +72,7 @@ def stage(
         for name, value in staged.items()
     ]
     values = {id(getattr(part, name)): value for part, name, value in tensors}
-    states = [one for optimizer in optimizers for one in _staged_states(optimizer, declared, plans, born, values)]
+    states = [state for optimizer in optimizers for state in _staged_states(optimizer, declared, plans, born, values)]
     return Staged(plans, initializer, tensors, states)
 
 
@@ -91,7 +91,7 @@ def _staged_states(
         parameter = getattr(part, name)
         if axis.of in plans and id(parameter) in held and optimizer.state.get(parameter):
             plan = plans[axis.of]
-            how = {at: new.moments for at, new in zip(plan.newcomers, born[axis.of], strict=True)}
+            how = {at: new.moments for at, new in zip(plan.added, born[axis.of], strict=True)}
             value = values[id(parameter)]
             yield optimizer, parameter, staged_state(optimizer, where, parameter, value, axis.axis, plan.origins, how)
 
@@ -103,28 +103,29 @@ def _declared(layer: MoE) -> Iterator[Declared]:
 
 
 def _refuse_unable(layer: MoE, declared: Iterable[Declared]) -> None:
-    who = f"layer '{layer.name}' can't grow"
     if not any(part is layer.experts for _, part, _, _ in declared):
-        raise UsageError(f"{who}: its {type(layer.experts).__name__} declares no expert axis; use stacked experts")
+        bank = type(layer.experts).__name__
+        raise _unable(layer, f"its {bank} declares no expert axis; use stacked experts")
     if layer.sums.of_step() is not None:
-        raise UsageError(f"{who} in the middle of a step; call engine.after_step() before")
+        raise _unable(layer, "a step is not finished; call engine.after_step() first")
     for where, part, name, axis in declared:
         tensor = getattr(part, name)
         if parametrize.is_parametrized(part) or (axis.fresh is not None and name not in part._parameters):
-            raise UsageError(f"{who}: {where} is parametrised or pruned; remove that before")
+            raise _unable(layer, f"{where} is parametrised or pruned; remove that first")
         if type(tensor) not in (nn.Parameter, Tensor) or tensor.is_inference():
-            raise UsageError(
-                f"{who}: {where} is a {type(tensor).__name__} that can't be resized (sharded, or inference)"
-            )
+            kind = type(tensor).__name__
+            raise _unable(layer, f"{where} is a {kind} that can't be resized (sharded, or an inference tensor)")
         if tensor.grad is not None:
-            raise UsageError(
-                f"{who}: {where} has a gradient; call optimizer.zero_grad() before, which must set it to None"
-            )
+            raise _unable(layer, f"{where} has a gradient; call optimizer.zero_grad() first, which must set it to None")
         if tensor.is_floating_point() and not bool(tensor.detach().sum(dtype=torch.float32).isfinite()):
-            raise UsageError(f"{who}: {where} is not finite")
+            raise _unable(layer, f"{where} is not finite")
 
 
-def _newcomers(
+def _unable(layer: MoE, why: str) -> UsageError:
+    return UsageError(f"layer '{layer.name}' can't grow: {why}", code="layer-cannot-grow")
+
+
+def _new_experts(
     of: str,
     plan: Plan,
     growth: Growth,
@@ -133,21 +134,21 @@ def _newcomers(
     ask: Ask,
     generator: torch.Generator,
 ) -> tuple[str | None, list[NewExpert]]:
-    """Ask the initializer for each newcomer, with copies of its parent's rows, on the CPU, whatever the layer is on."""
+    """Ask the initializer for each new expert, with copies of its parent's rows, on the CPU, wherever the layer is."""
     initializer, born = None, []
     roles = {where: axis.role for where, (_, axis) in weights.items()}
-    for position in plan.newcomers:
+    for position in plan.added:
         origin = plan.origins[position]
         parent = None
-        if origin is not None:  # as the newcomers before left it
+        if origin is not None:  # as earlier new experts left it
             rows = {where: tensor.detach().select(axis.axis, origin) for where, (tensor, axis) in weights.items()}
             rows |= changed.get((of, origin), {})
             parent = {where: row.cpu().clone() for where, row in rows.items()}
         fresh = {where: _fresh_row(tensor, axis, generator) for where, (tensor, axis) in weights.items()}
         offer = {"parent": parent, "growth": growth, "index": position, "fresh": fresh, "roles": roles}
         initializer, new = ask(of, origin, {**offer, "generator": generator})
-        own_rows = {where: row.to("cpu", fresh[where].dtype) for where, row in growth.rows.items() if where in fresh}
-        new = attrs.evolve(new, values={**new.values, **own_rows})
+        given_rows = {where: row.to("cpu", fresh[where].dtype) for where, row in growth.rows.items() if where in fresh}
+        new = attrs.evolve(new, values={**new.values, **given_rows})
         _check_rows(initializer, "", new.values, fresh, all_of_them=True)
         _check_rows(initializer, " of the parent", new.parent_values, fresh if origin is not None else {})
         if origin is not None:
@@ -167,18 +168,18 @@ def _fresh_row(tensor: Tensor, axis: Axis, generator: torch.Generator) -> Tensor
 def _check_rows(
     initializer: str, whose: str, rows: Mapping[str, Tensor], fresh: Rows, all_of_them: bool = False
 ) -> None:
-    if all_of_them and (missing := sorted(fresh.keys() - rows.keys())):
-        raise UsageError(f"initializer '{initializer}' gives a newcomer no {listed(missing)}")
+    problem = f"leaves out {listed(missing)}" if all_of_them and (missing := sorted(fresh.keys() - rows.keys())) else ""
     for where, row in rows.items():
         if where not in fresh:
-            raise UsageError(
-                f"initializer '{initializer}' gives a row{whose} '{where}', which is none of {listed(sorted(fresh))}"
-            )
-        if row.shape != fresh[where].shape:
-            wanted, found = list(fresh[where].shape), list(row.shape)
-            raise UsageError(f"initializer '{initializer}': the row{whose} '{where}' is {found}; it must be {wanted}")
-        if not bool(row.isfinite().all()):
-            raise UsageError(f"initializer '{initializer}': the row{whose} '{where}' is not finite")
+            problem = f"returned a row{whose} '{where}', which is none of {listed(sorted(fresh))}"
+        elif row.shape != fresh[where].shape:
+            problem = f"returned a row{whose} '{where}' of shape {list(row.shape)}, not {list(fresh[where].shape)}"
+        elif not bool(row.isfinite().all()):
+            problem = f"returned a row{whose} '{where}' that is not finite"
+        if problem:
+            break
+    if problem:
+        raise UsageError(f"initializer '{initializer}' {problem}", code="bad-new-expert")
 
 
 def _staged_parts(
@@ -206,7 +207,8 @@ def _staged_parts(
             part.adjust_rows(staged, plans)
             for name, axis in part.axes.items():
                 if axis.values in plans and bool((staged[name] < 0).any()):
-                    raise UsageError(f"{where}.{name} still names a unit that is to be removed")
+                    message = f"{where}.{name} still names a unit that is to be removed"
+                    raise UsageError(message, code="bad-growth")
             yield part, staged
 
 
@@ -215,7 +217,7 @@ def _staged_tensor(
 ) -> Tensor:
     plan = plans.get(axis.of)
     out = tensor.clone() if plan is None else reindex(tensor, axis.axis, plan.origins)
-    for number, position in enumerate(plan.newcomers if plan else ()):
+    for number, position in enumerate(plan.added if plan else ()):
         assert plan is not None
         row = news[number] if number < len(news) else None
         if row is None and (axis.new != "parent" or plan.origins[position] is None):
@@ -228,14 +230,15 @@ def _staged_tensor(
 
 
 def _new_row(where: str, tensor: Tensor, axis: Axis) -> Tensor:
-    """What a newcomer's row of a buffer starts as, without regard to its parent."""
+    """The first row of a new unit in a buffer, whatever its parent."""
     row = tensor.select(axis.axis, 0)
     if isinstance(axis.new, int | float):
         return torch.full_like(row, axis.new)
     if axis.new == "zero":
         return torch.zeros_like(row)
     if not tensor.is_floating_point():
-        raise UsageError(f"a newcomer needs a parent, because {where} holds whole numbers, which have no mean")
+        message = f"a new unit needs a parent, because {where} holds whole numbers, which have no mean"
+        raise UsageError(message, code="growth-needs-parent")
     return tensor.mean(axis.axis)
 
 
@@ -245,7 +248,7 @@ def _renamed(out: Tensor, axis: Axis, named: Plan, plan: Plan | None) -> Tensor:
     for old, new in named.kept.items():
         new_name[old] = new
     out = new_name[out].to(out.dtype)
-    for position, home in zip(plan.newcomers, plan.homes, strict=True) if plan and plan.homes else ():
+    for position, home in zip(plan.added, plan.homes, strict=True) if plan and plan.homes else ():
         out.select(axis.axis, position).fill_(home)
     return out
 
@@ -254,7 +257,7 @@ def _renamed(out: Tensor, axis: Axis, named: Plan, plan: Plan | None) -> Tensor:
 
 
 def commit(staged: Staged, layers: Iterable[MoE]) -> None:
-    """Move the pointers, and let the layers take over their new sizes."""
+    """Move the pointers, and let the layers adopt their new sizes."""
     for part, name, value in staged.tensors:
         part.put(name, value)
     for optimizer, parameter, state in staged.states:
@@ -265,10 +268,7 @@ def commit(staged: Staged, layers: Iterable[MoE]) -> None:
 
 @contextmanager
 def all_or_nothing(layers: Sequence[MoE], optimizers: Sequence[Optimizer], grown: list[Grown]) -> Iterator[None]:
-    """Whatever fails inside leaves layers, optimizers and the list of what has grown bit for bit as they were.
-
-    Random states stay in any case.
-    """
+    """Roll layers, optimizers and the growth log back, bit for bit, if the body raises; random states always."""
     put_back, before, draws = _pointers(layers, optimizers), list(grown), random_state()
     try:
         yield
@@ -281,7 +281,7 @@ def all_or_nothing(layers: Sequence[MoE], optimizers: Sequence[Optimizer], grown
 
 
 def _pointers(layers: Sequence[MoE], optimizers: Sequence[Optimizer]) -> Callable[[], None]:
-    """Note every pointer that a commit may move; answers what puts them back."""
+    """Note every pointer that a commit may move; returns a function that moves them back."""
     tables = [
         (table, dict(table))
         for layer in layers
@@ -289,11 +289,11 @@ def _pointers(layers: Sequence[MoE], optimizers: Sequence[Optimizer]) -> Callabl
         for table in (module.__dict__, module._parameters, module._buffers, module._modules)
     ]
     data = [(part, name, getattr(part, name).data) for layer in layers for _, part, name, _ in _declared(layer)]
-    own = {parameter for layer in layers for parameter in layer.parameters()}
+    parameters = {parameter for layer in layers for parameter in layer.parameters()}
     states = [
         (optimizer.state, parameter, optimizer.state[parameter])
         for optimizer in optimizers
-        for parameter in own
+        for parameter in parameters
         if parameter in optimizer.state
     ]
 
@@ -319,7 +319,7 @@ def recorded(
     loss_before: float | None,
     loss_after: float | None,
 ) -> Grown:
-    """The record of a growth that has happened."""
+    """The record of a growth that was committed."""
     plan = staged.plans["expert"]
     return Grown(
         step=step,
@@ -327,8 +327,8 @@ def recorded(
         of=growth.of,
         before=before,
         after=len(plan.origins),
-        rows=tuple(None if at in plan.newcomers else old for at, old in enumerate(plan.origins)),
-        parents=tuple(plan.origins[at] for at in plan.newcomers),
+        rows=tuple(None if at in plan.added else old for at, old in enumerate(plan.origins)),
+        parents=tuple(plan.origins[at] for at in plan.added),
         drop=tuple(sorted(set(range(before)) - plan.kept.keys())),
         initializer=staged.initializer,
         why=growth.why,

@@ -1,4 +1,4 @@
-"""Triggers of growth: what they see, and what they want."""
+"""The chosen triggers: asked after each step, with the memory that each of them keeps."""
 
 import math
 from collections.abc import Sequence
@@ -13,28 +13,30 @@ from ..errors import UsageError
 
 @attrs.define(eq=False)
 class Triggers:
-    """The chosen triggers and what each remembers. asked: the step for which they were asked last."""
+    """The chosen triggers. memory: what each keeps, by plugin. asked: the step for which they were asked last."""
 
     bounds: Sequence[Bound]
     memory: dict[str, dict[str, float]] = attrs.field(factory=dict)
     asked: int = 0
 
     def ask(self, history: History) -> list[Growth]:
-        """What the first of them that wants something wants; nothing twice for one step, as after a skipped one."""
-        fine = all(loss is None or math.isfinite(loss) for loss in (history.loss, history.eval_loss))
-        if self.asked == history.step or not fine:
+        """The growths that the first trigger to want any wants; none twice for one step, as after a skipped one."""
+        finite = all(loss is None or math.isfinite(loss) for loss in (history.loss, history.eval_loss))
+        if self.asked == history.step or not finite:
             return []
         self.asked = history.step
-        answers = [self._answer(bound, history) for bound in self.bounds]  # each keeps its account of every step
-        return next((several for several in answers if several), [])
+        wanted = [self._growths(bound, history) for bound in self.bounds]  # all are asked: each counts every step
+        return next((growths for growths in wanted if growths), [])
 
-    def _answer(self, bound: Bound, history: History) -> list[Growth]:
+    def _growths(self, bound: Bound, history: History) -> list[Growth]:
         name, memory = bound.plugin, self.memory.setdefault(bound.plugin, {})
         answer = bound({"history": attrs.evolve(history, asked=name), "memory": memory})
-        several = [] if answer is None else list(answer) if isinstance(answer, list | tuple) else [answer]
-        if not all(isinstance(one, Growth) for one in several):
-            raise UsageError(f"moe_growth of '{name}' answers {answer!r}, not a Growth, several, or None")
+        growths = [] if answer is None else list(answer) if isinstance(answer, list | tuple) else [answer]
+        if not all(isinstance(growth, Growth) for growth in growths):
+            message = f"moe_growth of '{name}' returned {answer!r}, not a Growth, a list of them, or None"
+            raise UsageError(message, code="growth-not-a-growth")
         for key, value in memory.items():
             if not isinstance(value, int | float | str | None):
-                raise UsageError(f"trigger '{name}' remembers {value!r} as '{key}', which is no number")
-        return [attrs.evolve(one, why=f"{name}: {one.why}" if one.why else name) for one in several]
+                message = f"trigger '{name}' keeps {value!r} as '{key}' in its memory, which is not a number"
+                raise UsageError(message, code="memory-not-a-number")
+        return [attrs.evolve(growth, why=f"{name}: {growth.why}" if growth.why else name) for growth in growths]

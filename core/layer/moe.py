@@ -96,7 +96,7 @@ class MoE(nn.Module):
         """The forward's arguments, checked and flattened, padding set to 0."""
         _check_arguments(self.name, self.spec.dim, x, {"mask": mask, "ids": ids, "labels": labels})
         tokens = Tokens(x.reshape(-1, x.shape[-1]), tuple(x.shape[:-1]), None if mask is None else mask.reshape(-1))
-        tokens.x = tokens.real(tokens.x)  # even NaN at a pad must reach nobody
+        tokens.x = tokens.real(tokens.x)  # not even a NaN at padding may leak
         tokens.ids = None if ids is None else tokens.real(ids.reshape(-1))
         tokens.labels = None if labels is None else tokens.real(labels.reshape(-1))
         return tokens
@@ -134,7 +134,7 @@ class MoE(nn.Module):
         return {**sums_of(routing), **measured(routing, self.measures, self)}
 
     def aux_terms(self, routing: Routing) -> dict[str, Tensor]:
-        """Every loss term of one forward, unweighted: "plugin", or "plugin.key" where it answers several."""
+        """Every loss term of one forward, unweighted: "plugin", or "plugin.key" for a loss of several terms."""
         terms: dict[str, Tensor] = {}
         for bound in self.losses:
             answer = bound({"routing": routing, "layer": self, "state": self.state_of(bound.plugin)})

@@ -28,13 +28,13 @@ KINDS = {  # entry-point group -> what one of its plugins is called
     "experts": "experts",
 }
 RENAMED_GROUPS = {"sources": "initializers"}  # entry-point groups of earlier versions
-WATCHING = ("metric", "report")  # the kinds that look on while a model learns
+WATCHING = ("metric", "report")  # the kinds that only observe a model
 DISABLED = "MOE_ENGINE_DISABLE_PLUGINS"
 
 
 @attrs.frozen
 class Found:
-    """A plugin as its distribution's metadata tells of it; nothing of it is imported."""
+    """A plugin as its distribution's metadata describes it; nothing is imported."""
 
     name: str
     kind: str
@@ -58,7 +58,7 @@ _pretended: ContextVar[dict[str, list[Found]] | None] = ContextVar("pretended", 
 
 @contextmanager
 def pretend(found: dict[str, list[Found]]) -> Iterator[None]:
-    """Inside, `find` answers this: how a plugin is tried that no distribution offers."""
+    """Inside, `find` returns this: how to try a plugin that no distribution offers."""
     before = _pretended.set(found)
     try:
         yield
@@ -67,7 +67,7 @@ def pretend(found: dict[str, list[Found]]) -> Iterator[None]:
 
 
 def find() -> dict[str, list[Found]]:
-    """Every installed plugin by name, sorted, but for disabled ones; a name with two entries is a clash."""
+    """Every installed plugin by name, sorted, except disabled ones; a name with two entries is a clash."""
     if (pretended := _pretended.get()) is not None:
         return pretended
     found: dict[str, list[Found]] = {}
@@ -84,69 +84,76 @@ def find() -> dict[str, list[Found]]:
                 found.setdefault(point.name, []).append(
                     Found(point.name, KINDS.get(group, group), name, home.version, point)
                 )
-    return {name: sorted(found[name], key=lambda one: (one.distribution, one.kind)) for name in sorted(found)}
+    return {name: sorted(found[name], key=lambda offer: (offer.distribution, offer.kind)) for name in sorted(found)}
 
 
 def pick(name: str, found: Mapping[str, list[Found]]) -> Found:
     """The one installed plugin of that name; an unknown name or a clash is an error."""
     if name in disabled():
-        raise UsageError(f"plugin '{name}' is disabled by the environment variable {DISABLED}; take it out there")
+        message = f"plugin '{name}' is disabled by the environment variable {DISABLED}; remove it there"
+        raise UsageError(message, code="disabled-plugin")
     if name not in found:
-        raise UsageError(f"there is no plugin '{name}'; {nearest(name, found)}")
+        raise UsageError(f"there is no plugin '{name}'; {nearest(name, found)}", code="unknown-plugin")
     first, *others = found[name]
     if others:
-        homes = listed(f"{one.distribution} ({one.entry_point.value})" for one in found[name])
-        raise PluginError(f"plugin '{name}' is offered by {homes}; uninstall one of them")
+        homes = listed(f"{offer.distribution} ({offer.entry_point.value})" for offer in found[name])
+        raise PluginError(f"plugin '{name}' is offered by {homes}; uninstall one of them", code="plugin-clash")
     return first
 
 
 def load(found: Found) -> type:
-    """Import one plugin and hold it against the contract."""
+    """Import one plugin and check it against the contract. Raises PluginError."""
     origin = f"{found.title} ({found.distribution} {found.version})"
     group = found.entry_point.group
     if group.removeprefix(PREFIX) not in KINDS:
         renamed = RENAMED_GROUPS.get(group.removeprefix(PREFIX))
-        hint = f"it is now '{PREFIX}{renamed}'" if renamed else nearest(group, [PREFIX + one for one in KINDS])
-        raise PluginError(f"plugin '{found.name}' is in the unknown entry-point group '{group}'; {hint}")
+        hint = f"it is now '{PREFIX}{renamed}'" if renamed else nearest(group, [PREFIX + known for known in KINDS])
+        message = f"plugin '{found.name}' is in the unknown entry-point group '{group}'; {hint}"
+        raise PluginError(message, code="unknown-group")
     try:
         cls = found.entry_point.load()
     except (Exception, SystemExit) as error:
-        raise PluginError(f"{origin} does not load: {type(error).__name__}: {error}") from error
+        message = f"{origin} does not load: {type(error).__name__}: {error}"
+        raise PluginError(message, code="plugin-not-loaded") from error
     if not (inspect.isclass(cls) and attrs.has(cls)) or cls.__eq__ is not object.__eq__:
-        raise PluginError(f"{origin} is not a class under @attrs.define(eq=False)")
+        raise PluginError(f"{origin} is not a class under @attrs.define(eq=False)", code="not-a-plugin-class")
     for name in dir(cls):
         if name.startswith("moe_") or _marks(cls, name) is not None:
             _check_hook(origin, cls, name)
     hooks = [name for name in HOOKS if _marks(cls, name) is not None]
     if not hooks:
-        raise PluginError(f"{origin} implements no hook")
+        raise PluginError(f"{origin} implements no hook", code="no-hook")
     if problem := problem_of(cls, hooks):
-        raise PluginError(f"{origin}: {problem}")
+        raise PluginError(f"{origin}: {problem}", code="bad-trait")
     return cls
 
 
 def _marks(cls: type, name: str) -> Any:
-    """What @hookimpl left on a method, or None."""
+    """The marks that @hookimpl set on a method, or None."""
     return getattr(inspect.getattr_static(cls, name, None), "moe_engine_impl", None)
 
 
 def _check_hook(origin: str, cls: type, name: str) -> None:
     marks = _marks(cls, name)
     if name not in HOOKS:
-        raise PluginError(f"{origin} implements {name}, which is no hook; {nearest(name, HOOKS)}")
+        raise PluginError(
+            f"{origin} implements '{name}', which is not a hook; {nearest(name, HOOKS)}", code="unknown-hook"
+        )
     if marks is None:
-        raise PluginError(f"{origin}: {name} lacks the mark @hookimpl")
-    if any(marks[one] for one in ("wrapper", "hookwrapper", "tryfirst", "trylast")):
-        raise PluginError(f"{origin}: {name} asks for a place in the order; plugins act in the order typed")
+        raise PluginError(f"{origin}: {name} lacks the decorator @hookimpl", code="hook-not-marked")
+    if any(marks[mark] for mark in ("wrapper", "hookwrapper", "tryfirst", "trylast")):
+        message = f"{origin}: {name} asks for a place in the order; plugins act in the order typed"
+        raise PluginError(message, code="hook-order")
     offered = inspect.signature(HOOKS[name]).parameters
-    own, *asked = [*inspect.signature(getattr(cls, name)).parameters, None]
-    if own != "self":
-        raise PluginError(f"{origin}: the first argument of {name} must be self")
+    first, *asked = [*inspect.signature(getattr(cls, name)).parameters, None]
+    if first != "self":
+        raise PluginError(f"{origin}: the first argument of {name} must be self", code="hook-arguments")
     for argument in asked[:-1]:
         if argument not in offered:
-            raise PluginError(f"{origin}: {name} asks for '{argument}', but the hook offers {listed(offered)}")
+            message = f"{origin}: {name} asks for '{argument}', but the hook offers {listed(offered)}"
+            raise PluginError(message, code="hook-arguments")
 
 
 def defaults() -> dict[str, Any]:
-    """core/defaults.toml."""
+    """The plugins and the task of a run unless it names others: defaults.toml."""
     return tomllib.loads(resources.files(__package__).joinpath("defaults.toml").read_text("utf-8"))

@@ -1,6 +1,6 @@
-"""Plugins: find them by metadata, load the chosen ones one by one, check, order and bind them.
+"""The plugins of one engine: loaded one by one, checked, configured, ordered, bound.
 
-Nothing here imports torch, and nothing is imported of a plugin that was not asked for.
+Nothing here imports torch, and only plugins that were asked for are imported.
 """
 
 import copy
@@ -56,7 +56,7 @@ class Plugins:
         self._register()
 
     def _register(self) -> None:
-        # pluggy answers last-in first-out: registered backwards, its order is the order typed too
+        # pluggy calls last-in first-out: registered backwards, its order is the order typed
         for name in reversed(self.active):
             self.manager.register(self.active[name], name)
 
@@ -78,11 +78,12 @@ class Plugins:
         usual = defaults()
         routers = [name for name, cls in self._classes.items() if _marks(cls, "moe_router") is not None]
         if len(routers) > 1:
-            raise UsageError(f"a layer has one router, but {listed(map(repr, routers))} are all routers; choose one")
+            message = f"a layer has one router, but {listed(map(repr, routers))} are all routers; choose one"
+            raise UsageError(message, code="several-routers")
         if not routers:
             self._add_default(usual["router"], installed)
         if not routers and usual["router"] not in self._classes:
-            raise UsageError("no router is left; name one with --plugins")
+            raise UsageError("no router is left; name one with --plugins", code="no-router")
         if not any(_marks(cls, "moe_new_expert") is not None for cls in self._classes.values()):
             self._add_default(usual["initializer"], installed)
         for name in (*usual["metrics"], *usual["reports"]):
@@ -96,10 +97,10 @@ class Plugins:
         for name in settings:
             if name not in self._classes:
                 if name in installed:
-                    raise UsageError(f"options are set for plugin '{name}', which is not chosen; add it to --plugins")
-                raise UsageError(
-                    f"options are set for plugin '{name}', which does not exist; {nearest(name, self._classes)}"
-                )
+                    message = f"options are set for plugin '{name}', which is not chosen; add it to --plugins"
+                    raise UsageError(message, code="plugin-not-chosen")
+                message = f"options are set for plugin '{name}', which does not exist; {nearest(name, self._classes)}"
+                raise UsageError(message, code="unknown-plugin")
         return {name: build(cls, self.found[name].title, settings.get(name, {})) for name, cls in self._classes.items()}
 
     def override(self, settings: Settings) -> dict[str, Any]:
@@ -107,7 +108,8 @@ class Plugins:
         plugins = dict(self.active)
         for name, given in settings.items():
             if name not in plugins:
-                raise UsageError(f"options are set for plugin '{name}', which is not chosen; {nearest(name, plugins)}")
+                message = f"options are set for plugin '{name}', which is not chosen; {nearest(name, plugins)}"
+                raise UsageError(message, code="plugin-not-chosen")
             plugins[name] = changed(plugins[name], self.found[name].title, given)
         return plugins
 
@@ -125,13 +127,13 @@ class Plugins:
 
         objections = self._unmet(setup.plugins)
         for bound in self.bind("moe_check", setup.plugins):
-            said = self.ask(bound, str | Finding | None, {"setup": setup})
-            if isinstance(said, Finding):
-                self.remarks[bound.plugin] = said
-            elif said:
-                objections.append(said)
+            answer = self.ask(bound, str | Finding | None, {"setup": setup})
+            if isinstance(answer, Finding):
+                self.remarks[bound.plugin] = answer
+            elif answer:
+                objections.append(answer)
         if objections:
-            raise UsageError("; ".join(objections))
+            raise UsageError("; ".join(objections), code="mix-refused")
 
     def _unmet(self, plugins: Mapping[str, Any]) -> list[str]:
         """What chosen plugins require and the router does not provide, as sentences."""
@@ -147,18 +149,19 @@ class Plugins:
         ]
 
     def ask(self, bound: Bound, kind: Any, offer: Mapping[str, Any]) -> Any:
-        """A plugin's answer, which must be an instance of `kind`. Raises PluginError, naming plugin and hook."""
-        one, hook = self.found[bound.plugin], bound.function.__name__
-        origin = f"{one.title} ({one.distribution} {one.version})"
+        """What a plugin returns, an instance of `kind`. Raises PluginError, naming plugin and hook."""
+        found, hook = self.found[bound.plugin], bound.function.__name__
+        origin = f"{found.title} ({found.distribution} {found.version})"
         try:
             answer = bound(offer)
         except UsageError:
             raise
         except (Exception, SystemExit) as error:
-            raise PluginError(f"{origin} fails in {hook}: {type(error).__name__}: {error}") from error
+            message = f"{origin} fails in {hook}: {type(error).__name__}: {error}"
+            raise PluginError(message, code="plugin-failed") from error
         if not isinstance(answer, kind):
             name = getattr(kind, "__name__", str(kind).replace("moe_engine.contract.parts.", ""))
-            raise PluginError(f"{origin}: {hook} answers {answer!r}, which is no {name}")
+            raise PluginError(f"{origin}: {hook} returned {answer!r}, not a {name}", code="hook-wrong-type")
         return answer
 
     def options(self) -> Settings:
@@ -168,7 +171,8 @@ class Plugins:
     def records(self) -> list[dict[str, str]]:
         """Name, distribution and version of every active plugin, for a run's record."""
         return [
-            {"name": one.name, "distribution": one.distribution, "version": one.version} for one in self.found.values()
+            {"name": found.name, "distribution": found.distribution, "version": found.version}
+            for found in self.found.values()
         ]
 
     def culprit(self, error: BaseException) -> str | None:
@@ -178,11 +182,11 @@ class Plugins:
         blamed, sure, trace = None, False, error.__traceback__
         while trace is not None:
             code = trace.tb_frame.f_code
-            own = names.get(type(trace.tb_frame.f_locals.get("self")))  # one file may hold several plugins
-            name = own or (None if sure else files.get(code.co_filename))
+            of_self = names.get(type(trace.tb_frame.f_locals.get("self")))  # one file may hold several plugins
+            name = of_self or (None if sure else files.get(code.co_filename))
             if name is not None:
                 where = code.co_name if blamed is None or not blamed[1].startswith("moe_") else blamed[1]
-                blamed, sure = (self.found[name], where), sure or own is not None
+                blamed, sure = (self.found[name], where), sure or of_self is not None
             trace = trace.tb_next
         return f"{blamed[0].title} ({blamed[0].distribution} {blamed[0].version}) in {blamed[1]}" if blamed else None
 
@@ -191,22 +195,22 @@ def _chosen(names: Iterable[str], installed: Mapping[str, list[Found]]) -> list[
     chosen: list[str] = []
     for name in names:
         if name in chosen:
-            raise UsageError(f"plugin '{name}' is named twice")
+            raise UsageError(f"plugin '{name}' is named twice", code="duplicate-plugin")
         if pick(name, installed).kind == "task":
-            raise UsageError(f"'{name}' is a task; name it with --task {name}")
+            raise UsageError(f"'{name}' is a task; name it with --task {name}", code="task-among-plugins")
         chosen.append(name)
     return chosen
 
 
 def _task(name: str, installed: Mapping[str, list[Found]]) -> Found:
-    tasks = {one: all_found for one, all_found in installed.items() if any(f.kind == "task" for f in all_found)}
+    tasks = [known for known, offers in installed.items() if any(offer.kind == "task" for offer in offers)]
     if name not in tasks and name not in disabled():
-        raise UsageError(f"there is no task '{name}'; {nearest(name, tasks)}")
+        raise UsageError(f"there is no task '{name}'; {nearest(name, tasks)}", code="unknown-task")
     return pick(name, installed)
 
 
 def broken() -> dict[str, str | None]:
-    """Every installed plugin, imported and built with its defaults: None, or what is wrong with it."""
+    """Every installed plugin, imported and built with its defaults: None, or the problem."""
     verdicts: dict[str, str | None] = {}
     installed = find()
     for name in installed:
