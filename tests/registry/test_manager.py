@@ -40,7 +40,7 @@ def test_without_removes_defaults_and_chosen_plugins():
     assert "z_loss" not in names
     with refused("no-router"):
         Plugins([], without=["topk"])
-    with refused("unknown-plugin", "htlm", "did you mean 'html'?"):
+    with refused("unknown-plugin", "htlm", "did you mean 'html'"):
         Plugins([], without=["htlm"])
 
 
