@@ -1,4 +1,7 @@
-"""What happens between an expert's two products, as functions that autograd knows and with gradients by hand."""
+"""Activations of the experts' MLPs, with manual gradients.
+
+ACTIVATIONS are for autograd. MANUAL_ACTIVATIONS are the same functions for the fused kernel, which runs without it.
+"""
 
 from collections.abc import Callable
 
@@ -19,34 +22,35 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "gelu"
 
 @attrs.frozen
 class ManualActivation:
-    """An activation without autograd.
+    """An activation and its gradient without autograd.
 
-    of(a): h [n, H] of a product a [n, W], which it may overwrite; what a is then is kept, so h itself for ReLU.
-    again(kept): h. back(kept, d): the gradient of a [n, W] of that of h, d [n, H], which it may overwrite.
+    forward(a): h [n, H] of the preactivations a [n, W]. It may overwrite a; the kernel saves what a holds afterwards
+    (for ReLU that is h). recompute(saved): h again. backward(saved, d): the gradient [n, W] with respect to a, given
+    that with respect to h, d [n, H], which it may overwrite.
     """
 
-    of: Callable[[Tensor], Tensor]
-    again: Callable[[Tensor], Tensor]
-    back: Callable[[Tensor, Tensor], Tensor]
+    forward: Callable[[Tensor], Tensor]
+    recompute: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor], Tensor]
 
 
-def _relu_back(h: Tensor, d: Tensor) -> Tensor:
-    back: Tensor = torch.ops.aten.threshold_backward.grad_input(d, h, 0, grad_input=d)
-    return back
+def _relu_backward(h: Tensor, d: Tensor) -> Tensor:
+    grad: Tensor = torch.ops.aten.threshold_backward.grad_input(d, h, 0, grad_input=d)
+    return grad
 
 
-def _gelu_back(a: Tensor, d: Tensor) -> Tensor:
-    back: Tensor = torch.ops.aten.gelu_backward.grad_input(d, a, grad_input=d)
-    return back
+def _gelu_backward(a: Tensor, d: Tensor) -> Tensor:
+    grad: Tensor = torch.ops.aten.gelu_backward.grad_input(d, a, grad_input=d)
+    return grad
 
 
-def _swiglu_back(a: Tensor, d: Tensor) -> Tensor:
+def _swiglu_backward(a: Tensor, d: Tensor) -> Tensor:
     gate, up = a.chunk(2, dim=-1)
     return torch.cat([torch.ops.aten.silu_backward(d * up, gate), d.mul_(F.silu(gate))], dim=-1)
 
 
 MANUAL_ACTIVATIONS = {
-    "relu": ManualActivation(torch.relu_, lambda h: h, _relu_back),
-    "gelu": ManualActivation(F.gelu, F.gelu, _gelu_back),
-    "swiglu": ManualActivation(swiglu, swiglu, _swiglu_back),
+    "relu": ManualActivation(torch.relu_, lambda h: h, _relu_backward),
+    "gelu": ManualActivation(F.gelu, F.gelu, _gelu_backward),
+    "swiglu": ManualActivation(swiglu, swiglu, _swiglu_backward),
 }

@@ -12,16 +12,17 @@ from ..contract.routing import Assignments, Spec, Tokens
 def within_capacity(plan: Assignments, spec: Spec, tokens: Tokens) -> Assignments:
     """Keep at most ceil(capacity * T * K / E) assignments of each expert, T counting real tokens.
 
-    First choices go before second ones, then earlier tokens before later ones; in a causal layer only
-    the latter, so that no token's fate depends on a later one's choice. Gates are not renormalised after a
-    drop. The limit is computed in whole numbers: in floating point 1.1 * 100 / 10 is above 11, and its ceiling 12.
+    Expert capacity of GShard (Lepikhin et al., 2021) and Switch Transformer (Fedus et al., 2022). First choices take
+    precedence over second ones, then earlier tokens over later ones. In a causal layer only the order of tokens counts:
+    whether a token is dropped must not depend on later tokens. Gates are not renormalised after a drop. The limit is
+    computed in integers: in floating point 1.1 * 100 / 10 is above 11, and its ceiling 12.
     """
-    factor = Fraction(str(spec.capacity)).limit_denominator(10**6)  # int64 holds it times T * K
+    factor = Fraction(str(spec.capacity)).limit_denominator(10**6)  # times T * K it still fits int64
     limit = -(-(tokens.count * spec.top_k * factor.numerator) // (spec.experts * factor.denominator))
-    by_expert = torch.where(plan.selected, plan.expert, spec.experts)
-    key = by_expert if spec.causal else by_expert * spec.top_k + plan.rank.clamp(max=spec.top_k - 1)
-    order = torch.argsort(key, stable=True)
-    load = rows_of(by_expert, spec.experts + 1)
-    place = torch.arange(order.shape[0], device=order.device) - (load.cumsum(0) - load)[by_expert[order]]
-    kept = torch.empty_like(plan.kept).index_copy(0, order, place < limit)
-    return attrs.evolve(plan, kept=plan.selected & kept)
+    expert_N = torch.where(plan.selected, plan.expert, spec.experts)  # not selected: sorted to the end
+    key_N = expert_N if spec.causal else expert_N * spec.top_k + plan.rank.clamp(max=spec.top_k - 1)
+    order_N = torch.argsort(key_N, stable=True)
+    load = rows_of(expert_N, spec.experts + 1)
+    position_N = torch.arange(order_N.shape[0], device=order_N.device) - (load.cumsum(0) - load)[expert_N[order_N]]
+    kept_N = torch.empty_like(plan.kept).index_copy(0, order_N, position_N < limit)
+    return attrs.evolve(plan, kept=plan.selected & kept_N)

@@ -1,4 +1,4 @@
-"""What replaces an MoE layer in a dense model: one MLP as wide as the experts that a token is sent to."""
+"""Dense layers: the shared expert, and the twin that replaces an MoE layer in a dense model."""
 
 from collections.abc import Callable
 
@@ -13,72 +13,75 @@ from .activations import ACTIVATIONS
 
 
 class Dense(nn.Module):
-    """What stands in the place of an MoE layer: all tokens go one way. Takes its arguments; answers 0 at padding."""
+    """A layer without routing, called like an MoE layer: x [..., D] and optional mask, ids and labels.
+
+    Returns [..., out], 0 at padding. Subclasses implement `transform`.
+    """
 
     def forward(
         self, x: Tensor, mask: Tensor | None = None, ids: Tensor | None = None, labels: Tensor | None = None
     ) -> Tensor:
         if mask is not None:
-            x = torch.where(mask[..., None], x, 0)  # even NaN at a pad must reach nobody
-        y = self.through(x)
+            x = torch.where(mask[..., None], x, 0)  # even NaN at padding must not reach any output or gradient
+        y = self.transform(x)
         return y if mask is None else torch.where(mask[..., None], y, 0)
 
-    def through(self, x: Tensor) -> Tensor:
-        """[..., out] of tokens x [..., D]."""
+    def transform(self, x: Tensor) -> Tensor:
+        """[..., out]: the output for tokens x [..., D]."""
         raise NotImplementedError
 
 
 class DenseMLP(Dense):
-    """One perceptron through which every token goes.
-
-    hidden: its width, that of one expert unless given.
-    """
+    """A two-layer MLP for every token. hidden: its width; by default that of one expert."""
 
     def __init__(self, spec: Spec, hidden: int | None = None) -> None:
         super().__init__()
         hidden = spec.hidden if hidden is None else hidden
         self.act = ACTIVATIONS[spec.activation]
+        # enter and leave are the up and down projections; their names are keys of state_dicts
         self.enter = nn.Linear(spec.dim, 2 * hidden if spec.activation == "swiglu" else hidden, bias=spec.bias)
         self.leave = nn.Linear(hidden, spec.out_dim, bias=spec.bias)
 
-    def through(self, x: Tensor) -> Tensor:
+    def transform(self, x: Tensor) -> Tensor:
         y: Tensor = self.leave(self.act(self.enter(x)))
         return y
 
 
 class DenseExpert(Dense):
-    """The one expert of a bank, through which every token goes. dim: D."""
+    """A bank of one expert that every token goes through. dim: D."""
 
     def __init__(self, bank: Experts, dim: int) -> None:
         super().__init__()
         self.bank, self.dim = bank, dim
 
-    def through(self, x: Tensor) -> Tensor:
+    def transform(self, x: Tensor) -> Tensor:
         x_TD = x.reshape(-1, x.shape[-1])
         y_TO: Tensor = self.bank(x_TD, torch.full((1,), x_TD.shape[0], device=x.device))
         return y_TO.view(*x.shape[:-1], y_TO.shape[1])
 
 
 def shared_expert(spec: Spec) -> DenseMLP | None:
-    """The MLP through which every token goes, as wide as `spec.shared` experts, or None (DeepSeekMoE, 2024)."""
+    """An MLP for every token, as wide as `spec.shared` experts, or None if there are none (DeepSeekMoE, 2024)."""
     return DenseMLP(spec, spec.hidden * spec.shared) if spec.shared else None
 
 
 class DenseTwin(DenseMLP):
-    """The MLP in the place of a layer."""
+    """The MLP that replaces an MoE layer."""
 
 
 def dense_twin(spec: Spec, bank: Callable[[Spec], Experts | None] = lambda spec: None) -> Dense:
-    """What does as much for a token as the layer's experts do.
+    """The dense layer that spends as much compute on a token as this layer's experts do.
 
-    bank: builds the experts, if they are no stacked MLP. Of those one takes every token, as at top_k=1. An MLP is as
-    wide as top_k experts and the shared ones together. Raises UsageError for more than one expert without a width.
+    bank: builds the layer's bank from a spec, or returns None for a StackedMLP. The twin of a StackedMLP is an MLP as
+    wide as top_k experts and the shared ones together; that of another bank is one of its experts, for every token.
+    Raises UsageError if another bank's token uses several experts, because their widths can't be added.
     """
-    if (own := bank(attrs.evolve(spec, experts=1, top_k=1))) is None:
+    if (single := bank(attrs.evolve(spec, experts=1, top_k=1))) is None:
         return DenseTwin(spec, spec.hidden * (spec.top_k + spec.shared))
     if spec.top_k + spec.shared > 1:
-        raise UsageError(
+        message = (
             "a dense model is as wide as the experts that a token is sent to; these have no width, so one of them "
-            f"stands for top_k=1 without shared ones alone, not for {spec.top_k} + {spec.shared}"
+            f"stands for top_k=1 without shared experts only, not for top_k={spec.top_k} and shared={spec.shared}"
         )
-    return DenseExpert(own, spec.dim)
+        raise UsageError(message, code="no-dense-twin")
+    return DenseExpert(single, spec.dim)

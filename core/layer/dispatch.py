@@ -1,4 +1,8 @@
-"""How tokens reach experts and come back: sort by expert, run the bank, combine by a weighted sum."""
+"""Send tokens to their experts and combine the outputs.
+
+Assignments are sorted by expert, the bank maps each expert's rows, and a token's outputs are summed by gate. A router
+that mixes tokens (`Slots`) has einsums in both places instead.
+"""
 
 import torch
 from torch import Tensor
@@ -9,11 +13,14 @@ from ..contract.routing import Routing, Slots
 
 
 def dispatch(experts: Experts, routing: Routing, out: int) -> Tensor:
-    """[T, out]: sum over a token's kept assignments of weight times its expert's output, in fp32 or better."""
+    """[T, out]: the sum over a token's kept assignments of weight times expert output, in fp32 or better.
+
+    out: the experts' output width. A token without a kept assignment gets 0.
+    """
     x_TD, plan, size = routing.tokens.x, routing.plan, routing.experts
     if routing.slots is not None:
-        return _through_slots(experts, x_TD, routing.slots, out)
-    expert_N = torch.where(plan.kept, plan.expert, size)  # what is not kept goes to the end
+        return _soft_dispatch(experts, x_TD, routing.slots, out)
+    expert_N = torch.where(plan.kept, plan.expert, size)  # dropped assignments are sorted to the end
     order_N = torch.argsort(expert_N, stable=True)
     counts_E = rows_of(expert_N, size + 1)
     token_N = plan.token.index_select(0, order_N)
@@ -21,7 +28,11 @@ def dispatch(experts: Experts, routing: Routing, out: int) -> Tensor:
     return experts.combined(x_TD, token_N, weight_N, counts_E[:size])
 
 
-def _through_slots(experts: Experts, x_TD: Tensor, slots: Slots, out: int) -> Tensor:
+def _soft_dispatch(experts: Experts, x_TD: Tensor, slots: Slots, out: int) -> Tensor:
+    """[T, out] where every slot is a mixture of its group's tokens, and every output a mixture of slots.
+
+    Soft MoE (Puigcerver et al., 2024). G groups of S tokens, n slots per expert in each group.
+    """
     groups, size, count, each = slots.dispatch.shape
     counts_E = torch.full((count,), groups * each, device=x_TD.device)
     with without_autocast(x_TD.device):

@@ -1,4 +1,4 @@
-"""Banks of experts: a stacked MLP, and any modules side by side."""
+"""Banks of experts: stacked MLPs, and any modules in a list."""
 
 from collections.abc import Sequence
 
@@ -13,22 +13,23 @@ from .grouped import grouped_linear, row_counts
 
 
 class StackedMLP(Experts):
-    """E two-layer perceptrons in stacked weights: act(x W_in + b_in) W_out + b_out.
+    """E two-layer MLPs in stacked weights: act(x W_in + b_in) W_out + b_out.
 
-    w_in [E, D, H], for swiglu [E, D, 2H] (gate, then up); w_out [E, H, out].
+    w_in [E, D, W] and b_in [E, W], the up projection: W is H, or 2H for swiglu (gate, then up). w_out [E, H, out] and
+    b_out [E, out], the down projection. Biases are None unless the spec has them.
     """
 
     def __init__(self, spec: Spec) -> None:
         super().__init__()
         self.activation = spec.activation
         count, dim, hidden, out = spec.experts, spec.dim, spec.hidden, spec.out_dim
-        wide = 2 * hidden if spec.activation == "swiglu" else hidden
-        self.expert_param("w_in", (count, dim, wide), fresh=uniform(dim), role="in")
+        width = 2 * hidden if spec.activation == "swiglu" else hidden
+        self.expert_param("w_in", (count, dim, width), fresh=uniform(dim), role="in")
         self.expert_param("w_out", (count, hidden, out), fresh=uniform(hidden), role="output")
         self.b_in: Tensor | None
         self.b_out: Tensor | None
         if spec.bias:
-            self.expert_param("b_in", (count, wide), fresh=uniform(dim), role="in")
+            self.expert_param("b_in", (count, width), fresh=uniform(dim), role="in")
             self.expert_param("b_out", (count, out), fresh=uniform(hidden), role="output")
         else:
             self.b_in = self.b_out = None
@@ -37,9 +38,9 @@ class StackedMLP(Experts):
     w_out: Tensor
 
     def forward(self, x_ND: Tensor, counts_E: Tensor) -> Tensor:
-        return self._mapped(x_ND, row_counts(counts_E), self.w_in, self.b_in, self.w_out, self.b_out)
+        return self._grouped_mlp(x_ND, row_counts(counts_E), self.w_in, self.b_in, self.w_out, self.b_out)
 
-    def _mapped(
+    def _grouped_mlp(
         self,
         x_ND: Tensor,
         counts: list[int] | Tensor,
@@ -48,24 +49,26 @@ class StackedMLP(Experts):
         w_out: Tensor,
         b_out: Tensor | None,
     ) -> Tensor:
+        """[N, out]: each row through its own expert; autograd differentiates it any number of times."""
         hidden_NH = ACTIVATIONS[self.activation](grouped_linear(x_ND, w_in, b_in, counts))
         return grouped_linear(hidden_NH, w_out, b_out, counts)
 
     def combined(self, x_TD: Tensor, token_N: Tensor, weight_N: Tensor, counts_E: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or x_TD.device.type != "cpu" or self._forward_is_watched():
+        if torch.compiler.is_compiling() or x_TD.device.type != "cpu" or self._must_call_forward():
             return super().combined(x_TD, token_N, weight_N, counts_E)
         counts = counts_E.tolist()
         if (rows := sum(counts)) < len(token_N):
             token_N, weight_N = token_N[:rows], weight_N[:rows]
 
-        def readable(x_TD: Tensor, weight_N: Tensor, *weights: Tensor) -> Tensor:
-            return combine(self._mapped(x_TD.index_select(0, token_N), counts, *weights), token_N, weight_N, len(x_TD))
+        def reference(x_TD: Tensor, weight_N: Tensor, *weights: Tensor) -> Tensor:
+            out_NO = self._grouped_mlp(x_TD.index_select(0, token_N), counts, *weights)
+            return combine(out_NO, token_N, weight_N, len(x_TD))
 
         weights = (self.w_in, self.b_in, self.w_out, self.b_out)
-        return fused_mlp(x_TD, token_N, weight_N, counts, self.activation, weights, readable)
+        return fused_mlp(x_TD, token_N, weight_N, counts, self.activation, weights, reference)
 
-    def _forward_is_watched(self) -> bool:
-        """Somebody counts on `forward` being called: one of somebody's own is in its place, or there are hooks."""
+    def _must_call_forward(self) -> bool:
+        """True if `forward` is overridden or the bank has hooks, so the fused kernel must not bypass it."""
         hooks = self._forward_hooks, self._forward_pre_hooks, self._backward_hooks, self._backward_pre_hooks
         return getattr(self.forward, "__func__", None) is not StackedMLP.forward or any(hooks)
 
@@ -76,9 +79,9 @@ class StackedMLP(Experts):
 
 
 class ModuleBank(Experts):
-    """Any modules as experts, each called with its own rows [n, D] and answering [n, out]; not without rows.
+    """Any modules as experts: each maps its rows [n, D] to [n, out], and is not called without rows.
 
-    Under torch.compile the number of rows breaks the graph: fullgraph=True needs a StackedMLP.
+    Under torch.compile, reading the number of rows breaks the graph: fullgraph=True needs a StackedMLP.
     """
 
     def __init__(self, modules: Sequence[nn.Module], out: int) -> None:
@@ -90,7 +93,7 @@ class ModuleBank(Experts):
         counts = counts_E.tolist()
         rest = x_ND.shape[0] - sum(counts)
         *rows, _ = x_ND.split([*counts, rest])
-        parts = [expert(own) for expert, own in zip(self.bank, rows, strict=True) if own.shape[0]]
+        parts = [expert(rows_nD) for expert, rows_nD in zip(self.bank, rows, strict=True) if rows_nD.shape[0]]
         dtype = parts[0].dtype if parts else x_ND.dtype
         return torch.cat([*parts, torch.zeros(rest, self.out, dtype=dtype, device=x_ND.device)])
 
@@ -98,9 +101,9 @@ class ModuleBank(Experts):
         return torch.stack([expert(x_SD) for expert in self.bank])
 
     def expert_grad(self) -> Tensor:
-        return torch.stack([_mean_of([mean_grad(p) for p in one.parameters()]) for one in self.bank])
+        return torch.stack([_mean_of([mean_grad(p) for p in expert.parameters()]) for expert in self.bank])
 
 
 def _mean_of(means: list[Tensor]) -> Tensor:
-    """Their mean; 0 for a module without parameters."""
+    """The mean of scalars; 0 if there are none, as for a module without parameters."""
     return torch.stack(means).mean() if means else torch.zeros(())

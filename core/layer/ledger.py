@@ -1,10 +1,15 @@
-"""The one autograd Function through which counts, signals and auxiliary gradients pass.
+"""Carry a layer's sums, signals and auxiliary loss through backward.
 
-A forward that is recomputed (activation checkpointing) runs twice but is gone back through once.
-So a layer enters what it counted as the "gradient" of a leaf of zeros, and its auxiliary loss as a
-gradient of that loss: both then come to pass once, eager or compiled, in every form of checkpointing.
+Under activation checkpointing a forward runs twice, but its backward once. What must happen once per forward therefore
+happens in backward, in a Function that passes the layer's output through unchanged:
 
-Limits: torch.autograd.grad sees no auxiliary loss; two backwards of one forward count twice.
+- the layer's sums (tokens, load, measurements, loss values) arrive as the "gradient" of a leaf of zeros, `step`, in
+  which autograd adds up all forwards of a step;
+- the biases' signals, which need the gradient at the layer's output, follow them in the same leaf;
+- the auxiliary loss gets its gradient here, so it reaches the router without being part of the task loss.
+
+This holds eager and compiled, under every form of checkpointing. Limits: torch.autograd.grad leaves out the auxiliary
+loss; two backwards of one forward count twice.
 """
 
 from collections.abc import Callable
@@ -14,32 +19,33 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-Signals = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-
+Signals = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (grad_TD, token_N, expert_N, weight_N) -> flat signals
 
 STALE = "the layer changed its number of experts between this forward and its backward"
 
 
-def invalidate(book: Tensor) -> None:
-    """No layer has this book any more: a backward that reaches it has gradients of the old shapes, and raises."""
+def invalidate(step: Tensor) -> None:
+    """Make every backward that still reaches this leaf raise RuntimeError: the layer's shapes have changed since."""
 
-    def stale(_: Tensor) -> None:
+    def raise_stale(_: Tensor) -> None:
         raise RuntimeError(STALE)
 
-    book.register_hook(stale)
+    step.register_hook(raise_stale)
 
 
 class Ledger(Function):
-    """y unchanged. In backward: sums and signals to the leaf `book`, the loss's scale to `aux`.
+    """Return y unchanged. In backward, add sums and signals to the leaf `step`, and give `aux` its gradient `scale`.
 
-    aux: None where the layer has no loss term; signals and what they read of the routing: where no bias wants one.
+    step: the leaf, as long as sums and signals together. sums: of this forward, flat. aux: the weighted auxiliary loss,
+    None if the layer has no loss term. scale: a scalar that `Anchor` fills before this backward. token_N, expert_N,
+    weight_N, signals: None if no bias wants a signal. Raises RuntimeError in backward if `step` has the wrong length.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         y_TD: Tensor,
-        book: Tensor,
+        step: Tensor,
         sums: Tensor,
         aux: Tensor | None,
         scale: Tensor,
@@ -49,9 +55,9 @@ class Ledger(Function):
         signals: Signals | None,
     ) -> Tensor:
         ctx.save_for_backward(sums, scale, token_N, expert_N, weight_N)
-        ctx.signals, ctx.size = signals, book.shape[0]
-        # a copy, not a view: AOTAutograd replays an output that aliases an input outside the graph, and with it
-        # the whole Function would be lost; nor may anybody write into a custom Function's view
+        ctx.signals, ctx.size = signals, step.shape[0]
+        # A copy, not a view: AOTAutograd replays an output that aliases an input outside the graph, which would lose
+        # the whole Function; and the view of a custom Function must not be written to in place.
         return y_TD.clone()
 
     @staticmethod
@@ -62,26 +68,27 @@ class Ledger(Function):
         if sums.shape[0] != ctx.size:
             raise RuntimeError(STALE)
         if torch.compiler.is_compiling():
-            # The scale arrives between forward and backward. What depends on it alone a partitioner may
-            # move into the forward, where it is stale: a term of 0 ties it to the incoming gradient.
+            # `scale` is filled between forward and backward. A partitioner may move whatever depends on it alone
+            # into the forward, where it is stale: adding 0 times the incoming gradient prevents that.
             scale = scale + 0 * grad_TD.flatten()[:1].nan_to_num(0, 0, 0).sum()
         return grad_TD, sums, None, scale if ctx.needs_input_grad[3] else None, None, None, None, None, None
 
 
 class Anchor(Function):
-    """What `engine.aux_loss()` answers. Its backward runs before the layers' and hands each the loss's scale.
+    """The value that `engine.aux_loss()` returns. Its backward runs before the layers' and fills their scales.
 
-    So a user's 1/M for accumulation and AMP's loss scale reach the auxiliary gradient by themselves.
+    Whatever the user multiplies the loss by, 1/M for accumulation or AMP's loss scale, thereby scales the auxiliary
+    gradients too. leaf: any leaf that requires a gradient. on_backward: called first in backward. scales: the layers'.
     """
 
     @staticmethod
-    def forward(ctx: Any, leaf: Tensor, value: Tensor, entered: Callable[[], None], *scales: Tensor) -> Tensor:
-        ctx.scales, ctx.entered = scales, entered
+    def forward(ctx: Any, leaf: Tensor, value: Tensor, on_backward: Callable[[], None], *scales: Tensor) -> Tensor:
+        ctx.scales, ctx.on_backward = scales, on_backward
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        ctx.entered()
+        ctx.on_backward()
         for scale in ctx.scales:
             scale.data.copy_(grad / len(ctx.scales))
         return (None,) * (3 + len(ctx.scales))

@@ -1,4 +1,4 @@
-"""Forwards that are not counted: on held-out batches, and of single layers."""
+"""Run forwards that are not counted: on held-out batches, or of single layers."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,9 +11,9 @@ from .moe import MoE
 
 
 def observe(layers: Sequence[MoE], run: Callable[[], Tensor]) -> tuple[Tensor, dict[MoE, Routing]]:
-    """Run a forward with its graph, uncounted: (the task loss that it answers, the routing of each layer)."""
+    """Run a forward, uncounted: (the task loss that `run` returns, with its graph; the last routing of each layer)."""
     with uncounted(layers):
-        # eagerly: from a compiled graph's logits no path leads to the loss
+        # eagerly: a compiled graph's logits have no path to the loss
         with torch.compiler.set_stance("force_eager"), torch.enable_grad():
             loss = run()
         return loss, {layer: layer.watched[-1] for layer in layers if layer.watched}
@@ -21,7 +21,7 @@ def observe(layers: Sequence[MoE], run: Callable[[], Tensor]) -> tuple[Tensor, d
 
 @contextmanager
 def uncounted(layers: Sequence[MoE]) -> Iterator[None]:
-    """Forwards in this context are not counted: each layer keeps its routings in `watched` instead."""
+    """Do not count forwards inside: each layer collects their routings in `watched` instead."""
     for layer in layers:
         layer.watched = []
     try:
@@ -33,28 +33,28 @@ def uncounted(layers: Sequence[MoE]) -> Iterator[None]:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Inside, the module is in eval mode; then each of its modules is as it was."""
-    training = [one for one in module.modules() if one.training]
+    """Put a module in eval mode; on exit, restore the mode of each of its submodules."""
+    training = [submodule for submodule in module.modules() if submodule.training]
     module.eval()
     try:
         yield
     finally:
-        for one in training:
-            one.training = True
+        for submodule in training:
+            submodule.training = True
 
 
 @torch.no_grad()
 def output_on(layer: MoE, tokens: Tokens) -> Tensor:
-    """A layer's output on given tokens, in eval mode, uncounted."""
+    """A layer's output [..., out] on these tokens, in eval mode, uncounted."""
 
-    def shaped(values: Tensor | None) -> Tensor | None:
+    def unflattened(values: Tensor | None) -> Tensor | None:
         return None if values is None else values.view(*tokens.shape, *values.shape[1:])
 
     layer.watched = []
     try:
         x = tokens.x.detach().view(*tokens.shape, -1)
         with evaluating(layer):
-            y: Tensor = layer(x, shaped(tokens.mask), shaped(tokens.ids), shaped(tokens.labels))
+            y: Tensor = layer(x, unflattened(tokens.mask), unflattened(tokens.ids), unflattened(tokens.labels))
         return y.detach()
     finally:
         layer.watched = None

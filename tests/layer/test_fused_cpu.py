@@ -228,7 +228,7 @@ def test_what_halves_are_multiplied_in_is_measured_outside_of_autocast(monkeypat
     seen = []
     monkeypatch.setattr(torch, "mm", lambda a, b: seen.append(torch.is_autocast_enabled("cpu")))
     with torch.autocast("cpu", torch.bfloat16):
-        fused_cpu._seconds(torch.float32)
+        fused_cpu._matmul_seconds(torch.float32)
     assert seen == [False] * 5
 
 

@@ -16,7 +16,7 @@ def test_grouped_products_are_those_of_a_loop(counts):
     each_N = torch.arange(4).repeat_interleave(counts_E)
     wanted = torch.zeros(12, 24)
     wanted[: len(each_N)] = torch.einsum("nd,ndh->nh", x_ND[: len(each_N)], w_EDH[each_N])
-    for product in (grouped.grouped_rows, grouped._grouped_mm):
+    for product in (grouped._torch_grouped_mm, grouped._grouped_mm):
         torch.testing.assert_close(product(x_ND, w_EDH, counts_E), wanted)
     outer = F.grouped_mm(x_ND.t(), g_NH, offs=grouped._ends(counts_E))
     torch.testing.assert_close(grouped._grouped_outer(x_ND, g_NH, counts_E), outer)
