@@ -34,7 +34,7 @@ from ..layer.experts import ModuleBank, StackedMLP
 from ..layer.ledger import Anchor
 from ..layer.moe import MoE, numel, unflat
 from ..layer.probing import observe
-from ..processes import all_reduce_sum, distributed, mean_over_processes
+from ..processes import all_reduce_sum, distributed, mean_scalar_over_ranks
 from ..registry.discovery import WATCHING
 from ..registry.manager import Plugins
 from ..seeds import generator
@@ -324,8 +324,8 @@ class Engine:
             return []
         device = self.layers[0].step_sums.device
         losses = (
-            mean_over_processes(loss, device),
-            None if eval_loss is None else mean_over_processes(eval_loss, device),
+            mean_scalar_over_ranks(loss, device),
+            None if eval_loss is None else mean_scalar_over_ranks(eval_loss, device),
         )
         return self.triggers.ask(History(self.step, *losses, self.layers, self.growths))
 
