@@ -26,9 +26,7 @@ def build_task(config: RunConfig, engine: Engine) -> Task:
     for bound in engine.plugins.bind("moe_task"):
         if bound.plugin == config.task:
             return engine.plugins.ask(bound, Task, {"spec": _task_spec(config)})
-    raise UsageError(
-        f"task '{config.task}' is left out by --no-plugin, or does not implement moe_task", code="no-task"
-    )
+    raise UsageError(f"task '{config.task}' is left out by --no-plugin, or does not implement moe_task", code="no-task")
 
 
 def build_model(config: RunConfig, engine: Engine, task: Task, device: torch.device) -> nn.Module:
