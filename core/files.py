@@ -11,9 +11,8 @@ from typing import IO, Any
 from .errors import UsageError
 
 
-# -- the folder ----------------------------------------------------------------------------------
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader, or a crash, sees the old one or the new one, never half of it."""
+    """Write a file so that a reader, or a crash, sees the old file or the new one, never a partial one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -27,15 +26,16 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 @contextmanager
 def locked(path: Path, folder: Path) -> Iterator[IO[bytes]]:
-    """A file, open for reading and appending, which keeps other processes out of its folder. Raises UsageError."""
+    """Open a file for reading and appending, and lock other processes out of its folder. Raises UsageError."""
     with open(path, "a+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise UsageError(f"another process is writing {folder}; wait for it, or stop it") from error
+            message = f"another process is writing {folder}; wait for it, or stop it"
+            raise UsageError(message, code="folder-in-use") from error
         yield file
 
 
 def dump(value: Any) -> str:
-    """JSON, on one line, without NaN or Infinity."""
+    """JSON on one line, without NaN or Infinity."""
     return json.dumps(value, allow_nan=False, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""Several processes that train one model: sums, means, votes over all of them; and runs that keep to one thread."""
+"""Ranks: the processes that train one model together. Sums, means and votes over them; and one thread per process."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,60 +11,61 @@ from .errors import RunError
 
 
 def distributed() -> bool:
-    """Whether there are several processes."""
+    """Whether there are several ranks."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def all_reduce_sum(sums: Tensor) -> Tensor:
-    """Sums of all processes, in place."""
+    """Sum a tensor over all ranks, in place."""
     if distributed():
         torch.distributed.all_reduce(sums)
     return sums
 
 
-def mean_over_processes(value: Tensor | float, device: torch.device) -> float:
-    """The mean of a number over all processes; device: one that they can talk through."""
-    own = float(torch.as_tensor(value).detach())
+def mean_scalar_over_ranks(value: Tensor | float, device: torch.device) -> float:
+    """The mean of a number over all ranks; device: the one that the ranks communicate through."""
+    local = float(torch.as_tensor(value).detach())
     if not distributed():
-        return own
-    return float(all_reduce_sum(torch.tensor([own], device=device))) / torch.distributed.get_world_size()
+        return local
+    return float(all_reduce_sum(torch.tensor([local], device=device))) / torch.distributed.get_world_size()
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:
-    """The mean of value over all processes, in whose gradient this process has its own part.
+    """The mean of a tensor over all ranks, with the gradient of this rank's part.
 
-    For what comes before a nonlinearity: gradients that are averaged over processes, as
-    DistributedDataParallel does, are then those of the mean.
+    Take it before a nonlinearity: gradients averaged over ranks, as DistributedDataParallel does, are then the
+    gradients of the function of the mean.
     """
     if not distributed():
         return value
-    own = value.detach()
-    return value + (all_reduce_sum(own.clone()) / torch.distributed.get_world_size() - own)
+    local = value.detach()
+    return value + (all_reduce_sum(local.clone()) / torch.distributed.get_world_size() - local)
 
 
 @contextmanager
 def agreed(what: str, device: torch.device) -> Iterator[None]:
-    """What happens inside happens in every process or raises in every process; what: must be the same in all."""
+    """Make the body succeed on every rank or raise on every rank; what: must be the same on all of them."""
     error: BaseException | None = None
     try:
         yield
     except BaseException as caught:
         error = caught
     if distributed():
-        wanted = crc32(what.encode())
-        vote = torch.tensor([int(error is None), wanted, -wanted], device=device)
+        checksum = crc32(what.encode())
+        vote = torch.tensor([int(error is None), checksum, -checksum], device=device)
         torch.distributed.all_reduce(vote, torch.distributed.ReduceOp.MIN)
         if error is None and not int(vote[0]):
-            raise RunError(f"{what} was not done, because it failed in another process")
+            raise RunError(f"{what} was not done, because it failed in another process", code="other-process-failed")
         if error is None and int(vote[1]) != -int(vote[2]):
-            raise RunError(f"{what} was not done, because processes want different things")
+            message = f"{what} was not done, because processes want different things"
+            raise RunError(message, code="processes-disagree")
     if error is not None:
         raise error
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Inside, PyTorch computes on one thread: two on a busy machine wait for each other."""
+    """Limit PyTorch to one thread inside: on a busy machine, threads wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

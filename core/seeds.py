@@ -1,4 +1,4 @@
-"""Random draws: each purpose has a generator of its own, and a run all of the process's."""
+"""Random draws: a generator for each purpose, and the state of the process-wide ones."""
 
 import random
 from collections.abc import Iterator
@@ -18,11 +18,11 @@ def generator(seed: int, name: str) -> torch.Generator:
 
 @contextmanager
 def own_random_state(seed: int) -> Iterator[None]:
-    """Seed everything that draws without a generator, and give it its old state back in the end."""
+    """Seed the process-wide generators of torch, random and numpy; restore their old states at the end."""
     before = random_state()
     torch.manual_seed(seed)
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # what others draw from
+    np.random.seed(seed % 2**32)  # for code that draws from numpy's global generator
     try:
         yield
     finally:
@@ -39,10 +39,10 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Put back what `random_state` answered."""
+    """Restore the states that `random_state` returned."""
     torch.set_rng_state(state["torch"].cpu())
-    for device, one in enumerate(state["cuda"]):
-        torch.cuda.set_rng_state(one.cpu(), device)
+    for device, cuda_state in enumerate(state["cuda"]):
+        torch.cuda.set_rng_state(cuda_state.cpu(), device)
     random.setstate(state["python"])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))

@@ -13,12 +13,12 @@ import attrs
 
 from ..errors import UsageError, listed
 
-CHUNK = 2_000  # rows that are held at once: few, so that they stay near the processor
+CHUNK = 2_000  # rows held at once; few enough to stay in the processor's cache
 
 
 @attrs.define(eq=False)
 class Chunk:
-    """Some rows: the names of their columns, where in the file each stands, and their cells."""
+    """Some rows. names: of their columns. where: the place of each row in the file. rows: their cells."""
 
     names: list[str]
     where: Sequence[Any]
@@ -27,27 +27,27 @@ class Chunk:
 
 @attrs.define(eq=False)
 class CountFile:
-    """A file that is being read. typed: cells are JSON's, and not texts. unit: what `where` counts."""
+    """A file that is being read. typed: cells are JSON values, not text. unit: of `where`, "line" or "record"."""
 
     name: str
     typed: bool
     unit: str
     content: bytes = attrs.field(repr=False)
 
-    def refuse(self, where: Any, what: str) -> UsageError:
+    def refuse(self, where: Any, what: str, code: str) -> UsageError:
         """The error that names a row."""
-        return UsageError(f"{self.name}, {self.unit} {where}: {what}")
+        return UsageError(f"{self.name}, {self.unit} {where}: {what}", code=code)
 
     def chunks(self) -> Iterator[Chunk]:
-        """Its rows. Raises UsageError where they are no CSV or JSON."""
+        """The rows in chunks. Raises UsageError where they are not CSV or JSON."""
         if not self.typed:
-            return self._of_csv()
-        return self._of_records(self._of_lines() if self.unit == "line" else self._of_value())
+            return self._csv_chunks()
+        return self._record_chunks(self._jsonl_records() if self.unit == "line" else self._json_records())
 
     def _text(self, newline: str | None) -> io.TextIOWrapper:
         return io.TextIOWrapper(io.BytesIO(self.content), "utf-8-sig", newline=newline)
 
-    def _of_csv(self) -> Iterator[Chunk]:
+    def _csv_chunks(self) -> Iterator[Chunk]:
         reader = csv.reader(self._text(""), strict=True, skipinitialspace=True)
         try:
             names = [name.strip() for name in next(filter(None, reader))]
@@ -55,49 +55,50 @@ class CountFile:
             while rows := list(islice(reader, CHUNK)):
                 where: Sequence[int] = range(line + 1, reader.line_num + 1)
                 if len(where) > len(rows) or [] in rows:
-                    where, rows = _placed(line, rows)
+                    where, rows = _without_empty(line, rows)
                 if rows:
                     yield Chunk(names, where, rows)
                 line = reader.line_num
         except csv.Error as error:
-            raise self.refuse(reader.line_num, f"this is no CSV: {error}") from error
+            raise self.refuse(reader.line_num, f"this is not CSV: {error}", "invalid-csv") from error
 
-    def _of_lines(self) -> Iterator[tuple[Any, Any]]:
+    def _jsonl_records(self) -> Iterator[tuple[Any, Any]]:
         for number, line in enumerate(self._text(None), 1):
             if not line.isspace():
                 try:
                     yield number, _value(line)
                 except (ValueError, RecursionError) as error:
-                    raise self.refuse(number, f"this is no JSON: {error}") from error
+                    raise self.refuse(number, f"this is not JSON: {error}", "invalid-json") from error
 
-    def _of_value(self) -> Iterator[tuple[Any, Any]]:
+    def _json_records(self) -> Iterator[tuple[Any, Any]]:
         """A list of records, one record, or {layer: counts} or {layer: {split: counts}}."""
         try:
             value = _value(self.content.decode("utf-8-sig"))
         except json.JSONDecodeError as error:
-            raise UsageError(f"{self.name}, line {error.lineno}: this is no JSON: {error.msg}") from error
+            message = f"{self.name}, line {error.lineno}: this is not JSON: {error.msg}"
+            raise UsageError(message, code="invalid-json") from error
         except (ValueError, RecursionError) as error:
-            raise UsageError(f"{self.name} is no JSON that can be read: {error}") from error
+            raise UsageError(f"{self.name} is not readable JSON: {error}", code="invalid-json") from error
         if isinstance(value, list):
             yield from enumerate(value, 1)
-        elif "counts" in value or not all(isinstance(one, list | dict) for one in value.values()):
+        elif "counts" in value or not all(isinstance(field, list | dict) for field in value.values()):
             yield 1, value
         else:
-            for layer, own in value.items():
-                for split, counts in (own if isinstance(own, dict) else {"all": own}).items():
+            for layer, by_split in value.items():
+                for split, counts in (by_split if isinstance(by_split, dict) else {"all": by_split}).items():
                     yield f"{layer!r}, {split!r}", {"layer": layer, "split": split, "counts": counts}
 
-    def _of_records(self, records: Iterator[tuple[Any, Any]]) -> Iterator[Chunk]:
-        """Records that all have the same names; where `counts` is a list, it is spread into columns, by its length."""
+    def _record_chunks(self, records: Iterator[tuple[Any, Any]]) -> Iterator[Chunk]:
+        """Rows of records with equal names; a list of `counts` becomes columns, and its length picks the chunk."""
         names: list[str] = []
         held: dict[int, tuple[list[Any], list[list[Any]]]] = {}
         for where, record in records:
             if not isinstance(record, dict):
-                raise self.refuse(where, f"{str(record)[:40]!r} is no object with names and numbers")
+                raise self.refuse(where, f"{str(record)[:40]!r} is not an object of names and numbers", "not-a-record")
             names = names or list(record)
             if record.keys() != set(names):
-                odd = listed(sorted(record.keys() ^ set(names)))[:120]
-                raise self.refuse(where, f"it and the first one differ in {odd}")
+                differing = listed(sorted(record.keys() ^ set(names)))[:120]
+                raise self.refuse(where, f"it and the first record differ in {differing}", "uneven-records")
             counts = record.get("counts")
             spread = counts if isinstance(counts, list) else []
             at, rows = held.setdefault(len(spread), ([], []))
@@ -116,12 +117,13 @@ def open_counts(path: Path) -> CountFile:
         content = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
         text = content.decode("utf-8-sig")
     except OSError as error:
-        raise UsageError(f"{name} can't be read: {error.strerror}") from error
+        raise UsageError(f"{name} can't be read: {error.strerror}", code="unreadable-file") from error
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise UsageError(f"{name}, line {line}: this is not UTF-8; save the file as UTF-8 text") from error
+        message = f"{name}, line {line}: this is not UTF-8; save the file as UTF-8 text"
+        raise UsageError(message, code="not-utf8") from error
     if not text.strip():
-        raise UsageError(f"{name} is empty; give it a header and rows of counts")
+        raise UsageError(f"{name} is empty; give it a header and rows of counts", code="no-counts")
     typed = text.lstrip()[0] in "[{"
     return CountFile(name, typed, "record" if typed and not _is_jsonl(text) else "line", content)
 
@@ -134,19 +136,20 @@ def _is_jsonl(text: str) -> bool:
         return False
 
 
-def _placed(line: int, rows: list[list[str]]) -> tuple[list[int], list[list[str]]]:
-    """The last line of each row that is not empty, and those rows; a cell may hold line ends."""
+def _without_empty(line: int, rows: list[list[str]]) -> tuple[list[int], list[list[str]]]:
+    """The last line of each row that is not empty, and those rows; a cell may contain line breaks."""
     ends = accumulate(1 + sum(cell.count("\n") for cell in row) for row in rows)
     kept = [(line + end, row) for end, row in zip(ends, rows, strict=True) if row]
     return [end for end, _ in kept], [row for _, row in kept]
 
 
 def _columns(names: list[str], size: int) -> list[str]:
-    """The names of columns; with `counts` spread into so many, or left as it is where that is 0."""
+    """The names of columns, with `counts` replaced by `size` columns unless that is 0."""
     return [*(name for name in names if name != "counts"), *(f"e{at}" for at in range(size))] if size else names
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose names must all differ."""
     record = dict(pairs)
     if len(record) < len(pairs):
         names = [name for name, _ in pairs]

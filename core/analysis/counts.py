@@ -18,8 +18,8 @@ from .count_files import Chunk, CountFile, open_counts
 
 EXPERT = re.compile(r"(?:expert|e)[ _]?([0-9]{1,6})")  # a column of the wide form
 TOP_K = ("choices_per_token", "top_k")
-TIMES = ("step", "epoch", "batch")  # columns that are added up over, and are no labels
-LARGEST, EXPERTS, SERIES, CELLS = 1e15, 100_000, 10_000, 20_000_000  # what is taken for a mistake beyond
+TIMES = ("step", "epoch", "batch")  # columns that are summed over instead of being labels
+LARGEST, EXPERTS, SERIES, CELLS = 1e15, 100_000, 10_000, 20_000_000  # anything larger is taken for a mistake
 
 Array = NDArray[Any]
 Cells = Mapping[str, Sequence[Any]]  # columns by name
@@ -29,8 +29,8 @@ Cells = Mapping[str, Sequence[Any]]  # columns by name
 class Series:
     """The counts of one layer and split under one set of labels.
 
-    count_E: assignments of each expert, or shares of them. tokens, top_k: None where nothing says.
-    absent: the experts that no row named. source: what was read, where it is no file of counts.
+    count_E: assignments of each expert, or shares of them. tokens, top_k: None if not given.
+    absent: the experts that no row named. source: where the counts come from, if not from a file of counts.
     """
 
     file: str
@@ -45,12 +45,12 @@ class Series:
 
     @property
     def total(self) -> float:
-        """Number of assignments, or what the shares add up to."""
+        """The number of assignments, or the sum of the shares."""
         return float(self.count_E.sum())
 
     @property
     def whole(self) -> bool:
-        """Are these counts, and not shares?"""
+        """Whether these are counts, not shares."""
         return bool((self.count_E == np.floor(self.count_E)).all())
 
     @property
@@ -59,32 +59,35 @@ class Series:
         return self.count_E / max(self.total, 1e-300)
 
     def title(self, without: Container[str] = ()) -> str:
-        """How a sentence names it; without some of its labels."""
-        told = [f"{name} {label}" if label.isdigit() else label for name, label in self.labels.items()]
-        kept = [words for words, name in zip(told, self.labels, strict=True) if name not in without]
-        return ", ".join([*kept, f"layer {self.layer}", self.split])
+        """Its name in a sentence; without: labels to leave out."""
+        labels = [
+            f"{name} {label}" if label.isdigit() else label
+            for name, label in self.labels.items()
+            if name not in without
+        ]
+        return ", ".join([*labels, f"layer {self.layer}", self.split])
 
 
 def read_counts(
     path: Path, over: Iterable[str] = (), split: str = "split", experts: int | None = None
 ) -> tuple[list[Series], set[str]]:
-    """The series in a file, "-" for standard input, in its order; and the names of its columns.
+    """The series in a file ("-": standard input) in the order of its rows, and the names of its columns.
 
-    over: columns to add up over, beside TIMES. split: the column that is taken for the split. experts: E, where
-    rows name experts one by one. Raises UsageError, which names the row.
+    over: columns to sum over, besides TIMES. split: the column of the split. experts: E, if rows name experts one by
+    one. Raises UsageError, which names the row.
     """
     file = open_counts(path)
     sums = _Sums(file, {*over, *TIMES}, split, experts)
     for chunk in file.chunks():
         sums.add(chunk)
     if not sums.ids:
-        raise UsageError(f"{file.name} holds no rows of counts; give it some below its header")
+        raise UsageError(f"{file.name} holds no rows of counts; give it some below its header", code="no-counts")
     return sums.series(), sums.names
 
 
 @attrs.frozen
 class _Columns:
-    """Which column is what, by name. keys: those that tell series apart. experts: of the wide form, else none."""
+    """The columns of a file. at: number by name. keys: those that tell series apart. experts: of the wide form."""
 
     at: dict[str, int]
     keys: list[str]
@@ -92,36 +95,39 @@ class _Columns:
 
     @classmethod
     def of(cls, file: str, names: Sequence[str], over: set[str]) -> "_Columns":
+        """The columns by their names in the header. Raises UsageError."""
         lower = [name.lower() for name in names]
         if twice := [name for name in lower if lower.count(name) > 1]:
-            raise UsageError(f"{file}: two columns are called '{twice[0]}'; rename one")
+            raise UsageError(f"{file}: two columns are called '{twice[0]}'; rename one", code="duplicate-column")
         found = {int(match[1]): name for name in lower if (match := EXPERT.fullmatch(name))}
         if found and {"expert", "count"} <= set(lower):
-            raise UsageError(f"{file} has a column an expert, and also the columns expert and count; keep one form")
+            message = f"{file} has a column per expert, and also the columns expert and count; keep one form"
+            raise UsageError(message, code="two-forms")
         if not found and not {"expert", "count"} <= set(lower):
-            there = listed(lower)[:120]
             raise UsageError(
                 f"{file} has no counts: it needs columns expert0, expert1, ... or e0, e1, ... or both expert and "
-                f"count, and has {there}"
+                f"count, and has {listed(lower)[:120]}",
+                code="no-count-columns",
             )
         if gaps := [number for number in range(len(found)) if number not in found]:
-            raise UsageError(f"{file}: there is no column of expert {gaps[0]}; number them from 0 on, without a gap")
+            message = f"{file}: there is no column for expert {gaps[0]}; number them from 0 on, without a gap"
+            raise UsageError(message, code="missing-expert-column")
         taken = {*over, "tokens", *(found.values() or ("expert", "count"))}
         at = {name: number for number, name in enumerate(lower)}
         return cls(at, [name for name in lower if name not in taken], [found[number] for number in sorted(found)])
 
 
 class _Sums:
-    """Adds up rows by series."""
+    """Sums rows by series."""
 
     def __init__(self, file: CountFile, over: set[str], split: str, experts: int | None) -> None:
         self.file, self.over, self.split, self.experts = file, over, split, experts
         self.names: set[str] = set()
         self.keys: list[str] = []
         self.ids: dict[tuple[str, ...], int] = {}
-        self.raw: dict[tuple[Any, ...], int] = {}  # the same, by cells as they were read
-        self.firsts: list[Any] = []  # where the first row of each series stands
-        self.sizes: dict[int, int] = {}  # E of a series whose rows have all of its experts
+        self.raw: dict[tuple[Any, ...], int] = {}  # the same, by cells before they are stripped
+        self.firsts: list[Any] = []  # the place of each series' first row
+        self.sizes: dict[int, int] = {}  # E of each series of the wide form
         self.count_SE = self.token_SE = self.row_SE = np.zeros((0, 0))
 
     def add(self, chunk: Chunk) -> None:
@@ -132,13 +138,14 @@ class _Sums:
             where, row = next(
                 (where, row) for where, row in zip(chunk.where, chunk.rows, strict=True) if len(row) != len(chunk.names)
             )
-            raise self.file.refuse(where, f"it has {len(row)} cells, but the header has {len(chunk.names)}")
+            what = f"it has {len(row)} cells, but the header has {len(chunk.names)}"
+            raise self.file.refuse(where, what, "uneven-row")
         cells = dict(zip(columns.at, zip(*chunk.rows, strict=True), strict=True))
         series_R = self._series(cells, chunk.where)
         tokens_R = self._numbers("tokens", cells, chunk.where) if "tokens" in cells else np.zeros(len(series_R))
         size = len(columns.experts)
         if not size:
-            expert_R, count_R = self._experts(cells, chunk.where), self._numbers("count", cells, chunk.where)
+            expert_R, count_R = self._expert_column(cells, chunk.where), self._numbers("count", cells, chunk.where)
             self._total(series_R, expert_R, count_R, tokens_R)
             return
         self._check_sizes(series_R, size, chunk.where)
@@ -147,7 +154,7 @@ class _Sums:
         self._total(np.tile(series_R, size), expert_ER, count_ER.ravel(), np.tile(tokens_R, size))
 
     def series(self) -> list[Series]:
-        """What has been added up."""
+        """The sums, as series."""
         return [self._one(dict(zip(self.keys, key, strict=True)), at) for key, at in self.ids.items()]
 
     def _one(self, labels: dict[str, str], at: int) -> Series:
@@ -160,18 +167,20 @@ class _Sums:
             layer,
             split,
             self.count_SE[at, :size],
-            float(self.token_SE[at].max()) if "tokens" in self.names else None,  # each expert's rows give them all
+            float(self.token_SE[at].max()) if "tokens" in self.names else None,  # each expert's rows give all tokens
             top_ks[0] if top_ks else None,
             np.flatnonzero(self.row_SE[at, :size] == 0).tolist(),
         )
 
     def _series(self, cells: Cells, where: Sequence[Any]) -> Array:
-        """[R]: the number of each row's series; new ones are opened."""
+        """[R]: the number of each row's series; new series are opened."""
         columns = [cells[name] for name in self.keys]
         for name, column in zip(self.keys, columns, strict=True) if self.file.typed else ():
             if not set(map(type, column)) <= {str, int, float}:
                 row = next(row for row, cell in enumerate(column) if type(cell) not in (str, int, float))
-                raise self.file.refuse(where[row], f"{name} is {_short(column[row])}, which is no label")
+                raise self.file.refuse(
+                    where[row], f"{name} is {_short(column[row])}, which is not a label", "bad-label"
+                )
         keys = list(zip(*columns, strict=True)) if columns else [()] * len(where)
         for key in dict.fromkeys(keys):
             if key not in self.raw:
@@ -183,7 +192,8 @@ class _Sums:
         if len(self.ids) > SERIES:
             raise UsageError(
                 f"{self.file.name} holds more than {SERIES} series, one for each combination of {listed(self.keys)}; "
-                "add up over one of them with --sum"
+                "sum over one of them with --sum",
+                code="too-many-series",
             )
         return np.fromiter(map(self.raw.__getitem__, keys), np.int64, len(keys))
 
@@ -195,13 +205,13 @@ class _Sums:
             value_R = np.fromiter(map(float, column), np.float64, len(column))
         except (ValueError, TypeError, OverflowError):
             value_R = np.full(len(column), math.nan)
-        bad = not ((value_R >= 0) & (value_R <= LARGEST)).all()  # as nan is
+        bad = not ((value_R >= 0) & (value_R <= LARGEST)).all()  # also for nan
         if bad or (not {*map(type, column)} <= usual if self.file.typed else "_" in "".join(column)):
             what, row = next((what, row) for row, cell in enumerate(column) if (what := _problem(cell, usual)))
-            raise self.file.refuse(where[row], f"{name} is {_short(column[row])}, {what}")
+            raise self.file.refuse(where[row], f"{name} is {_short(column[row])}, {what}", "bad-count")
         return value_R
 
-    def _experts(self, cells: Cells, where: Sequence[Any]) -> Array:
+    def _expert_column(self, cells: Cells, where: Sequence[Any]) -> Array:
         """[R]: the column `expert`, as whole numbers."""
         expert_R = self._numbers("expert", cells, where)
         limit = self.experts or EXPERTS
@@ -209,23 +219,25 @@ class _Sums:
         if bad_R.any():
             row = int(bad_R.argmax())
             what = f"expert is {_short(cells['expert'][row])}, but experts are whole numbers from 0 to {limit - 1}"
-            raise self.file.refuse(where[row], what)
+            raise self.file.refuse(where[row], what, "bad-expert")
         return expert_R.astype(np.int64)
 
     def _check_sizes(self, series_R: Array, size: int, where: Sequence[Any]) -> None:
         numbers, firsts = np.unique(series_R, return_index=True)
         for number, row in zip(numbers.tolist(), firsts.tolist(), strict=True):
             if (before := self.sizes.setdefault(number, size)) != size:
-                raise self.file.refuse(where[row], f"it has {size} experts, but its layer has {before} further up")
+                what = f"it has {size} experts, but its layer has {before} further up"
+                raise self.file.refuse(where[row], what, "expert-number-changed")
 
     def _total(self, series_N: Array, expert_N: Array, count_N: Array, tokens_N: Array) -> None:
         size = max(self.count_SE.shape[1], int(expert_N.max()) + 1, self.experts or 0)
         shape = (len(self.ids), size)
         if math.prod(shape) > CELLS:
-            raise UsageError(f"{self.file.name} holds {shape[0]} series of {size} experts, which is too much to hold")
+            message = f"{self.file.name} holds {shape[0]} series of {size} experts, too much for memory"
+            raise UsageError(message, code="too-many-counts")
         if shape != self.count_SE.shape:
             self.count_SE, self.token_SE, self.row_SE = (
-                _grown(one, shape) for one in (self.count_SE, self.token_SE, self.row_SE)
+                _grown(total_SE, shape) for total_SE in (self.count_SE, self.token_SE, self.row_SE)
             )
         flat_N = series_N * size + expert_N
         np.add.at(self.count_SE.reshape(-1), flat_N, count_N)
@@ -234,12 +246,13 @@ class _Sums:
 
     def _top_k(self, text: str, size: int, where: Any) -> int:
         if not (text.isascii() and text.isdigit() and 1 <= int(text[:7]) <= size):
-            raise self.file.refuse(where, f"'{text[:40]}' choices a token; of {size} experts there are 1 to {size}")
+            what = f"'{text[:40]}' choices a token; with {size} experts it must be 1 to {size}"
+            raise self.file.refuse(where, what, "bad-top-k")
         return int(text)
 
 
 def _grown(total_SE: Array, shape: tuple[int, int]) -> Array:
-    """The total among zeros of a larger shape."""
+    """The totals, padded with zeros to a larger shape."""
     grown_SE = np.zeros(shape)
     grown_SE[: total_SE.shape[0], : total_SE.shape[1]] = total_SE
     return grown_SE
@@ -254,7 +267,7 @@ def _problem(cell: Any, usual: set[type]) -> str | None:
     except OverflowError:
         value = math.inf
     if math.isnan(value):
-        return "which is no number"
+        return "which is not a number"
     if value < 0:
         return "and a count is never below 0"
     return f"and a count is never above {LARGEST:g}" if value > LARGEST else None

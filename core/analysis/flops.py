@@ -1,8 +1,7 @@
 """Forward FLOPs: of a layer for one token, in closed form; of a whole model for one sample, counted by torch.
 
-A multiply-add is 2. Only matrix products are counted, as torch's FlopCounterMode counts them:
-biases, activations, softmax, sorting and the weighting of outputs are left out; they are of lower order (H, E or
-D, beside H D and E D).
+A multiply-add is 2. Only matmuls are counted, as by torch's FlopCounterMode. Biases, activations, softmax, sorting
+and the weighting of outputs are left out; they are of lower order (H, E or D, against H D and E D).
 """
 
 from collections.abc import Callable, Mapping
@@ -22,7 +21,7 @@ from ..layer.probing import evaluating, uncounted
 
 @attrs.frozen
 class Parameters:
-    """How many numbers are learnt. active: without the experts of each layer that a token is not sent to, E - K."""
+    """Numbers of learned parameters. active: without the E - K experts of each layer that a token does not go to."""
 
     active: int
     total: int
@@ -30,7 +29,7 @@ class Parameters:
 
 @attrs.frozen
 class Flops:
-    """Forward FLOPs of a token or a sample. active: of the experts that it is sent to; total: as if it went to all."""
+    """Forward FLOPs of a token or a sample. active: of the experts that it goes to; total: as if it went to all."""
 
     active: float
     total: float
@@ -40,18 +39,17 @@ class Flops:
 
 
 def mlp_flops(spec: Spec, hidden: int) -> int:
-    """2 D H + 2 H out; for swiglu, whose first matrix is twice as wide, 4 D H + 2 H out."""
+    """FLOPs of an MLP for one token: 2 D H + 2 H out; for swiglu, with its wider first matrix, 4 D H + 2 H out."""
     wide = 2 * hidden if spec.activation == "swiglu" else hidden
     return 2 * spec.dim * wide + 2 * hidden * spec.out_dim
 
 
 def layer_flops(layer: MoE, rows: float | None = None, slots: float = 0.0) -> Flops:
-    """router + shared + mixing + rows * expert, and for the total E * expert.
+    """FLOPs of a layer for one token: router + shared + mixing + rows * expert; for the total, E * expert.
 
-    router: 2 for each weight of its matrices, which for linear scores is 2 E D at the level of E experts
-    and 2 n D at one of n groups. mixing: 2 (D + out) for each slot that a token enters and
-    leaves. rows and slots are measured (`Stats.work`), for routers that choose a varying number; rows is K
-    unless given.
+    router: 2 per weight of its matrices; linear scores take 2 E D at the level of E experts and 2 n D at a level of
+    n groups. mixing: 2 (D + out) per slot that a token is mixed into. rows, slots: measured (`Stats.work`) for
+    routers that choose a varying number; rows is K by default.
     """
     spec, each = layer.spec, _expert_flops(layer)
     always: float = 2 * _weights(layer.router) + mlp_flops(spec, spec.hidden * spec.shared)
@@ -60,9 +58,9 @@ def layer_flops(layer: MoE, rows: float | None = None, slots: float = 0.0) -> Fl
 
 
 def model_flops(model: nn.Module, work: Mapping[str, Mapping[str, float]]) -> Flops:
-    """The sum over a model's MoE layers, or over those in their place in a dense model; `work` is measured, by layer.
+    """The FLOPs of a model's MoE layers for one token, or of the MLPs that replace them in a dense model.
 
-    What both have beside those, as attention or a head, is left out.
+    work: measured `Stats.work` by layer. The rest of the model, such as attention or a head, is left out.
     """
     layers = [module for module in model.modules() if isinstance(module, MoE)]
     counted = [layer_flops(layer, **work.get(layer.name, {})) for layer in layers]
@@ -73,10 +71,10 @@ def model_flops(model: nn.Module, work: Mapping[str, Mapping[str, float]]) -> Fl
 
 
 def forward_flops(model: nn.Module, run: Callable[[], object], samples: int = 1) -> Flops:
-    """Of everything in the model, for one sample, in eval mode: what torch counts while `run` is called.
+    """Whole-model forward FLOPs per sample, counted by torch in eval mode.
 
-    run: a forward of the model on that many samples. For the total, each token goes to all E experts of a layer
-    instead of to those it was sent to. Runs eagerly, as a compiled graph's custom products would read 0.
+    run: a forward of the model on `samples` samples. The total is that of each token going to all E experts of a
+    layer. Runs eagerly, because the custom matmuls of a compiled graph would count as 0.
     """
     layers = [module for module in model.modules() if isinstance(module, MoE)]
     with torch.no_grad(), evaluating(model), uncounted(layers), torch.compiler.set_stance("force_eager"):
@@ -88,7 +86,7 @@ def forward_flops(model: nn.Module, run: Callable[[], object], samples: int = 1)
 
 
 def parameters_of(model: nn.Module) -> Parameters:
-    """How many a model has, and how many of them act on a token."""
+    """The number of a model's parameters, and of those that act on a token."""
     total = sum(parameter.numel() for parameter in model.parameters())
     layers = [module for module in model.modules() if isinstance(module, MoE)]
     idle = sum((layer.spec.experts - layer.spec.top_k) * _expert_parameters(layer) for layer in layers)
@@ -96,15 +94,15 @@ def parameters_of(model: nn.Module) -> Parameters:
 
 
 def _idle_rows(routing: Routing) -> float:
-    """How many rows more experts would work on, if each token went to all of them."""
+    """The number of further rows that experts would work on if each token went to all of them."""
     return float(routing.tokens.count * routing.experts - routing.work)
 
 
 def _expert_parameters(layer: MoE) -> float:
-    """Of one expert; the mean over them, where they are modules that differ."""
+    """Parameters of one expert; the mean over experts if they are modules that differ."""
     bank = layer.experts
-    own = [getattr(bank, name) for name in bank.axes] if bank.axes else list(bank.parameters())
-    return sum(tensor.numel() for tensor in own if isinstance(tensor, nn.Parameter)) / layer.spec.experts
+    tensors = [getattr(bank, name) for name in bank.axes] if bank.axes else list(bank.parameters())
+    return sum(tensor.numel() for tensor in tensors if isinstance(tensor, nn.Parameter)) / layer.spec.experts
 
 
 def _dense_flops(module: DenseTwin | DenseExpert) -> float:
@@ -112,13 +110,13 @@ def _dense_flops(module: DenseTwin | DenseExpert) -> float:
 
 
 def _expert_flops(layer: MoE) -> float:
-    """Of one expert for one token; what has no closed form, as a bank of modules, is counted by torch."""
+    """FLOPs of one expert for one token; a bank without a closed form, such as modules, is counted by torch."""
     bank, spec = layer.experts, layer.spec
     return mlp_flops(spec, spec.hidden) if isinstance(bank, StackedMLP) else _bank_flops(bank, spec.dim) / spec.experts
 
 
 def _bank_flops(bank: Experts, dim: int) -> float:
-    """Of all experts of a bank for one token."""
+    """FLOPs of all experts of a bank for one token, counted by torch."""
     like = next(bank.parameters(), torch.zeros(()))
     with torch.no_grad(), evaluating(bank), FlopCounterMode(display=False) as counter:
         bank.outputs(like.new_zeros(1, dim))
@@ -126,5 +124,5 @@ def _bank_flops(bank: Experts, dim: int) -> float:
 
 
 def _weights(module: nn.Module) -> int:
-    """How many weights its matrices have; vectors are biases and gains."""
+    """The number of weights in a module's matrices; vectors are biases and gains."""
     return sum(tensor.numel() for tensor in module.parameters() if tensor.dim() > 1)

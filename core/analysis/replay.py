@@ -1,4 +1,4 @@
-"""What other routers, biases and capacities would have done with the logits of a routing trace.
+"""Replay: other routers, biases and capacities on the logits of a routing trace.
 
 Suffixes: T tokens, E experts.
 """
@@ -21,22 +21,22 @@ from ..layer.moe import MoE
 from ..registry.discovery import find, load, pick
 from ..registry.manager import Plugins
 from ..run.traces import Forward, LayerTrace, Trace
-from .observed import CountedLayer
+from .counted_layer import CountedLayer
 
 NUMBERS = ("cv", "maxvio", "active", "entropy", "dropped", "agreement", "first")  # of a replayed layer
-RECORDED, NONE = "recorded", "none"  # what may stand for a bias
+RECORDED, NONE = "recorded", "none"  # alternatives to a bias plugin
 
 
 class Refused(Exception):
-    """A trace can't tell what this variant would have done."""
+    """The trace does not hold what this variant needs to decide."""
 
 
 @attrs.frozen
-class Variant:
-    """What is to decide on the recorded logits.
+class ReplayVariant:
+    """A mix that decides on the recorded logits.
 
-    router, bias: plugins. bias may also be "none", or "recorded": the biases as they stood. capacity: as of
-    `Spec`. top_k: None for as many as were recorded.
+    router, bias: plugins. bias may also be "none", or "recorded": the recorded values. capacity: as in `Spec`.
+    top_k: None for the recorded number.
     """
 
     router: str
@@ -45,8 +45,8 @@ class Variant:
     top_k: int | None = None
 
 
-class Frozen(Bias):
-    """A bias as it stood."""
+class FrozenBias(Bias):
+    """A bias with its recorded values."""
 
     def __init__(self, value: Tensor, selection_only: bool) -> None:
         super().__init__()
@@ -66,17 +66,17 @@ def variants(
     capacities: Sequence[float | None],
     top_ks: Sequence[int | None],
     settings: Settings,
-) -> list[Variant]:
-    """All combinations. Raises UsageError for a name, or an option, that does not exist.
+) -> list[ReplayVariant]:
+    """All combinations. Raises UsageError for a name or an option that does not exist.
 
-    Without routers it is the one that was recorded; without biases they are the recorded ones for the
-    recorded router, and none for another.
+    By default the router is the recorded one, and the biases are the recorded ones for the recorded router and none
+    for any other.
     """
     routers = routers or [trace.router]
     _check_names(trace, routers, [bias for bias in biases if bias not in (RECORDED, NONE)], settings)
     usual = {router: RECORDED if trace.biased and router == trace.router else NONE for router in routers}
     return [
-        Variant(router, bias, capacity, top_k)
+        ReplayVariant(router, bias, capacity, top_k)
         for router in routers
         for bias in biases or [usual[router]]
         for capacity in capacities or [None]
@@ -87,42 +87,43 @@ def variants(
 def _check_names(trace: Trace, routers: Sequence[str], biases: Sequence[str], settings: Settings) -> None:
     installed = find()
     if trace.router in routers and trace.router not in installed:
-        raise UsageError(f"the trace was recorded from '{trace.router}', which is no plugin; name some with --routers")
+        message = f"the trace was recorded from '{trace.router}', which is not a plugin; name some with --routers"
+        raise UsageError(message, code="router-not-installed")
     for kind, names in (("router", routers), ("bias", biases)):
         for name in names:
             found = pick(name, installed)
             if found.kind != kind:
-                raise UsageError(f"'{name}' is a {found.kind}, not a {kind}")
+                raise UsageError(f"'{name}' is a {found.kind}, not a {kind}", code="wrong-kind")
             build(load(found), found.title, settings.get(name, {}))
-    if odd := settings.keys() - {*routers, *biases}:
-        raise UsageError(f"options are set for {listed(sorted(odd))}, which is not replayed")
+    if unused := settings.keys() - {*routers, *biases}:
+        message = f"options are set for {listed(sorted(unused))}, which is not replayed"
+        raise UsageError(message, code="unused-options")
 
 
 def recorded(trace: Trace) -> list[dict[str, Any]]:
-    """The rows of what was recorded, to hold others against."""
+    """The rows of the recorded decisions, as the reference of the others."""
     names = dict.fromkeys(bias["name"] for layer in trace.layers for bias in layer.biases)
     head = {"recorded": True, "router": trace.router, "bias": ",".join(names) or NONE, "capacity": None}
     rows: list[dict[str, Any]] = []
     for layer in trace.layers:
-        seen = CountedLayer(Plugins(), layer.name, layer.spec)
+        counted = CountedLayer(Plugins(), layer.name, layer.spec)
         for forward in layer.forwards:
-            seen.count(forward.routing(layer.spec))
-        row = {**head, "layer": layer.name, "top_k": layer.spec.top_k, **_numbers(seen)}
+            counted.count(forward.routing(layer.spec))
+        row = {**head, "layer": layer.name, "top_k": layer.spec.top_k, **_numbers(counted)}
         rows.append({**row, "agreement": 1.0, "first": 1.0})
     return [*rows, _mean(head, rows)]
 
 
 def replay(
-    trace: Trace, variant: Variant, settings: Settings | None = None, batch: int | None = None
+    trace: Trace, variant: ReplayVariant, settings: Settings | None = None, batch: int | None = None
 ) -> list[dict[str, Any]]:
-    """A row for each layer and one with their means; or one row that says why it is `refused`.
+    """A row per layer and one with their means; or one row whose `refused` says why it can't be replayed.
 
-    The router is in eval mode, so that it draws nothing; capacity acts as in training. A bias is run over the
-    trace once, a step for each forward, and what counts is the bias as it ends. batch: cut forwards into
-    steps of at most that many rows (samples, or sequences), which is also what a capacity is of. Rows
-    hold `NUMBERS`, the load and the verdict. agreement: mean over tokens of |S ∩ S'| / max(|S|, |S'|), S
-    and S' the experts chosen then and now, before capacity drops any. first: the share of tokens whose
-    first choice is the same.
+    The router is in eval mode, where it draws nothing; capacity acts as in training. A bias first learns in one pass
+    over the trace, one step per forward; the metrics are those of its final values. batch: split forwards into steps
+    of at most that many rows (samples, or sequences); capacity applies to each step. Rows hold `NUMBERS`, the load
+    and the verdict. agreement: mean over tokens of |S ∩ S'| / max(|S|, |S'|), where S and S' are the experts chosen
+    then and now, before capacity drops any. first: the share of tokens with the same first choice.
     """
     rows, head = [], attrs.asdict(variant)
     for layer in trace.layers:
@@ -134,7 +135,7 @@ def replay(
 
 
 @torch.no_grad()
-def _replayed(recorded: LayerTrace, variant: Variant, settings: Settings, batch: int | None) -> dict[str, Any]:
+def _replayed(recorded: LayerTrace, variant: ReplayVariant, settings: Settings, batch: int | None) -> dict[str, Any]:
     engine, layer = _built(recorded, variant, settings)
     steps = list(_steps(recorded.forwards, batch))
     try:
@@ -142,28 +143,28 @@ def _replayed(recorded: LayerTrace, variant: Variant, settings: Settings, batch:
             for forward in steps:
                 routing = _decide(layer, forward)
                 apply_controllers(layer, layer.training_sums(routing, layer.aux_terms(routing)), with_load=False)
-        seen, shares = CountedLayer(engine.plugins, layer.name, layer.spec), torch.zeros(3, dtype=torch.float64)
+        counted, sums = CountedLayer(engine.plugins, layer.name, layer.spec), torch.zeros(3, dtype=torch.float64)
         for forward in steps:
             routing = _decide(layer, forward)
-            seen.count(routing)
-            shares += _agreement(routing, forward.routing(recorded.spec))
-    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+            counted.count(routing)
+            sums += _agreement(routing, forward.routing(recorded.spec))
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:  # it used what is not recorded
         why = f"it can't decide on recorded logits alone ({type(error).__name__}: {error})"
         raise Refused(f"router '{variant.router}': {why}") from error
-    tokens = float(shares[2])
-    known = tokens and any(one.selected.any() for one in recorded.forwards)
-    same = [float(share) / tokens if known else None for share in shares[:2]]
-    return {"top_k": layer.spec.top_k, **_numbers(seen), "agreement": same[0], "first": same[1]}
+    tokens = float(sums[2])
+    known = tokens and any(forward.selected.any() for forward in recorded.forwards)
+    agreement, first = (float(total) / tokens if known else None for total in sums[:2])
+    return {"top_k": layer.spec.top_k, **_numbers(counted), "agreement": agreement, "first": first}
 
 
-def _built(recorded: LayerTrace, variant: Variant, settings: Settings) -> tuple[Engine, MoE]:
-    """A layer with this router and bias, its experts as small as can be. Raises Refused or UsageError."""
-    plugin = [variant.bias] if variant.bias not in (RECORDED, NONE) else []
-    own: Settings = {name: dict(settings[name]) for name in (variant.router, *plugin) if name in settings}
+def _built(recorded: LayerTrace, variant: ReplayVariant, settings: Settings) -> tuple[Engine, MoE]:
+    """A layer with this router and bias, and the smallest possible experts. Raises Refused or UsageError."""
+    plugins = [variant.router, *([variant.bias] if variant.bias not in (RECORDED, NONE) else [])]
+    used: Settings = {name: dict(settings[name]) for name in plugins if name in settings}
     if variant.router == recorded.router:
-        own[variant.router] = {**recorded.options, **own.get(variant.router, {})}
+        used[variant.router] = {**recorded.options, **used.get(variant.router, {})}
     spec = {name: getattr(recorded.spec, name) for name in ("experts", "vocab", "classes", "causal")}
-    engine = Engine([variant.router, *plugin], own)
+    engine = Engine(plugins, used)
     layer = engine.moe(
         recorded.spec.dim,
         1,
@@ -185,14 +186,17 @@ def _built(recorded: LayerTrace, variant: Variant, settings: Settings) -> tuple[
 
 
 def _check_levels(layer: MoE, recorded: LayerTrace, router: str) -> None:
-    own = [(level.name, level.size) for level in layer.router.levels]
-    if own and own != recorded.levels:
-        said = [" and ".join(f"{size} of '{name}'" for name, size in levels) for levels in (own, recorded.levels)]
-        raise Refused(f"router '{router}' needs logits for {said[0]}, but the trace holds them for {said[1] or 'none'}")
+    """Raise Refused if the router has other levels than the trace."""
+    levels = [(level.name, level.size) for level in layer.router.levels]
+    if levels and levels != recorded.levels:
+        needed, held = (
+            " and ".join(f"{size} of '{name}'" for name, size in sizes) for sizes in (levels, recorded.levels)
+        )
+        raise Refused(f"router '{router}' needs logits for {needed}, but the trace holds them for {held or 'none'}")
 
 
 def _give_state(layer: MoE, recorded: LayerTrace, router: str) -> None:
-    """Give the recorded router what it had learned; another one may have learned what makes logits, and no more."""
+    """Restore the recorded router's state. Another router may only have learned weights that make the logits."""
     known = recorded.state if router == recorded.router else {}
     learned = {name for name, _ in layer.router.named_parameters()}
     rows = {name for name, axis in layer.router.axes.items() if axis.role == "logit_row"}
@@ -200,19 +204,23 @@ def _give_state(layer: MoE, recorded: LayerTrace, router: str) -> None:
         if name in known and known[name].shape == tensor.shape:
             tensor.copy_(known[name])
         elif name in learned - rows:
-            raise Refused(f"router '{router}' has learned weights of its own ('{name}'), which the trace does not hold")
+            raise Refused(f"router '{router}' has further learned weights ('{name}'), which the trace does not hold")
 
 
 def _freeze(layer: MoE, recorded: LayerTrace) -> None:
+    """Add the recorded biases to the layer."""
     names = [level.name for level in layer.router.levels]
-    for one in recorded.biases:
-        if one["level"] not in names:
-            raise Refused(f"the recorded bias '{one['name']}' is of level '{one['level']}', which this router lacks")
-        own: Any = layer.biases[names.index(one["level"])]
-        own[one["name"]] = Frozen(one["value"], one["selection_only"])
+    for bias in recorded.biases:
+        if bias["level"] not in names:
+            raise Refused(
+                f"the recorded bias '{bias['name']}' is of level '{bias['level']}', which this router does not have"
+            )
+        of_level: Any = layer.biases[names.index(bias["level"])]
+        of_level[bias["name"]] = FrozenBias(bias["value"], bias["selection_only"])
 
 
 def _steps(forwards: Sequence[Forward], batch: int | None) -> Iterator[Forward]:
+    """The forwards, split into at most `batch` rows each."""
     for forward in forwards:
         rows = forward.shape[0]
         for start in range(0, rows, batch or rows):
@@ -222,7 +230,7 @@ def _steps(forwards: Sequence[Forward], batch: int | None) -> Iterator[Forward]:
 def _decide(layer: MoE, forward: Forward) -> Routing:
     routing = layer.decide(forward.tokens, [forward.logits[level.name] for level in layer.router.levels])
     if routing.slots is not None:
-        raise Refused(f"the router of layer '{layer.name}' mixes tokens into slots, so it makes no choices to compare")
+        raise Refused(f"the router of layer '{layer.name}' mixes tokens into slots, so there are no choices to compare")
     return routing
 
 
@@ -243,14 +251,16 @@ def _first(routing: Routing) -> Tensor:
     return none_T.index_put((plan.token[best_N],), plan.expert[best_N])
 
 
-def _numbers(seen: CountedLayer) -> dict[str, Any]:
-    metrics = seen.metrics()
+def _numbers(counted: CountedLayer) -> dict[str, Any]:
+    """The first five of `NUMBERS`, the load and the verdict."""
+    metrics = counted.metrics()
     verdict = metrics.get("verdict")
     numbers = {name: plain(metrics.get(name)) for name in (*NUMBERS[:5], "load")}
     return {**numbers, "verdict": verdict.name if isinstance(verdict, Finding) else None}
 
 
 def _mean(head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A row of means over the layers."""
     means: dict[str, float | None] = {}
     for name in NUMBERS:
         values = [row[name] for row in rows if row.get(name) is not None]

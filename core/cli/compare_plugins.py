@@ -12,7 +12,7 @@ from ..contract.options import build, parse_settings
 from ..errors import RunError, UsageError
 from ..files import write_atomically
 from ..registry.discovery import find, load, pick
-from ..run.config import merged
+from ..run.config import merge_options
 from .flags import Command, flag, names, settings_flag
 
 RESULTS = ("comparison.json", "comparison.md", "comparison.png")
@@ -81,7 +81,7 @@ def compare_plugins(
     lists = {group: flags.pop(group) for group in GROUPS}
     if not any(lists.values()):
         raise UsageError("there is nothing to compare; name plugins with --routers, --biases, --losses or --growth")
-    config = merged({}, {**flags, "plugins": flags["plugins"] or ()})  # also checks what was typed
+    config = merge_options({}, {**flags, "plugins": flags["plugins"] or ()})  # also checks what was typed
     if both := {name for words in lists.values() for name in words or ()} & {*config.no_plugin}:
         raise UsageError(f"'{min(both)}' is compared, but --no-plugin leaves it out; choose one")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs would not be interrupted
@@ -103,10 +103,10 @@ def compare_plugins(
     with Cells(quiet) as cells:
         comparison = compare(variants, range(seeds), folder, jobs, cells.show)
     from ..run.figures import compared as drawn
-    from ..run.figures import picture
+    from ..run.figures import figure_bytes
 
     text = json.dumps(comparison, indent=2, allow_nan=False, ensure_ascii=False)
-    contents = ((text + "\n").encode(), page_of(comparison).encode(), picture(drawn(comparison), "png"))
+    contents = ((text + "\n").encode(), page_of(comparison).encode(), figure_bytes(drawn(comparison), "png"))
     for file, content in zip(RESULTS, contents, strict=True):
         write_atomically(folder / file, content)
     if as_json:

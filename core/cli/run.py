@@ -8,7 +8,7 @@ import click
 from ..contract.options import Settings, parse_settings
 from ..registry.discovery import find
 from ..registry.manager import Plugins
-from ..run.config import merged, read_config
+from ..run.config import merge_options, read_config
 from .flags import flag, names, settings_flag
 from .follow import follow
 
@@ -71,7 +71,7 @@ def run(
     report.html. Ctrl-C ends the run after the current step; `moe-engine resume RUN` goes on with it.
     """
     file_flags, file_settings = read_config(config)
-    run_config = merged(file_flags, flags)
+    run_config = merge_options(file_flags, flags)
     if any(flags[name] is not None for name in ("plugins", "no_plugin", "task")):
         # the file's options of plugins that a flag took away are not meant for this run
         active = Plugins(run_config.plugins, run_config.no_plugin, task=run_config.task).active

@@ -26,7 +26,7 @@ from ..errors import UsageError, listed
 from ..growth.triggers import Triggers
 from ..layer.ledger import Anchor
 from ..layer.moe import MoE, new_copy_id
-from ..processes import all_reduce_sum, distributed, mean_over_processes
+from ..processes import all_reduce_sum, distributed, mean_scalar_over_ranks
 from ..registry.discovery import WATCHING
 from ..registry.manager import Plugins
 from . import measuring
@@ -203,8 +203,8 @@ class Engine:
             return []
         device = self.layers[0].sums.step.device
         losses = (
-            mean_over_processes(loss, device),
-            None if eval_loss is None else mean_over_processes(eval_loss, device),
+            mean_scalar_over_ranks(loss, device),
+            None if eval_loss is None else mean_scalar_over_ranks(eval_loss, device),
         )
         return self.triggers.ask(History(self.step, *losses, self.layers, self.growths))
 

@@ -1,7 +1,7 @@
-"""Layers of an engine inside other people's training loops, by one callback each.
+"""Callbacks for third-party training loops: PyTorch Lightning and transformers' Trainer.
 
-`moe_engine.integrations.lightning` and `moe_engine.integrations.transformers` each hold a `MoECallback`;
-what the two share is here. Each needs its library: pip install "moe-engine[lightning]" or "[transformers]".
+`moe_engine.integrations.lightning` and `moe_engine.integrations.transformers` each hold a `MoECallback`; this module
+holds what they share. Each needs its library: pip install "moe-engine[lightning]" or "[transformers]".
 """
 
 from collections.abc import Callable, Iterable
@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 from ..engine.engine import Engine
 
 
-class Loop:
-    """The engine's part of a training loop: the step's end, growth, and numbers for the loop's logger.
+class EngineLoop:
+    """The engine's part of a training loop: the auxiliary loss, the end of a step, growth, and metrics to log.
 
     probe: as in `Engine.metrics`.
     """
@@ -24,12 +24,12 @@ class Loop:
         self.engine, self.probe = engine, probe
         self.eval_loss: float | None = None  # of an evaluation that no trigger has seen yet
         self._losses: list[Tensor] = []  # of this step's micro-batches
-        self._before: dict[str, float] = {}  # numbers of steps before a growth that nobody has logged yet
+        self._unlogged: dict[str, float] = {}  # metrics of the steps before a growth that are not logged yet
 
     def add(self, loss: Tensor, share: float = 1.0) -> Tensor:
-        """A micro-batch's loss with the auxiliary one, where there is a gradient.
+        """A micro-batch's loss plus the auxiliary loss, if there is a gradient.
 
-        share: by what the loop has divided the loss already, as 1 / number of micro-batches.
+        share: the factor that the loop has already applied to the loss, such as 1 / number of micro-batches.
         """
         if not (torch.is_grad_enabled() and loss.requires_grad):
             return loss
@@ -39,26 +39,26 @@ class Loop:
     def after_step(
         self, optimizers: Iterable[Optimizer], followers: Iterable[nn.Module] = (), skipped: bool = False
     ) -> None:
-        """The step is done: controllers act, and what the triggers want grows."""
+        """End a step: controllers act, and layers grow as the triggers ask."""
         self.engine.after_step(skipped)
         losses, self._losses = self._losses, []
         if skipped or not losses:
             return
-        wanted = self.engine.due(torch.stack(losses).mean(), self.eval_loss)
+        growths = self.engine.due(torch.stack(losses).mean(), self.eval_loss)
         self.eval_loss = None
-        if not wanted:
+        if not growths:
             return
-        self._before = self.numbers("train")
+        self._unlogged = self.metrics("train")
         for optimizer in optimizers:
             optimizer.zero_grad()
-        for growth in wanted:
+        for growth in growths:
             self.engine.grow(growth, optimizers, followers, self.probe)
 
-    def numbers(self, split: str) -> dict[str, float]:
+    def metrics(self, split: str) -> dict[str, float]:
         """Every metric that is a number, as "moe/LAYER/NAME", or "eval_moe/LAYER/NAME"."""
-        prefix, found = ("moe", self._before) if split == "train" else (f"{split}_moe", {})
+        prefix, found = ("moe", self._unlogged) if split == "train" else (f"{split}_moe", {})
         if split == "train":
-            self._before = {}
+            self._unlogged = {}
         for layer, metrics in self.engine.metrics(split, self.probe).items():
             for name, value in metrics.items():
                 number = _number(value)
@@ -68,6 +68,7 @@ class Loop:
 
 
 def _number(value: Any) -> float | None:
+    """A metric as a float, or None if it is not a number."""
     if isinstance(value, Tensor) and value.dim() == 0:
         value = value.item()
     return float(value) if isinstance(value, int | float) else None

@@ -1,4 +1,4 @@
-"""Layers inside transformers' Trainer: Trainer(..., callbacks=[MoECallback(engine)])."""
+"""A callback for transformers' Trainer: Trainer(..., callbacks=[MoECallback(engine)])."""
 
 import warnings
 from collections.abc import Callable
@@ -10,25 +10,24 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..engine.engine import Engine
 from ..run.checkpoints import load, save
-from . import Loop
+from . import EngineLoop
 
 FILE = "moe_engine.safetensors"  # in each of the trainer's checkpoints
 
 
 class MoECallback(TrainerCallback):
-    """Adds the auxiliary loss to the model's `loss`, closes each step, grows, logs and saves.
+    """Adds the auxiliary loss to the model's `loss`, ends each step, grows, logs and saves.
 
-    engine: the one that built the model's layers. probe: a forward on a fixed batch, as in
-    `Engine.metrics`. The model answers its loss as `outputs.loss`, `outputs["loss"]` or `outputs[0]`, as
-    every model does that the Trainer can train. Metrics join `trainer.state.log_history`, and the logs of
-    the callbacks after this one, as moe/LAYER/NAME, and those of an evaluation as eval_moe/LAYER/NAME. The
-    Trainer's own reporters come before; `trainer.callback_handler.callbacks` is the list to reorder. A
-    checkpoint holds the engine's state, and loads at any number of experts. Growth under
-    DistributedDataParallel is refused: the trainer would have to build it anew.
+    engine: the one that built the model's layers. probe: a forward on a fixed batch, as in `Engine.metrics`. The model
+    returns its loss as `outputs.loss`, `outputs["loss"]` or `outputs[0]`, as the Trainer requires. Metrics go into
+    `trainer.state.log_history`, and into the logs of the callbacks after this one, as moe/LAYER/NAME, those of an
+    evaluation as eval_moe/LAYER/NAME. The Trainer's reporters come before this callback; to change that, reorder
+    `trainer.callback_handler.callbacks`. A checkpoint holds the engine's state, and loads into any number of experts.
+    Growth under DistributedDataParallel is refused: the trainer would have to rebuild the wrapper.
     """
 
     def __init__(self, engine: Engine, probe: Callable[[], Tensor] | None = None) -> None:
-        self.loop = Loop(engine, probe)
+        self.loop = EngineLoop(engine, probe)
         self._hook: Any = None
         self._accumulated = 1
 
@@ -44,16 +43,18 @@ class MoECallback(TrainerCallback):
             if (folder / FILE).exists():
                 load(folder / FILE, engine=self.loop.engine)
             else:
-                warnings.warn(f"{folder} holds no {FILE}: triggers and growths begin anew", stacklevel=2)
+                warnings.warn(
+                    f"{folder} holds no {FILE}: the history of triggers and growths starts over", stacklevel=2
+                )
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         self._hook.remove()
 
     def _add(self, model: nn.Module, _: Any, kwargs: dict[str, Any], outputs: Any) -> Any:
-        """A forward hook: put the auxiliary loss into the outputs."""
+        """A forward hook that adds the auxiliary loss to the outputs' loss."""
         if not model.training:
             return outputs
-        # a loss that is divided by the items of all micro-batches is not divided by their number again
+        # the Trainer does not divide a loss by the number of micro-batches if it is a mean over all their items
         share = 1 / self._accumulated if kwargs.get("num_items_in_batch") is not None else 1.0
         if isinstance(outputs, tuple):
             return (self.loop.add(outputs[0], share), *outputs[1:])
@@ -77,19 +78,19 @@ class MoECallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any
     ) -> None:
         if not any(name.startswith("eval_") for name in logs):  # those of an evaluation come with on_evaluate
-            self._tell(state, logs, "train")
+            self._log(state, logs, "train")
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict[str, float], **_: Any
     ) -> None:
         self.loop.eval_loss = metrics.get("eval_loss")
-        self._tell(state, metrics, "eval")
+        self._log(state, metrics, "eval")
 
-    def _tell(self, state: TrainerState, logs: dict[str, float], split: str) -> None:
-        numbers = self.loop.numbers(split)
-        logs.update(numbers)
+    def _log(self, state: TrainerState, logs: dict[str, float], split: str) -> None:
+        metrics = self.loop.metrics(split)
+        logs.update(metrics)
         if state.log_history:
-            state.log_history[-1].update(numbers)
+            state.log_history[-1].update(metrics)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         save(_folder(args, state) / FILE, engine=self.loop.engine)

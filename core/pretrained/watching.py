@@ -1,4 +1,4 @@
-"""Metrics on transformers' Mixture-of-Experts blocks, which stay as they are. transformers is not imported here."""
+"""Metrics on transformers' MoE blocks, which are not changed. transformers is not imported here."""
 
 import inspect
 import warnings
@@ -11,7 +11,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from ..analysis.observed import CountedLayer
+from ..analysis.counted_layer import CountedLayer
 from ..contract.routing import Level, Routing, Spec, Tokens, assign
 from ..contract.stats import Metrics
 from ..engine.engine import Engine
@@ -22,14 +22,14 @@ from ..run.traces import LayerTrace, Trace
 
 @attrs.frozen
 class Family:
-    """How a block scores experts. wide: logits in fp32. sigmoid: scores are sigmoids, not a softmax."""
+    """How a family's block scores experts. wide: logits in fp32. sigmoid: sigmoid scores instead of a softmax."""
 
     name: str
     wide: bool = False
     sigmoid: bool = False
 
 
-BLOCKS = {  # by class name; all hand `experts` the hidden states, the chosen experts and their weights
+BLOCKS = {  # by class name; all pass the hidden states, the chosen experts and their weights to `experts`
     "MixtralSparseMoeBlock": Family("Mixtral"),
     "OlmoeSparseMoeBlock": Family("OLMoE"),
     "Qwen2MoeSparseMoeBlock": Family("Qwen2-MoE"),
@@ -41,7 +41,7 @@ BLOCKS = {  # by class name; all hand `experts` the hidden states, the chosen ex
 
 @attrs.define(eq=False)
 class Call:
-    """What the model that is running was called with. mask, ids: as given, or None. shape: [B, S] of its tokens."""
+    """The arguments of the model's running forward. mask, ids: as given, or None. shape: [B, S] of its tokens."""
 
     mask: Tensor | None = None
     ids: Tensor | None = None
@@ -49,15 +49,15 @@ class Call:
 
 
 class Watcher:
-    """What `watch` returns: counts what each block of a model hands its experts, until `close()`.
+    """Counts the choices of each MoE block of a model until `close()`; `watch` returns one.
 
-    plugins: whose metrics. record: keep a routing trace, for `write_routing`. Raises UsageError for a
-    model without a block that is known.
+    plugins: the metrics to compute. record: keep a routing trace, for `write_routing`. Raises UsageError for a
+    model without a known block.
     """
 
     def __init__(self, plugins: Plugins, model: nn.Module, record: bool = False) -> None:
         if not isinstance(model, nn.Module):
-            raise UsageError(f"watch() takes a model, not {model!r}")
+            raise UsageError(f"watch() takes a model, not {model!r}", code="not-a-model")
         found = {
             name or type(module).__name__: module
             for name, module in model.named_modules()
@@ -67,7 +67,8 @@ class Watcher:
             known = listed(family.name for family in BLOCKS.values())
             raise UsageError(
                 f"{type(model).__name__} has no block that can be watched; known are those of {known} in "
-                "transformers; layers of engine.moe() need no watching: engine.metrics() tells of them"
+                "transformers; for layers of engine.moe() call engine.metrics()",
+                code="no-known-block",
             )
         self._layers = {name: CountedLayer(plugins, name, _spec(block)) for name, block in found.items()}
         self._traces = {name: _trace(name, block) for name, block in found.items()} if record else {}
@@ -81,27 +82,27 @@ class Watcher:
         for name, block in found.items():
             experts: Any = block.experts
             self._handles.append(
-                experts.register_forward_pre_hook(torch.compiler.disable(partial(self._see, name, block)))
+                experts.register_forward_pre_hook(torch.compiler.disable(partial(self._count, name, block)))
             )
 
-    # -- what a user calls -----------------------------------------------------------------------
+    # -- for the user ----------------------------------------------------------------------------
 
     def metrics(self) -> dict[str, Metrics]:
-        """What every metric plugin says of each block, by its place in the model, since the last call.
+        """Every metric of each block since the last call, by the block's name in the model.
 
-        Forwards in training and in eval mode count alike. A block through which no real token has come
-        has the verdict "no data". Of several processes, each counts its own tokens.
+        Forwards in training and in eval mode both count. A block that saw no real token has the verdict "no data".
+        With several processes, each counts the tokens that it sees.
         """
         return {name: layer.metrics() for name, layer in self._layers.items()}
 
     def write_routing(self, path: str | Path) -> None:
-        """Write what was recorded as a trace for `moe-engine replay`. Raises UsageError if there is nothing."""
+        """Write the recorded trace for `moe-engine replay`. Raises UsageError if nothing was recorded."""
         if not self._traces:
-            raise UsageError("nothing was recorded; call watch(engine, model, record=True)")
+            raise UsageError("nothing was recorded; call watch(engine, model, record=True)", code="nothing-recorded")
         self._trace.write(Path(path))
 
     def close(self) -> None:
-        """Take every hook away."""
+        """Remove every hook."""
         for handle in self._handles:
             handle.remove()
 
@@ -114,22 +115,24 @@ class Watcher:
     # -- the hooks -------------------------------------------------------------------------------
 
     def _begin(self, signature: inspect.Signature, _: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+        """Before the model's forward: note its mask and token ids."""
         given = signature.bind_partial(*args, **kwargs).arguments
         given |= given.get("kwargs", {})
         mask, ids, embedded = (given.get(name) for name in ("attention_mask", "input_ids", "inputs_embeds"))
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
-            warnings.warn("an attention_mask that is not [B, S] can't be followed: all tokens count", stacklevel=2)
+            warnings.warn("an attention_mask that is not [B, S] is ignored: all tokens count", stacklevel=2)
             mask = None
         shape = ids.shape if ids is not None else embedded.shape[:2] if embedded is not None else ()
         self._call = Call(mask, ids, tuple(shape))
 
     def _end(self, *_: Any) -> None:
-        self._call = Call()  # a part of the model may be called by itself, and has no mask then
+        self._call = Call()  # a part of the model may be called alone, and then has no mask
 
     @torch.no_grad()
-    def _see(self, name: str, block: Any, _: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> None:
+    def _count(self, name: str, block: Any, _: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> None:
+        """Before the forward of a block's experts: count its decision."""
         if torch._C._current_graph_task_id() != -1:
-            return  # a backward is running: a checkpoint makes its forward once more
+            return  # a backward is running, so this is activation checkpointing repeating the forward
         routing = routing_of(block, *args, self._call, self._layers[name].spec)
         self._layers[name].count(routing)
         if self._traces:
@@ -137,23 +140,25 @@ class Watcher:
 
 
 def watch(engine: Engine, model: nn.Module, record: bool = False) -> Watcher:
-    """Put the engine's metrics and verdict on the MoE blocks of a transformers model, which stays as it is.
+    """Compute the engine's metrics and verdict on the MoE blocks of a transformers model, without changing it.
 
         with watch(engine, model) as watcher:
             model(input_ids, attention_mask=mask)
             print(watcher.metrics())
 
     model: a Mixtral, OLMoE, Qwen2-MoE, Qwen3-MoE, DeepSeek-V2 or DeepSeek-V3 of transformers, or a module that
-    holds one; call it as a whole: padding is known by the `attention_mask` [B, S] that it is called
-    with, and without one all tokens count. A forward that activation checkpointing repeats counts
-    once. record: keep a routing trace too, for `watcher.write_routing(path)`. Raises UsageError for
-    a model without such a block.
+    contains one. Call it as a whole: padding is known from the `attention_mask` [B, S] of its forward; without one
+    all tokens count. A forward repeated by activation checkpointing counts once. record: also keep a routing trace,
+    for `watcher.write_routing(path)`. Raises UsageError for a model without such a block.
     """
     return Watcher(engine.plugins, model, record)
 
 
 def routing_of(block: Any, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, call: Call, spec: Spec) -> Routing:
-    """A block's decision: the choices and gates are its own, the logits are computed once more, as it does it."""
+    """A block's decision: its choices and gates as passed to its experts, its logits computed again the same way.
+
+    x_TD: the block's input. expert_TK, gate_TK: the chosen experts and their weights.
+    """
     family = BLOCKS[type(block).__name__]
     dtype = torch.float32 if family.wide else x_TD.dtype
     logits_TE = nn.functional.linear(x_TD.to(dtype), block.gate.weight.to(dtype)).float()
@@ -161,14 +166,14 @@ def routing_of(block: Any, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, cal
     bias_E = _bias(block)
     tokens = _tokens(x_TD, call)
     by_TE = scores_TE if bias_E is None else scores_TE + bias_E
-    order_TK = by_TE.gather(1, expert_TK).argsort(dim=-1, descending=True, stable=True)  # some are not sorted
+    order_TK = by_TE.gather(1, expert_TK).argsort(dim=-1, descending=True, stable=True)  # not every block sorts
     plan = assign(gate_TK.gather(1, order_TK), expert_TK.gather(1, order_TK), tokens)
     probs_TE = scores_TE / scores_TE.sum(-1, keepdim=True).clamp(min=1e-30)
     return Routing(tokens, (Level("expert", logits_TE, logits_TE, bias_E),), probs_TE, plan, spec.experts, spec.top_k)
 
 
 def _tokens(x_TD: Tensor, call: Call) -> Tokens:
-    """The tokens of a forward. With a cache, a mask is also of the tokens before; the last ones are these."""
+    """The tokens of a forward. With a cache the mask also covers earlier tokens; these are the last ones."""
     count, mask, ids, shape = x_TD.shape[0], call.mask, call.ids, call.shape
     if mask is not None and count % len(mask) == 0 and count <= mask.numel():
         shape = (len(mask), count // len(mask))
@@ -183,6 +188,7 @@ def _tokens(x_TD: Tensor, call: Call) -> Tokens:
 
 
 def _bias(block: Any) -> Tensor | None:
+    """The bias [E] that DeepSeek-V3 adds to its scores to select experts."""
     bias: Tensor | None = getattr(block.gate, "e_score_correction_bias", None)
     return bias
 
@@ -195,6 +201,7 @@ def _spec(block: Any) -> Spec:
 
 
 def _trace(name: str, block: Any) -> LayerTrace:
+    """An empty trace of a block."""
     bias_E = _bias(block)
     value = {"level": "expert", "name": "e_score_correction_bias", "selection_only": True}
     biases = [] if bias_E is None else [{**value, "value": bias_E.detach().cpu().float().clone()}]

@@ -1,7 +1,7 @@
 """Checkpoints: anything with a state_dict, in one safetensors file with a checksum. Nothing is pickled.
 
-A state is a tree of dicts, lists and plain values with tensors as leaves. The tensors are the file's
-tensors; the rest of the tree, with their names in their places, is JSON in the file's metadata.
+A state is a tree of dicts, lists and plain values with tensors as leaves. The tensors are stored as the file's
+tensors; the rest of the tree, with the tensors' names as placeholders, is JSON in the file's metadata.
 """
 
 import json
@@ -21,17 +21,17 @@ from ..errors import UsageError, listed
 from ..files import write_atomically
 from ..optimizer_state import restore, wrong_shape
 
-SPECIAL = "$"  # the key of a JSON object that stands for what JSON has not
+SPECIAL = "$"  # the key of a JSON object that stands for a value JSON can't express
 
 
 class Stateful(Protocol):
-    """A model, an optimizer, a scheduler, a GradScaler, an engine: what has a state."""
+    """Anything with a state: a model, an optimizer, a scheduler, a GradScaler, an engine."""
 
     def state_dict(self) -> Any:
         """The state, as a tree."""
 
     def load_state_dict(self, state: Any) -> Any:
-        """Take a state over."""
+        """Restore a state."""
 
 
 def save(path: str | Path, **objects: Stateful) -> None:
@@ -39,48 +39,51 @@ def save(path: str | Path, **objects: Stateful) -> None:
 
         save("state.safetensors", model=model, optimizer=optimizer, engine=engine)
 
-    Raises TypeError for a state that holds anything but tensors and plain values, UsageError if the file
+    Raises TypeError for a state that holds anything but tensors and plain values, and UsageError if the file
     can't be written.
     """
     try:
-        write_tree(Path(path), {name: one.state_dict() for name, one in objects.items()})
+        write_tree(Path(path), {name: stateful.state_dict() for name, stateful in objects.items()})
     except OSError as error:
-        raise UsageError(f"{path} can't be written: {error.strerror}") from error
+        raise UsageError(f"{path} can't be written: {error.strerror}", code="unwritable-path") from error
 
 
 def load(path: str | Path, **objects: Stateful) -> None:
-    """Give objects the states that `save` wrote under these keywords, whatever number of experts they are of.
+    """Restore the states that `save` wrote under these keywords; layers may have any number of experts.
 
-    The model is loaded before the rest, so that optimizers find the right shapes. Raises UsageError,
-    before anything is changed, for a file that is absent or damaged, and for a keyword that it lacks.
+    The model is loaded first, which gives the optimizers the right shapes. Raises UsageError, before anything
+    changes, for a file that is missing or damaged, and for a keyword that is not in it.
     """
     tree = read_tree(Path(path))
     if missing := objects.keys() - tree.keys():
-        raise UsageError(f"{path} holds {listed(sorted(tree))}, but no {listed(sorted(missing))}")
-    for name, one in sorted(objects.items(), key=lambda pair: not isinstance(pair[1], torch.nn.Module)):
-        if isinstance(one, torch.optim.Optimizer):
-            _check_shapes(path, name, one, tree[name])
+        message = f"{path} holds {listed(sorted(tree))}, but not {listed(sorted(missing))}"
+        raise UsageError(message, code="missing-state")
+    for name, stateful in sorted(objects.items(), key=lambda pair: not isinstance(pair[1], torch.nn.Module)):
         try:
-            if isinstance(one, torch.optim.Optimizer):
-                restore(one, tree[name])
+            if isinstance(stateful, torch.optim.Optimizer):
+                _check_shapes(path, name, stateful, tree[name])
+                restore(stateful, tree[name])
             else:
-                one.load_state_dict(tree[name])
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UsageError(f"{path}: '{name}' is no state of a {type(one).__name__} ({error})") from error
+                stateful.load_state_dict(tree[name])
+        except (KeyError, TypeError, AttributeError) as error:  # from a tree of the wrong shape, deep in someone's code
+            message = f"{path}: '{name}' is not the state of a {type(stateful).__name__} ({error})"
+            raise UsageError(message, code="foreign-state") from error
 
 
 def _check_shapes(path: str | Path, name: str, optimizer: torch.optim.Optimizer, state: Any) -> None:
-    """A fused optimizer with a state of another shape does not raise: it kills the process at its next step."""
+    """Raise UsageError for a state of other shapes: a fused optimizer would kill the process at its next step."""
     if not isinstance(state, Mapping) or not {"param_groups", "state"} <= state.keys():
-        raise UsageError(f"{path}: '{name}' is no state of an optimizer")
+        raise UsageError(f"{path}: '{name}' is not the state of an optimizer", code="foreign-state")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if len(parameters) != sum(len(group["params"]) for group in state["param_groups"]):
-        raise UsageError(f"{path}: '{name}' is the state of an optimizer of another number of parameters")
-    for index, own in state["state"].items():
-        if key := wrong_shape(parameters[index], own):
-            found, wanted = list(own[key].shape), list(parameters[index].shape)
+        message = f"{path}: '{name}' is the state of an optimizer with another number of parameters"
+        raise UsageError(message, code="state-mismatch")
+    for index, held in state["state"].items():
+        if key := wrong_shape(parameters[index], held):
+            found, wanted = list(held[key].shape), list(parameters[index].shape)
             raise UsageError(
-                f"{path}: '{name}' keeps '{key}' of shape {found} for a parameter of {wanted}; load its model with it"
+                f"{path}: '{name}' keeps '{key}' of shape {found} for a parameter of {wanted}; load its model with it",
+                code="state-mismatch",
             )
 
 
@@ -95,23 +98,23 @@ def write_tree(path: Path, tree: Any) -> None:
 
 
 def read_tree(path: Path, kind: str = "checkpoint") -> Any:
-    """The tree that `write_tree` wrote; kind: what an error calls it.
+    """The tree that `write_tree` wrote; kind: what an error calls the file.
 
-    Raises UsageError for a file that is absent or damaged.
+    Raises UsageError for a file that is missing, damaged or of another kind.
     """
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             meta = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no Mapping)
         if "tree" not in meta:
-            raise UsageError(f"{path} holds tensors, but is no {kind} of moe_engine")
+            raise UsageError(f"{path} holds tensors, but is not a moe_engine {kind}", code="foreign-file")
         if meta.get("sha256") != _checksum(meta["tree"], tensors):
-            raise UsageError(f"{path} is damaged: its checksum is wrong")
+            raise UsageError(f"{path} is damaged: its checksum is wrong", code="damaged-file")
         return _unpacked(json.loads(meta["tree"]), tensors)
     except FileNotFoundError as error:
-        raise UsageError(f"there is no {kind} {path}") from error
+        raise UsageError(f"there is no {kind} {path}", code="missing-file") from error
     except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise UsageError(f"{path} is damaged: {error}") from error
+        raise UsageError(f"{path} is damaged: {error}", code="damaged-file") from error
 
 
 def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
@@ -131,37 +134,38 @@ def _packed(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Mapping):
         return _packed_dict(value, where, tensors)
     if isinstance(value, list | tuple):
-        several = [_packed(one, f"{where}.{index}", tensors) for index, one in enumerate(value)]
-        return several if isinstance(value, list) else {SPECIAL: "tuple", "values": several}
+        items = [_packed(item, f"{where}.{index}", tensors) for index, item in enumerate(value)]
+        return items if isinstance(value, list) else {SPECIAL: "tuple", "values": items}
     if isinstance(value, float) and not math.isfinite(value):
         return {SPECIAL: "float", "value": str(value)}
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise TypeError(f"a checkpoint holds tensors, numbers, texts, lists and dicts; {where} is a {type(value).__name__}")
+    kind = type(value).__name__
+    raise TypeError(f"a checkpoint holds tensors, numbers, strings, lists and dicts; {where} is a {kind}")
 
 
 def _packed_dict(value: Mapping[Any, Any], where: str, tensors: dict[str, Tensor]) -> Any:
-    pairs = [(key, _packed(one, f"{where}.{key}" if where else str(key), tensors)) for key, one in value.items()]
-    kind = "counter" if isinstance(value, Counter) else "dict"  # one of milestones of a learning-rate schedule
+    pairs = [(key, _packed(item, f"{where}.{key}" if where else str(key), tensors)) for key, item in value.items()]
+    kind = "counter" if isinstance(value, Counter) else "dict"  # MultiStepLR keeps its milestones in a Counter
     if kind == "dict" and all(isinstance(key, str) and key != SPECIAL for key in value):
         return dict(pairs)
-    return {SPECIAL: kind, "pairs": [[_packed(key, "", {}), one] for key, one in pairs]}
+    return {SPECIAL: kind, "pairs": [[_packed(key, "", {}), item] for key, item in pairs]}
 
 
 def _unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    def several(values: list[Any]) -> list[Any]:
-        return [_unpacked(one, tensors) for one in values]
+    def unpacked(values: list[Any]) -> list[Any]:
+        return [_unpacked(item, tensors) for item in values]
 
     if isinstance(value, list):
-        return several(value)
+        return unpacked(value)
     if not isinstance(value, dict):
         return value
     if SPECIAL not in value:
-        return dict(zip(value, several(list(value.values())), strict=True))
+        return dict(zip(value, unpacked(list(value.values())), strict=True))
     special: dict[str, Callable[[], Any]] = {
         "tensor": lambda: tensors[value["name"]],
-        "tuple": lambda: tuple(several(value["values"])),
-        "dict": lambda: dict(map(several, value["pairs"])),
+        "tuple": lambda: tuple(unpacked(value["values"])),
+        "dict": lambda: dict(map(unpacked, value["pairs"])),
         "counter": lambda: Counter(dict(value["pairs"])),
         "float": lambda: float(value["value"]),
     }
@@ -172,7 +176,7 @@ def _unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 class Checkpoints:
-    """The folder of a run's checkpoints: the last two, and best.safetensors, that of the lowest test loss."""
+    """A run's checkpoints folder: the last two, and best.safetensors, the one of the lowest test loss."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -190,16 +194,16 @@ class Checkpoints:
         write_tree(self.folder / "best.safetensors", tree)
 
     def newest(self, say: Callable[[str], None]) -> Any:
-        """The tree of the newest checkpoint that is whole, or None; `say` is told of each that is damaged.
+        """The tree of the newest intact checkpoint, or None; `say` gets a remark on each damaged one.
 
-        A damaged one is put aside under another name, so that it does not count as one of the last two.
+        A damaged one is renamed, so it does not count as one of the last two.
         """
         for path in reversed(self._files()):
             try:
                 return read_tree(path)
             except UsageError as error:
                 path.rename(path.with_suffix(".damaged"))
-                say(f"{error}; looking for the one before")
+                say(f"{error}; trying the one before")
         return None
 
     def _files(self) -> list[Path]:

@@ -1,4 +1,4 @@
-"""What a run is told: flags and config files."""
+"""A run's configuration: flags and config files."""
 
 import tomllib
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from ..registry.discovery import defaults
 
 @attrs.define(eq=False)
 class RunConfig:
-    """What a run is told, apart from the plugins' options: the flags of `moe-engine run` and [run] of a config file."""
+    """A run's options apart from the plugins': the flags of `moe-engine run`, and [run] of a config file."""
 
     task: str = option(defaults()["task"], help="task plugin: the data, the model and how it is measured")
     plugins: tuple[str, ...] = option((), help="plugins to use, in this order")
@@ -65,37 +65,42 @@ def read_config(file: Path | None) -> tuple[dict[str, Any], Settings]:
     try:
         tables = tomllib.loads(file.read_text("utf-8"))
     except OSError as error:
-        raise UsageError(f"config file {file} can't be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:  # also of too many digits, which is no TOMLDecodeError
-        raise UsageError(f"config file {file} is not TOML: {error}") from error
+        raise UsageError(f"config file {file} can't be read: {error.strerror}", code="unreadable-file") from error
+    except (ValueError, RecursionError) as error:  # a number of too many digits is not a TOMLDecodeError
+        raise UsageError(f"config file {file} is not TOML: {error}", code="invalid-toml") from error
     if unknown := sorted(tables.keys() - {"run", "plugins"}):
-        raise UsageError(f"config file {file} has {listed(unknown)}; its tables are [run] and [plugins.NAME]")
+        message = f"config file {file} has {listed(unknown)}; its tables are [run] and [plugins.NAME]"
+        raise UsageError(message, code="unknown-table")
     run, plugins = tables.get("run", {}), tables.get("plugins", {})
     for name, table in [("run", run), ("plugins", plugins), *(plugins.items() if isinstance(plugins, dict) else ())]:
         if not isinstance(table, dict):
-            raise UsageError(f"config file {file}: '{name}' is a table of options, not {table!r}")
+            message = f"config file {file}: '{name}' must be a table of options, not {table!r}"
+            raise UsageError(message, code="not-a-table")
     return run, plugins
 
 
-def merged(file: Mapping[str, Any], flags: Mapping[str, Any]) -> RunConfig:
-    """The run's configuration: flag over file over default. A flag of None was not given."""
+def merge_options(file: Mapping[str, Any], flags: Mapping[str, Any]) -> RunConfig:
+    """The run's configuration: a flag overrides the file, which overrides the default. None: a flag not given."""
     given = {**file, **{name: value for name, value in flags.items() if value is not None}}
     config: RunConfig = build(RunConfig, "run", given)
     return config
 
 
 def config_toml(config: RunConfig, settings: Settings) -> str:
-    """The config file that gives the same run again."""
+    """The config file that reproduces the run."""
     return tomli_w.dumps(
-        {"run": _written(values_of(config)), "plugins": {k: _written(v) for k, v in settings.items() if v}}
+        {"run": _toml_values(values_of(config)), "plugins": {k: _toml_values(v) for k, v in settings.items() if v}}
     )
 
 
-def _written(values: Mapping[str, Any]) -> dict[str, Any]:
-    # TOML has no null: the word "none" is what options of type `X | None` read it from
-    return {key: "none" if one is None else list(one) if isinstance(one, tuple) else one for key, one in values.items()}
+def _toml_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    # TOML has no null; options of type `X | None` read it from the word "none"
+    return {
+        key: "none" if value is None else list(value) if isinstance(value, tuple) else value
+        for key, value in values.items()
+    }
 
 
 def flag_names() -> dict[str, Any]:
-    """Every option of a run by name, for the command line."""
+    """Every option of a run by name."""
     return dict(options_of(RunConfig))

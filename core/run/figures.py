@@ -1,4 +1,4 @@
-"""The pictures of runs, drawn with matplotlib: curves, usage over time, class by expert, effects."""
+"""Figures of runs, drawn with matplotlib: curves, usage over time, class by expert, effects."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -36,7 +36,7 @@ HEAT = "viridis"
 
 
 def of_run(run: "Run") -> dict[str, Figure]:
-    """Every picture of a run by name."""
+    """Every figure of a run by name."""
     figures = {"loss": curves([run], ["loss"]), "accuracy": curves([run], ["accuracy"])}
     for layer in run.summary["layers"]:
         name = layer["name"]
@@ -48,25 +48,25 @@ def of_run(run: "Run") -> dict[str, Figure]:
 
 
 def overlaid(runs: Sequence["Run"]) -> Figure:
-    """Several runs' curves on the test set, one colour a run."""
+    """The test curves of several runs, one colour a run."""
     figure = curves(runs, ["loss", "accuracy", "cv", "maxvio"])
     assert figure is not None  # every run has a loss
     return figure
 
 
 QUALITIES = {
-    "accuracy": ("test accuracy, % (more is better)", 100),
-    "perplexity": ("test perplexity (less is better)", 1),
-    "loss": ("test loss (less is better)", 1),
+    "accuracy": ("test accuracy, % (higher is better)", 100),
+    "perplexity": ("test perplexity (lower is better)", 1),
+    "loss": ("test loss (lower is better)", 1),
 }
-BESIDE = {"cv": ("cv of the load (0 = even)", 1), "step_ratio": ("time of a training step (dense = 1)", 1)}
+COSTS = {"cv": ("cv of the load (0 = even)", 1), "step_ratio": ("time of a training step (dense = 1)", 1)}
 
 
 def compared(comparison: Mapping[str, Any]) -> Figure:
-    """Quality, cv and step time of a comparison, a line a row: every seed, their mean and its 95 % interval."""
+    """Quality, cv and step time of a comparison, one line per variant: each seed, the mean and its 95 % interval."""
     rows = [row for row in comparison["rows"] if row["numbers"]]
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
-    panels = {comparison["quality"]: QUALITIES[comparison["quality"]], **BESIDE}
+    panels = {comparison["quality"]: QUALITIES[comparison["quality"]], **COSTS}
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10.5, 1.5 + 0.3 * len(rows)), layout="constrained")
         first, *others = figure.subplots(1, len(panels), sharey=True)
@@ -89,9 +89,9 @@ def compared(comparison: Mapping[str, Any]) -> Figure:
 
 
 def _titled(row: Mapping[str, Any], kinds: Sequence[str]) -> str:
-    """A row's name; with its kind, where plugins of several are compared."""
-    several = len({*kinds} - {"dense", "base"}) > 1 and row["kind"] not in ("dense", "base")
-    return f"{row['variant']} ({row['kind']})" if several else row["variant"]
+    """A row's name; with its kind, if plugins of several kinds are compared."""
+    with_kind = len({*kinds} - {"dense", "base"}) > 1 and row["kind"] not in ("dense", "base")
+    return f"{row['variant']} ({row['kind']})" if with_kind else row["variant"]
 
 
 def _interval(axes: Any, number: Mapping[str, Any] | None, factor: float, height: int, color: str, line: bool) -> None:
@@ -102,12 +102,12 @@ def _interval(axes: Any, number: Mapping[str, Any] | None, factor: float, height
         [factor * value for value in number["values"]], [height] * len(number["values"]), s=12, color=color, alpha=0.45
     )
     axes.errorbar(mean, height, xerr=half, fmt="o", color=color, markersize=5, capsize=3)
-    if line:  # what the others are held against
+    if line:  # the reference of the others
         axes.axvline(mean, color=color, linewidth=0.8, linestyle="--", alpha=0.6, zorder=0)
 
 
-def picture(figure: Figure, kind: str) -> bytes:
-    """A figure as a file: svg and pdf are transparent, png is white."""
+def figure_bytes(figure: Figure, kind: str) -> bytes:
+    """A figure as the content of a file: svg and pdf are transparent, png is white."""
     out = io.BytesIO()
     with mpl.rc_context(STYLE):
         dated: Any = {"metadata": {"Date": None}} if kind == "svg" else {}
@@ -116,12 +116,12 @@ def picture(figure: Figure, kind: str) -> bytes:
 
 
 def series(run: "Run", split: str, name: str, layer: str | None = None) -> tuple[list[int], list[Any]]:
-    """(steps, values) of a number over a run; of a layer's, or averaged over the layers that have it."""
+    """(steps, values) of a metric over a run: a layer's, or the mean over the layers that have it."""
     steps, values = [], []
     for record in run.records:
-        own = record.get(name) if layer is None else None
+        overall = record.get(name) if layer is None else None
         layers = [metrics.get(name) for at, metrics in record["layers"].items() if layer in (None, at)]
-        found: list[Any] = [value for value in ([own] if own is not None else layers) if value is not None]
+        found: list[Any] = [value for value in ([overall] if overall is not None else layers) if value is not None]
         if record["split"] == split and found:
             steps.append(record["step"])
             values.append(found[0] if len(found) == 1 else float(np.mean(found)))
@@ -129,13 +129,13 @@ def series(run: "Run", split: str, name: str, layer: str | None = None) -> tuple
 
 
 def growths(run: "Run", layer: str | None = None) -> list[dict[str, Any]]:
-    """What grew in a run, or in one of its layers, oldest first."""
+    """The growths of a run, or of one of its layers, oldest first."""
     events = [record["growth"] for record in run.records if record["split"] == "growth"]
-    return [one for one in events if layer in (None, one["layer"])]
+    return [event for event in events if layer in (None, event["layer"])]
 
 
 def lives(run: "Run", layer: str) -> tuple[list[tuple[int, dict[int, float]]], dict[int, int], dict[int, int]]:
-    """(step and load share by identity at each log point, step of birth, step of death) of a layer's experts.
+    """(step and load share by identity at each log point, step of birth, step of removal) of a layer's experts.
 
     An expert's index may change when others are removed; its identity, the order of birth, does not.
     """
@@ -151,23 +151,23 @@ def lives(run: "Run", layer: str) -> tuple[list[tuple[int, dict[int, float]]], d
             count = max([*alive, *born, *dead]) + 1
             fresh = iter(range(count, count + len(growth["rows"])))
             alive = [alive[old] if old is not None else next(fresh) for old in growth["rows"]]
-            born.update({one: step for one in alive if one >= count})
+            born.update({expert: step for expert in alive if expert >= count})
         load = record["layers"].get(layer, {}).get("load") if record["split"] == "train" else None
         if load:
             alive = alive or list(range(len(load)))
-            loads.append((record["step"], {one: share or 0.0 for one, share in zip(alive, load, strict=True)}))
+            loads.append((record["step"], {expert: share or 0.0 for expert, share in zip(alive, load, strict=True)}))
     return loads, born, dead
 
 
 def _mark(axes: Any, run: "Run", layer: str | None = None) -> None:
-    """A line at every step at which something grew."""
-    for index, step in enumerate(sorted({one["step"] for one in growths(run, layer)})):
-        label = "growth" if index == 0 else "_"  # matplotlib leaves out of a legend what begins with _
+    """Draw a line at every step at which a layer grew."""
+    for index, step in enumerate(sorted({growth["step"] for growth in growths(run, layer)})):
+        label = "growth" if index == 0 else "_"  # matplotlib leaves labels that begin with _ out of a legend
         axes.axvline(step, color="C3", alpha=0.6, linewidth=0.8, linestyle=":", zorder=0, label=label)
 
 
 def curves(runs: Sequence["Run"], names: Sequence[str]) -> Figure | None:
-    """One panel a number. One run: training and test; several: the test set alone."""
+    """One panel per metric. One run: training and test; several: only the test set."""
     splits = (("train", "--", "training"), ("eval", "-", "test")) if len(runs) == 1 else (("eval", "-", ""),)
     panels = [name for name in names if any(series(run, "eval", name)[0] for run in runs)]
     if not panels:
@@ -180,9 +180,8 @@ def curves(runs: Sequence["Run"], names: Sequence[str]) -> Figure | None:
             axes = figure.add_subplot(rows, columns, index + 1, title=name, xlabel="step")
             for number, run in enumerate(runs):
                 for split, dash, word in splits:
-                    label = (
-                        word if len(runs) == 1 else f"{run.name}: {run.typed}".replace("$", r"\$")
-                    )  # a name is no formula
+                    # a "$" in a name does not begin a formula
+                    label = word if len(runs) == 1 else f"{run.name}: {run.typed}".replace("$", r"\$")
                     axes.plot(
                         *series(run, split, name), dash, color=f"C{number}", label=label, marker="o", markersize=2.5
                     )
@@ -198,7 +197,7 @@ def balance(run: "Run", layer: str) -> Figure | None:
     lines = {name: series(run, "train", name, layer) for name in ("cv", "gini", "maxvio", "active")}
     if not lines["cv"][0]:
         return None
-    experts = next(one["experts"] for one in run.summary["layers"] if one["name"] == layer)
+    experts = next(summary["experts"] for summary in run.summary["layers"] if summary["name"] == layer)
     sizes = [(record["step"], len(record["layers"][layer]["load"])) for record in _with_load(run, layer)]
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(5.6, 3.4), layout="constrained")
@@ -210,24 +209,25 @@ def balance(run: "Run", layer: str) -> Figure | None:
             below.step(*zip(*sizes, strict=True), where="pre", color=INK, alpha=0.5, linestyle="--", label="experts")
         below.step(*lines["active"], where="pre", color=INK)
         below.set(xlabel="step", ylabel="active", ylim=(0, max(size for _, size in sizes) * 1.1))
-        for each in (axes, below):
-            _mark(each, run, layer)
+        for panel in (axes, below):
+            _mark(panel, run, layer)
         axes.legend(ncols=4)
     return figure
 
 
 def _with_load(run: "Run", layer: str) -> list[dict[str, Any]]:
+    """The training records that hold the layer's load."""
     return [
         record for record in run.records if record["split"] == "train" and record["layers"].get(layer, {}).get("load")
     ]
 
 
 def usage(run: "Run", layer: str) -> Figure | None:
-    """Share of the load of each expert over training, as a heatmap; 1 = an even share. Births and deaths are marked."""
+    """A heatmap of each expert's load over training; 1 = an even share. Births and removals are marked."""
     loads, born, dead = lives(run, layer)
     if not loads:
         return None
-    experts = 1 + max([one for _, load in loads for one in load] + [*born, *dead])
+    experts = 1 + max([expert for _, load in loads for expert in load] + [*born, *dead])
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(5.6, max(2.4, 1.2 + 0.16 * experts)), layout="constrained")
         axes = figure.add_subplot(title="load of each expert in training (1 = an even share)")
@@ -243,7 +243,7 @@ def draw_usage(
     experts: int,
     top: float = 0.0,
 ) -> Any:
-    """The heatmap of `usage` from what `lives` answers; answers the image. top: where the colours end, at least."""
+    """Draw the heatmap of `usage` from what `lives` returned; returns the image. top: least end of the colours."""
     relative_ES = np.full((experts, len(loads)), np.nan)
     for at, (_, load) in enumerate(loads):
         relative_ES[list(load), at] = np.array(list(load.values())) * len(load)
@@ -252,7 +252,7 @@ def draw_usage(
     image = axes.pcolormesh(edges, np.arange(experts + 1), relative_ES, cmap=HEAT, vmin=0, vmax=top)
     for which, mark, word in ((born, ">", "born"), (dead, "X", "removed")):
         if which:
-            heights = [one + 0.5 for one in which]
+            heights = [expert + 0.5 for expert in which]
             axes.scatter(list(which.values()), heights, marker=mark, s=24, color="C3", label=word, zorder=3)
     if born or dead:
         axes.legend(loc="lower left", ncols=2)
@@ -264,7 +264,10 @@ def draw_usage(
 
 
 def shares(load_RE: Sequence[Sequence[float]], names: Sequence[str]) -> Figure:
-    """Rows of loads, as many experts in each or fewer: each expert's over its row's mean, on a logarithmic scale."""
+    """A heatmap of rows of loads: each expert's load over its row's mean, on a logarithmic scale.
+
+    Rows may have different numbers of experts.
+    """
     experts = max(map(len, load_RE))
     relative_RE = np.full((len(load_RE), experts), np.nan)
     for row, load in enumerate(load_RE):
@@ -287,7 +290,7 @@ def shares(load_RE: Sequence[Sequence[float]], names: Sequence[str]) -> Figure:
 
 
 def classes(run: "Run", layer: str) -> Figure | None:
-    """Which share of a class's assignments each expert got, on the test set."""
+    """The share of each class's assignments that each expert got, on the test set."""
     tables = series(run, "eval", "class_expert", layer)[1]
     if not tables:
         return None
@@ -299,7 +302,7 @@ def classes(run: "Run", layer: str) -> Figure | None:
 
 
 def draw_classes(axes: Any, table: Sequence[Sequence[float]]) -> Any:
-    """The heatmap of `classes` from counts [classes, E]; answers the image."""
+    """Draw the heatmap of `classes` from counts [classes, E]; returns the image."""
     counts_CE = np.array(table, dtype=float)
     share_CE = counts_CE / np.maximum(counts_CE.sum(1, keepdims=True), 1)
     image = axes.imshow(share_CE, cmap=HEAT, aspect="auto", vmin=0)
@@ -310,7 +313,7 @@ def draw_classes(axes: Any, table: Sequence[Sequence[float]]) -> Any:
 
 
 def effects(run: "Run", layer: str) -> Figure | None:
-    """What each loss term and bias did to the router over training."""
+    """The effect of each loss term and bias on the router over training."""
     names = sorted({name for r in run.records for name in r["layers"].get(layer, {}) if name.startswith("effect.")})
     if not names:
         return None

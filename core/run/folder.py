@@ -1,4 +1,4 @@
-"""A run's folder: config.toml, metrics.jsonl, checkpoints/, summary.json, model.safetensors, and what reports add."""
+"""A run's folder: config.toml, metrics.jsonl, checkpoints/, summary.json, model.safetensors and reports."""
 
 import json
 import tomllib
@@ -12,45 +12,47 @@ from ..contract.options import Settings
 from ..contract.run import Run
 from ..errors import UsageError
 from ..files import locked
-from .config import RunConfig, merged, read_config
+from .config import RunConfig, merge_options, read_config
 
 
 def new_folder(out: Path | None, task: str) -> Path:
-    """A run's folder, which must be empty or absent; runs/TASK-TIME if none is named. Raises UsageError."""
+    """Create a run's folder, which must be empty or absent; runs/TASK-TIME if none is named. Raises UsageError."""
     folder = out or _unused(Path("runs") / f"{task}-{datetime.now():%Y%m%d-%H%M%S}")
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UsageError(f"{folder} is not an empty folder; name another one with --out")
+            message = f"{folder} is not an empty folder; name another one with --out"
+            raise UsageError(message, code="folder-not-empty")
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UsageError(f"folder {folder} can't be written: {error.strerror}; name another one with --out") from error
+        message = f"folder {folder} can't be written: {error.strerror}; name another one with --out"
+        raise UsageError(message, code="unwritable-path") from error
     return folder
 
 
 def old_folder(folder: Path) -> tuple[RunConfig, Settings]:
-    """The configuration of a run that was begun in this folder, to be resumed. Raises UsageError."""
+    """The configuration of a run that was begun in this folder. Raises UsageError."""
     if not folder.is_dir():
-        raise UsageError(f"there is no run folder {folder}")
+        raise UsageError(f"there is no run folder {folder}", code="unknown-run")
     if not (folder / "config.toml").exists():
-        raise UsageError(f"{folder} holds no config.toml, so no run was begun in it")
-    flags, settings = read_config(folder / "config.toml")
-    return merged(flags, {}), settings
+        raise UsageError(f"{folder} holds no config.toml, so no run was begun in it", code="unknown-run")
+    options, settings = read_config(folder / "config.toml")
+    return merge_options(options, {}), settings
 
 
 @contextmanager
 def record_file(folder: Path) -> Iterator[IO[bytes]]:
-    """metrics.jsonl, open for reading and appending by this process alone. Raises UsageError."""
+    """Open metrics.jsonl for reading and appending by this process alone. Raises UsageError."""
     path = folder / "metrics.jsonl"
     try:
         path.touch()
     except OSError as error:
-        raise UsageError(f"{path} can't be written: {error.strerror}") from error
+        raise UsageError(f"{path} can't be written: {error.strerror}", code="unwritable-path") from error
     with locked(path, folder) as file:
         for leftover in (*folder.glob(".*.tmp"), *folder.glob("checkpoints/.*.tmp")):
-            leftover.unlink(missing_ok=True)  # of a write that was killed
+            leftover.unlink(missing_ok=True)  # from a write that was killed
         yield file
 
 
@@ -63,26 +65,27 @@ def _unused(folder: Path) -> Path:
 
 
 def read_run(folder: Path) -> Run:
-    """Read a run's folder. Raises UsageError if it is not there, not finished or damaged."""
+    """Read a run's folder. Raises UsageError if it is missing, unfinished or damaged."""
     try:
         if not folder.is_dir():
-            raise UsageError(f"there is no run folder {folder}")
+            raise UsageError(f"there is no run folder {folder}", code="unknown-run")
         summary = json.loads((folder / "summary.json").read_text("utf-8"))
         records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
         config = tomllib.loads((folder / "config.toml").read_text("utf-8"))
     except FileNotFoundError as error:
         begun = (folder / "config.toml").exists() and (folder / "metrics.jsonl").exists()
-        advice = f"; moe-engine resume {folder} goes on with it" if begun else ""
-        raise UsageError(f"{folder} holds no finished run: {Path(error.filename).name} is missing{advice}") from error
+        advice = f"; moe-engine resume {folder} continues it" if begun else ""
+        message = f"{folder} holds no finished run: {Path(error.filename).name} is missing{advice}"
+        raise UsageError(message, code="unfinished-run") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"run folder {folder} is damaged: {error}") from error
+        raise UsageError(f"run folder {folder} is damaged: {error}", code="damaged-run") from error
     if problem := _problem(summary, records, config):
-        raise UsageError(f"run folder {folder} is damaged: {problem}")
+        raise UsageError(f"run folder {folder} is damaged: {problem}", code="damaged-run")
     return Run(folder, summary, records, config)
 
 
 def number_of(summary: Mapping[str, Any], name: str) -> Any:
-    """A number of a run's summary, or the mean over its layers of a number of theirs; None if there is none."""
+    """A number of a run's summary, or the mean of a layer's number over the layers; None if there is none."""
     if name in summary:
         return summary[name]
     values = [layer[name] for layer in summary["layers"] if layer.get(name) is not None]
@@ -92,17 +95,18 @@ def number_of(summary: Mapping[str, Any], name: str) -> Any:
 def _problem(summary: Any, records: list[Any], config: dict[str, Any]) -> str | None:
     """What is wrong with the shape of a run's files, or None."""
     if not isinstance(summary, dict) or not _objects(summary.get("layers")) or "loss" not in summary:
-        return "summary.json is no summary"
+        return "summary.json does not contain a run summary"
     if not records or not all(isinstance(r, dict) and {"split", "step", "layers"} <= r.keys() for r in records):
         return "metrics.jsonl holds no records"
     if not all(isinstance(record["layers"], dict) for record in records):
         return "metrics.jsonl holds no records"
     run = config.get("run", {})
-    typed = run.get("plugins", []) if isinstance(run, dict) else None
-    if not isinstance(typed, list) or not all(isinstance(name, str) for name in typed):
+    plugins = run.get("plugins", []) if isinstance(run, dict) else None
+    if not isinstance(plugins, list) or not all(isinstance(name, str) for name in plugins):
         return "config.toml has no [run]"
     return None
 
 
 def _objects(values: Any) -> bool:
+    """Whether a value is a list of JSON objects."""
     return isinstance(values, list) and all(isinstance(value, dict) for value in values)

@@ -1,4 +1,4 @@
-"""Routing traces: what the layers of a model were given and chose, in one checksummed file.
+"""Routing traces: the logits and choices of a model's layers, in one checksummed file.
 
 Suffixes: T tokens, n units of a level, N assignments.
 """
@@ -27,10 +27,10 @@ LIMIT = 20_000  # tokens of a layer, padding included
 
 @attrs.define(eq=False)
 class Forward:
-    """One decision of one layer, on the CPU.
+    """One layer's decision in one forward, on the CPU.
 
-    shape: the leading shape of its T tokens. logits: [T, n] by level, as raw and as wide as the router saw
-    them. mask, ids, labels: [T] or None. token, expert, gate, rank, selected: [N], as of `Assignments`.
+    shape: the leading shape of its T tokens. logits: [T, n] by level, raw and in the precision that the router saw.
+    mask, ids, labels: [T] or None. token, expert, gate, rank, selected: [N], as in `Assignments`.
     """
 
     shape: tuple[int, ...]
@@ -46,33 +46,34 @@ class Forward:
 
     @classmethod
     def of(cls, routing: Routing) -> "Forward":
+        """A copy of a routing on the CPU."""
         tokens, plan = routing.tokens, routing.plan
         logits = {level.name: level.logits for level in routing.levels}
         choice = (plan.token, plan.expert, plan.weight, plan.rank, plan.selected)
-        one = cls(tokens.shape, logits, tokens.mask, tokens.ids, tokens.labels, *choice)
-        return cls(**{name: _on_cpu(value) for name, value in attrs.asdict(one, recurse=False).items()})
+        forward = cls(tokens.shape, logits, tokens.mask, tokens.ids, tokens.labels, *choice)
+        return cls(**{name: _on_cpu(value) for name, value in attrs.asdict(forward, recurse=False).items()})
 
     def rows(self, start: int, stop: int) -> "Forward":
-        """The decision on some rows of the leading shape: samples, or sequences."""
+        """The decision on rows `start` to before `stop` of the leading shape: samples, or sequences."""
         each = math.prod(self.shape[1:])
         first, last = start * each, min(stop, self.shape[0]) * each
-        mine_N = (self.token >= first) & (self.token < last)
+        inside_N = (self.token >= first) & (self.token < last)
         columns = {name: getattr(self, name) for name in ("mask", "ids", "labels")}
-        by_token: dict[str, Any] = {name: None if one is None else one[first:last] for name, one in columns.items()}
+        by_token: dict[str, Any] = {name: None if col is None else col[first:last] for name, col in columns.items()}
         by_choice: dict[str, Any] = {
-            name: getattr(self, name)[mine_N] for name in ("expert", "gate", "rank", "selected")
+            name: getattr(self, name)[inside_N] for name in ("expert", "gate", "rank", "selected")
         }
         return Forward(
             shape=(min(stop, self.shape[0]) - start, *self.shape[1:]),
             logits={name: value[first:last] for name, value in self.logits.items()},
-            token=self.token[mine_N] - first,
+            token=self.token[inside_N] - first,
             **by_token,
             **by_choice,
         )
 
     @property
     def tokens(self) -> Tokens:
-        """The tokens without their hidden states: x is [T, 0], so that a router that reads it fails."""
+        """The tokens without their hidden states: x is [T, 0], which makes a router that reads it fail."""
         count = math.prod(self.shape)
         return Tokens(torch.empty(count, 0), tuple(self.shape), self.mask, self.ids, self.labels)
 
@@ -85,10 +86,10 @@ class Forward:
 
 @attrs.define(eq=False)
 class LayerTrace:
-    """What one layer decided.
+    """The decisions of one layer.
 
-    router: its plugin, or the class of somebody else's block. options: that plugin's. state: its tensors.
-    biases: level, name, selection_only and value [n] of each, as it stood.
+    router: its plugin, or the class name of a foreign block. options: the plugin's. state: the router's tensors.
+    biases: level, name, selection_only and value [n] of each, at the time of recording.
     """
 
     name: str
@@ -107,9 +108,9 @@ class LayerTrace:
 
 @attrs.define(eq=False)
 class Trace:
-    """What the layers of a model decided, up to `limit` tokens a layer.
+    """The decisions of a model's layers, up to `limit` tokens a layer.
 
-    about: where it is from. cut: there were more tokens.
+    about: where it was recorded. cut: there were more tokens.
     """
 
     layers: list[LayerTrace] = attrs.field(factory=list)
@@ -119,21 +120,22 @@ class Trace:
 
     @property
     def router(self) -> str:
+        """The first layer's router."""
         return self.layers[0].router
 
     @property
     def biased(self) -> bool:
-        """Whether biases were at work."""
+        """Whether any layer had biases."""
         return any(layer.biases for layer in self.layers)
 
     @property
     def tokens(self) -> int:
-        """Of the layer that holds most."""
-        return max(sum(math.prod(one.shape) for one in layer.forwards) for layer in self.layers)
+        """The number of tokens of the layer with the most."""
+        return max(sum(math.prod(forward.shape) for forward in layer.forwards) for layer in self.layers)
 
     def add(self, layer: LayerTrace, routing: Routing) -> bool:
-        """Keep one forward's decision, or the first rows of it; answers whether there was room for all of it."""
-        held = sum(math.prod(one.shape) for one in layer.forwards)
+        """Keep one forward's decision, or its first rows; returns whether there was room for all of it."""
+        held = sum(math.prod(forward.shape) for forward in layer.forwards)
         rows, each = routing.tokens.shape[0], math.prod(routing.tokens.shape[1:])
         fitting = min(rows, (self.limit - held) // max(each, 1))
         self.cut |= fitting < rows
@@ -143,24 +145,26 @@ class Trace:
         return fitting == rows
 
     def write(self, path: Path) -> None:
-        """Write it as one file, atomically. Raises UsageError if there is nothing in it, or it can't be written."""
+        """Write the trace as one file, atomically. Raises UsageError if it is empty or the file can't be written."""
         layers = [layer for layer in self.layers if layer.forwards]
         if not layers:
-            raise UsageError(f"no token has come through any layer, so there is nothing to write into {path}")
-        note = f"the first {self.limit} tokens of each layer at most, padding included; logits are not rounded"
+            message = f"no token has come through any layer, so there is nothing to write into {path}"
+            raise UsageError(message, code="empty-trace")
+        note = f"at most the first {self.limit} tokens of each layer, padding included; logits are not rounded"
         tree = attrs.asdict(attrs.evolve(self, layers=layers))
         try:
             write_tree(path, {"routing_trace": 1, "note": note, **tree})
         except OSError as error:
-            raise UsageError(f"{path} can't be written: {error.strerror}") from error
+            raise UsageError(f"{path} can't be written: {error.strerror}", code="unwritable-path") from error
 
 
 def read_trace(path: Path) -> Trace:
-    """The trace in a file, or in a run's folder. Raises UsageError for one that is absent, damaged or none."""
+    """The trace in a file, or in a run's folder. Raises UsageError if it is missing, damaged or not a trace."""
     path = path / FILE if path.is_dir() else path
     tree = read_tree(path, "routing trace")
     if not isinstance(tree, dict) or tree.get("routing_trace") != 1:
-        raise UsageError(f"{path} holds no routing trace; `moe-engine run --record-routing` writes one")
+        message = f"{path} holds no routing trace; `moe-engine run --record-routing` writes one"
+        raise UsageError(message, code="foreign-file")
     try:
         layers = [
             LayerTrace(
@@ -176,11 +180,15 @@ def read_trace(path: Path) -> Trace:
                 _check(layer, forward)
         return trace
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
-        raise UsageError(f"{path} is damaged: it is no whole trace ({type(error).__name__}: {error})") from error
+        message = f"{path} is damaged: its routing trace is invalid ({type(error).__name__}: {error})"
+        raise UsageError(message, code="damaged-file") from error
 
 
 def _check(layer: LayerTrace, forward: Forward) -> None:
-    """Raise what is wrong with a decision that was read, which may be any tree that hangs together."""
+    """Use every part of a decision as it will be used later, and raise whatever that raises.
+
+    A file with a valid checksum may still hold any tree.
+    """
     count, routing = math.prod(forward.shape), forward.routing(layer.spec)
     for column in (forward.mask, forward.ids, forward.labels, *forward.logits.values()):
         if column is not None and column.shape[0] != count:
@@ -198,34 +206,38 @@ def _check(layer: LayerTrace, forward: Forward) -> None:
 
 def _on_cpu(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {name: _on_cpu(one) for name, one in value.items()}
+        return {name: _on_cpu(item) for name, item in value.items()}
     return value.detach().cpu().clone() if isinstance(value, Tensor) else value
 
 
 def record(engine: Engine, forwards: Iterable[Callable[[], object]], about: dict[str, Any]) -> Trace:
-    """The decisions of the engine's layers in some forwards of the model, which are not counted.
+    """Record the decisions of the engine's layers in some forwards of the model; metrics do not count them.
 
-    It ends as soon as no layer has room for more. Call it in eval mode: capacity and noise are of training.
+    Recording stops when no layer has room for more. Call it in eval mode: capacity and noise belong to training.
     """
     trace = Trace([begin(engine, layer) for layer in engine.layers], about)
     for forward in forwards:
         with torch.no_grad(), uncounted(engine.layers):
             forward()
             decided = [layer.watched or [] for layer in engine.layers]
-        fitted = [trace.add(own, one) for own, several in zip(trace.layers, decided, strict=True) for one in several]
+        fitted = [
+            trace.add(layer, routing)
+            for layer, routings in zip(trace.layers, decided, strict=True)
+            for routing in routings
+        ]
         if fitted and not any(fitted):
             break
     return trace
 
 
 def begin(engine: Engine, layer: MoE) -> LayerTrace:
-    """What is to be kept of a layer beside its decisions."""
+    """An empty trace of a layer: its router, options, spec, state and biases, without decisions."""
     plugins = engine.plugins.override(layer.settings)
     (router,) = (bound.plugin for bound in engine.plugins.bind("moe_router", plugins))
     biases = [
         {"level": level.name, "name": name, "selection_only": bias.selection_only, "value": _on_cpu(bias())}
-        for level, own in zip(layer.router.levels, layer.bias_levels(), strict=True)
-        for name, bias in own.items()
+        for level, biases_of_level in zip(layer.router.levels, layer.bias_levels(), strict=True)
+        for name, bias in biases_of_level.items()
     ]
     state = _on_cpu(layer.router.state_dict())
     return LayerTrace(layer.name, router, values_of(plugins[router]), layer.spec, state, biases)

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ..contract.run import Run
-from ..run.figures import STYLE, draw_classes, draw_usage, lives, picture, series
+from ..run.figures import STYLE, draw_classes, draw_usage, figure_bytes, lives, series
 from .grid import FINISHED, Record
 from .results import title_of
 from .spec import Picture, Study
@@ -27,7 +27,7 @@ def pictures_of(study: Study, results: Mapping[str, Any], records: Sequence[Reco
             figure = KINDS[one.kind](one, rows, records) if rows else None
         if figure is not None:
             figure.suptitle(one.title, fontsize=11)
-            drawn[f"{one.name}.png"] = picture(figure, "png")
+            drawn[f"{one.name}.png"] = figure_bytes(figure, "png")
     return drawn
 
 

@@ -24,7 +24,7 @@ from ..files import dump, locked, write_atomically
 from ..processes import one_thread
 from ..registry import discovery
 from ..registry.discovery import defaults
-from ..run.config import RunConfig, merged
+from ..run.config import RunConfig, merge_options
 from ..run.training import Training, versions
 
 Record = dict[str, Any]
@@ -50,7 +50,7 @@ class Variant:
     def config(self, seed: int) -> RunConfig:
         """The run of one seed; it writes no default reports, which take longer than a small run."""
         without = (*self.flags.get("no_plugin", ()), *defaults()["reports"])
-        return merged({}, {**self.flags, "plugins": self.plugins, "no_plugin": without, "seed": seed})
+        return merge_options({}, {**self.flags, "plugins": self.plugins, "no_plugin": without, "seed": seed})
 
 
 @attrs.frozen

@@ -26,13 +26,13 @@ class Html:
     def moe_report(self, run):
         from jinja2 import Environment, PackageLoader
 
-        from moe_engine.run.figures import of_run, picture
+        from moe_engine.run.figures import figure_bytes, of_run
 
         pictures = [
             {
                 "caption": CAPTIONS[name.split(" ")[0]],
                 "layer": " ".join(name.split(" ")[1:]),
-                "svg": _svg(picture(figure, "svg"), index),
+                "svg": _svg(figure_bytes(figure, "svg"), index),
             }
             for index, (name, figure) in enumerate(of_run(run).items())
         ]

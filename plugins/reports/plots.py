@@ -12,13 +12,13 @@ class Plots:
 
     @hookimpl
     def moe_report(self, run):
-        from moe_engine.run.figures import of_run, picture
+        from moe_engine.run.figures import figure_bytes, of_run
 
         folder = run.folder / "plots"
         folder.mkdir(exist_ok=True)
         written = []
         for name, figure in of_run(run).items():
             path = folder / f"{name.replace(' ', '-').replace('/', '_')}.png"
-            write_atomically(path, picture(figure, "png"))
+            write_atomically(path, figure_bytes(figure, "png"))
             written.append(str(path.relative_to(run.folder)))
         return written

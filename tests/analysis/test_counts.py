@@ -1,4 +1,4 @@
-"""Routing counts: what is read from files, what is said of it, and what is refused."""
+"""Routing counts: read from files, reported on, and refused if they are invalid."""
 
 import csv
 import io
@@ -85,7 +85,7 @@ def test_published_totals_that_contradict_each_other_are_named(stats):
 def test_a_published_share_that_four_choices_cannot_give_is_named(stats):
     """55.97 % for one expert, where each token chooses four different ones: at most a quarter."""
     (warning,) = stats(EXAMPLES / "cifar10_10_experts.csv", "--top-k", "4")["warnings"]
-    assert "expert 0 has a share of 0.5597, but where a token chooses 4 different experts none can have mo" in warning
+    assert "expert 0 has a share of 0.5597, but if each token chooses 4 different experts, none can ha" in warning
     assert stats(EXAMPLES / "cifar10_10_experts.csv")["warnings"] == []
 
 
@@ -204,7 +204,7 @@ def test_experts_without_a_row_count_as_zero_and_are_named(stats):
     assert loads(report) == {("0", "all"): [2, 0, 0, 2], ("1", "all"): [4, 0, 0, 0]}
     assert report["rows"][0]["cv"] == pytest.approx(1)
     assert [warning.partition(": ")[2] for warning in report["warnings"]] == [
-        "layer 0, all: no row is of expert 1 and 2; counted as 0"
+        "layer 0, all: there is no row for expert 1 and 2; counted as 0"
     ]
     assert loads(stats(content, "--experts", "6"))["0", "all"] == [2, 0, 0, 2, 0, 0]
 
@@ -376,50 +376,50 @@ def test_a_hundred_thousand_rows_are_summed_right(tmp_path):
     ("content", "sentence"),
     [
         (SMALL + "0,train,-1,1\n", "FILE, line 3: e0 is '-1', and a count is never below 0"),
-        (SMALL + "0,train,1,many\n", "FILE, line 3: e1 is 'many', which is no number"),
-        (SMALL + "0,train,1,\n", "FILE, line 3: e1 is '', which is no number"),
-        (SMALL + "0,train,nan,1\n", "FILE, line 3: e0 is 'nan', which is no number"),
+        (SMALL + "0,train,1,many\n", "FILE, line 3: e1 is 'many', which is not a number"),
+        (SMALL + "0,train,1,\n", "FILE, line 3: e1 is '', which is not a number"),
+        (SMALL + "0,train,nan,1\n", "FILE, line 3: e0 is 'nan', which is not a number"),
         (SMALL + "0,train,inf,1\n", "FILE, line 3: e0 is 'inf', and a count is never above 1e+15"),
         (SMALL + f"0,train,{'9' * 400},1\n", f"FILE, line 3: e0 is '{'9' * 40}', and a count is never above 1e+15"),
-        (SMALL + "0,train,1_0,1\n", "FILE, line 3: e0 is '1_0', which is no number"),
-        (SMALL + "0,train,True,1\n", "FILE, line 3: e0 is 'True', which is no number"),
+        (SMALL + "0,train,1_0,1\n", "FILE, line 3: e0 is '1_0', which is not a number"),
+        (SMALL + "0,train,True,1\n", "FILE, line 3: e0 is 'True', which is not a number"),
         (SMALL + "\n\n0,train,1\n", "FILE, line 5: it has 3 cells, but the header has 4"),
-        (SMALL + '"a\nb",train,1,1\n0,train,1,x\n', "FILE, line 5: e1 is 'x', which is no number"),
-        (SMALL + '0,"train,1,1\n', "FILE, line 3: this is no CSV: unexpected end of data"),
+        (SMALL + '"a\nb",train,1,1\n0,train,1,x\n', "FILE, line 5: e1 is 'x', which is not a number"),
+        (SMALL + '0,"train,1,1\n', "FILE, line 3: this is not CSV: unexpected end of data"),
         (SMALL.encode() + b"0,tr\xe4in,1,1\n", "FILE, line 3: this is not UTF-8; save the file as UTF-8 text"),
         ("", "FILE is empty; give it a header and rows of counts"),
         (" \n\n", "FILE is empty; give it a header and rows of counts"),
         ("layer,e0,e1\n", "FILE holds no rows of counts; give it some below its header"),
         ("layer,split\n0,train\n", "FILE has no counts: it needs columns expert0, expert1, ... or e0, e1, ... or both"),
         ("layer,expert\n0,1\n", "FILE has no counts: it needs columns expert0"),
-        ("e0,e2\n0,1\n", "FILE: there is no column of expert 1; number them from 0 on, without a gap"),
-        ("e1,e2\n0,1\n", "FILE: there is no column of expert 0"),
+        ("e0,e2\n0,1\n", "FILE: there is no column for expert 1; number them from 0 on, without a gap"),
+        ("e1,e2\n0,1\n", "FILE: there is no column for expert 0"),
         ("e0,E0\n0,1\n", "FILE: two columns are called 'e0'; rename one"),
-        ("e0,expert,count\n0,1,2\n", "FILE has a column an expert, and also the columns expert and count"),
+        ("e0,expert,count\n0,1,2\n", "FILE has a column per expert, and also the columns expert and count"),
         ("expert,count\n0,1\n1.5,1\n", "FILE, line 3: expert is '1.5', but experts are whole numbers from 0 to"),
         ("expert,count\n99999999999,1\n", "FILE, line 2: expert is '99999999999', but experts are whole numbers"),
-        ("layer,expert,count\n0,1,1\n0,x,1\n", "FILE, line 3: expert is 'x', which is no number"),
+        ("layer,expert,count\n0,1,1\n0,x,1\n", "FILE, line 3: expert is 'x', which is not a number"),
         ("tokens,e0,e1\n5,1,4\n-5,1,4\n", "FILE, line 3: tokens is '-5', and a count is never below 0"),
-        ("top_k,e0,e1\n1,1,4\n3,1,4\n", "FILE, line 3: '3' choices a token; of 2 experts there are 1 to 2"),
+        ("top_k,e0,e1\n1,1,4\n3,1,4\n", "FILE, line 3: '3' choices a token; with 2 experts it must be 1 to 2"),
         ("top_k,e0,e1\n1.5,1,4\n", "FILE, line 2: '1.5' choices a token"),
-        ('[{"e0": 1, "e1": 2},\n{"e0": true, "e1": 2}]', "FILE, record 2: e0 is 'True', which is no number"),
-        ('[{"e0": 1, "e1": 2},\n{"e0": "1", "e1": 2}]', "FILE, record 2: e0 is '1', which is no number"),
-        ('[{"e0": 1, "e1": 2},\n{"e0": 1}]', "FILE, record 2: it and the first one differ in e1"),
-        ('[{"e0": 1, "e1": NaN}]', "FILE, record 1: e1 is 'nan', which is no number"),
+        ('[{"e0": 1, "e1": 2},\n{"e0": true, "e1": 2}]', "FILE, record 2: e0 is 'True', which is not a number"),
+        ('[{"e0": 1, "e1": 2},\n{"e0": "1", "e1": 2}]', "FILE, record 2: e0 is '1', which is not a number"),
+        ('[{"e0": 1, "e1": 2},\n{"e0": 1}]', "FILE, record 2: it and the first record differ in e1"),
+        ('[{"e0": 1, "e1": NaN}]', "FILE, record 1: e1 is 'nan', which is not a number"),
         (f'[{{"e0": 1, "e1": {10**400}}}]', "FILE, record 1: e1 is '1000"),
-        (f'[{{"e0": 1, "e1": {"1" * 5000}}}]', "FILE is no JSON that can be read: Exceeds the limit"),
-        ('[{"layer": [1], "e0": 1}]', "FILE, record 1: layer is '[1]', which is no label"),
-        ('[{"layer": null, "e0": 1}]', "FILE, record 1: layer is 'None', which is no label"),
-        ('[{"e0": 1, "e0": 2}]', "FILE is no JSON that can be read: an object has the name 'e0' twice"),
-        ("[1, 2]", "FILE, record 1: '1' is no object with names and numbers"),
+        (f'[{{"e0": 1, "e1": {"1" * 5000}}}]', "FILE is not readable JSON: Exceeds the limit"),
+        ('[{"layer": [1], "e0": 1}]', "FILE, record 1: layer is '[1]', which is not a label"),
+        ('[{"layer": null, "e0": 1}]', "FILE, record 1: layer is 'None', which is not a label"),
+        ('[{"e0": 1, "e0": 2}]', "FILE is not readable JSON: an object has the name 'e0' twice"),
+        ("[1, 2]", "FILE, record 1: '1' is not an object of names and numbers"),
         ("[]", "FILE holds no rows of counts"),
         ("{}", "FILE holds no rows of counts"),
         ('{"a": {"train": [1, -2]}}', "FILE, record 'a', 'train': e1 is '-2', and a count is never below 0"),
         ('{"a": {"train": {"x": 1}}}', "FILE has no counts: it needs columns expert0"),
-        ('{"e0": 1}\n{"e0": 2}\n{"e0":', "FILE, line 3: this is no JSON: Expecting value"),
+        ('{"e0": 1}\n{"e0": 2}\n{"e0":', "FILE, line 3: this is not JSON: Expecting value"),
         ('\n{"e0": 1}\n{"e0": -2}', "FILE, line 3: e0 is '-2', and a count is never below 0"),
-        ('{"e0": 1\n,}', "FILE, line 2: this is no JSON: "),
-        ("[" * 100_000, "FILE is no JSON that can be read: "),
+        ('{"e0": 1\n,}', "FILE, line 2: this is not JSON: "),
+        ("[" * 100_000, "FILE is not readable JSON: "),
         ('{"counts": [1, 2]}\n{"counts": [1, 2, 3]}', "FILE, line 2: it has 3 experts, but its layer has 2 further up"),
         ("id,e0\n" + "".join(f"{at},1\n" for at in range(10_001)), "FILE holds more than 10000 series, one for each"),
         (b"\x80\x04K\x01.", "FILE, line 1: this is not UTF-8"),  # a pickle

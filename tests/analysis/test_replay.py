@@ -1,4 +1,4 @@
-"""Routing traces: what is recorded, what others would have done with it, and what is refused."""
+"""Routing traces: recorded, replayed with other routers, and refused if they are invalid."""
 
 import json
 import math
@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from moe_engine import Engine, LinearRouter, Traits, UsageError, assign, hookimpl
-from moe_engine.analysis.replay import Variant, recorded, replay, variants
+from moe_engine.analysis.replay import ReplayVariant, recorded, replay, variants
 from moe_engine.cli import main
 from moe_engine.contract.routing import Level, Routing, Slots, Spec, Tokens
 from moe_engine.registry.discovery import find
@@ -17,6 +17,7 @@ from moe_engine.run import training
 from moe_engine.run.checkpoints import read_tree, write_tree
 from moe_engine.run.folder import old_folder
 from moe_engine.run.traces import FILE, LayerTrace, Trace, begin, read_trace, record
+from support import refused
 
 QUICK = ["--task", "blobs", "--set", "blobs.images=500", "--set", "blobs.test_images=100", "--epochs", "2"]
 BALANCED = ["--plugins", "topk,loss_free", "--set", "loss_free.rate=0.1"]
@@ -94,10 +95,10 @@ def test_every_router_chooses_as_it_did(router):
         return layer(torch.randn(3, 16, 8), mask, torch.randint(20, (3, 16)))
 
     trace = record(engine, [forward, forward], {})
-    (row, *_) = replay(trace, Variant(router))
+    (row, *_) = replay(trace, ReplayVariant(router))
     if "refused" in row:
         said = (
-            "mixes tokens into slots, so it makes no choices",
+            "mixes tokens into slots, so there are no choices",
             "can't decide on recorded logits alone (RuntimeError",
         )
         assert any(why in row["refused"] for why in said)
@@ -110,7 +111,7 @@ def test_the_recorded_biases_are_at_work(finished):
     """Without them, other experts are chosen."""
     trace = read_trace(finished)
     assert trace.layers[0].biases[0]["value"].abs().max() > 0.05
-    (row, _) = replay(trace, Variant("topk"))
+    (row, _) = replay(trace, ReplayVariant("topk"))
     assert row["agreement"] < 0.99
 
 
@@ -144,7 +145,7 @@ def test_a_resumed_run_records_too(finished, tmp_path):
 
 
 def test_recording_counts_nothing():
-    """What the metrics tell afterwards is as if nobody had recorded."""
+    """The metrics afterwards are as if nothing had been recorded."""
     engine = Engine("topk", experts=4)
     layer = engine.moe(8, 4, name="moe").eval()
     layer(torch.randn(10, 8))
@@ -197,7 +198,7 @@ def test_a_trace_comes_back_as_it_was(tmp_path):
 
 
 def test_an_empty_trace_is_not_written(tmp_path):
-    with pytest.raises(UsageError, match="no token has come through any layer"):
+    with refused("empty-trace", tmp_path / "x"):
         Trace([LayerTrace("moe", "topk", {}, Spec(4, 4), {}, [])]).write(tmp_path / "x")
     assert not list(tmp_path.iterdir())
 
@@ -209,7 +210,7 @@ def test_an_empty_trace_is_not_written(tmp_path):
 def test_capacity_by_hand(capacity, dropped):
     """Eight tokens, one choice, four experts: 5, 1, 2 and 0. An expert keeps ceil(C * 8 / 4): 2, 3 or 5 tokens."""
     trace = trace_of(choosing(0, 0, 0, 1, 0, 2, 2, 0, size=4))
-    (row, _) = replay(trace, Variant("topk", capacity=capacity))
+    (row, _) = replay(trace, ReplayVariant("topk", capacity=capacity))
     assert row["dropped"] == dropped
     assert row["load"] == [5 / 8, 1 / 8, 2 / 8, 0]
     assert row["maxvio"] == 1.5
@@ -219,14 +220,14 @@ def test_capacity_by_hand(capacity, dropped):
 def test_capacity_is_of_a_step():
     """In two steps of four tokens each expert keeps one of each: of 3, 1, 0, 0 and 2, 0, 2, 0, four go."""
     trace = trace_of(choosing(0, 0, 0, 1, 0, 2, 2, 0, size=4))
-    (row, _) = replay(trace, Variant("topk", capacity=1.0), batch=4)
+    (row, _) = replay(trace, ReplayVariant("topk", capacity=1.0), batch=4)
     assert row["dropped"] == 4 / 8
 
 
 def test_padding_takes_no_part():
     mask = torch.tensor([True, False, True, True, True])
     trace = trace_of(choosing(0, 1, 0, 1, 0, size=2), mask=mask)
-    (row, _) = replay(trace, Variant("topk", capacity=1.0))
+    (row, _) = replay(trace, ReplayVariant("topk", capacity=1.0))
     assert row["load"] == [3 / 4, 1 / 4]
     assert row["dropped"] == 1 / 4
 
@@ -234,7 +235,7 @@ def test_padding_takes_no_part():
 def test_agreement_by_hand():
     """Two choices then, one now: one of two is shared. Three now: two of three."""
     trace = trace_of(torch.randn(40, 6), top_k=2)
-    same = [replay(trace, Variant("topk", top_k=k))[0]["agreement"] for k in (1, 2, 3)]
+    same = [replay(trace, ReplayVariant("topk", top_k=k))[0]["agreement"] for k in (1, 2, 3)]
     assert same == pytest.approx([1 / 2, 1, 2 / 3])
 
 
@@ -243,7 +244,7 @@ def test_agreement_of_another_router(install):
     install("router", "smallest", Smallest)
     trace = trace_of(choosing(0, 1, 1, size=3))
     trace.layers[0].forwards[0].logits["expert"] = torch.tensor([[3.0, 0, 1], [0, 3, 1], [3, 0, 1]])
-    (row, _) = replay(trace, Variant("smallest"))
+    (row, _) = replay(trace, ReplayVariant("smallest"))
     assert row["agreement"] == row["first"] == pytest.approx(1 / 3)  # recorded 0, 1, 1; smallest 1, 0, 1
 
 
@@ -274,8 +275,8 @@ def test_a_bias_learns_on_the_trace(batch):
         b = b + rate * torch.sign(load.mean() - load)
         b = b - b.mean()
     load = (logits_TE + b).topk(2).indices.flatten().bincount(minlength=8).double()
-    (row, _) = replay(trace, Variant("topk", "loss_free"), {"loss_free": {"rate": rate}}, batch)
-    (without, _) = replay(trace, Variant("topk"), batch=batch)
+    (row, _) = replay(trace, ReplayVariant("topk", "loss_free"), {"loss_free": {"rate": rate}}, batch)
+    (without, _) = replay(trace, ReplayVariant("topk"), batch=batch)
     assert row["load"] == pytest.approx((load / load.sum()).tolist())
     assert row["maxvio"] == pytest.approx(float(load.max() / load.mean() - 1))
     assert row["maxvio"] < without["maxvio"]
@@ -285,7 +286,7 @@ def test_a_bias_learns_on_the_trace(batch):
 def test_means_are_over_layers():
     """A layer with one expert of two, and an even one: maxvio 1 and 0."""
     trace = trace_of(choosing(0, 0, 0, 0, size=2), choosing(0, 1, 0, 1, size=2))
-    first, second, mean = replay(trace, Variant("topk"))
+    first, second, mean = replay(trace, ReplayVariant("topk"))
     assert (first["maxvio"], second["maxvio"], mean["maxvio"]) == (1, 0, 0.5)
     assert (first["verdict"], mean["top_k"]) == ("collapsed", 1)
 
@@ -297,16 +298,16 @@ def test_what_a_router_had_learned_is_in_the_trace(tmp_path):
     layer.router.group_of.copy_(torch.tensor([0, 1, 1, 1, 0, 1]))
     record(engine, [lambda: layer(torch.randn(50, 8))], {}).write(tmp_path / "x")
     trace = read_trace(tmp_path / "x")
-    (row, _) = replay(trace, Variant("hierarchical"))
+    (row, _) = replay(trace, ReplayVariant("hierarchical"))
     assert (row["agreement"], row["cv"]) == (1, recorded(trace)[0]["cv"])
-    (refused,) = replay(trace, Variant("topk"))
+    (refused,) = replay(trace, ReplayVariant("topk"))
     assert "needs logits for 6 of 'expert', but the trace holds them for 2 of 'group' and 6 of 'expert'" in str(refused)
 
 
 def test_a_router_is_not_noisy_in_a_replay(install):
     """Its mode is that of the recording, also where capacity acts."""
     install("router", "training_only", TrainingOnly)
-    (row, _) = replay(trace_of(torch.randn(20, 4)), Variant("training_only", capacity=1.0))
+    (row, _) = replay(trace_of(torch.randn(20, 4)), ReplayVariant("training_only", capacity=1.0))
     assert row["agreement"] == 1
     assert row["dropped"] > 0
 
@@ -341,20 +342,20 @@ def refusal(variant, trace=None, **given):
 )
 def test_a_bias_that_wants_gradients(plugin, settings):
     assert f"'{plugin}' acts on gradients, which a trace does not hold" in refusal(
-        Variant("topk", plugin), settings=settings
+        ReplayVariant("topk", plugin), settings=settings
     )
 
 
 def test_a_router_of_other_levels():
     why = "router 'hierarchical' needs logits for 2 of 'group' and 4 of 'expert', but the trace holds them for 4 of"
-    assert why in refusal(Variant("hierarchical"))
+    assert why in refusal(ReplayVariant("hierarchical"))
 
 
 def test_a_router_with_weights_of_its_own(install):
     """Also a threshold that is declared as part of the logits: who knows whether it is added to them."""
     install("router", "scaled", Scaled)
-    assert "router 'threshold' has learned weights of its own ('G')" in refusal(Variant("threshold"))
-    assert "router 'scaled' has learned weights of its own ('scale')" in refusal(Variant("scaled"))
+    assert "router 'threshold' has further learned weights ('G')" in refusal(ReplayVariant("threshold"))
+    assert "router 'scaled' has further learned weights ('scale')" in refusal(ReplayVariant("scaled"))
 
 
 @attrs.define(eq=False)
@@ -370,7 +371,7 @@ class Scaled:
 
 def test_a_router_that_reads_the_tokens(install):
     install("router", "reading", Reading)
-    why = refusal(Variant("reading"))
+    why = refusal(ReplayVariant("reading"))
     assert "router 'reading': it can't decide on recorded logits alone" in why
 
 
@@ -393,12 +394,12 @@ class ReadingRouter(LinearRouter):
 def test_a_router_without_choices(install):
     """It mixes tokens into slots; its own trace holds none either, and agrees with nobody."""
     install("router", "mixing", Mixing)
-    assert "mixes tokens into slots, so it makes no choices to compare" in refusal(Variant("mixing"))
+    assert "mixes tokens into slots, so there are no choices to compare" in refusal(ReplayVariant("mixing"))
     engine = Engine("mixing", experts=4)
     layer = engine.moe(8, 4).eval()
     trace = record(engine, [lambda: layer(torch.randn(10, 8))], {})
     assert recorded(trace)[0]["load"] == [None] * 4
-    (row, _) = replay(trace, Variant("topk"))
+    (row, _) = replay(trace, ReplayVariant("topk"))
     assert (row["agreement"], row["first"], sum(row["load"])) == (None, None, 1)
 
 
@@ -423,16 +424,16 @@ class MixingRouter(LinearRouter):
 def test_a_mix_that_makes_no_sense():
     for top_k in (0, 5):
         why = f"top_k is {top_k}, but a token can choose 1 to 4 of 4 experts"
-        assert why in refusal(Variant("topk", top_k=top_k))
+        assert why in refusal(ReplayVariant("topk", top_k=top_k))
     settings = {"topk": {"groups": 3}}
-    assert "groups=3 does not divide 4 experts" in refusal(Variant("topk"), settings=settings)
+    assert "groups=3 does not divide 4 experts" in refusal(ReplayVariant("topk"), settings=settings)
 
 
 def test_a_causal_layer_stays_causal(install):
     """What refuses causal layers refuses their traces."""
     install("router", "seer", Seer)
-    assert refusal(Variant("seer"), trace_of(torch.randn(8, 4), causal=True)) == "seer sees later tokens"
-    assert "refused" not in replay(trace_of(torch.randn(8, 4)), Variant("seer"))[0]
+    assert refusal(ReplayVariant("seer"), trace_of(torch.randn(8, 4), causal=True)) == "seer sees later tokens"
+    assert "refused" not in replay(trace_of(torch.randn(8, 4)), ReplayVariant("seer"))[0]
 
 
 @attrs.define(eq=False)
@@ -449,27 +450,27 @@ class Seer:
 
 
 @pytest.mark.parametrize(
-    ("routers", "biases", "settings", "why"),
+    ("routers", "biases", "settings", "words"),
     [
-        (["topl"], [], {}, "there is no plugin 'topl'; did you mean 'topk'"),
-        (["switch_aux"], [], {}, "'switch_aux' is a loss, not a router"),
-        (["topk"], ["sigmoid_topk"], {}, "'sigmoid_topk' is a router, not a bias"),
-        (["topk"], [], {"topk": {"nonsense": "1"}}, "router 'topk' has no option 'nonsense'"),
-        (["topk"], [], {"loss_free": {"rate": "1"}}, "options are set for loss_free, which is not replayed"),
-        ([], [], {}, "the trace was recorded from 'SomeBlock', which is no plugin; name some with --routers"),
+        (["topl"], [], {}, ("'topl'", "'topk'")),
+        (["switch_aux"], [], {}, ("'switch_aux'", "loss", "router")),
+        (["topk"], ["sigmoid_topk"], {}, ("'sigmoid_topk'", "router", "bias")),
+        (["topk"], [], {"topk": {"nonsense": "1"}}, ("router 'topk'", "'nonsense'")),
+        (["topk"], [], {"loss_free": {"rate": "1"}}, ("loss_free", "not replayed")),
+        ([], [], {}, ("'SomeBlock'", "--routers")),
     ],
 )
-def test_names_that_are_wrong(routers, biases, settings, why):
+def test_names_that_are_wrong(routers, biases, settings, words):
     with pytest.raises(UsageError) as error:
         variants(trace_of(torch.randn(8, 4), router="SomeBlock"), routers, biases, [], [], settings)
-    assert why in str(error.value)
+    assert [word for word in words if word not in str(error.value)] == []
 
 
 def test_every_combination_is_a_variant():
     trace = trace_of(torch.randn(8, 4))
     several = variants(trace, ["topk", "sigmoid_topk"], ["none", "loss_free"], [None, 1.0], [1, 2], {})
     assert len(set(several)) == 16
-    assert variants(trace, [], [], [], [], {}) == [Variant("topk", "none")]
+    assert variants(trace, [], [], [], [], {}) == [ReplayVariant("topk", "none")]
 
 
 # -- files and the command line ------------------------------------------------------------------------
@@ -485,7 +486,7 @@ def test_a_damaged_file_is_one_sentence(finished, tmp_path, capsys, where):
     out, err = capsys.readouterr()
     assert out == ""
     assert err.count("\n") == 1
-    assert "is damaged" in err or "is no routing trace" in err
+    assert "is damaged" in err or "is not a moe_engine routing trace" in err
 
 
 def test_a_foreign_file_is_one_sentence(tmp_path, capsys):
@@ -500,11 +501,11 @@ def test_a_foreign_file_is_one_sentence(tmp_path, capsys):
     trace.write(tmp_path / "wrong")
     (tmp_path / "text").write_text("routing")
     said = {
-        "weights": "is no routing trace",
+        "weights": "is not a moe_engine routing trace",
         "checkpoint": "holds no routing trace; `moe-engine run --record-routing` writes one",
-        "half": "is damaged: it is no whole trace",
-        "empty": "is damaged: it is no whole trace (ValueError: it is empty)",
-        "wrong": "is damaged: it is no whole trace",
+        "half": "is damaged: its routing trace is invalid",
+        "empty": "is damaged: its routing trace is invalid (ValueError: it is empty)",
+        "wrong": "is damaged: its routing trace is invalid",
         "text": "is damaged",
         "nowhere": "there is no routing trace",
     }
@@ -557,7 +558,7 @@ def test_frozen_biases_are_no_controllers(finished):
     """They stand still through a walk."""
     trace = read_trace(finished)
     value = trace.layers[0].biases[0]["value"].clone()
-    replay(trace, Variant("topk", "recorded"), batch=10)
+    replay(trace, ReplayVariant("topk", "recorded"), batch=10)
     assert torch.equal(trace.layers[0].biases[0]["value"], value)
 
 
@@ -575,7 +576,7 @@ def test_frozen_biases_are_no_controllers(finished):
     ],
 )
 def test_a_file_that_is_whole_and_wrong_inside_is_damaged(finished, tmp_path, capsys, where, value):
-    """Somebody rewrote a field; the checksum is right."""
+    """A field was rewritten and the checksum is right."""
     tree = read_tree(finished / FILE, "routing trace")
     inside = tree
     for step in where[:-1]:
@@ -583,4 +584,4 @@ def test_a_file_that_is_whole_and_wrong_inside_is_damaged(finished, tmp_path, ca
     inside[where[-1]] = value
     write_tree(tmp_path / "trace", tree)
     assert main(["replay", str(tmp_path / "trace")]) == 2
-    assert "is damaged: it is no whole trace" in capsys.readouterr().err
+    assert "is damaged: its routing trace is invalid" in capsys.readouterr().err

@@ -5,7 +5,7 @@ import inspect
 import pytest
 
 from moe_engine import Engine, Layer, LayerBuilder, MoE
-from moe_engine.analysis.observed import CountedLayer, NotRecorded
+from moe_engine.analysis.counted_layer import CountedLayer, NotRecorded
 
 
 def members(protocol):

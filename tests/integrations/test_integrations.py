@@ -1,4 +1,4 @@
-"""Layers inside PyTorch Lightning and transformers' Trainer, by one callback each."""
+"""The callbacks for PyTorch Lightning and transformers' Trainer."""
 
 import copy
 
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from moe_engine import Engine, Growth, adam
-from moe_engine.integrations import Loop
+from moe_engine.integrations import EngineLoop
 
 PLUGINS = "saturation,switch_aux,schedule,clone"
 SETTINGS = ["schedule.every=4", "schedule.max_experts=5"]
@@ -27,7 +27,7 @@ def data():
 
 
 def by_hand(accumulate, batch=8, epochs=2):
-    """What the callbacks must amount to: the documented loop."""
+    """The documented loop, which the callbacks must reproduce."""
     engine, net = build()
     optimizer = torch.optim.AdamW(net.parameters(), 1e-2, weight_decay=0)
     x, y = data()
@@ -212,7 +212,7 @@ def test_lightning_resumes_at_the_number_of_experts_it_was_saved_with(tmp_path):
 
 
 def test_a_trainers_extra_aux_loss_counts_once():
-    """A user who adds it too, beside the callback, changes nothing."""
+    """A user who also adds it, next to the callback, changes nothing."""
     (engine, net), (twin, copied) = build(), build()
     x, y = data()
     ((net(x) - y).square().mean() + engine.aux_loss()).backward()
@@ -225,7 +225,7 @@ def test_a_trainers_extra_aux_loss_counts_once():
 
 def test_a_growth_at_a_log_point_loses_no_numbers():
     engine, net = build(["schedule.every=1", "schedule.max_experts=4"])
-    loop, optimizer = Loop(engine), adam(net, 1e-3)
+    loop, optimizer = EngineLoop(engine), adam(net, 1e-3)
     x, y = data()
     for expected in (4, 4):
         loop.add((net(x) - y).square().mean()).backward()
@@ -233,6 +233,6 @@ def test_a_growth_at_a_log_point_loses_no_numbers():
         optimizer.step()
         loop.after_step([optimizer])
         assert net[1].spec.experts == expected
-        assert loop.numbers("train")["moe/moe/cv"] >= 0
+        assert loop.metrics("train")["moe/moe/cv"] >= 0
         optimizer.zero_grad()
-    assert loop.numbers("train") == {}
+    assert loop.metrics("train") == {}

@@ -1,14 +1,15 @@
-"""watch(engine, model): metrics and verdict on transformers' own blocks, which stay as they are."""
+"""watch(engine, model): metrics and verdict on transformers' blocks, which are not changed."""
 
 import attrs
 import pytest
 import torch
 from torch.nn import functional as F
 
-from moe_engine import Engine, RunningLoad, UsageError, hookimpl, watch
-from moe_engine.analysis.replay import Variant, replay
+from moe_engine import Engine, RunningLoad, hookimpl, watch
+from moe_engine.analysis.replay import ReplayVariant, replay
 from moe_engine.cli import main
 from moe_engine.run.traces import read_trace
+from support import refused
 
 transformers = pytest.importorskip("transformers")
 
@@ -53,7 +54,7 @@ def batch(rows=3, length=10):
 
 
 def chosen_by_gates(model):
-    """The gates' own answers, caught by hooks of this test's: {layer: [(logits, indices)]}."""
+    """The gates' outputs, caught by hooks of this test: {layer: [(logits, indices)]}."""
     caught = {index: [] for index in range(LAYERS)}
     for index, layer in enumerate(model.model.layers):
         layer.mlp.gate.register_forward_hook(lambda _, __, out, index=index: caught[index].append((out[0], out[2])))
@@ -78,7 +79,7 @@ def test_the_load_is_what_the_gates_chose(family):
     """Padding left out; the model's own choices, groups and biases included."""
     model, (ids, mask) = build(family), batch()
     caught = chosen_by_gates(model)
-    with Engine("balance,health").watch(model) as watcher:
+    with watch(Engine("balance,health"), model) as watcher:
         model(ids, attention_mask=mask)
         told = watcher.metrics()
     assert list(told) == [name(index) for index in range(LAYERS)]
@@ -92,9 +93,9 @@ def test_the_load_is_what_the_gates_chose(family):
 
 @pytest.mark.parametrize("family", ["Mixtral", "Olmoe", "Qwen2Moe", "Qwen3Moe"])
 def test_the_load_is_what_the_router_logits_say(family):
-    """Those that the model itself answers."""
+    """The logits that the model returns."""
     model, (ids, mask) = build(family), batch()
-    watcher = Engine("balance").watch(model)
+    watcher = watch(Engine("balance"), model)
     logits = model(ids, attention_mask=mask, output_router_logits=True).router_logits
     told = watcher.metrics()
     for index in range(LAYERS):
@@ -105,7 +106,7 @@ def test_the_load_is_what_the_router_logits_say(family):
 def test_without_a_mask_all_tokens_count(family):
     model, (ids, _) = build(family), batch()
     caught = chosen_by_gates(model)
-    watcher = Engine("balance").watch(model)
+    watcher = watch(Engine("balance"), model)
     model(ids)
     assert torch.equal(watcher.metrics()[name(0)]["load"], counted(caught[0][0][1]))
 
@@ -115,7 +116,7 @@ def test_the_trace_is_what_the_gates_saw(family, tmp_path):
     """Logits and choices bit for bit, mask and token ids; the trace can be replayed."""
     model, (ids, mask) = build(family), batch()
     caught = chosen_by_gates(model)
-    watcher = Engine("balance").watch(model, record=True)
+    watcher = watch(Engine("balance"), model, record=True)
     model(input_ids=ids, attention_mask=mask)
     watcher.write_routing(tmp_path / "x")
     trace = read_trace(tmp_path / "x")
@@ -136,28 +137,28 @@ def test_deepseeks_trace_replays_as_sigmoid_topk(tmp_path):
     with torch.no_grad():
         for layer in model.model.layers:
             layer.mlp.gate.num_group = layer.mlp.gate.topk_group = 1
-    watcher = Engine("balance").watch(model, record=True)
+    watcher = watch(Engine("balance"), model, record=True)
     model(ids, attention_mask=mask)
     watcher.write_routing(tmp_path / "x")
     trace = read_trace(tmp_path / "x")
-    with_bias, without = (replay(trace, Variant("sigmoid_topk", bias))[-1] for bias in ("recorded", "none"))
+    with_bias, without = (replay(trace, ReplayVariant("sigmoid_topk", bias))[-1] for bias in ("recorded", "none"))
     assert with_bias["agreement"] == with_bias["first"] == 1
     assert without["agreement"] < 0.95
 
 
 def test_nothing_is_recorded_unless_asked(tmp_path):
     model, (ids, _) = build("Mixtral"), batch()
-    watcher = Engine("balance").watch(model)
+    watcher = watch(Engine("balance"), model)
     model(ids)
-    with pytest.raises(UsageError, match="nothing was recorded; say engine.watch\\(model, record=True\\)"):
+    with refused("nothing-recorded", "watch(engine, model, record=True)"):
         watcher.write_routing(tmp_path / "x")
 
 
 def test_forwards_add_up():
-    """Until somebody looks; the mask of one forward is not that of the next."""
+    """Until metrics are read; the mask of one forward is not that of the next."""
     model, (ids, mask) = build("Mixtral"), batch()
     caught = chosen_by_gates(model)
-    watcher = Engine("balance").watch(model)
+    watcher = watch(Engine("balance"), model)
     model(ids, attention_mask=mask)
     model.model(ids)
     both = torch.cat([caught[0][0][1][mask.flatten().bool()], caught[0][1][1]])
@@ -168,7 +169,7 @@ def test_forwards_add_up():
 def test_generation_with_a_cache():
     """26 real tokens of the prompt, then three rows of one new token; the last one is not fed back."""
     model, (ids, mask) = build("Mixtral"), batch()
-    watcher = Engine("balance").watch(model, record=True)
+    watcher = watch(Engine("balance"), model, record=True)
     model.generate(ids, attention_mask=mask, max_new_tokens=4, min_new_tokens=4, do_sample=False)
     forwards = watcher._traces[name(0)].forwards
     assert [int(one.mask.sum()) for one in forwards] == [26, 3, 3, 3]
@@ -178,8 +179,8 @@ def test_generation_with_a_cache():
 def test_a_mask_that_can_not_be_followed():
     """A mask of every pair of tokens is not one of padding: said, and all tokens count."""
     model, (ids, _) = build("Mixtral"), batch()
-    watcher = Engine("balance").watch(model, record=True)
-    with pytest.warns(UserWarning, match="an attention_mask that is not \\[B, S\\] can't be followed"):
+    watcher = watch(Engine("balance"), model, record=True)
+    with pytest.warns(UserWarning, match="an attention_mask that is not \\[B, S\\] is ignored"):
         model(ids, attention_mask=torch.zeros(3, 1, 10, 10))
     assert watcher._traces[name(0)].forwards[0].mask is None
 
@@ -188,7 +189,7 @@ def test_a_mask_that_can_not_be_followed():
 def test_both_modes_count(training):
     model, (ids, mask) = build("Qwen3Moe").train(training), batch()
     caught = chosen_by_gates(model)
-    watcher = Engine("balance").watch(model)
+    watcher = watch(Engine("balance"), model)
     model(ids, attention_mask=mask, labels=ids).loss.backward()
     assert torch.equal(watcher.metrics()[name(1)]["load"], counted(caught[1][0][1], mask))
 
@@ -201,7 +202,7 @@ def test_a_recomputed_forward_counts_once(family, reentrant):
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": reentrant})
     caught = chosen_by_gates(model)
-    watcher = Engine("balance").watch(model, record=True)
+    watcher = watch(Engine("balance"), model, record=True)
     loss = model(ids, attention_mask=mask, labels=ids, use_cache=False).loss
     loss.backward()
     assert len(caught[0]) == 2
@@ -214,7 +215,7 @@ def test_a_recomputed_forward_counts_once(family, reentrant):
 def test_a_compiled_model_is_counted():
     model, (ids, mask) = build("Mixtral"), batch()
     caught = chosen_by_gates(model)
-    watcher = Engine("balance").watch(model)
+    watcher = watch(Engine("balance"), model)
     torch.compile(model, backend="eager")(ids, attention_mask=mask)
     assert torch.equal(watcher.metrics()[name(0)]["load"], counted(caught[0][0][1], mask))
 
@@ -231,7 +232,7 @@ def test_a_collapsed_gate_is_called_collapsed(family):
         model.model.layers[0].post_attention_layernorm.register_forward_hook(lambda _, __, out: torch.ones_like(out))
         gate.weight.fill_(-0.1)
         gate.weight[:TOP_K] = 0.1
-    watcher = Engine("health").watch(model)
+    watcher = watch(Engine("health"), model)
     model(ids)
     told = watcher.metrics()
     assert told[name(0)]["verdict"].name == "collapsed"
@@ -241,7 +242,7 @@ def test_a_collapsed_gate_is_called_collapsed(family):
 def test_no_data_is_called_no_data():
     """Before the model runs, and when all that came through was padding; never healthy, never nothing."""
     model, (ids, mask) = build("Mixtral"), batch()
-    watcher = Engine("balance,health").watch(model)
+    watcher = watch(Engine("balance,health"), model)
     for _ in range(2):
         told = watcher.metrics()
         assert list(told) == [name(index) for index in range(LAYERS)]
@@ -251,12 +252,12 @@ def test_no_data_is_called_no_data():
 
 
 def test_a_metric_that_needs_more_answers_nothing(install):
-    """Of a block only the decisions are seen: whoever asks for weights is left out, and nobody else."""
+    """Only a block's decisions are known: exactly the metrics that ask for weights or a state are left out."""
     install("metric", "norms", Norms)
     install("metric", "measured_norms", MeasuredNorms)
     model, (ids, _) = build("Mixtral"), batch()
     install("metric", "stateful", Stateful)
-    watcher = Engine("norms,measured_norms,stateful,balance").watch(model)
+    watcher = watch(Engine("norms,measured_norms,stateful,balance"), model)
     model(ids)
     told = watcher.metrics()[name(0)]
     assert "cv" in told
@@ -307,7 +308,7 @@ class Stateful:
 def test_a_metric_has_a_memory(install):
     install("metric", "looks", Looks)
     model, (ids, _) = build("Mixtral"), batch()
-    watcher = Engine("looks").watch(model)
+    watcher = watch(Engine("looks"), model)
     for expected in (1, 2):
         model(ids)
         assert [told["looks"] for told in watcher.metrics().values()] == [expected] * LAYERS
@@ -315,7 +316,7 @@ def test_a_metric_has_a_memory(install):
 
 @attrs.define(eq=False)
 class Looks:
-    """How often somebody has looked."""
+    """How often the metrics were read."""
 
     @hookimpl
     def moe_metrics(self, memory):
@@ -324,10 +325,9 @@ class Looks:
 
 
 def test_a_model_without_a_known_block():
-    with pytest.raises(UsageError) as error:
-        Engine("balance").watch(torch.nn.Linear(2, 2))
     known = "Mixtral, OLMoE, Qwen2-MoE, Qwen3-MoE, DeepSeek-V2 and DeepSeek-V3 in transformers"
-    assert f"Linear has no block that can be watched; known are those of {known}" in str(error.value)
+    with refused("no-known-block", "Linear", known):
+        watch(Engine("balance"), torch.nn.Linear(2, 2))
 
 
 # -- what stays as it is -------------------------------------------------------------------------------
@@ -341,7 +341,7 @@ def test_the_model_stays_as_it_is(family):
     def seen(watched):
         model = build(family).train()
         names = [key for key, _ in model.named_modules()]
-        watcher = Engine("balance,health").watch(model) if watched else None
+        watcher = watch(Engine("balance,health"), model) if watched else None
         torch.manual_seed(5)
         out = model(ids, attention_mask=mask, labels=ids)
         out.loss.backward()
@@ -359,7 +359,7 @@ def test_the_model_stays_as_it_is(family):
 
 def test_close_ends_it():
     model, (ids, _) = build("Olmoe"), batch()
-    with Engine("balance").watch(model) as watcher:
+    with watch(Engine("balance"), model) as watcher:
         model(ids)
     model(ids)
     told = watcher.metrics()
@@ -382,11 +382,11 @@ def test_a_part_of_a_model():
     """The model without its head, and a block alone."""
     model, (ids, mask) = build("Qwen2Moe"), batch()
     caught = chosen_by_gates(model)
-    inner = Engine("balance").watch(model.model)
+    inner = watch(Engine("balance"), model.model)
     model(ids, attention_mask=mask)
     assert torch.equal(inner.metrics()["layers.1.mlp"]["load"], counted(caught[1][0][1], mask))
     block = model.model.layers[0].mlp
-    alone = Engine("balance").watch(block)
+    alone = watch(Engine("balance"), block)
     block(torch.randn(2, 5, 16))
     assert torch.equal(alone.metrics()["Qwen2MoeSparseMoeBlock"]["load"], counted(caught[0][1][1]))
 
@@ -404,19 +404,19 @@ def test_a_wrapped_model():
             return self.inner(*inputs, **kwargs)
 
     caught, wrapped = chosen_by_gates(model), Wrapped()
-    watcher = Engine("balance").watch(wrapped)
+    watcher = watch(Engine("balance"), wrapped)
     wrapped(ids, attention_mask=mask)
     assert torch.equal(watcher.metrics()["inner.model.layers.0.mlp"]["load"], counted(caught[0][0][1], mask))
 
 
 def test_embeddings_in_place_of_ids():
     model, (ids, mask) = build("Mixtral"), batch()
-    watcher = Engine("balance").watch(model, record=True)
+    watcher = watch(Engine("balance"), model, record=True)
     model(inputs_embeds=F.embedding(ids, model.get_input_embeddings().weight), attention_mask=mask)
     (forward,) = watcher._traces[name(0)].forwards
     assert (forward.shape, forward.ids, int(forward.mask.sum())) == ((3, 10), None, 26)
 
 
 def test_what_is_no_model_is_refused():
-    with pytest.raises(UsageError, match="takes a model, not None"):
-        Engine("topk").watch(None)
+    with refused("not-a-model", "None"):
+        watch(Engine("topk"), None)

@@ -1,4 +1,4 @@
-"""Saving and loading: any state, atomically, with a checksum; and resuming a run as if it had never stopped."""
+"""Saving and loading any state, atomically and with a checksum; resuming a run as if it had never stopped."""
 
 import json
 import os
@@ -18,6 +18,7 @@ from moe_engine.run.checkpoints import Checkpoints, read_tree, write_tree
 from moe_engine.run.config import RunConfig
 from moe_engine.run.folder import old_folder
 from moe_engine.run.training import Stopped, Training
+from support import refused
 
 # -- trees and files -----------------------------------------------------------------------------------
 
@@ -50,7 +51,7 @@ def test_a_tree_comes_back_as_it_was(tmp_path):
 
 
 def test_what_can_not_be_saved_is_named(tmp_path):
-    with pytest.raises(TypeError, match="plain values; a.0.f is a function|lists and dicts; a.0.f is a function"):
+    with pytest.raises(TypeError, match="a.0.f is a function"):
         write_tree(tmp_path / "x", {"a": [{"f": equal}]})
     assert not list(tmp_path.iterdir())
 
@@ -62,22 +63,22 @@ def test_a_damaged_file_is_refused(tmp_path, where):
     content = (tmp_path / "x").read_bytes()
     at = where * len(content) // 100
     (tmp_path / "x").write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
-    with pytest.raises(UsageError, match="x is damaged"):
+    with refused("damaged-file", tmp_path / "x"):
         read_tree(tmp_path / "x")
     (tmp_path / "x").write_bytes(content[:at])
-    with pytest.raises(UsageError, match="x is damaged"):
+    with refused("damaged-file", tmp_path / "x"):
         read_tree(tmp_path / "x")
 
 
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
     from safetensors.torch import save_file
 
-    with pytest.raises(UsageError, match="there is no checkpoint"):
+    with refused("missing-file", "checkpoint", tmp_path / "x"):
         read_tree(tmp_path / "x")
     save_file({"w": torch.zeros(2)}, tmp_path / "x")
-    with pytest.raises(UsageError, match="holds tensors, but is no checkpoint"):
+    with refused("foreign-file", "checkpoint", tmp_path / "x"):
         read_tree(tmp_path / "x")
-    with pytest.raises(UsageError, match="can't be written"):
+    with refused("unwritable-path", tmp_path / "nowhere" / "x"):
         save(tmp_path / "nowhere" / "x", engine=Engine("topk"))
 
 
@@ -146,7 +147,7 @@ def test_save_and_load_go_on_as_if_nothing_had_been(tmp_path):
 
 
 def test_numbers_come_back_in_the_order_in_memory_that_they_had(tmp_path):
-    """Fused Adam walks a weight and its moments through memory side by side, without a look at their strides."""
+    """Fused Adam reads a weight and its moments in memory order, ignoring their strides."""
 
     def convolution():
         torch.manual_seed(0)
@@ -173,19 +174,19 @@ def test_loading_is_refused_before_anything_changes(tmp_path):
     steps(rig, 0)
     rig["engine"].grow(Growth("moe", (1,)), rig["optimizer"])
     save(tmp_path / "state", model=rig["model"], optimizer=rig["optimizer"])
-    with pytest.raises(UsageError, match="state holds model and optimizer, but no engine"):
+    with refused("missing-state", "state holds model and optimizer", "engine"):
         load(tmp_path / "state", model=other["model"], engine=other["engine"])
     assert other["model"][1].spec.experts == 3
-    with pytest.raises(UsageError, match=r"'optimizer' keeps 'exp_avg' of shape \[4, 6\].*; load its model with it"):
+    with refused("state-mismatch", "'optimizer'", "'exp_avg'", "[4, 6]", "load its model with it"):
         load(tmp_path / "state", optimizer=other["optimizer"])
-    with pytest.raises(UsageError, match="another number of parameters"):
+    with refused("state-mismatch", "'optimizer'", "number of parameters"):
         load(tmp_path / "state", optimizer=torch.optim.Adam(other["model"][0].parameters()))
     save(tmp_path / "mixed", optimizer=rig["model"], engine=rig["optimizer"])
-    for name, sentence in (("optimizer", "is no state of an optimizer"), ("engine", "is no state of a Engine")):
-        with pytest.raises(UsageError, match=sentence):
+    for name, kind in (("optimizer", "optimizer"), ("engine", "Engine")):
+        with refused("foreign-state", f"'{name}'", kind):
             load(tmp_path / "mixed", **{name: other[name]})
     save(tmp_path / "engine", engine=Engine("topk"))
-    with pytest.raises(UsageError, match="of layers none, but there are moe|of layers .*but there"):
+    with pytest.raises(UsageError, match="moe"):
         load(tmp_path / "engine", engine=other["engine"])
 
 
@@ -225,7 +226,7 @@ def go_on(folder):
     """Resume with stops again and again until it is finished."""
     said = []
     Training(*old_folder(folder), folder, resumed=True, say=said.append).run()
-    if said and said[-1].startswith("going on from step "):
+    if said and said[-1].startswith("continuing from step "):
         assert said.pop().endswith((" of 33", " of 29"))
     return said
 
@@ -285,7 +286,7 @@ def test_a_run_without_a_checkpoint_begins_anew(tmp_path):
     stopped(tmp_path / "cut", 4)
     for path in (tmp_path / "cut" / "checkpoints").iterdir():
         path.unlink()
-    assert go_on(tmp_path / "cut") == ["there is no checkpoint to go on from; beginning anew"]
+    assert go_on(tmp_path / "cut") == ["there is no checkpoint to continue from; starting over"]
     assert ends(tmp_path / "cut") == ends(whole(tmp_path / "whole"))
 
 
@@ -295,7 +296,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path):
     newest.write_bytes(newest.read_bytes()[:-10])
     (said,) = go_on(tmp_path / "cut")
     assert said.startswith(f"{newest} is damaged")
-    assert said.endswith("looking for the one before")
+    assert said.endswith("trying the one before")
     assert newest.with_suffix(".damaged").exists()
     assert ends(tmp_path / "cut") == ends(whole(tmp_path / "whole"))
 
@@ -310,7 +311,7 @@ def test_a_finished_run_makes_its_end_again(tmp_path):
 def test_records_that_are_lost_are_an_error(tmp_path):
     stopped(tmp_path / "cut", 25)
     (tmp_path / "cut" / "metrics.jsonl").write_bytes(b"{}\n")
-    with pytest.raises(UsageError, match="metrics.jsonl is damaged: it is shorter than its checkpoint says"):
+    with refused("damaged-run", "metrics.jsonl"):
         go_on(tmp_path / "cut")
 
 
@@ -318,7 +319,7 @@ def test_an_edited_configuration_is_refused(tmp_path):
     stopped(tmp_path / "cut", 25)
     config = tmp_path / "cut" / "config.toml"
     config.write_text(config.read_text().replace("lr = 0.001", "lr = 0.1"))
-    with pytest.raises(UsageError, match="config.toml was changed since the run was begun"):
+    with refused("config-changed", "config.toml"):
         go_on(tmp_path / "cut")
 
 
@@ -327,7 +328,7 @@ def test_two_damaged_checkpoints_do_not_push_out_good_ones(tmp_path):
     for path in (tmp_path / "cut" / "checkpoints").glob("step-*"):
         path.write_bytes(b"half")
     said = go_on(tmp_path / "cut")
-    assert (len(said), said[-1]) == (3, "there is no checkpoint to go on from; beginning anew")
+    assert (len(said), said[-1]) == (3, "there is no checkpoint to continue from; starting over")
     assert ends(tmp_path / "cut") == ends(whole(tmp_path / "whole"))
     names = sorted(path.name for path in (tmp_path / "cut" / "checkpoints").glob("step-*"))
     assert [name for name in names if name.endswith("safetensors")] == [
@@ -343,7 +344,7 @@ def test_a_source_without_a_trigger_is_refused(capsys):
 def test_other_versions_are_said(tmp_path, monkeypatch):
     stopped(tmp_path / "cut", 25)
     monkeypatch.setattr("moe_engine.run.training.versions", lambda: {"torch": "0"})
-    assert go_on(tmp_path / "cut") == ["the run was begun with other versions, so its numbers may differ from here on"]
+    assert go_on(tmp_path / "cut") == ["the run was begun with other versions, so its metrics may differ from here on"]
 
 
 def test_two_processes_can_not_write_one_run(tmp_path):
@@ -352,7 +353,7 @@ def test_two_processes_can_not_write_one_run(tmp_path):
         import fcntl
 
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(UsageError, match="another process is writing"):
+        with refused("folder-in-use", tmp_path / "cut"):
             go_on(tmp_path / "cut")
 
 
@@ -394,7 +395,7 @@ def _written(folder):
 
 
 def kill_at(folder, delay, number):
-    """Run in a process of its own, killed after a while; answers whether it was."""
+    """Run in another process, which is killed after a while; returns whether it was still running."""
     words = ["resume", str(folder)] if (folder / "config.toml").exists() else ["run", *QUICK, "--out", str(folder)]
     environment, began = {**os.environ, "OMP_NUM_THREADS": "1"}, _written(folder)
     with subprocess.Popen(

@@ -1,4 +1,4 @@
-"""What pictures are drawn from: who lived when."""
+"""The data of figures: which expert lived when."""
 
 import attrs
 import pytest

@@ -1,4 +1,4 @@
-"""A layer of which only the decisions are seen: somebody else's, or one that was recorded."""
+"""A layer known only by its decisions: a foreign block, a recorded layer, or counts from a file."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -13,27 +13,29 @@ from ..contract.stats import Finding, Metrics, Stats, Unmeasured, merge_metrics
 from ..layer.sums import measured, sums_of
 from ..registry.manager import Plugins
 
-NO_DATA = Finding("no data", 1, "no real token has come through since the last look", "run the model, then ask again")
+NO_DATA = Finding("no data", 1, "no real token has come through since the last call", "run the model, then ask again")
 
 
 class NotRecorded(Exception):
-    """A metric asked for a part of a layer of which only the decisions are seen."""
+    """A plugin asked for a part of a layer of which only the decisions are known."""
 
 
 class CountedLayer:
-    """What stands for a MoE layer where there is none: metrics find its `name` and its `spec`.
+    """Stands in for an MoE layer where there is none: metrics find its `name` and its `spec`.
 
-    spec: of which dim, hidden, experts, top_k and causal are known. A plugin that asks for more (the
-    router, the experts' weights, a state of its own) measures and answers nothing.
+    spec: its dim, hidden, experts, top_k and causal are known. A plugin that asks for more (the router, the experts'
+    weights, a state of its own) is left out and listed in `unanswered`.
     """
 
     def __init__(self, plugins: Plugins, name: str, spec: Spec) -> None:
         self.name, self.spec = name, spec
         self._measures, self._metrics = plugins.bind("moe_measure"), plugins.bind("moe_metrics")
         self._memory: dict[str, dict[str, Any]] = {bound.plugin: {} for bound in self._metrics}
-        # plugins that need what is not seen: a state, or what they will ask for
+        # plugins that need something unknown here: a state, or what they turn out to ask for
         self._unanswered = {bound.plugin for bound in plugins.bind("moe_state")}
         self._sums: dict[str, Tensor] = {}
+
+    # -- what plugins may use of a layer -----------------------------------------------------------
 
     @property
     def router(self) -> Router:
@@ -57,13 +59,15 @@ class CountedLayer:
         return routing.load
 
     def _not_recorded(self, what: str) -> NotRecorded:
-        return NotRecorded(f"of layer '{self.name}' only the decisions are known, not its {what}")
+        return NotRecorded(f"only the decisions of layer '{self.name}' are known, not its {what}")
+
+    # -- counting ----------------------------------------------------------------------------------
 
     @torch.no_grad()
     def count(self, routing: Routing) -> None:
         """Add one forward's decision."""
         sums = sums_of(routing)
-        for bound in self._seeing(self._measures):
+        for bound in self._answering(self._measures):
             try:
                 sums |= measured(routing, [bound], self)
             except NotRecorded:
@@ -71,34 +75,34 @@ class CountedLayer:
         self.add(sums)
 
     def add(self, sums: Mapping[str, Tensor]) -> None:
-        """Add what was counted of some forwards: tokens, load, dropped, and what there is beside."""
+        """Add sums of some forwards by name: tokens, load, dropped, and whatever else was measured."""
         for name, value in sums.items():
             wide = value.to(torch.float32 if value.device.type == "mps" else torch.float64)
             self._sums[name] = self._sums[name] + wide if name in self._sums else wide
 
     def metrics(self) -> Metrics:
-        """What every metric says since the last call; without a real token the verdict is "no data"."""
+        """Every metric since the last call; without a real token only the verdict "no data"."""
         stats, self._sums = Stats(self.spec, self._sums), {}
         if "tokens" not in stats.sums or not stats.tokens:
             return {"verdict": NO_DATA}
         stats.sums["load.expert"] = stats.load
         answers = []
-        for bound in self._seeing(self._metrics):
+        for bound in self._answering(self._metrics):
             offer = {"stats": stats, "layer": self, "effects": None, "probe": None}
             try:
                 answers.append((bound.plugin, bound({**offer, "memory": self._memory[bound.plugin]})))
             except NotRecorded:
                 self._unanswered.add(bound.plugin)
-            except Unmeasured:  # only counts were added, and nothing measured
+            except Unmeasured:
                 if stats.of(bound.plugin):
                     raise
-                self._unanswered.add(bound.plugin)
+                self._unanswered.add(bound.plugin)  # only counts were added, so its own measure never ran
         return merge_metrics(answers)
 
     @property
     def unanswered(self) -> list[str]:
-        """The plugins that asked for what is not seen, and so say nothing."""
+        """The plugins that asked for something unknown here, and return no metrics."""
         return sorted(self._unanswered)
 
-    def _seeing(self, bounds: tuple[Bound, ...]) -> list[Bound]:
+    def _answering(self, bounds: tuple[Bound, ...]) -> list[Bound]:
         return [bound for bound in bounds if bound.plugin not in self._unanswered]

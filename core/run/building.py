@@ -1,0 +1,65 @@
+"""The engine, task and model of a run, built and checked. Nothing is written here."""
+
+import torch
+from torch import nn
+
+from ..contract.options import Settings
+from ..contract.tasks import Task, TaskSpec
+from ..engine.engine import Engine
+from ..errors import UsageError
+from ..seeds import generator
+from .config import RunConfig
+
+LAYER_OPTIONS = ("dense", "experts", "top_k", "capacity", "allow_no_gradient")  # options of a run that shape layers
+
+
+def build_engine(config: RunConfig, settings: Settings) -> Engine:
+    """The engine with the run's plugins. Raises UsageError."""
+    layer_options = {name: getattr(config, name) for name in LAYER_OPTIONS}
+    engine = Engine(config.plugins, settings, config.no_plugin, config.task, config.seed, **layer_options)
+    engine.check(_task_spec(config))
+    return engine
+
+
+def build_task(config: RunConfig, engine: Engine) -> Task:
+    """The task, with its data. Raises UsageError."""
+    for bound in engine.plugins.bind("moe_task"):
+        if bound.plugin == config.task:
+            return engine.plugins.ask(bound, Task, {"spec": _task_spec(config)})
+    raise UsageError(f"task '{config.task}' is left out by --no-plugin, or does not implement moe_task", code="no-task")
+
+
+def build_model(config: RunConfig, engine: Engine, task: Task, device: torch.device) -> nn.Module:
+    """The task's model on the device, its weights drawn from the run's seed, its layers attached to the engine.
+
+    Raises UsageError if it can't be built, or if the run's plugins have nothing to act on in it.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator(config.seed, "weights").initial_seed())
+        try:
+            model = task.model(engine).to(device)
+        except UsageError:
+            raise
+        except (Exception, SystemExit) as error:
+            message = f"the model of task '{config.task}' can't be built: {error}"
+            raise UsageError(message, code="model-not-built") from error
+    engine.attach(model)
+    _check_initializers(config, engine)
+    if not engine.layers and not config.dense:
+        raise UsageError(f"the model of task '{config.task}' has no MoE layer", code="no-moe-layer")
+    return model
+
+
+def _task_spec(config: RunConfig) -> TaskSpec:
+    return TaskSpec(config.data_dir, config.seed)
+
+
+def _check_initializers(config: RunConfig, engine: Engine) -> None:
+    """Raise UsageError for an initializer where nothing can grow."""
+    chosen = [name for name in config.plugins if name not in config.no_plugin]
+    idle = [name for name in chosen if engine.plugins.found[name].kind == "initializer"]
+    if idle and not engine.plugins.bind("moe_growth"):
+        raise UsageError(
+            f"initializer '{idle[0]}' acts on nothing: no plugin makes the layers grow; add a growth plugin",
+            code="idle-initializer",
+        )

@@ -1,0 +1,79 @@
+"""Where and how a run computes: its device, precision, deterministic algorithms, and the time of its steps."""
+
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ..errors import UsageError, nearest
+from ..layer.fused_cpu import matmul_dtype, matmul_in
+from .config import RunConfig
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name; "auto" is the first available of cuda, mps and cpu. Raises UsageError."""
+    available = [kind for kind in ("cuda", "mps") if getattr(torch, kind).is_available()] + ["cpu"]
+    if name == "auto":
+        return torch.device(available[0])
+    kind, _, index = name.partition(":")
+    if kind not in available:
+        advice = nearest(kind, available)
+        raise UsageError(f"device '{name}' is not available; {advice}", code="unknown-device")
+    if name != kind and index not in map(str, range(torch.cuda.device_count() if kind == "cuda" else 1)):
+        raise UsageError(f"device '{name}' is not available; use '{kind}'", code="unknown-device")
+    return torch.device(name)
+
+
+def resolve_matmul(config: RunConfig, device: torch.device) -> str:
+    """The run's `bf16_matmul`. "auto" is resolved by measurement where it matters: under bf16 on a CPU."""
+    if config.bf16_matmul != "auto" or config.precision == "fp32" or device.type != "cpu":
+        return config.bf16_matmul
+    return next(name for name, dtype in PRECISIONS.items() if dtype == matmul_dtype(torch.bfloat16))
+
+
+@contextmanager
+def precision(config: RunConfig, device: torch.device) -> Iterator[None]:
+    """Forwards inside run in the run's precision: fp32, or bf16 under autocast."""
+    if config.precision == "fp32":
+        yield
+        return
+    work = PRECISIONS.get(config.bf16_matmul, torch.bfloat16)  # a GPU's run leaves "auto"
+    with matmul_in(work), torch.autocast(device.type, torch.bfloat16):
+        yield
+
+
+@contextmanager
+def deterministic(device: torch.device) -> Iterator[None]:
+    """Make a GPU add sums in a fixed order, as a CPU does anyway."""
+    before, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(before or device.type == "cuda", warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn)
+
+
+class StepTimer:
+    """Measures training steps: on a CPU the thread's time, so that other work on the machine does not count."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_cpu = device.type == "cpu"
+        self.seconds: list[float] = []
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Measure what happens inside; a GPU is waited for."""
+        clock = time.thread_time if self.on_cpu else time.perf_counter
+        started = clock()
+        yield
+        if not self.on_cpu:
+            torch.accelerator.synchronize()
+        self.seconds.append(clock() - started)
+
+    def median(self) -> float | None:
+        """The median time of a step in seconds, or None."""
+        return statistics.median(self.seconds) if self.seconds else None
