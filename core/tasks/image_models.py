@@ -132,7 +132,7 @@ def _densenet(engine: LayerBuilder, sizes: Sizes, growth: int, blocks: tuple[int
     if engine.dense:
         if idle := engine.implementing("moe_experts"):
             why = f"a dense DenseNet has no experts, so {listed(map(repr, idle))} has no effect"
-            raise UsageError(f"{why}; remove it or choose another model", code="idle-plugin")
+            raise UsageError(f"{why}; remove it or choose another model", code="acts-on-nothing")
         return Pieces(stem, None, net.classifier)
     stem.extend([nn.Linear(net.classifier.in_features, sizes.dim), nn.ReLU()])
     return Pieces(stem, _last(engine, sizes, sizes.dim), nn.Identity())

@@ -25,8 +25,7 @@ class AbsoluteSaturation:
 
 
 class AbsoluteBias(Bias):
-    selection_only = False
-    wants_expert_grad = True
+    selection_only, wants_expert_grad = False, True
 
     def __init__(self, size, beta, decay):
         super().__init__()

@@ -24,7 +24,7 @@ class ImportanceCV2:
     def moe_check(self, setup):
         if self.of == "probs" and (twice := setup.others(self, effect="mean_probs_cv2")):
             why = f"importance_cv2.of=probs and {twice[0]} both penalise the variance of the mean probabilities"
-            return Finding("counted twice", 1, why, "remove one of them")
+            return Finding("counted twice", 1, why, f"remove {twice[0]} or set importance_cv2.of=gates")
         return None
 
     @hookimpl
