@@ -9,8 +9,7 @@ class LogLoad:
     """Selection bias from the log of each expert's load.
 
     s <- decay s + (1 - decay) load; b_i = -beta (log(r_i + eps) - mean_j log(r_j + eps)) with r = s / mean(s). This
-    is the law of `saturation` on plain counts, without the gradient, and serves as its control. Equal loads give b =
-    0.
+    is the law of `saturation` on plain counts, without the gradient, and serves as its control. Equal loads give 0.
 
     Source: this project.
     """

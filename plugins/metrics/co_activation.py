@@ -9,8 +9,8 @@ class CoActivation:
     """Which experts are chosen together.
 
     co_activation [E, E] = N_ij / N_i: of the tokens that chose expert i, the share that also chose j; row i is null
-    if no token chose i, and the diagonal is 1. co_activation_max: the largest value off the diagonal. (K - 1) / (E -
-    1) if choices are even and independent; 1 for a pair that is always chosen together.
+    if no token chose i, and the diagonal is 1. co_activation_max: the largest value off the diagonal, 1 for a pair
+    that is always chosen together. Even, independent choices give (K - 1) / (E - 1).
 
     Source: Muennighoff et al., 2024 (OLMoE), eq. 6.
     """

@@ -11,11 +11,12 @@ from moe_engine import LevelSpec, Router, Slots, Traits, causal_problem, hookimp
 class Soft:
     """Experts process weighted mixtures of tokens (Soft MoE).
 
-    l = scale x^ phi^ of unit vectors x^ and phi^; dispatch D = softmax of l over a sequence's tokens, combine C =
-    softmax of l over all E n slots (n = `slots` per expert); slot = D^T x, y = C F(slot). Nothing is chosen or
-    dropped, so there is no load: balance losses and biases have nothing to act on, and top_k has no effect. probs
-    are a token's combine weights summed by expert. A sequence is the axis before the last; called with [T, D], each
-    token is its own sequence, which makes the layer a dense mixture. Not causal. Padding takes no part.
+    l = scale x^ phi^ of unit vectors x^ and phi^; dispatch D = softmax of l over a sequence's tokens;
+    combine C = softmax of l over all E n slots, n = `slots` per expert; slot = D^T x; y = C F(slot).
+
+    Nothing is chosen or dropped, so there is no load: balance losses and biases have nothing to act on, and top_k
+    has no effect. probs are a token's combine weights summed by expert. A sequence is the axis before the last;
+    called with [T, D], each token is a sequence and the layer a dense mixture. Not causal. Padding takes no part.
 
     Source: Puigcerver et al., 2023 (From Sparse to Soft Mixtures of Experts).
     """
