@@ -209,7 +209,7 @@ def step(engine, layer, optimizer):
 @pytest.mark.parametrize("initializer", ["clone", "random", "split"])
 @kinds
 def test_a_bank_grows_and_learns_on(name, act, bias, initializer):
-    """Old experts stay bit for bit (but for a parent that `split` moves), the newcomer is the initializer's."""
+    """Old experts stay bit for bit (except a parent that `split` moves); the new expert is the initializer's."""
     engine, layer, optimizer = trained(name, initializer, activation=act, bias=bias)
     x = torch.randn(7, DIM)
     before = layer.experts.outputs(x).detach()

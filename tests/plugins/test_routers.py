@@ -309,12 +309,12 @@ def test_hash_with_exact_copies_keeps_its_function_when_it_grows(top_k):
     grown = engine.grow(Growth("m", parents=(1, 1), require_exact=True), probe=lambda: layer(x, ids=ids).sum())
     assert grown.change == 0.0
     torch.testing.assert_close(layer(x, ids=ids), before, rtol=0, atol=0)
-    # of 15 ids the first newcomer gets 7, the second 4 of the 8 left; of 30: 15, and 7 of 15
+    # of 15 ids the first new expert gets 7, the second 4 of the 8 left; of 30: 15, and 7 of 15
     shares = {1: [15, 4, 15, 15, 7, 4], 2: [30, 8, 30, 30, 15, 7]}
     assert layer.router.table.flatten().bincount().tolist() == shares[top_k]
 
 
-def test_hash_deals_out_what_a_removed_expert_had_and_what_a_newcomer_without_parent_gets():
+def test_hash_deals_out_the_ids_of_a_removed_expert_and_ids_for_one_without_parent():
     engine, layer = hashed()
     engine.grow(Growth("m", drop=(0,)))
     assert set(layer.router.table.flatten().tolist()) == {0, 1, 2}

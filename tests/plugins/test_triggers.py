@@ -233,7 +233,7 @@ def test_a_new_expert_gets_the_triggers_router_row_from_any_initializer():
 
 
 def test_a_trigger_of_orphans_is_refused_where_new_experts_need_a_parent():
-    with pytest.raises(UsageError, match="a newcomer needs a parent"):
+    with pytest.raises(UsageError, match="needs a parent"):
         Engine("hierarchical,novelty", experts=4, top_k=2).moe(4, 4)
 
 
