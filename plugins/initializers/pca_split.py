@@ -11,8 +11,8 @@ class PcaSplit:
     w' = w + delta u and w <- w - delta u for the router's rows, with u = (v - c o) / s for the parent's tokens x of
     a held-out batch: v their first principal direction, s the standard deviation of (v - c o) x. A router without a
     bias has no threshold; o, the inverse covariance (with a ridge of a thousandth of the mean variance) times the
-    mean, replaces it, because o x is the most even over tokens. c is the median of v x / o x if all o x > 0, so u x
-    > 0 for half of the tokens. Linear logits of the two then differ by 2 delta u x. The experts start equal, and
+    mean, replaces it, because o x is the most even over tokens. c is the median of v x / o x if all o x > 0, and so
+    half of the tokens have u x > 0. Linear logits of the two then differ by 2 delta u x. The experts start equal, and
     moments are copied. Without a held-out batch, with fewer than four tokens, or with equal ones, u is random.
 
     Source: this project, after splitting by the principal direction in clustering (Boley, 1998: PDDP).

@@ -23,7 +23,7 @@ class RouterDiversity:
     @hookimpl
     def moe_check(self, setup):
         if 0 < setup.spec.dim < setup.spec.experts:
-            why = f"router_diversity can't reach 0: {setup.spec.experts} rows of size {setup.spec.dim} are dependent"
+            why = f"router_diversity can't reach 0: {setup.spec.experts} rows of {setup.spec.dim} values are dependent"
             return Finding("out of reach", 1, why, "use fewer experts or a wider model")
         if copies := setup.others(self, effect="copies_router_row"):
             why = f"router_diversity separates the equal router rows that {copies[0]} creates"
