@@ -1,7 +1,7 @@
 """moe-engine: a minimal Mixture-of-Experts engine in which every strategy is a plugin.
 
-The names below are the public ones. They are imported on first use, so that the command line's
-`--help` and `plugins` need no torch.
+The names below are public, and so are those of `moe_engine.tasks` and `moe_engine.testing`; plugins need nothing else.
+Each is imported on first use, so `moe-engine --help` and `moe-engine plugins` need no torch.
 """
 
 from importlib import import_module
@@ -59,7 +59,10 @@ if TYPE_CHECKING:
     from .errors import PluginError as PluginError
     from .errors import RunError as RunError
     from .errors import UsageError as UsageError
+    from .errors import nearest as nearest
+    from .files import write_atomically as write_atomically
     from .layer.activations import ACTIVATIONS as ACTIVATIONS
+    from .layer.dense import DenseMLP as DenseMLP
     from .layer.experts import ModuleBank as ModuleBank
     from .layer.experts import StackedMLP as StackedMLP
     from .layer.grouped import grouped_conv as grouped_conv
@@ -73,7 +76,10 @@ if TYPE_CHECKING:
     from .processes import mean_over_ranks as mean_over_ranks
     from .run.checkpoints import load as load
     from .run.checkpoints import save as save
+    from .run.reporting import expert_loads as expert_loads
+    from .run.reporting import run_figures as run_figures
     from .run.training import adam as adam
+    from .seeds import generator as generator
 
 _HOMES = {
     "contract.growth": ("Grown", "Growth", "NewExpert"),
@@ -114,8 +120,10 @@ _HOMES = {
     "contract.traits": ("Traits",),
     "contract.tasks": ("Task", "TaskSpec"),
     "engine.engine": ("Engine",),
-    "errors": ("PluginError", "RunError", "UsageError"),
+    "errors": ("PluginError", "RunError", "UsageError", "nearest"),
+    "files": ("write_atomically",),
     "layer.activations": ("ACTIVATIONS",),
+    "layer.dense": ("DenseMLP",),
     "layer.experts": ("ModuleBank", "StackedMLP"),
     "layer.grouped": ("grouped_conv", "grouped_linear", "own_values", "row_counts"),
     "layer.moe": ("MoE",),
@@ -123,7 +131,9 @@ _HOMES = {
     "pretrained.watching": ("watch",),
     "processes": ("all_reduce_sum", "mean_over_ranks"),
     "run.checkpoints": ("load", "save"),
+    "run.reporting": ("expert_loads", "run_figures"),
     "run.training": ("adam",),
+    "seeds": ("generator",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -1,4 +1,4 @@
-"""Published and other sensible mixes of plugins train: twenty steps on a toy layer each."""
+"""Published and other sensible mixes of plugins train: twenty steps each on a toy layer."""
 
 import pytest
 import safetensors.torch
@@ -6,7 +6,7 @@ import torch
 
 from moe_engine import Engine, UsageError, adam
 
-# what makes no sense, by the plugin that a mix is refused for
+# refused mixes, by plugin
 BALANCING = ("switch_aux", "gshard", "importance_cv2", "sequence_aux", "global_aux", "gate_variance", "loss_free")
 REFUSED = {
     **{router: (*BALANCING, "load_cv2", "saturation") for router in ("expert_choice", "sinkhorn")},
@@ -18,7 +18,7 @@ REFUSED = {
     "topk": ("load_cv2",),
     "quantile": ("switch_aux", "global_aux", "loss_free"),
 }
-REMARKED = {  # by the one that remarks on it: with which other one, and settings
+REMARKED = {  # plugin that remarks -> (the other one, settings)
     "loss_free": ("switch_aux", []),
     "mutual_information": ("entropy", []),
     "importance_cv2": ("gate_variance", ["importance_cv2.of=probs"]),
@@ -64,7 +64,7 @@ COMBINATIONS = {  # name -> (plugins, settings, spec); DENSE: the file of a dens
 
 
 def batch(seed):
-    """Tokens [16, 4, 8] with ids, and what is to be learned of them: one of four linear maps, by quadrant."""
+    """Tokens [16, 4, 8] with ids, and targets: one of four linear maps of each token, by quadrant."""
     x = torch.randn(16, 4, 8, generator=torch.Generator().manual_seed(seed))
     maps = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(99)) / 8**0.5
     which = (x[..., 0] > 0).long() + 2 * (x[..., 1] > 0).long()
@@ -115,20 +115,20 @@ def test_a_combination_trains(name, tmp_path):
     assert sum(measured.get("load", measured.get("mass")).tolist()) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("one", REFUSED)
-def test_a_mix_that_makes_no_sense_is_refused_by_both_names(one):
-    for other in REFUSED[one]:
-        with pytest.raises(UsageError, match=f"(?s)(?=.*{one})(?=.*{other})"):
-            Engine([one, other], experts=8, vocab=16).moe(8, 16)
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_mix_that_makes_no_sense_is_refused_by_both_names(name):
+    for other in REFUSED[name]:
+        with pytest.raises(UsageError, match=f"(?s)(?=.*{name})(?=.*{other})"):
+            Engine([name, other], experts=8, vocab=16).moe(8, 16)
 
 
-@pytest.mark.parametrize("one", REMARKED)
-def test_a_mix_that_counts_twice_or_pulls_two_ways_is_remarked_on_by_both_names(one):
-    other, settings = REMARKED[one]
-    engine = Engine([one, other], settings, experts=8)
+@pytest.mark.parametrize("name", REMARKED)
+def test_a_mix_that_counts_twice_or_pulls_two_ways_is_remarked_on_by_both_names(name):
+    other, settings = REMARKED[name]
+    engine = Engine([name, other], settings, experts=8)
     engine.moe(8, 16)
-    assert one in engine.plugins.remarks[one].why
-    assert other in engine.plugins.remarks[one].why
-    quiet = Engine([one], experts=8)
+    assert name in engine.plugins.remarks[name].why
+    assert other in engine.plugins.remarks[name].why
+    quiet = Engine([name], experts=8)
     quiet.moe(8, 16)
     assert quiet.plugins.remarks == {}

@@ -1,4 +1,4 @@
-"""Images for tasks: read from their files, or generated."""
+"""Image data sets: read from their files, or generated."""
 
 import os
 import tarfile
@@ -17,7 +17,7 @@ from ..errors import UsageError
 from ..files import write_atomically
 from ..seeds import generator
 
-Half = tuple[Tensor, Tensor]  # images uint8 [N, ...], labels long [N]
+Split = tuple[Tensor, Tensor]  # images uint8 [N, ...], labels long [N]
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 MNIST_SHA256 = {
@@ -45,26 +45,34 @@ CIFAR_MD5 = {
 }
 
 
-def mnist(data_dir: str) -> tuple[Half, Half]:
-    """(train, test): 60,000 and 10,000 handwritten digits of 28 x 28 pixels (LeCun et al., 1998)."""
+def load_mnist(data_dir: str) -> tuple[Split, Split]:
+    """Load MNIST: 60,000 and 10,000 handwritten digits of 28 x 28 pixels (LeCun et al., 1998).
+
+    Returns (train, test), each (images uint8 [N, 28, 28], labels long [N]), from torchvision's files under data_dir;
+    missing files are downloaded and checked. Raises UsageError if a file is damaged or can't be downloaded.
+    """
     from torchvision.datasets import MNIST
 
     return _mnist_like(MNIST, "MNIST", MNIST_SHA256, data_dir)
 
 
-def fashion_mnist(data_dir: str) -> tuple[Half, Half]:
-    """(train, test): 60,000 and 10,000 pictures of clothes of 28 x 28 pixels (Xiao et al., 2017)."""
+def load_fashion_mnist(data_dir: str) -> tuple[Split, Split]:
+    """Load Fashion-MNIST: 60,000 and 10,000 images of clothes of 28 x 28 pixels (Xiao et al., 2017).
+
+    As `load_mnist` in all else.
+    """
     from torchvision.datasets import FashionMNIST
 
     return _mnist_like(FashionMNIST, "FashionMNIST", FASHION_SHA256, data_dir)
 
 
-def cifar10(data_dir: str) -> tuple[Half, Half]:
-    """(train, test): 50,000 and 10,000 colour pictures [3, 32, 32] (Krizhevsky, 2009).
+def load_cifar10(data_dir: str) -> tuple[Split, Split]:
+    """Load CIFAR-10: 50,000 and 10,000 colour images of 32 x 32 pixels (Krizhevsky, 2009).
 
-    Read from the official binary files (cifar-10-batches-bin/) or from cifar10.npz (x_train, y_train,
-    x_test, y_test; images [N, 32, 32, 3]); downloaded if neither is there. Both are held against the
-    official checksums; nothing is unpickled. Raises UsageError if a file is damaged or can't be had.
+    Returns (train, test), each (images uint8 [N, 3, 32, 32], labels long [N]). They are read under data_dir from the
+    official binary files (cifar-10-batches-bin/) or from cifar10.npz (x_train, y_train, x_test, y_test; images
+    [N, 32, 32, 3]), and downloaded if neither exists. Both are verified against the official checksums; nothing is
+    unpickled. Raises UsageError if a file is damaged or can't be downloaded.
     """
     home = Path(data_dir)
     archive = home / "cifar10.npz"
@@ -73,7 +81,7 @@ def cifar10(data_dir: str) -> tuple[Half, Half]:
     return _from_npz(archive) if os.path.exists(archive) else _from_binary(home / CIFAR_FOLDER)
 
 
-def blobs(
+def blob_images(
     counts: Sequence[int],
     classes: int,
     random: torch.Generator,
@@ -84,12 +92,13 @@ def blobs(
     width: float = 0.08,
     jitter: float = 0.04,
     noise: float = 0.0,
-) -> list[Half]:
-    """Generated images, uint8 [n, side, side], or [n, channels, side, side] in colours, of each of these counts.
+) -> list[Split]:
+    """Generate one data set of classified images for each count, all of the same classes.
 
-    A class is where its `parts` soft blobs lie, and their colours; an image is that, shifted as a whole by
-    a normal deviate of 0.05, each blob by one of `jitter`, and with pixel noise of that deviation. Lengths are in
-    sides of the image; width is a blob's standard deviation, its peak is 1.
+    Returns (images uint8 [n, side, side], or [n, channels, side, side] with channels > 0; labels long [n]) for each n
+    in counts, drawn from the generator `random`. A class fixes the places and colours of its `parts` soft blobs. Each
+    image shifts all of them by N(0, 0.05^2), each blob by N(0, jitter^2) more, and adds pixel noise N(0, noise^2).
+    Lengths are in units of the image's side; width is a blob's standard deviation, and its peak is 1.
     """
     centres_CP2 = torch.rand(classes, parts, 2, generator=random) * 0.7 + 0.15
     colours_CPK = torch.ones(classes, parts, 1)
@@ -97,7 +106,7 @@ def blobs(
         colours_CPK = torch.rand(classes, parts, channels, generator=random)
     line = (torch.arange(side) + 0.5) / side
 
-    def draw(count: int) -> Half:
+    def draw(count: int) -> Split:
         labels = torch.randint(classes, (count,), generator=random)
         shift = 0.05 * torch.randn(count, 1, 2, generator=random)
         if jitter:
@@ -115,25 +124,25 @@ def blobs(
     return [draw(count) for count in counts]
 
 
-def joined(sets: Iterable[tuple[Half, Half]], classes: int) -> tuple[Half, Half]:
-    """(train, test) of data sets of so many classes each as one, the labels of each after those of the one before.
+def join_datasets(sets: Iterable[tuple[Split, Split]], classes: int) -> tuple[Split, Split]:
+    """Join the (train, test) of several data sets of `classes` classes each; labels of set n are offset by n classes.
 
-    Training rows are set after set. Test rows are mixed, in an order that is drawn once for all: a forward over
-    the rows of one set would look like collapse.
+    Training rows stay set after set. Test rows are shuffled in one fixed order, because a forward over the rows of a
+    single set would look like collapse.
     """
     train, test = (
-        (torch.cat([images for images, _ in half]), torch.cat([classes * n + own for n, (_, own) in enumerate(half)]))
-        for half in zip(*sets, strict=True)
+        (torch.cat([images for images, _ in split]), torch.cat([classes * n + y for n, (_, y) in enumerate(split)]))
+        for split in zip(*sets, strict=True)
     )
     order = torch.randperm(len(test[0]), generator=generator(0, "joined test order"))
     return train, (test[0][order], test[1][order])
 
 
-def _mnist_like(dataset: Callable[..., Any], name: str, sums: Mapping[str, str], data_dir: str) -> tuple[Half, Half]:
-    """A torchvision data set in MNIST's format, held against the SHA-256 sums of its four files.
+def _mnist_like(dataset: Callable[..., Any], name: str, sums: Mapping[str, str], data_dir: str) -> tuple[Split, Split]:
+    """A torchvision data set in MNIST's format, verified against the SHA-256 sums of its four files.
 
-    What is absent is downloaded into data_dir, with progress and the publisher's checksum. Raises
-    UsageError if that fails, or if a file is damaged.
+    Missing files are downloaded into data_dir, with progress and the publisher's checksum. Raises UsageError if
+    that fails, or if a file is damaged.
     """
     folder = Path(data_dir) / name / "raw"
     if not all(os.path.exists(folder / file) for file in sums):
@@ -141,20 +150,21 @@ def _mnist_like(dataset: Callable[..., Any], name: str, sums: Mapping[str, str],
         _download(lambda: dataset(data_dir, download=True), name, folder, source)
     for file, expected in sums.items():
         _verify(folder / file, expected)
-    halves = [dataset(data_dir, train=train, download=False) for train in (True, False)]
-    train, test = [(half.data, half.targets.long()) for half in halves]
+    splits = [dataset(data_dir, train=train, download=False) for train in (True, False)]
+    train, test = [(split.data, split.targets.long()) for split in splits]
     return train, test
 
 
 def _download(fetch: Callable[[], Any], name: str, folder: Path, source: str) -> None:
-    """Call `fetch`, which downloads the source into `folder`; a failure becomes one sentence that says what to do."""
+    """Call `fetch`, which downloads the source into `folder`; a failure becomes a UsageError that says what to do."""
     try:
         fetch()
     except (OSError, RuntimeError, ValueError) as error:
         reason = str(error).strip().split("\n")[0].rstrip(".:")
         raise UsageError(
-            f"{name} is not in {folder}, and can't be downloaded ({reason}); "
-            f"name the folder that holds it with --data-dir, or put {source} there yourself"
+            f"{name} is not in {folder} and can't be downloaded ({reason}); "
+            f"name the folder that holds it with --data-dir, or put {source} there yourself",
+            code="download-failed",
         ) from error
 
 
@@ -162,26 +172,28 @@ def _verify(file: Path, expected: str) -> None:
     try:
         found = sha256(file.read_bytes()).hexdigest()
     except OSError as error:
-        raise UsageError(f"data file {file} can't be read: {error.strerror}") from error
+        raise UsageError(f"data file {file} can't be read: {error.strerror}", code="unreadable-file") from error
     if found != expected:
         raise UsageError(
-            f"data file {file} is damaged (SHA-256 {found[:12]}..., not {expected[:12]}...); delete it and run again"
+            f"data file {file} is damaged (SHA-256 {found[:12]}..., not {expected[:12]}...); delete it and run again",
+            code="damaged-data",
         )
 
 
-def _from_binary(folder: Path) -> tuple[Half, Half]:
+def _from_binary(folder: Path) -> tuple[Split, Split]:
     return _verified([np.fromfile(folder / name, np.uint8) for name in CIFAR_MD5], folder)
 
 
-def _from_npz(archive: Path) -> tuple[Half, Half]:
+def _from_npz(archive: Path) -> tuple[Split, Split]:
     try:
         if not is_zipfile(archive):
-            raise BadZipFile("it is no .npz")
+            raise BadZipFile("not an .npz archive")
         with open(archive, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-            train, test = (_rows(arrays[f"x_{half}"], arrays[f"y_{half}"]) for half in ("train", "test"))
+            train, test = (_rows(arrays[f"x_{split}"], arrays[f"y_{split}"]) for split in ("train", "test"))
             return _verified([batch.ravel() for batch in (*np.split(train, 5), test)], archive)
     except (OSError, ValueError, KeyError, BadZipFile, ZlibError) as error:
-        raise UsageError(f"data file {archive} is damaged ({error}); delete it and run again") from error
+        why = f"data file {archive} is damaged ({error}); delete it and run again"
+        raise UsageError(why, code="damaged-data") from error
 
 
 def _rows(images: Bytes, labels: Bytes) -> Bytes:
@@ -190,15 +202,15 @@ def _rows(images: Bytes, labels: Bytes) -> Bytes:
     return np.concatenate([labels.astype(np.uint8).reshape(-1, 1), planes], axis=1)
 
 
-def _verified(batches: Sequence[Bytes], source: Path) -> tuple[Half, Half]:
+def _verified(batches: Sequence[Bytes], source: Path) -> tuple[Split, Split]:
     """(train, test) of the bytes of the six official files, which must have the official checksums."""
     for batch, (name, expected) in zip(batches, CIFAR_MD5.items(), strict=True):
         if md5(batch.tobytes(), usedforsecurity=False).hexdigest() != expected:
-            raise UsageError(f"{name} of {source} is damaged; delete {source} and run again")
-    return _half(np.concatenate(batches[:-1])), _half(batches[-1])
+            raise UsageError(f"{name} of {source} is damaged; delete {source} and run again", code="damaged-data")
+    return _split(np.concatenate(batches[:-1])), _split(batches[-1])
 
 
-def _half(data: Bytes) -> Half:
+def _split(data: Bytes) -> Split:
     rows = data.reshape(-1, 3073)
     return torch.from_numpy(rows[:, 1:].reshape(-1, 3, 32, 32)), torch.from_numpy(rows[:, 0].astype(np.int64))
 
@@ -212,5 +224,5 @@ def _fetch_cifar(home: Path) -> None:
     with tarfile.open(packed) as tar:
         for name in CIFAR_MD5:
             member = tar.extractfile(f"{CIFAR_FOLDER}/{name}")
-            assert member is not None  # the archive has its checksum
+            assert member is not None  # the archive's checksum was verified
             write_atomically(home / CIFAR_FOLDER / name, member.read())

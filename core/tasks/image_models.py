@@ -1,4 +1,4 @@
-"""Models that classify pictures: what lies before and behind their one MoE layer."""
+"""Image classifiers: the stem and head around one MoE layer."""
 
 from collections.abc import Callable
 from math import isqrt
@@ -14,7 +14,7 @@ from ..errors import UsageError, listed
 
 
 class Pieces(NamedTuple):
-    """stem: pictures [B, C, S, S] -> tokens [B, D]. moe: None where the head does without. residual: add the tokens."""
+    """stem: images [B, C, S, S] -> tokens [B, D]. moe: None if the head works without. residual: x + MoE(x)."""
 
     stem: nn.Module
     moe: nn.Module | None
@@ -24,7 +24,7 @@ class Pieces(NamedTuple):
 
 @attrs.frozen
 class Sizes:
-    """Of pictures: channels, side in pixels, classes. dim: width of the layer's tokens; hidden: of its experts."""
+    """Of images: channels, side in pixels, classes. dim: width of the layer's tokens; hidden: width of its experts."""
 
     channels: int
     side: int
@@ -34,14 +34,14 @@ class Sizes:
 
     @property
     def pixels(self) -> int:
-        """How many numbers a picture is."""
+        """The number of values in an image."""
         return self.channels * self.side**2
 
 
 class ImageClassifier(nn.Module):
-    """Pixels over scale, if centred from -1 to 1 -> stem -> MoE layer -> head.
+    """pixels / scale (mapped to [-1, 1] if centred) -> stem -> MoE layer -> head.
 
-    Called with images [B, ...] of any shape that holds the pixels, and labels [B] or None; answers logits [B, classes].
+    Called with images [B, ...] of any shape that holds the pixels, and labels [B] or None; returns logits [B, classes].
     """
 
     def __init__(self, sizes: Sizes, scale: float, centred: bool, pieces: Pieces) -> None:
@@ -58,9 +58,9 @@ class ImageClassifier(nn.Module):
 
 
 class ChannelsLast(nn.Module):
-    """The same pictures [B, C, S, S] with channels innermost in memory: colour pictures are convolved faster on a CPU.
+    """The same images [B, C, S, S] with channels innermost in memory, which convolves faster on a CPU.
 
-    Weights keep the usual order, in which any optimizer's state may come: a fused one looks at no strides.
+    Weights keep the default layout: fused optimizers ignore strides, so weights and state must share one.
     """
 
     def forward(self, images: Tensor) -> Tensor:
@@ -70,19 +70,19 @@ class ChannelsLast(nn.Module):
 def image_model(
     name: str,
     engine: LayerBuilder,
-    picture: Tensor,
+    sample: Tensor,
     classes: int,
     dim: int,
     hidden: int,
     scale: float,
     centred: bool = False,
 ) -> ImageClassifier:
-    """The model of that name, one of `MODELS`, for square pictures like this one: [C, S, S], [S, S] or [S * S].
+    """Build the model `name` of `MODELS` for square images shaped like `sample`: [C, S, S], [S, S] or [S * S].
 
-    Raises UsageError for pictures that are too small.
+    Raises UsageError for images that are too small.
     """
-    channels = picture.shape[0] if picture.dim() == 3 else 1
-    sizes = Sizes(channels, isqrt(picture.numel() // channels), classes, dim, hidden)
+    channels = sample.shape[0] if sample.dim() == 3 else 1
+    sizes = Sizes(channels, isqrt(sample.numel() // channels), classes, dim, hidden)
     return ImageClassifier(sizes, scale, centred, MODELS[name](engine, sizes))
 
 
@@ -92,7 +92,7 @@ def _residual(engine: LayerBuilder, sizes: Sizes) -> Pieces:
 
 
 def _plain(engine: LayerBuilder, sizes: Sizes) -> Pieces:
-    """linear -> MoE -> linear: plain as opposed to residual (He et al., 2015)."""
+    """linear -> MoE -> linear; plain is the opposite of residual (He et al., 2015)."""
     stem = nn.Sequential(nn.Flatten(), nn.Linear(sizes.pixels, sizes.dim), nn.ReLU())
     moe = engine.moe(sizes.dim, sizes.hidden, classes=sizes.classes)
     return Pieces(stem, moe, nn.Linear(sizes.dim, sizes.classes))
@@ -104,7 +104,7 @@ def _direct(engine: LayerBuilder, sizes: Sizes) -> Pieces:
 
 
 def _cnn(engine: LayerBuilder, sizes: Sizes) -> Pieces:
-    """Two convolutions of 32 and 64 channels, each with pooling behind it -> linear -> MoE to class logits."""
+    """Two convolutions of 32 and 64 channels, each followed by pooling -> linear -> MoE to class logits."""
     stem = nn.Sequential(
         ChannelsLast(),
         *(nn.Conv2d(sizes.channels, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
@@ -115,22 +115,24 @@ def _cnn(engine: LayerBuilder, sizes: Sizes) -> Pieces:
 
 
 def _densenet(engine: LayerBuilder, sizes: Sizes, growth: int, blocks: tuple[int, ...]) -> Pieces:
-    """DenseNet's features -> linear -> MoE to class logits; in a dense run its own linear classifier.
+    """DenseNet's features -> linear -> MoE to class logits; in a dense run DenseNet's own linear classifier.
 
-    The first convolution is 3 x 3 of stride 1, as pictures are small; the pooling behind it stays.
+    The first convolution is 3 x 3 with stride 1, because images are small; the pooling after it stays.
     Source: Huang et al., 2017 (DenseNet).
     """
     from torchvision.models import DenseNet
 
     if sizes.side < 32:
-        raise UsageError(f"a DenseNet halves a picture five times, so it needs a side of 32 pixels, not {sizes.side}")
+        why = f"a DenseNet halves an image five times, so it needs a side of at least 32 pixels, not {sizes.side}"
+        raise UsageError(f"{why}; choose another model", code="image-too-small")
     net = DenseNet(growth, blocks, num_classes=sizes.classes)
     net.features.conv0 = nn.Conv2d(sizes.channels, net.features.conv0.out_channels, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(net.features.conv0.weight)
     stem = nn.Sequential(ChannelsLast(), net.features, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     if engine.dense:
         if idle := engine.implementing("moe_experts"):
-            raise UsageError(f"a dense DenseNet has a classifier of its own: {listed(map(repr, idle))} acts on nothing")
+            why = f"a dense DenseNet has no experts, so {listed(map(repr, idle))} has no effect"
+            raise UsageError(f"{why}; remove it or choose another model", code="acts-on-nothing")
         return Pieces(stem, None, net.classifier)
     stem.extend([nn.Linear(net.classifier.in_features, sizes.dim), nn.ReLU()])
     return Pieces(stem, _last(engine, sizes, sizes.dim), nn.Identity())
@@ -145,7 +147,7 @@ def _densenet_slim(engine: LayerBuilder, sizes: Sizes) -> Pieces:
 
 
 def _last(engine: LayerBuilder, sizes: Sizes, dim: int) -> nn.Module:
-    """A layer that answers class logits, and so has biases."""
+    """A layer that returns class logits, and so has biases."""
     return engine.moe(dim, sizes.hidden, out=sizes.classes, classes=sizes.classes, bias=True)
 
 
@@ -160,9 +162,9 @@ MODELS: dict[str, Callable[[LayerBuilder, Sizes], Pieces]] = {
 
 
 def model_option() -> Any:
-    """The option by which a task of pictures chooses among them."""
-    what = (
+    """An option for `image_task(model=...)`: the name of one of the built-in image models, "residual" by default."""
+    explanation = (
         "residual: linear, x + MoE(x), linear; plain: MoE(x) instead; direct: the MoE layer alone, from pixels to "
         "classes; cnn and DenseNets: features, linear, MoE to classes"
     )
-    return option("residual", help=what, choices=tuple(MODELS))
+    return option("residual", help=explanation, choices=tuple(MODELS))

@@ -1,4 +1,4 @@
-"""Tasks: the data, model and measure of a run, and what image tasks share."""
+"""Whole image tasks: classification and reconstruction."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -27,10 +27,11 @@ def image_task(
     model: str = "residual",
     centred: bool = False,
 ) -> Task:
-    """Classify images: (images uint8 [N, ...], labels long [N]) for train and test.
+    """A task that classifies square images, with cross-entropy, accuracy, precision, recall and F1.
 
-    Pixels of 0 to scale are seen as 0 to 1; centred: as -1 to 1. model: one of `models.MODELS`. A batch may also have
-    shares of classes as labels, [B, classes], if images are mixed.
+    train, test: (images uint8 [N, S * S], [N, S, S] or [N, C, S, S]; labels long [N]). dim: width of the model's
+    tokens; hidden: of an expert. Pixels 0..scale are mapped to [0, 1], or to [-1, 1] if centred. model: a name that
+    `model_option` offers. If `Task.augment` mixes images, labels may be shares of classes [B, classes].
     """
     return Task(
         train,
@@ -43,7 +44,7 @@ def image_task(
 
 def _classification(model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
     images, labels = batch
-    true_B = labels if labels.dim() == 1 else labels.argmax(-1)  # of a mixed image [B, C] the largest share's class
+    true_B = labels if labels.dim() == 1 else labels.argmax(-1)  # of a mixed image, the class with the largest share
     logits = model(images, true_B)
     predicted_B = logits.detach().argmax(-1)
     score = {"loss": F.cross_entropy(logits, labels), "correct": (predicted_B == true_B).sum()}
@@ -51,7 +52,7 @@ def _classification(model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
 
 
 def _measures(classes: int) -> "MetricCollection":
-    """Precision, recall and their harmonic mean, each the mean over the classes that occur (macro)."""
+    """Precision, recall and F1, each the mean over the classes that occur (macro)."""
     from torchmetrics import MetricCollection
     from torchmetrics.classification import MulticlassF1Score, MulticlassPrecision, MulticlassRecall
 
@@ -68,10 +69,11 @@ def reconstruction_task(
     ordered: bool = False,
     scale: float = 1.0,
 ) -> Task:
-    """Restore images: (images uint8 [N, ...], labels long [N]); the loss is the mean squared error of pixels in 0..1.
+    """A task that reconstructs images; the loss is the mean squared error of pixels in [0, 1].
 
-    model(pixels, labels) answers pixels. sets: the names of the data sets of which the images are, `classes` labels
-    each, one after the other; evaluation tells their losses apart. scale: of the loss in training.
+    train, test: (images uint8 [N, ...], labels long [N]). model: builds a module that maps (pixels [B, ...], labels
+    [B]) to pixels. sets: names of the joined data sets, `classes` labels each; evaluation reports the loss of each as
+    loss.NAME. ordered: show training rows in order instead of shuffled. scale: factor of the training loss.
     """
 
     def score(model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
@@ -81,15 +83,18 @@ def reconstruction_task(
         sums = {"loss": error_B.mean() * (scale if model.training else 1)}
         if not model.training:
             for number, name in enumerate(sets):
-                own_B = labels // classes == number
-                sums |= {f"loss.{name}": error_B[own_B].sum(), f"count.loss.{name}": own_B.sum()}
+                of_set_B = labels // classes == number
+                sums |= {f"loss.{name}": error_B[of_set_B].sum(), f"count.loss.{name}": of_set_B.sum()}
         return sums
 
     return Task(train, test, model, score, ordered=ordered)
 
 
 def shuffled_split(columns: Sequence[Tensor], test_share: float, seed: int, name: str) -> tuple[Batch, Batch]:
-    """(train, test) of rows in an order drawn from the named generator."""
+    """Split columns of equal length into (train, test) at random.
+
+    test_share: the share of rows for testing. The order is drawn from moe_engine.generator(seed, name).
+    """
     count = columns[0].shape[0]
     order = torch.randperm(count, generator=generator(seed, name))
     cut = count - round(count * test_share)

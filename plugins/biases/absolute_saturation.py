@@ -1,5 +1,3 @@
-"""Saturation as it was published."""
-
 import attrs
 import torch
 
@@ -8,17 +6,18 @@ from moe_engine import Bias, Traits, ema_update_, hookimpl, option
 
 @attrs.define(eq=False)
 class AbsoluteSaturation:
-    """z = logits + beta (1 - s), in gates and selection; s <- decay s + (1 - decay) m, s = 0.5 at birth.
+    """Bias from the size of each expert's gradients.
 
-    m_i is the mean |gradient| of expert i's weights, as large as it is. Kept for study: with gradients near 1e-4, s
-    is near 0 for all, so that all get the same bias, which does nothing; `saturation` takes shares instead.
+    z = logits + beta (1 - s), for gates and selection; s <- decay s + (1 - decay) m, 0.5 at first; m_i = mean
+    |gradient| of expert i's weights. Kept for comparison with `saturation`, which uses shares: with gradients near
+    1e-4 every s is near 0, so all experts get the same bias, which has no effect.
 
     Source: kennycason/srnn, 2025.
     """
 
     traits = Traits(requires=("logits", "load"))
-    beta: float = option(0.5, help="strength", min=0)
-    decay: float = option(0.9, help="memory of the running mean", min=0, max=1)
+    beta: float = option(0.5, help="strength of the bias", min=0)
+    decay: float = option(0.9, help="decay of the running mean", min=0, max=1)
 
     @hookimpl
     def moe_bias(self, spec, level):
@@ -26,8 +25,7 @@ class AbsoluteSaturation:
 
 
 class AbsoluteBias(Bias):
-    selection_only = False
-    wants_expert_grad = True
+    selection_only, wants_expert_grad = False, True
 
     def __init__(self, size, beta, decay):
         super().__init__()

@@ -1,5 +1,3 @@
-"""The log law of `saturation` on plain counts."""
-
 import attrs
 import torch
 
@@ -8,18 +6,18 @@ from moe_engine import Bias, Traits, centred_log, ema_update_, hookimpl, option
 
 @attrs.define(eq=False)
 class LogLoad:
-    """A selection bias from each expert's share of the load.
+    """Selection bias from the log of each expert's load.
 
-    s <- decay s + (1 - decay) load;  b_i = -beta (log(r_i + eps) - mean_j log(r_j + eps)), r = s / mean(s).
-    The control for `saturation`: the same law without the gradient. Equal loads give b = 0.
+    s <- decay s + (1 - decay) load; b_i = -beta (log(r_i + eps) - mean_j log(r_j + eps)) with r = s / mean(s). This
+    is the law of `saturation` on plain counts, without the gradient, and serves as its control. Equal loads give 0.
 
     Source: this project.
     """
 
     traits = Traits(requires=("logits", "load"), effects=("equal_load",))
-    beta: float = option(1.5, help="strength", min=0)
-    decay: float = option(0.95, help="memory of the running mean", min=0, max=1)
-    eps: float = option(1e-6, help="smallest relative load that log sees", min=1e-30)
+    beta: float = option(1.5, help="strength of the bias", min=0)
+    decay: float = option(0.95, help="decay of the running mean", min=0, max=1)
+    eps: float = option(1e-6, help="added to the relative load before the log", min=1e-30)
 
     @hookimpl
     def moe_bias(self, spec, level):

@@ -1,5 +1,3 @@
-"""Quantile balancing: the selection bias that would have balanced the last step."""
-
 import attrs
 import torch
 
@@ -8,18 +6,19 @@ from moe_engine import Bias, Traits, UsageError, hookimpl, option
 
 @attrs.define(eq=False)
 class Quantile:
-    """b = -beta, where beta_i is set so that expert i would have got T K / E tokens of the step before.
+    """The bias that would have balanced the previous step.
 
-    a_t = the (K+1)-th largest of s_t - beta; new beta_i = the (T K / E + 1)-th largest over tokens of s_ti - a_t, s
-    the scores that the router selects by; averaged over micro-batches and processes, then centred;
-    beta <- ema beta + (1 - ema) new. T K / E is rounded, T counts real tokens. It has no step size, and takes a
-    few steps where a sign rule takes hundreds. For selection only; never of the batch that is routed.
+    b = -beta, with beta_i such that expert i would have received T K / E tokens of the previous step: a_t = the
+    (K+1)-th largest of s_t - beta; new beta_i = the (T K / E + 1)-th largest over tokens of s_ti - a_t; s are the
+    router's selection scores. It is averaged over micro-batches and processes and centred;
+    beta <- ema beta + (1 - ema) new. T K / E is rounded, and T counts real tokens. There is no step size: a few steps
+    balance what takes a sign rule hundreds. For selection only, and never computed from the batch being routed.
 
     Source: Su, 2026 (quantile balancing), as in Megatron-LM.
     """
 
     traits = Traits(requires=("logits", "load", "top_k"), effects=("equal_load",))
-    ema: float = option(0.0, help="share of the old value that a step keeps", min=0, max=1)
+    ema: float = option(0.0, help="share of the old value kept at each step", min=0, max=1)
 
     @hookimpl
     def moe_check(self, setup):
@@ -30,7 +29,7 @@ class Quantile:
     @hookimpl
     def moe_bias(self, spec, level):
         if level.limited:
-            raise UsageError("quantile counts on every expert being open to every token; set the router's groups to 1")
+            raise UsageError("quantile needs every expert open to every token; set groups to 1", code="limited-groups")
         return QuantileBias(level.size, level.top_k, self.ema) if level.top_k < level.size else None
 
 
@@ -53,13 +52,11 @@ class QuantileBias(Bias):
         if tokens.mask is not None:
             above_TE = above_TE.masked_fill(~tokens.mask[:, None], -torch.inf)
         place = (tokens.count * self.top_k / above_TE.shape[1]).round().long().minimum((tokens.count - 1).clamp(min=0))
-        some = tokens.count > 0
-        new_E = (
-            above_TE.sort(dim=0, descending=True).values.index_select(0, place.view(1))[0]
-            if len(above_TE)
-            else self.beta
-        )
-        return {"beta": torch.where(some & new_E.isfinite(), new_E, 0), "forwards": some.float().view(1)}
+        any_token = tokens.count > 0
+        new_E = self.beta
+        if len(above_TE):
+            new_E = above_TE.sort(dim=0, descending=True).values.index_select(0, place.view(1))[0]
+        return {"beta": torch.where(any_token & new_E.isfinite(), new_E, 0), "forwards": any_token.float().view(1)}
 
     def after_step(self, step):
         forwards = step.own["forwards"].sum()

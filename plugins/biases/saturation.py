@@ -1,5 +1,3 @@
-"""Saturation: experts that receive little gradient are offered more tokens."""
-
 import attrs
 import torch
 
@@ -8,23 +6,23 @@ from moe_engine import Bias, Traits, centred_log, count_by, ema_update_, hookimp
 
 @attrs.define(eq=False)
 class Saturation:
-    """A selection bias from each expert's share of the gradient.
+    """Offer more tokens to experts with little gradient.
 
-    s <- decay s + (1 - decay) m;  b_i = -beta (log(r_i + eps) - mean_j log(r_j + eps)), r = s / mean(s), for selection
-    only. signal=mass: m_i = sum_t (g_ti |dL/dy_t|)^power over expert i's tokens; power=0 would count tokens, 1 adds
-    gradients up; between them loads are more even and newcomers get more. signal=weights: m_i = mean |gradient| of the
-    expert's weights, in which tokens cancel. Equal signals give b = 0; the scale of the loss does not matter; an
-    idle expert's bias rises by beta |ln decay| a step.
+    s <- decay s + (1 - decay) m; b_i = -beta (log(r_i + eps) - mean_j log(r_j + eps)) with r = s / mean(s); for
+    selection only. signal=mass: m_i = sum_t (g_ti |dL/dy_t|)^power over expert i's tokens; power = 1 adds gradients
+    up, power -> 0 counts tokens, and values between them keep loads more even and give new experts more tokens.
+    signal=weights: m_i = mean |gradient| of the expert's weights, in which tokens cancel. Equal signals give b = 0;
+    the scale of the loss does not matter; an idle expert's bias rises by beta |ln decay| per step.
 
-    Source: this project, after kennycason/srnn, 2025, whose own form is `absolute_saturation`.
+    Source: this project, after kennycason/srnn, 2025, whose published form is `absolute_saturation`.
     """
 
     traits = Traits(requires=("logits", "load"))
-    signal: str = option("mass", help="what an expert is judged by", choices=("mass", "weights"))
-    beta: float | None = option(None, help="strength; unset: 1.5 for mass, 1 for weights", min=0)
-    decay: float = option(0.95, help="memory of the running mean", min=0, max=1)
-    power: float = option(0.5, help="exponent of a token's gradient in the mass", min=0.01, max=1)
-    eps: float = option(1e-6, help="smallest relative signal that log sees", min=1e-30)
+    signal: str = option("mass", help="what is measured of each expert", choices=("mass", "weights"))
+    beta: float | None = option(None, help="strength of the bias; unset: 1.5 for mass, 1 for weights", min=0)
+    decay: float = option(0.95, help="decay of the running mean", min=0, max=1)
+    power: float = option(0.5, help="exponent of each token's gradient, for signal=mass", min=0.01, max=1)
+    eps: float = option(1e-6, help="added to the relative signal before the log", min=1e-30)
 
     @hookimpl
     def moe_bias(self, spec, level):

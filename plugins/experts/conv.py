@@ -1,5 +1,3 @@
-"""Experts that are small convolutional networks."""
-
 from math import isqrt
 
 import attrs
@@ -9,26 +7,26 @@ from moe_engine import ACTIVATIONS, Experts, grouped_conv, hookimpl, option, uni
 
 @attrs.define(eq=False)
 class Conv:
-    """Each expert is two 2-d convolutions, with the activation between, on a token seen as a picture.
+    """Two 2-d convolutions on a token seen as an image.
 
-    y = act(x * k_in + b_in) * k_out + b_out, x [channels, side, side] with channels side^2 = dim, the edge
-    padded with zeros. The layer's hidden width plays no part: `hidden` counts the channels between.
+    y = act(x * k_in + b_in) * k_out + b_out, x [channels, side, side] with channels side^2 = dim, the border padded
+    with zeros. The layer's hidden width is ignored: `hidden` counts the channels in between.
 
-    Source: LeCun et al., 1989 (convolution).
+    Source: LeCun et al., 1989 (Backpropagation Applied to Handwritten Zip Code Recognition).
     """
 
-    channels: int = option(1, help="channels of the picture that a token is", min=1)
+    channels: int = option(1, help="channels of the image that a token represents", min=1)
     hidden: int = option(8, help="channels between the two convolutions", min=1)
-    kernel: int = option(3, help="side of the window, in pixels", choices=(1, 3, 5, 7))
+    kernel: int = option(3, help="side of the convolution window, in pixels", choices=(1, 3, 5, 7))
 
     @hookimpl
     def moe_check(self, setup):
         dim, out = setup.spec.dim, setup.spec.out_dim
         pixels = isqrt(dim // self.channels) ** 2
         if dim and pixels * self.channels != dim:
-            return f"conv.channels={self.channels}: a token of {dim} numbers is no picture of channels x side x side"
+            return f"conv.channels={self.channels}: a token of size {dim} is not an image of channels x side x side"
         if dim and out % pixels:
-            return f"conv: an output of {out} numbers is no number of pictures of {pixels} pixels"
+            return f"conv: out={out} is not divisible by {pixels} pixels"
         return None
 
     @hookimpl
@@ -39,8 +37,8 @@ class Conv:
 class ConvExperts(Experts):
     """k_in [E, C k^2, H], for swiglu [E, C k^2, 2H], k_out [E, H k^2, C'], windows flattened as F.unfold does.
 
-    The names are not those of a stacked MLP, because a hidden channel is many rows of k_out: initializers that part
-    hidden units refuse what they don't know.
+    The names differ from a stacked MLP's, because a hidden channel is many rows of k_out: initializers that split
+    hidden units refuse names they don't know.
     """
 
     def __init__(self, spec, channels, hidden, kernel):
@@ -58,6 +56,6 @@ class ConvExperts(Experts):
             self.b_in = self.b_out = None
 
     def forward(self, x_ND, counts_E):
-        pictures = x_ND.unflatten(-1, (-1, self.side, self.side)).permute(0, 2, 3, 1)
-        hidden = self.act(grouped_conv(pictures, self.k_in, self.b_in, counts_E))
+        images = x_ND.unflatten(-1, (-1, self.side, self.side)).permute(0, 2, 3, 1)
+        hidden = self.act(grouped_conv(images, self.k_in, self.b_in, counts_E))
         return grouped_conv(hidden, self.k_out, self.b_out, counts_E).permute(0, 3, 1, 2).flatten(1)

@@ -1,5 +1,3 @@
-"""Experts that classify a picture: convolutions with pooling, then a linear map."""
-
 from math import isqrt
 
 import attrs
@@ -10,26 +8,27 @@ from moe_engine import ACTIVATIONS, Experts, grouped_conv, grouped_linear, hooki
 
 @attrs.define(eq=False)
 class ConvNet:
-    """Each expert is a small CNN on a token seen as a picture, [channels, side, side] with channels side^2 = dim.
+    """A small CNN per expert, on a token seen as an image.
 
-    h_0 = x; h_i = pool(act(h_{i-1} * k_i + b_i)); y = W h_n + b, windows of 3 x 3 pixels, the edge padded with
-    zeros, pool the largest of 2 x 2. The layer's hidden width plays no part: `hidden` counts channels.
+    h_0 = x [channels, side, side] with channels side^2 = dim; h_i = pool(act(h_{i-1} * k_i + b_i)); y = W h_n + b.
+    Windows are 3 x 3 pixels with the border padded with zeros; pool is max-pooling over 2 x 2. The layer's hidden
+    width is ignored: `hidden` counts channels.
 
-    Source: LeCun et al., 1998 (LeNet).
+    Source: LeCun et al., 1998 (Gradient-Based Learning Applied to Document Recognition).
     """
 
-    channels: int = option(1, help="channels of the picture that a token is", min=1)
-    hidden: tuple[int, ...] = option((16, 32), help="channels behind each convolution, from first to last")
+    channels: int = option(1, help="channels of the image that a token represents", min=1)
+    hidden: tuple[int, ...] = option((16, 32), help="output channels of each convolution, from first to last")
 
     @hookimpl
     def moe_check(self, setup):
         if not self.hidden or min(self.hidden) < 1:
-            return f"convnet.hidden is {list(self.hidden)}; give at least one number of channels, as 16,32"
+            return f"convnet.hidden is {list(self.hidden)}; give at least one channel count, as in 16,32"
         dim, side = setup.spec.dim, isqrt(setup.spec.dim // self.channels)
         if dim and side**2 * self.channels != dim:
-            return f"convnet.channels={self.channels}: a token of {dim} numbers is no picture of channels x side x side"
+            return f"convnet.channels={self.channels}: a token of size {dim} is not an image of channels x side x side"
         if dim and side >> len(self.hidden) == 0:
-            return f"convnet halves pictures {len(self.hidden)} times, too often for {side} pixels a side"
+            return f"convnet.hidden: {len(self.hidden)} poolings are too many for an image with a side of {side} pixels"
         return None
 
     @hookimpl
@@ -38,7 +37,7 @@ class ConvNet:
 
 
 class ConvNetExperts(Experts):
-    """k_i [E, 9 C, H], for swiglu [E, 9 C, 2H], C and H the channels before and behind; out [E, H pixels, out]."""
+    """k_i [E, 9 C, H], for swiglu [E, 9 C, 2H], C input and H output channels; out [E, H pixels, out]."""
 
     def __init__(self, spec, channels, hidden):
         super().__init__()

@@ -1,5 +1,3 @@
-"""Experts with several hidden layers."""
-
 import attrs
 from torch.nn import functional as F
 
@@ -19,25 +17,27 @@ from moe_engine import (
 
 @attrs.define(eq=False)
 class DeepMLP:
-    """Each expert is a perceptron with hidden layers of the widths given, all experts in stacked weights.
+    """Perceptrons with several hidden layers each.
 
-    h_0 = x; h_i = dropout(act(norm(h_{i-1} W_i + b_i))); y = h_n W_out + b_out, biases where the layer has them.
-    norm is LayerNorm with each expert's own gain and shift. The layer's hidden width plays no part.
+    h_0 = x; h_i = dropout(act(norm(h_{i-1} W_i + b_i))); y = h_n W_out + b_out, with biases where the layer has
+    them. norm is LayerNorm with a gain and shift per expert. The layer's hidden width is ignored: `hidden` gives the
+    widths.
 
-    Sources: Rosenblatt, 1958 (perceptron); Ba et al., 2016 (LayerNorm); Srivastava et al., 2014 (dropout).
+    Sources: Rosenblatt, 1958 (The Perceptron); Ba et al., 2016 (Layer Normalization); Srivastava et al., 2014
+    (Dropout).
     """
 
     hidden: tuple[int, ...] = option((128, 64), help="widths of the hidden layers, from first to last")
-    activation: str | None = option(None, help="between layers; unset: the layer's", choices=tuple(ACTIVATIONS))
+    activation: str | None = option(None, help="activation in between; unset: the layer's", choices=tuple(ACTIVATIONS))
     norm: bool = option(False, help="LayerNorm before each activation")
-    dropout: float = option(0.0, help="share of hidden units that a training forward drops", min=0, max=0.95)
+    dropout: float = option(0.0, help="share of hidden units dropped in training", min=0, max=0.95)
 
     @hookimpl
     def moe_check(self, setup):
         if not self.hidden or min(self.hidden) < 1:
-            return f"deep_mlp.hidden is {list(self.hidden)}; give at least one width, each at least 1, as 128,64"
+            return f"deep_mlp.hidden is {list(self.hidden)}; give at least one width, each at least 1, as in 128,64"
         if setup.spec.causal and self.dropout:
-            return "deep_mlp.dropout goes by a row's place, which later tokens move; a causal layer must leave it at 0"
+            return "deep_mlp.dropout depends on row positions, which later tokens shift; set it to 0 in a causal layer"
         return None
 
     @hookimpl
@@ -46,7 +46,7 @@ class DeepMLP:
 
 
 class DeepExperts(Experts):
-    """w_i [E, before, wide], wide twice the width for swiglu; b_i, gain_i, shift_i [E, wide]; i from 0."""
+    """w_i [E, before, wide], `wide` twice the width for swiglu; b_i, gain_i, shift_i [E, wide]; i from 0."""
 
     def __init__(self, spec, hidden, activation, norm, dropout):
         super().__init__()

@@ -1,5 +1,3 @@
-"""Experts that all begin as one trained dense network."""
-
 from contextlib import contextmanager
 
 import attrs
@@ -7,32 +5,32 @@ import safetensors
 import torch
 from safetensors.torch import save_file
 
-from moe_engine import StackedMLP, UsageError, hookimpl, option
-from moe_engine.errors import nearest
+from moe_engine import StackedMLP, UsageError, hookimpl, nearest, option
 
 
 @attrs.define(eq=False)
 class Upcycle:
-    """Sparse upcycling: each expert is a copy of a dense feed-forward network, W_e = W; the router is drawn.
+    """Every expert starts as a copy of a trained dense network.
 
-    Where gates sum to 1 and nothing is dropped, the layer at birth answers what the dense network does. The
-    tensors are read from a safetensors file, in the layout [out, in] of nn.Linear; nothing is unpickled. For
-    swiglu (Llama's gate_proj, up_proj, down_proj) name w_gate, w_in, w_out. Layers of one model are told apart
-    by settings of their own: engine.moe(..., settings=["upcycle.w_in=..."]).
+    W_e = W for each expert e (sparse upcycling); the router is random. Where gates sum to 1 and nothing is dropped,
+    the new layer computes what the dense network does. Tensors are read from a safetensors file in nn.Linear's
+    layout [out, in]; nothing is unpickled. For swiglu (Llama's gate_proj, up_proj, down_proj) name w_gate, w_in,
+    w_out. To read other tensors in each layer of a model, set them per layer: engine.moe(...,
+    settings=["upcycle.w_in=..."]).
 
-    Source: Komatsuzaki et al., 2022 (sparse upcycling).
+    Source: Komatsuzaki et al., 2022 (Sparse Upcycling).
     """
 
-    file: str | None = option(None, help="safetensors file of the dense network; must be set")
-    w_in: str = option("w_in", help="name of the first matrix there, for swiglu of the one without the activation")
-    w_out: str = option("w_out", help="name of the last matrix there")
-    w_gate: str = option("w_gate", help="name of the matrix of the gate there, for swiglu alone")
-    b_in: str | None = option(None, help="name of the first bias there; unset: zeros, if the layer has biases")
-    b_out: str | None = option(None, help="name of the last bias there; unset: zeros, if the layer has biases")
+    file: str | None = option(None, help="safetensors file of the dense network; required")
+    w_in: str = option("w_in", help="name of the first matrix, for swiglu the one without activation")
+    w_out: str = option("w_out", help="name of the last matrix")
+    w_gate: str = option("w_gate", help="name of the gate's matrix, for swiglu only")
+    b_in: str | None = option(None, help="name of the first bias; unset: zeros, if the layer has biases")
+    b_out: str | None = option(None, help="name of the last bias; unset: zeros, if the layer has biases")
 
     @staticmethod
     def trial_options(folder, dim, hidden):
-        """A small dense network, to try this with."""
+        """Write a small dense network for the conformance tests."""
         w_in = torch.eye(hidden, dim)
         save_file({"w_in": w_in, "w_out": w_in.t().contiguous()}, folder / "dense.safetensors")
         return {"file": str(folder / "dense.safetensors")}
@@ -45,17 +43,17 @@ class Upcycle:
         if spec.dim and not spec.bias and (self.b_in or self.b_out):
             return "upcycle.b_in and upcycle.b_out name biases, but the layer has none; build it with bias=True"
         if spec.bias and spec.activation == "swiglu":
-            return "upcycle can't give biases to a swiglu, which needs two at its entrance; build it with bias=False"
+            return "upcycle can't fill the two input biases of swiglu; build the layer with bias=False"
         return None
 
     @hookimpl
     def moe_experts(self, spec):
-        enter, leave = (spec.hidden, spec.dim), (spec.out_dim, spec.hidden)
+        shape_in, shape_out = (spec.hidden, spec.dim), (spec.out_dim, spec.hidden)
         first = (self.w_gate, self.w_in) if spec.activation == "swiglu" else (self.w_in,)
         bank = StackedMLP(spec)
         with _opened(self.file) as file, torch.no_grad():
-            bank.w_in.copy_(torch.cat([_tensor(file, self.file, name, enter) for name in first]).t())
-            bank.w_out.copy_(_tensor(file, self.file, self.w_out, leave).t())
+            bank.w_in.copy_(torch.cat([_tensor(file, self.file, name, shape_in) for name in first]).t())
+            bank.w_out.copy_(_tensor(file, self.file, self.w_out, shape_out).t())
             for bias, name in ((bank.b_in, self.b_in), (bank.b_out, self.b_out)) if spec.bias else ():
                 bias.copy_(_tensor(file, self.file, name, (bias.shape[1],)) if name else torch.zeros(()))
         return bank
@@ -67,14 +65,14 @@ def _opened(path):
         with safetensors.safe_open(path, framework="pt") as file:
             yield file
     except (OSError, safetensors.SafetensorError) as error:
-        raise UsageError(f"upcycle: {path} can't be read as a safetensors file: {error}") from error
+        raise UsageError(f"upcycle: {path} is not a readable safetensors file: {error}", "unreadable-file") from error
 
 
 def _tensor(file, path, name, shape):
-    if name not in file.keys():  # noqa: SIM118 (no Mapping)
-        raise UsageError(f"upcycle: {path} holds no tensor '{name}'; {nearest(name, file.keys())}")
+    if name not in file.keys():  # noqa: SIM118 (not a Mapping)
+        raise UsageError(f"upcycle: {path} has no tensor '{name}'; {nearest(name, file.keys())}", "unknown-tensor")
     tensor = file.get_tensor(name)
     if tuple(tensor.shape) != shape or not tensor.is_floating_point():
-        found, wanted = f"{list(tensor.shape)} of {tensor.dtype}", f"{list(shape)} of real numbers, [out, in]"
-        raise UsageError(f"upcycle: tensor '{name}' of {path} is {found}; the layer needs {wanted}")
+        found, wanted = f"{list(tensor.shape)} of {tensor.dtype}", f"{list(shape)} of floats, [out, in]"
+        raise UsageError(f"upcycle: tensor '{name}' of {path} is {found}; the layer needs {wanted}", "wrong-tensor")
     return tensor

@@ -1,5 +1,3 @@
-"""Replacement of experts that nobody uses."""
-
 import attrs
 
 from moe_engine import Growth, RunningLoad, Traits, consecutive, hookimpl, option
@@ -7,19 +5,20 @@ from moe_engine import Growth, RunningLoad, Traits, consecutive, hookimpl, optio
 
 @attrs.define(eq=False)
 class DeadReplace:
-    """The least used expert is replaced by a child of the busiest when it stays dead.
+    """Replace an expert that stays almost unused.
 
-    l <- decay l + (1 - decay) load / mean(load); if min_i l_i < threshold for `patience` steps in a row, expert i
-    goes, one of each layer at a time, for a child of its own group. After any growth `cooldown` steps pass first.
+    l <- decay l + (1 - decay) load / mean(load). If min_i l_i < threshold for `patience` steps in a row, expert i is
+    replaced by a child of the busiest expert of its group, one per layer at a time. After any growth, `cooldown`
+    steps pass first.
 
     Source: this project.
     """
 
     traits = Traits(requires=("load",))
-    threshold: float = option(0.01, help="load over the mean load below which an expert is dead", min=0, max=1)
+    threshold: float = option(0.01, help="relative load below which an expert is dead; the mean is 1", min=0, max=1)
     patience: int = option(20, help="steps in a row before a replacement", min=1)
-    cooldown: int = option(50, help="steps after a growth, and at the start, without a check", min=0)
-    decay: float = option(0.9, help="memory of the running load", min=0, max=0.9999)
+    cooldown: int = option(50, help="steps without a check after a growth, and at the start", min=0)
+    decay: float = option(0.9, help="decay of the running load", min=0, max=0.9999)
 
     @hookimpl
     def moe_state(self, spec):

@@ -1,5 +1,3 @@
-"""Growth where one expert has too much to learn."""
-
 import attrs
 import torch
 
@@ -8,22 +6,20 @@ from moe_engine import Part, ema_update_, grow_at_peaks, hookimpl, option
 
 @attrs.define(eq=False)
 class Gradient:
-    """A layer grows by a child of the expert with the largest gradients when these stay large.
+    """Grow when one expert's gradients stay large.
 
-    m_i = mean |gradient| of expert i's weights after clipping; r <- decay r + (1 - decay) m / mean(m). If
-    max_i r_i > threshold for `patience` steps in a row, expert i is the newcomer's parent. Experts that
-    learn alike have r = 1; the scale of the loss does not matter. After any growth `cooldown` steps pass first.
+    m_i = mean |gradient| of expert i's weights after clipping; r <- decay r + (1 - decay) m / mean(m). A layer grows
+    by a child of expert i if max_i r_i > threshold for `patience` steps in a row. Experts that learn alike have r = 1;
+    the scale of the loss does not matter. After any growth, `cooldown` steps pass first.
 
-    Source: this project; criteria of the same kind are in Liu et al., 2019 (splitting steepest descent).
+    Source: this project; Liu et al., 2019 (splitting steepest descent) use criteria of this kind.
     """
 
-    threshold: float = option(
-        1.5, help="gradient over the mean gradient from which an expert has too much to learn", min=1
-    )
+    threshold: float = option(1.5, help="relative gradient above which a layer grows; the mean is 1", min=1)
     patience: int = option(20, help="steps in a row before a growth", min=1)
-    cooldown: int = option(50, help="steps after a growth, and at the start, without a check", min=0)
-    decay: float = option(0.9, help="memory of the running gradient", min=0, max=0.9999)
-    max_experts: int = option(16, help="a layer stops at this many experts", min=1)
+    cooldown: int = option(50, help="steps without a check after a growth, and at the start", min=0)
+    decay: float = option(0.9, help="decay of the running gradient", min=0, max=0.9999)
+    max_experts: int = option(16, help="a layer stops growing at this many experts", min=1)
 
     @hookimpl
     def moe_state(self, spec):

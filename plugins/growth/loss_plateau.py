@@ -1,5 +1,3 @@
-"""Growth when the loss stops falling."""
-
 import attrs
 
 from moe_engine import Growth, hookimpl, option
@@ -7,33 +5,32 @@ from moe_engine import Growth, hookimpl, option
 
 @attrs.define(eq=False)
 class LossPlateau:
-    """Every layer grows by one expert when the loss has stopped falling.
+    """Grow every layer when the loss stops falling.
 
-    on=train: fast and slow are running means of the task loss, updated every step (decays `fast` and
-    `slow`, corrected for their start). A step at which slow - fast <= epsilon |slow| counts; after
-    `patience` of them in a row the layers grow. on=eval: fast is the newest evaluation's loss, slow the
-    lowest before it, and a check comes with each evaluation. After any growth, and at the start,
-    `cooldown` steps pass first, and both means start anew, because growth itself moves the loss; while
-    they are young they lie close together, so a short cooldown calls a falling loss flat. A
-    falling learning rate looks like a plateau too; then use on=eval.
+    on=train: fast and slow are running means of the task loss, updated every step (decays `fast` and `slow`,
+    corrected for their start); a step with slow - fast <= epsilon |slow| counts as flat. on=eval: fast is the newest
+    evaluation's loss, slow the lowest before it, and each evaluation is a check. After `patience` flat checks in a
+    row every layer grows by a child of its busiest expert since its last growth.
 
-    A newcomer descends from the expert with the largest load since the layer last grew.
+    After any growth, and at the start, `cooldown` steps pass first and both means start anew, because growth itself
+    moves the loss. Young means lie close together, so a short cooldown takes a falling loss for flat. A decaying
+    learning rate looks like a plateau too; then use on=eval.
 
     Source: this project.
     """
 
-    on: str = option("train", help="what must stop falling", choices=("train", "eval"))
-    epsilon: float = option(0.02, help="smallest relative improvement that still counts as falling", min=0)
-    patience: int = option(10, help="checks in a row without improvement before a growth", min=1)
-    cooldown: int = option(50, help="steps after a growth, and at the start, without a check", min=0)
+    on: str = option("train", help="which loss must stop falling", choices=("train", "eval"))
+    epsilon: float = option(0.02, help="relative improvement up to which the loss counts as flat", min=0)
+    patience: int = option(10, help="flat checks in a row before a growth", min=1)
+    cooldown: int = option(50, help="steps without a check after a growth, and at the start", min=0)
     fast: float = option(0.9, help="decay of the fast running mean", min=0, max=1)
     slow: float = option(0.99, help="decay of the slow running mean", min=0, max=1)
-    max_experts: int = option(16, help="a layer stops at this many experts", min=1)
+    max_experts: int = option(16, help="a layer stops growing at this many experts", min=1)
 
     @hookimpl
     def moe_check(self, setup):
         if self.on == "train" and not self.fast < self.slow < 1:
-            return f"loss_plateau.fast={self.fast} must be below slow={self.slow}, and that below 1"
+            return f"loss_plateau.fast={self.fast} must be below slow={self.slow}, and slow below 1"
         return None
 
     @hookimpl
@@ -55,7 +52,7 @@ class LossPlateau:
         ]
 
     def _means(self, history, memory):
-        """Both running means, corrected for their start at 0."""
+        """Both running means, corrected for starting at 0."""
         memory["steps"] = memory.get("steps", 0) + 1
         for name, decay in (("fast", self.fast), ("slow", self.slow)):
             memory[name] = decay * memory.get(name, 0.0) + (1 - decay) * history.loss

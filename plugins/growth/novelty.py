@@ -1,5 +1,3 @@
-"""Growth where tokens find no expert."""
-
 import attrs
 import torch
 
@@ -8,23 +6,23 @@ from moe_engine import Growth, Part, Traits, consecutive, hookimpl, option
 
 @attrs.define(eq=False)
 class Novelty:
-    """A layer grows by one expert when too many tokens find none that suits them, and the newcomer looks their way.
+    """Grow when too many tokens suit no expert.
 
-    A token is novel if no expert got it, or, where the router has probabilities, if the largest is below
-    `confidence` / E. n and d are running means of the share of novel tokens and of their sum. n > share for
-    `patience` steps in a row lets the layer grow; the newcomer has no parent, and its router row is d / |d|, as
-    long as the others are on average (1 if they are 0). Without novel tokens nothing grows.
+    A token is novel if no expert got it or, where the router has probabilities, if the largest is below `confidence`
+    / E. n and d are running means of the share of novel tokens and of their sum. If n > share for `patience` steps
+    in a row, the layer grows by an expert without a parent, whose router row is d / |d| times the mean length of the
+    other rows (1 if they are 0). Without novel tokens nothing grows.
 
-    Source: Guo et al., 2024 (DynMoE), without its removal of experts.
+    Source: Guo et al., 2024 (Dynamic Mixture of Experts), without its removal of experts.
     """
 
     traits = Traits(requires=("choices",), orphans=True)
-    share: float = option(0.1, help="share of novel tokens from which the layer grows", min=0, max=1)
+    share: float = option(0.1, help="share of novel tokens above which the layer grows", min=0, max=1)
     confidence: float = option(1.5, help="largest probability, times E, below which a token is novel", min=0)
     patience: int = option(20, help="steps in a row before a growth", min=1)
-    cooldown: int = option(50, help="steps after a growth, and at the start, without a check", min=0)
-    decay: float = option(0.9, help="memory of the running means", min=0, max=0.9999)
-    max_experts: int = option(16, help="a layer stops at this many experts", min=1)
+    cooldown: int = option(50, help="steps without a check after a growth, and at the start", min=0)
+    decay: float = option(0.9, help="decay of the running means", min=0, max=0.9999)
+    max_experts: int = option(16, help="a layer stops growing at this many experts", min=1)
 
     @hookimpl
     def moe_state(self, spec):
@@ -53,7 +51,7 @@ class Novelty:
 
 
 def _towards(direction_D, router):
-    """A row that looks along the direction, for each tensor that has one row of the input's width for an expert."""
+    """A row along the direction for each router tensor that has one row of the input's width per expert."""
     axes = {name: axis for name, axis in router.axes.items() if (axis.role, axis.of) == ("logit_row", "expert")}
     rows = {name: getattr(router, name).detach().movedim(axis.axis, 0) for name, axis in axes.items()}
     unit_D = torch.nn.functional.normalize(direction_D, dim=0)

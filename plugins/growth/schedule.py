@@ -1,5 +1,3 @@
-"""Growth at fixed steps."""
-
 import attrs
 
 from moe_engine import Growth, hookimpl, option
@@ -7,22 +5,23 @@ from moe_engine import Growth, hookimpl, option
 
 @attrs.define(eq=False)
 class Schedule:
-    """Every layer grows by `count` experts at fixed steps: at each of `at`, or else after every `every` steps.
+    """Grow every layer at fixed steps.
 
-    A newcomer descends from the expert with the largest load since the layer last grew.
+    Each layer grows by `count` experts at each step of `at`, or else after every `every` steps. The parent is the
+    busiest expert since the layer's last growth.
 
     Source: kennycason/srnn, 2025 (one expert after about 7,000 images).
     """
 
-    every: int = option(100, help="steps between two growths, where `at` names none", min=1)
-    at: tuple[int, ...] = option((), help="the steps at which to grow, say 1000,2000")
-    count: int = option(1, help="experts added to a layer each time", min=1)
-    max_experts: int = option(16, help="a layer stops at this many experts", min=1)
+    every: int = option(100, help="steps between two growths, if `at` is empty", min=1)
+    at: tuple[int, ...] = option((), help="steps at which to grow, as in 1000,2000")
+    count: int = option(1, help="experts added to each layer each time", min=1)
+    max_experts: int = option(16, help="a layer stops growing at this many experts", min=1)
 
     @hookimpl
     def moe_check(self, setup):
         if others := setup.others(self, hook="moe_growth"):
-            return f"schedule grows at its steps whatever {others[0]} has just done; choose one of them"
+            return f"schedule grows at fixed steps, regardless of {others[0]}; remove one of them"
         return None
 
     @hookimpl

@@ -1,5 +1,3 @@
-"""New experts that are noisy copies of others."""
-
 import attrs
 import torch
 
@@ -8,22 +6,21 @@ from moe_engine import NewExpert, Traits, hookimpl, option
 
 @attrs.define(eq=False)
 class Clone:
-    """A newcomer is its parent, with noise on the expert's weights: W' = W + noise std(W) N(0, 1), w' = w.
+    """Copy the parent, with noise on the expert's weights.
 
-    The router row is an exact copy, so that both start with the same tokens; the noise parts them.
-    Optimizer moments are copied too, so that the first step is as large as the parent's.
+    W' = W + noise std(W) N(0, 1) for the expert, w' = w for the router row, so both start with the same tokens and
+    the noise separates them. Optimizer moments are copied, so the first step is as large as the parent's.
 
-    Source: Komatsuzaki et al., 2022 (sparse upcycling), for one expert of a sparse layer.
+    Source: Komatsuzaki et al., 2022 (Sparse Upcycling), here for one expert of a sparse layer.
     """
 
     traits = Traits(effects=("copies_router_row", "copies_expert"))
-
-    noise: float = option(0.01, help="standard deviation of the noise, over that of each weight tensor", min=0)
+    noise: float = option(0.01, help="noise relative to each weight tensor's standard deviation", min=0)
 
     @hookimpl
     def moe_check(self, setup):
         if self.noise == 0 and not setup.others(self, effect="parts_copies"):
-            return "clone.noise=0 makes twins that get the same gradients and never part; set it above 0"
+            return "clone.noise=0 makes twins with equal gradients that never separate; set it above 0"
         return None
 
     @hookimpl

@@ -1,5 +1,3 @@
-"""New experts that take half of their parent's hidden units."""
-
 import attrs
 import torch
 
@@ -8,14 +6,14 @@ from moe_engine import NewExpert, Traits, UsageError, hookimpl
 
 @attrs.define(eq=False)
 class ExclusiveSplit:
-    """Parent and newcomer part the hidden units between them: F = F' + F'' at birth.
+    """Split the parent's hidden units between parent and child.
 
-    A random half of the hidden units keeps its output weights in the newcomer, the other half in the parent;
-    where a unit is not kept, its output weights are zero, so that shapes stay and the unit can be learned
-    anew. An output bias is halved. Router row and moments are copied. A token that chooses both, with equal
-    gates of twice the parent's together, gets what it got; one that chooses one of them gets half a network.
+    F = F' + F'' at first: a random half of the hidden units keeps its output weights in the new expert, the other
+    half in the parent. Where a unit is not kept its output weights are 0, so shapes stay and the unit can be
+    relearned. An output bias is halved; router row and moments are copied. A token that chooses both, with gates
+    that sum to twice the parent's, gets the parent's old output; a token that chooses one gets half the network.
 
-    Source: Zhu et al., 2024 (LLaMA-MoE), there for a dense network cut into experts.
+    Source: Zhu et al., 2024 (LLaMA-MoE), where a dense network is split into experts.
     """
 
     traits = Traits(effects=("copies_router_row",))
@@ -25,13 +23,14 @@ class ExclusiveSplit:
         if parent is None:
             return NewExpert(fresh)
         if not any(name.startswith("experts.") for name in parent):
-            return NewExpert(parent, moments="copy")  # a group's own row
+            return NewExpert(parent, moments="copy")  # the row of a group
         if "experts.w_out" not in parent:
-            raise UsageError("exclusive_split parts the hidden units of stacked MLPs, and these experts are others")
+            why = "exclusive_split splits the hidden units of stacked MLPs, which these experts are not"
+            raise UsageError(f"{why}; choose another initializer", code="unsupported-experts")
         hidden = parent["experts.w_out"].shape[0]
-        mine_H = torch.randperm(hidden, generator=generator) < hidden // 2
+        child_H = torch.randperm(hidden, generator=generator) < hidden // 2
         halves = []
-        for keep_H in (mine_H, ~mine_H):
+        for keep_H in (child_H, ~child_H):
             half = {"experts.w_out": parent["experts.w_out"] * keep_H[:, None]}
             if "experts.b_out" in parent:
                 half["experts.b_out"] = parent["experts.b_out"] / 2

@@ -1,5 +1,3 @@
-"""New experts that are copies with some hidden units drawn anew."""
-
 import attrs
 import torch
 
@@ -8,28 +6,32 @@ from moe_engine import NewExpert, Traits, UsageError, hookimpl, option
 
 @attrs.define(eq=False)
 class PartialReinit:
-    """A newcomer is its parent, with the share r of its hidden units redrawn: W'_J ~ N(mean(W_J), std(W_J)).
+    """Copy the parent with some hidden units redrawn.
 
-    J are round(r H) hidden units, at least one, the same ones in every tensor. Router row and moments are copied.
+    W'_J ~ N(mean(W_J), std(W_J)) for a random set J of round(r H) hidden units, at least one, the same in every
+    tensor; r is `share`. Router row and moments are copied.
+
     Source: Nakamura et al., 2025 (Drop-Upcycling), where r = 0.5 is best.
     """
 
     traits = Traits(effects=("copies_router_row",))
-
     share: float = option(0.5, help="share of hidden units that are redrawn", min=0.001, max=1)
 
     @hookimpl
     def moe_new_expert(self, parent, fresh, generator):
-        if parent is None or not any(name.startswith("experts.") for name in parent):  # a group's own row
-            return NewExpert(fresh) if parent is None else NewExpert(parent, moments="copy")
+        if parent is None:
+            return NewExpert(fresh)
+        if not any(name.startswith("experts.") for name in parent):
+            return NewExpert(parent, moments="copy")  # the row of a group
         if "experts.w_out" not in parent:
-            raise UsageError("partial_reinit redraws hidden units of stacked MLPs, and these experts are others")
+            why = "partial_reinit redraws hidden units of stacked MLPs, which these experts are not"
+            raise UsageError(f"{why}; choose another initializer", code="unsupported-experts")
         rows, hidden = {**parent}, parent["experts.w_out"].shape[0]
         drawn_J = torch.randperm(hidden, generator=generator)[: max(1, round(self.share * hidden))]
         for name, axis in (("experts.w_in", 1), ("experts.b_in", 0), ("experts.w_out", 0)):
             if name in rows:
-                parts = range(rows[name].shape[axis] // hidden)  # 2 for swiglu: gate, then up
-                units = torch.cat([drawn_J + part * hidden for part in parts])
+                parts = rows[name].shape[axis] // hidden  # 2 for swiglu: gate, then up
+                units = torch.cat([drawn_J + part * hidden for part in range(parts)])
                 rows[name] = _redrawn(rows[name], axis, units, generator)
         return NewExpert(rows, moments="copy")
 

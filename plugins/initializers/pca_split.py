@@ -1,5 +1,3 @@
-"""New experts that take over one side of their parent's tokens."""
-
 import attrs
 import torch
 
@@ -8,20 +6,19 @@ from moe_engine import NewExpert, hookimpl, option
 
 @attrs.define(eq=False)
 class PcaSplit:
-    """Parent and newcomer share the parent's tokens along their principal direction.
+    """Split the parent's tokens along their principal direction.
 
-    w' = w + delta u and w <- w - delta u for the router's rows; u = (v - c o) / s for the tokens x of a held-out
-    batch that go to the parent: v their first principal direction, s the deviation of (v - c o) x. A router
-    without a bias has no threshold; o, the inverse covariance (with a ridge of a thousandth of its mean
-    variance) times the mean, stands for it, because o x is the most even over tokens. c is the median of v x / o x
-    if all o x > 0, so that u x > 0 for half of them. Linear logits then differ by 2 delta u x. The experts are
-    equal at first, moments are copied. Without a held-out batch, with fewer than four tokens or with equal
-    ones, u is drawn.
+    w' = w + delta u and w <- w - delta u for the router's rows, with u = (v - c o) / s for the parent's tokens x of
+    a held-out batch: v their first principal direction, s the standard deviation of (v - c o) x. A router without a
+    bias has no threshold; o, the inverse covariance (with a ridge of a thousandth of the mean variance) times the
+    mean, replaces it, because o x is the most even over tokens. c is the median of v x / o x if all o x > 0, and so
+    half of the tokens have u x > 0. Linear logits of the two then differ by 2 delta u x. The experts start equal, and
+    moments are copied. Without a held-out batch, with fewer than four tokens, or with equal ones, u is random.
 
     Source: this project, after splitting by the principal direction in clustering (Boley, 1998: PDDP).
     """
 
-    delta: float = option(0.5, help="half of the pair's difference in logits, in deviations of the tokens", min=1e-6)
+    delta: float = option(0.5, help="half the pair's difference in logits, in standard deviations", min=1e-6)
 
     @hookimpl
     def moe_new_expert(self, parent, fresh, roles, generator, inputs):

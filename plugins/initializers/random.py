@@ -1,5 +1,3 @@
-"""New experts drawn anew."""
-
 import attrs
 
 from moe_engine import NewExpert, hookimpl
@@ -7,10 +5,10 @@ from moe_engine import NewExpert, hookimpl
 
 @attrs.define(eq=False)
 class Random:
-    """A newcomer has nothing of its parent: experts and router row are drawn as at the start.
+    """Draw the new expert from scratch.
 
-    W' ~ init, w' ~ init. Its group, and what each bias copies, still come from the parent, where there is one. The
-    function changes as soon as a token chooses the newcomer.
+    W' ~ init, w' ~ init: nothing is taken from the parent except its group and what each bias copies. The function
+    changes as soon as a token chooses the new expert.
 
     Source: kennycason/srnn, 2025.
     """

@@ -1,5 +1,3 @@
-"""New experts by parting one in two."""
-
 import attrs
 import torch
 
@@ -8,15 +6,16 @@ from moe_engine import NewExpert, hookimpl, option
 
 @attrs.define(eq=False)
 class Split:
-    """Parent and newcomer part in opposite directions: W' = W + d, W <- W - d, d = delta std(W) N(0, 1).
+    """Move parent and child apart in opposite directions.
 
-    Router rows part too, so that the two share the parent's tokens between them. Opposite noise cancels
-    to first order where both are chosen. Optimizer moments are copied; the parent keeps its own.
+    W' = W + d and W <- W - d with d = delta std(W) N(0, 1), for router rows too, so the two share the parent's
+    tokens. Opposite noise cancels to first order where both are chosen. Optimizer moments are copied; the parent
+    keeps its own.
 
-    Source: Chen et al., 2016 (Net2Net), for symmetry breaking by opposite noise this project.
+    Source: Chen et al., 2016 (Net2Net); the symmetry breaking by opposite noise is this project's.
     """
 
-    delta: float = option(0.05, help="standard deviation of the step apart, over that of each tensor", min=1e-6)
+    delta: float = option(0.05, help="step relative to each tensor's standard deviation", min=1e-6)
 
     @hookimpl
     def moe_new_expert(self, parent, fresh, roles, generator):

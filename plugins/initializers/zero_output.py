@@ -1,5 +1,3 @@
-"""New experts that answer zero at first."""
-
 import attrs
 import torch
 
@@ -8,13 +6,13 @@ from moe_engine import NewExpert, Traits, hookimpl
 
 @attrs.define(eq=False)
 class ZeroOutput:
-    """A newcomer is drawn anew, but what leaves it starts at zero: F'(x) = 0.
+    """Draw the new expert from scratch, with zero output.
 
-    Its output weights learn first; its gate has no task gradient until they have moved. This keeps the
-    function only where gates do not compete: with a fixed number of choices a token that takes the
-    newcomer gives up another expert.
+    F'(x) = 0 at first. The output weights learn first; the gate has no task gradient until they have moved. This
+    keeps the function only where gates do not compete: with a fixed number of choices, a token that takes the new
+    expert gives up another one.
 
-    Source: zero initialisation of a residual branch (Goyal et al., 2017), here of an expert.
+    Source: Goyal et al., 2017 (zero initialisation of a residual branch), here for an expert.
     """
 
     traits = Traits(effects=("silent_start",))

@@ -1,5 +1,3 @@
-"""Entropy of the router's probabilities, of each token or of the batch."""
-
 import attrs
 
 from moe_engine import Traits, entropy_of, hookimpl, mean_over_ranks, option
@@ -7,19 +5,19 @@ from moe_engine import Traits, entropy_of, hookimpl, mean_over_ranks, option
 
 @attrs.define(eq=False)
 class Entropy:
-    """token_min: +mean_t H(p_t), which makes each token sure of its experts. batch_max: -H(mean_t p_t), which
-    spreads the batch over all of them.
+    """Entropy of each token's choice, or of the batch's.
 
-    token_min is ln E for even probabilities and 0 for sure ones; a router that takes experts up to a share
-    of the mass needs it, or it takes all. batch_max is -ln E at balance and 0 at collapse, of the mean over
-    processes. Their sum is mutual_information.
+    token_min: +mean_t H(p_t), which makes each token sure of its experts: ln E for uniform probabilities, 0 for
+    certain ones. A router that takes experts up to a share of the mass needs it, else it takes all. batch_max:
+    -H(mean_t p_t), which spreads the batch over all experts: -ln E at balance, 0 at collapse; the mean is over
+    processes too. The sum of the two is mutual_information.
 
-    Sources: Huang et al., 2024 ("Harder Tasks Need More Experts"); Csordás et al., 2023 (sigma-MoE).
+    Sources: Huang et al., 2024 (Harder Tasks Need More Experts); Csordás et al., 2023 (sigma-MoE).
     """
 
     traits = Traits(requires=("probs",), balanced=None, effects=("token_entropy",))
     weight: float = option(0.0001, help="coefficient", min=0)
-    form: str = option("token_min", help="whose entropy goes where", choices=("token_min", "batch_max"))
+    form: str = option("token_min", help="sharpen tokens, or spread the batch", choices=("token_min", "batch_max"))
 
     @hookimpl
     def moe_aux_loss(self, routing):

@@ -1,5 +1,3 @@
-"""Variance of the mean gates."""
-
 import attrs
 
 from moe_engine import Traits, hookimpl, mean_over_ranks, option
@@ -7,9 +5,10 @@ from moe_engine import Traits, hookimpl, mean_over_ranks, option
 
 @attrs.define(eq=False)
 class GateVariance:
-    """The unbiased variance over experts of E P_i, P_i expert i's mean probability.
+    """Variance of the mean probabilities over experts.
 
-    Equal to CV^2(P) E / (E - 1): 0 at balance, E if one expert has all the mass. P is the mean over processes.
+    var_i(E P_i), unbiased, with P_i the mean probability of expert i over the tokens of all processes. It equals
+    CV^2(P) E / (E - 1): 0 at balance, E if one expert has all the mass.
 
     Source: kennycason/srnn, 2025.
     """

@@ -1,5 +1,3 @@
-"""The load-balancing loss on the load of a whole step."""
-
 import attrs
 
 from moe_engine import Traits, all_reduce_sum, hookimpl, option
@@ -7,15 +5,15 @@ from moe_engine import Traits, all_reduce_sum, hookimpl, option
 
 @attrs.define(eq=False)
 class GlobalAux:
-    """E sum_i f_i P_i: P of this micro-batch, f of all micro-batches of this step so far, over all processes.
+    """Switch's balance loss on the load of a whole step.
 
-    1 at balance. A micro-batch of one domain may use few experts, as long as the step uses all. With one
-    process and one micro-batch it is switch_aux; the first micro-batches of a step see a part of f. What
-    is counted so far is what the step's finished backwards counted, and this forward: so a forward that is
-    recomputed under activation checkpointing sees the same f, and counts nothing twice. Processes
-    talk in each forward, so all of them must run the layer equally often.
+    E sum_i f_i P_i, with P of this micro-batch and f of all micro-batches of the step so far, over all processes; 1
+    at balance. A micro-batch of one domain may use few experts, as long as the step uses all. With one process and
+    one micro-batch it is switch_aux; the first micro-batches of a step see only part of f. f counts the finished
+    backward passes of the step plus this forward, so a forward recomputed under activation checkpointing sees the
+    same f and counts nothing twice. Each forward communicates, so all processes must run the layer equally often.
 
-    Source: Qiu et al., 2025 ("Demons in the Detail").
+    Source: Qiu et al., 2025 (Demons in the Detail).
     """
 
     traits = Traits(requires=("probs", "load"), balanced=1.0)

@@ -1,5 +1,3 @@
-"""The load-balancing loss of GShard."""
-
 import attrs
 
 from moe_engine import Traits, count_by, hookimpl, option
@@ -7,12 +5,13 @@ from moe_engine import Traits, count_by, hookimpl, option
 
 @attrs.define(eq=False)
 class GShard:
-    """E sum_i c_i P_i: c_i the share of tokens whose first choice is expert i (a constant), P_i its mean probability.
+    """GShard's balance loss, on first choices.
 
-    1 at balance, E if all tokens put the same expert first. Second and later choices are not looked at;
-    at K = 1 it is switch_aux. The paper's own formula, mean_i (c_i P_i), is this one over E^2.
+    E sum_i c_i P_i: c_i the share of tokens whose first choice is expert i (a constant), P_i the mean probability of
+    i. 1 at balance, E if all tokens put the same expert first. Later choices are ignored; at K = 1 it is switch_aux.
+    The paper's own value, mean_i (c_i P_i), is this one divided by E^2.
 
-    Source: Lepikhin et al., 2020, algorithm 1.
+    Source: Lepikhin et al., 2020 (GShard), algorithm 1.
     """
 
     traits = Traits(requires=("probs", "load"), balanced=1.0)

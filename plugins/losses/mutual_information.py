@@ -1,5 +1,3 @@
-"""Mutual information of tokens and experts."""
-
 import attrs
 
 from moe_engine import Finding, Traits, entropy_of, hookimpl, mean_over_ranks, option
@@ -7,11 +5,11 @@ from moe_engine import Finding, Traits, entropy_of, hookimpl, mean_over_ranks, o
 
 @attrs.define(eq=False)
 class MutualInformation:
-    """-I(t; e) = mean_t H(p_t) - H(P), P = mean_t p_t: sharp for each token, even over all of them.
+    """Sharp choices per token, spread over all experts.
 
-    -ln E if tokens are sure and the experts even, 0 if all tokens have the same p. H(P) is that of the mean over
-    processes; of T tokens it comes out too low by up to (E - 1) / 2T. The paper gives no weight that could
-    be taken over: 0.01 is this project's.
+    -I(t; e) = mean_t H(p_t) - H(P), P = mean_t p_t: -ln E if tokens are certain and the experts evenly used, 0 if
+    all tokens have the same p. P is the mean over processes; H(P) of T tokens is too low by up to (E - 1) / 2T. The
+    default weight is this project's, as the paper gives none that transfers.
 
     Source: Shen et al., 2023 (ModuleFormer).
     """
@@ -22,7 +20,7 @@ class MutualInformation:
     @hookimpl
     def moe_check(self, setup):
         if twice := setup.others(self, effect="token_entropy"):
-            why = f"mutual_information already contains {twice[0]}, an entropy of the choice, so it counts twice"
+            why = f"mutual_information already contains {twice[0]}, an entropy of the choice, which now counts twice"
             return Finding("counted twice", 1, why, f"remove mutual_information or {twice[0]}")
         return None
 

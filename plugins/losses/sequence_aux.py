@@ -1,5 +1,3 @@
-"""The load-balancing loss of single sequences."""
-
 import attrs
 import torch
 
@@ -8,13 +6,14 @@ from moe_engine import Level, Traits, hookimpl, option
 
 @attrs.define(eq=False)
 class SequenceAux:
-    """The mean over sequences of E sum_i f_i P_i, with f and P of each sequence's real tokens alone.
+    """Switch's balance loss within each sequence (DeepSeek-V3).
 
-    f_i is expert i's share of the top-K of the scores without selection biases (a constant), P_i its mean
-    probability. 1 at balance. It complements a controller such as loss_free, whose bias it must not see.
-    [B, S, D] holds B sequences, [T, D] is one. It works against specialisation by domain, hence its weight.
+    mean over sequences of E sum_i f_i P_i, over each sequence's real tokens: f_i expert i's share of the top-K of
+    the scores without selection biases (a constant), P_i its mean probability. 1 at balance. It complements a bias
+    such as loss_free, which it must not see. [B, S, D] holds B sequences, [T, D] is one. It works against
+    specialisation by domain, hence the small weight.
 
-    Source: DeepSeek-AI, 2024 (DeepSeek-V3), eq. 17-20.
+    Source: DeepSeek-AI, 2024 (DeepSeek-V3 Technical Report), eq. 17-20.
     """
 
     traits = Traits(requires=("probs", "load", "top_k"), balanced=1.0)
@@ -25,14 +24,16 @@ class SequenceAux:
         p_TE = routing.probs
         top_TK = _unbiased(p_TE).topk(routing.top_k, dim=-1).indices
         chosen_TE = torch.zeros_like(p_TE).scatter(1, top_TK, 1.0)
-        three = (torch.ones_like(p_TE[:, :1]), chosen_TE, p_TE)
-        length_B1, chosen_BE, mass_BE = (routing.per_sequence(routing.tokens.real(one)).sum(1) for one in three)
+        ones_T1 = torch.ones_like(p_TE[:, :1])
+        length_B1, chosen_BE, mass_BE = (
+            routing.per_sequence(routing.tokens.real(values)).sum(1) for values in (ones_T1, chosen_TE, p_TE)
+        )
         f_BE = chosen_BE / (routing.top_k * length_B1).clamp(min=1)
         P_BE = mass_BE / length_B1.clamp(min=1)
         return routing.experts * (f_BE * P_BE).sum() / (length_B1 > 0).sum().clamp(min=1)
 
 
 def _unbiased(p_TE):
-    """Scores in the order of the probabilities, which no selection bias enters, ties broken as in a choice."""
+    """Scores in the order of the probabilities, free of selection biases, with ties broken as in a choice."""
     log_TE = p_TE.detach().clamp(min=torch.finfo(p_TE.dtype).tiny).log()
     return Level("", log_TE, log_TE).select_by(log_TE)

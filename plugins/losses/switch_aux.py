@@ -1,5 +1,3 @@
-"""The load-balancing loss of the Switch Transformer."""
-
 import attrs
 
 from moe_engine import Traits, hookimpl, option
@@ -7,13 +5,14 @@ from moe_engine import Traits, hookimpl, option
 
 @attrs.define(eq=False)
 class SwitchAux:
-    """E sum_i f_i P_i: f_i expert i's share of the assignments (a constant), P_i its mean probability.
+    """Balance loss of the Switch Transformer.
 
-    1 at balance, E / K if all tokens go to the same K experts. f counts assignments before capacity
-    drops any and is divided by K, so that the value does not depend on K (transformers' Mixtral does
-    not divide: its coefficient is this one's times 1 / K).
+    E sum_i f_i P_i: f_i expert i's share of the assignments (a constant), P_i its mean probability. 1 at balance, E
+    / K if all tokens go to the same K experts. f counts assignments before capacity drops any and is divided by K,
+    so the value does not depend on K (transformers' Mixtral does not divide: multiply its coefficient by K to get
+    this one's).
 
-    Source: Fedus et al., 2021, eq. 4-6.
+    Source: Fedus et al., 2021 (Switch Transformers), eq. 4-6.
     """
 
     traits = Traits(requires=("probs", "load"), balanced=1.0)

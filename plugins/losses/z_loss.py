@@ -1,5 +1,3 @@
-"""Router z-loss."""
-
 import attrs
 import torch
 
@@ -8,9 +6,10 @@ from moe_engine import Traits, hookimpl, option
 
 @attrs.define(eq=False)
 class ZLoss:
-    """mean_t (logsumexp_i s_ti)^2 of the raw logits s, one term for each level of the router.
+    """Keep the router's logits small (ST-MoE).
 
-    Holds the logits near zero, which softmax cannot see. (ln E)^2 for zero logits; padding is left out.
+    mean_t (logsumexp_i s_ti)^2 of the raw logits s, one term per level of the router. It holds the logits near zero,
+    an offset that softmax cannot see. (ln E)^2 for zero logits; padding is ignored.
 
     Source: Zoph et al., 2022 (ST-MoE), eq. 5.
     """

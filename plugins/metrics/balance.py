@@ -1,5 +1,3 @@
-"""How evenly the experts are used."""
-
 import math
 
 import attrs
@@ -10,14 +8,15 @@ from moe_engine import hookimpl
 
 @attrs.define(eq=False)
 class Balance:
-    """Measures of the load of a layer, x_i = assignments of real tokens to expert i, over all E experts.
+    """How evenly the experts are used.
 
-    load x / sum; cv = std / mean (population); cv2 = cv^2; gini; entropy H / ln E; max_min = max / min;
-    maxvio = max / mean - 1; active = experts with at least a tenth of the mean load; dropped = share
-    of assignments over capacity. At balance 1/E, 0, 0, 0, 1, 1, 0, E, and 0. Where a router assigns nothing
-    but mixes all tokens, there is only mass, each expert's share of the summed probabilities. cv.LEVEL: of groups.
+    With x_i = assignments of real tokens to expert i: load x / sum; cv = std / mean (population); cv2 = cv^2; gini;
+    entropy H / ln E; max_min = max / min; maxvio = max / mean - 1; active = experts with at least a tenth of the
+    mean load; dropped = share of assignments over capacity. At balance 1/E, 0, 0, 0, 1, 1, 0, E and 0. cv.LEVEL: of
+    a router's groups. A router that assigns nothing but mixes all tokens has only mass, each expert's share of the
+    summed probabilities.
 
-    Source of maxvio: Wang et al., 2024, eq. 4 (on the window or data set that the numbers are of).
+    Source: Wang et al., 2024 (Auxiliary-Loss-Free Load Balancing), eq. 4, for maxvio.
     """
 
     @hookimpl
@@ -34,6 +33,6 @@ class Balance:
         active = int((x >= 0.1 * mean).sum()) if total else None
         spread = {"cv": cv, "cv2": cv.square(), "gini": gini, "entropy": entropy}
         ends = {"max_min": x.max() / x.min(), "maxvio": x.max() / mean - 1}
-        above = {name: n for name, n in stats.of("load").items() if n.numel() != size}
-        levels = {f"cv.{name}": n.std(correction=0) / n.mean() for name, n in above.items()}
+        upper = {name: n for name, n in stats.of("load").items() if n.numel() != size}
+        levels = {f"cv.{name}": n.std(correction=0) / n.mean() for name, n in upper.items()}
         return {"load": f, "active": active, **spread, **ends, **levels, "dropped": stats.dropped.sum() / total}

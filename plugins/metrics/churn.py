@@ -1,5 +1,3 @@
-"""How many choices change from one log point to the next."""
-
 import math
 
 import attrs
@@ -9,10 +7,11 @@ from moe_engine import Traits, hookimpl
 
 @attrs.define(eq=False)
 class Churn:
-    """1 - mean_t |S_t now and S_t at the last log point| / K, on the fixed held-out batch, in eval mode.
+    """Share of choices that changed since the last log point.
 
-    S_t: the experts that token t chooses. 0: nothing changed; 1 - K / E: chance. Null at the first log point,
-    and at the first one after a growth.
+    1 - mean_t |S_t now and S_t before| / K, S_t the experts that token t chooses, on the fixed held-out batch in
+    eval mode. 0: nothing changed; 1 - K / E: chance. Null at the first log point, and at the first one after a
+    growth.
 
     Source: Dai et al., 2022 (StableMoE), who count the tokens whose expert still changes.
     """

@@ -1,5 +1,3 @@
-"""Which experts are chosen together."""
-
 import attrs
 import torch
 
@@ -8,10 +6,11 @@ from moe_engine import Traits, hookimpl
 
 @attrs.define(eq=False)
 class CoActivation:
-    """N_ij / N_i: of the tokens that chose expert i, the share that also chose j, over all pairs of choices.
+    """Which experts are chosen together.
 
-    co_activation [E, E], row i null if nobody chose i, 1 on the diagonal. co_activation_max: the largest off the
-    diagonal. (K - 1) / (E - 1) if choices are even and independent; 1 for a pair that always goes together.
+    co_activation [E, E] = N_ij / N_i: of the tokens that chose expert i, the share that also chose j; row i is null
+    if no token chose i, and the diagonal is 1. co_activation_max: the largest value off the diagonal, 1 for a pair
+    that is always chosen together. Even, independent choices give (K - 1) / (E - 1).
 
     Source: Muennighoff et al., 2024 (OLMoE), eq. 6.
     """
@@ -21,7 +20,7 @@ class CoActivation:
     @hookimpl
     def moe_check(self, setup):
         if setup.spec.top_k == 1:
-            return "co_activation has no pairs to count at top_k=1; raise top_k to 2, or leave co_activation out"
+            return "co_activation has no pairs to count at top_k=1; raise top_k to 2 or remove co_activation"
         return None
 
     @hookimpl

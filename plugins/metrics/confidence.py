@@ -1,5 +1,3 @@
-"""How sure the router is."""
-
 import math
 
 import attrs
@@ -10,11 +8,12 @@ from moe_engine import Level, Traits, evaluating, hookimpl
 
 @attrs.define(eq=False)
 class Confidence:
-    """confidence: mean_t max_i p_ti; 1 / E is least. margin: mean_t s_(K) - s_(K+1), the K-th best score less the next.
+    """How sure the router is of its choices.
 
-    Both on the held-out batch, in eval mode. s are the scores by which the router selects, in its own units,
-    selection biases included: a small margin is easily overturned. The margin is null where a token's
-    choice is not the top K of one list of scores: K = E, groups, two levels, other numbers of choices.
+    confidence: mean_t max_i p_ti, at least 1 / E. margin: mean_t s_(K) - s_(K+1), the K-th largest score minus the
+    next. Both on the held-out batch in eval mode. s are the router's selection scores in their own units, with
+    selection biases: a small margin is easily overturned. The margin is null where a choice is not the top K of one
+    list of scores: K = E, groups, two levels, or a varying number of choices.
 
     Source: this project.
     """
@@ -29,8 +28,8 @@ class Confidence:
 
 
 @attrs.define(eq=False)
-class Seen(Level):
-    """A level that remembers by which scores a choice was made."""
+class Recorded(Level):
+    """A level that keeps the scores that the choice was made by."""
 
     scores: torch.Tensor | None = None
 
@@ -41,8 +40,8 @@ class Seen(Level):
 
 @torch.no_grad()
 def margin(probe, router):
-    """The mean margin over the real tokens of a routing, or nan."""
-    levels = tuple(Seen(level.name, level.logits, level.biased, level.bias) for level in probe.levels)
+    """The mean margin over the real tokens of a routing, or nan where it is undefined."""
+    levels = tuple(Recorded(level.name, level.logits, level.biased, level.bias) for level in probe.levels)
     if len(levels) != 1 or not 0 < router.levels[0].top_k < probe.experts:
         return math.nan
     with evaluating(router):

@@ -1,5 +1,3 @@
-"""How alike the experts' outputs are."""
-
 import attrs
 import torch
 
@@ -10,14 +8,16 @@ TOKENS = 256  # of the held-out batch
 
 @attrs.define(eq=False)
 class OutputSimilarityCKA:
-    """Linear CKA of what pairs of experts answer to the same tokens of the held-out batch, in eval mode.
+    """How similar the experts' outputs are, as linear CKA.
 
-    CKA(Y, Z) = HSIC(YY', ZZ') / sqrt(HSIC(YY', YY') HSIC(ZZ', ZZ')) with the unbiased HSIC, which unlike the
-    plain one is near 0 for unrelated outputs of few tokens. 1 for clones, also rotated and scaled ones.
-    output_similarity_cka: mean over pairs; output_similarity_cka_matrix [E, E]. Of the first 256 real tokens;
-    an expert whose answers do not vary has none, and fewer than 4 tokens give none.
+    CKA(Y, Z) = HSIC(YY', ZZ') / sqrt(HSIC(YY', YY') HSIC(ZZ', ZZ')) of two experts' outputs on the first 256 real
+    tokens of the held-out batch, in eval mode, with the unbiased HSIC, which is near 0 for unrelated outputs of few
+    tokens. 1 for clones, also rotated and scaled ones. output_similarity_cka: mean over pairs;
+    output_similarity_cka_matrix [E, E]. Undefined for an expert whose outputs do not vary, and left out below 4
+    tokens.
 
-    Sources: Kornblith et al., 2019 (CKA); Song et al., 2012 (unbiased HSIC).
+    Sources: Kornblith et al., 2019 (Similarity of Neural Network Representations Revisited); Song et al., 2012
+    (unbiased HSIC).
     """
 
     @hookimpl
@@ -35,7 +35,7 @@ class OutputSimilarityCKA:
 
 
 def cka(y_ESO):
-    """[E, E]: CKA of each pair of y [E, S, O]; nan where an expert's answers do not vary.
+    """[E, E]: CKA of each pair of experts in y [E, S, O]; nan where an expert's outputs do not vary.
 
     HSIC of two Gram matrices is the product of their U-centred forms, summed, over S (S - 3).
     """
@@ -43,8 +43,8 @@ def cka(y_ESO):
     gram_ESS = y_ESO @ y_ESO.mT
     gram_ESS = gram_ESS - torch.diag_embed(gram_ESS.diagonal(dim1=1, dim2=2))
     rows_ES1 = gram_ESS.sum(2, keepdim=True) / (size - 2)
-    whole_E11 = gram_ESS.sum((1, 2), keepdim=True) / ((size - 1) * (size - 2))
-    centred_ESS = gram_ESS - rows_ES1 - rows_ES1.mT + whole_E11
+    total_E11 = gram_ESS.sum((1, 2), keepdim=True) / ((size - 1) * (size - 2))
+    centred_ESS = gram_ESS - rows_ES1 - rows_ES1.mT + total_E11
     centred_ESS = centred_ESS - torch.diag_embed(centred_ESS.diagonal(dim1=1, dim2=2))
     flat, norm_E = centred_ESS.flatten(1), centred_ESS.flatten(1).norm(dim=1)
     norm_E = torch.where(norm_E > 1e-12 * gram_ESS.flatten(1).norm(dim=1), norm_E, torch.nan)  # the rest is rounding

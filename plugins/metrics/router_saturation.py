@@ -1,20 +1,20 @@
-"""How early the router's choices were those of now."""
-
 import attrs
 import torch
 
 from moe_engine import Traits, hookimpl
 
-POINTS, TOKENS = 64, 1024  # log points that are remembered, tokens of the held-out batch
+POINTS, TOKENS = 64, 1024  # log points kept, tokens of the held-out batch
 
 
 @attrs.define(eq=False)
 class RouterSaturation:
-    """mean_t |S_t then and S_t now| / K for earlier log points, on the fixed held-out batch, in eval mode.
+    """How early the router settled on its current choices.
 
-    router_saturation_curve [points, 2]: the number of an earlier log point, from 1 on, and its overlap with now;
-    of the first 1024 tokens, at up to 64 evenly spaced points. router_saturation: its mean, near 1 if the router
-    settled early; K / E is chance. The paper's, against the final choices, is the last record's.
+    mean_t |S_t then and S_t now| / K for earlier log points, S_t the experts that token t chooses, on the first 1024
+    tokens of the fixed held-out batch, in eval mode. router_saturation_curve [points, 2]: the number of an earlier
+    log point, from 1 on, and its overlap with now, for up to 64 evenly spaced points. router_saturation: the mean,
+    near 1 if the router settled early; K / E is chance. The paper compares with the final choices, which is the last
+    record.
 
     Source: Muennighoff et al., 2024 (OLMoE), eq. 5.
     """
@@ -34,6 +34,6 @@ class RouterSaturation:
         if memory["asked"] % memory["every"] == 0:
             memory["chosen"] = torch.cat([memory["chosen"], now_TE[None]])
             memory["points"] = torch.cat([memory["points"], torch.tensor([memory["asked"]])])
-        if len(memory["points"]) > POINTS:  # from here on every second one is enough
+        if len(memory["points"]) > POINTS:  # keep every second one from here on
             memory.update(every=2 * memory["every"], chosen=memory["chosen"][1::2], points=memory["points"][1::2])
         return {"router_saturation": overlap_P.mean(), "router_saturation_curve": curve_P2}

@@ -1,5 +1,3 @@
-"""Which classes go to which experts."""
-
 import attrs
 import torch
 
@@ -8,11 +6,14 @@ from moe_engine import count_by, hookimpl
 
 @attrs.define(eq=False)
 class Specialization:
-    """Assignments by class and expert, and how much one tells of the other.
+    """Which classes go to which experts.
 
-    class_expert [C, E]: counts. mutual_information: I(c; e) / min(H(c), H(e)), I less the bias
-    (C - 1)(E - 1) / (2N) of N counted assignments, C and E those that occur: 0 if independent, 1 if
-    one fixes the other. Needs labels (0 to C - 1, others are not counted); nothing for a layer without.
+    class_expert [C, E]: assignments by class and expert. mutual_information: I(c; e) / min(H(c), H(e)), with I
+    reduced by its bias (C - 1)(E - 1) / (2N) for N assignments, C and E those that occur: 0 if independent, 1 if one
+    determines the other. Needs labels 0 to C - 1; tokens with other labels are not counted, and a layer without
+    labels has neither.
+
+    Source: this project; the bias is that of Miller, 1955.
     """
 
     @hookimpl
@@ -23,7 +24,7 @@ class Specialization:
         if labels is None:
             return {"class_expert": torch.zeros(classes, experts, device=routing.plan.expert.device)}
         label_N = labels[routing.plan.token]
-        known_N = routing.plan.selected & (label_N >= 0) & (label_N < classes)  # -100 and the like: no label
+        known_N = routing.plan.selected & (label_N >= 0) & (label_N < classes)  # -100 and the like mean no label
         pair_N = label_N.clamp(0, classes - 1) * experts + routing.plan.expert
         return {"class_expert": count_by(pair_N, known_N, classes * experts).view(classes, experts)}
 
@@ -36,7 +37,7 @@ class Specialization:
 
 
 def mutual_information(counts):
-    """I(row; column) / min(H(row), H(column)) of a table of counts, less its bias, not below 0; nan if undefined."""
+    """I(row; column) / min(H(row), H(column)) of a table of counts, minus its bias, at least 0; nan if undefined."""
     joint = counts / counts.sum()
     rows, columns = joint.sum(1), joint.sum(0)
     information = _entropy(rows) + _entropy(columns) - _entropy(joint)

@@ -1,5 +1,3 @@
-"""How alike the experts' weights are."""
-
 import attrs
 import torch
 
@@ -8,11 +6,11 @@ from moe_engine import Part, hookimpl, mean_of_pairs
 
 @attrs.define(eq=False)
 class WeightSimilarity:
-    """The mean over pairs of experts of the cosine of their flattened weights: 1 for clones, near 0 if unrelated.
+    """How similar the experts' weights are.
 
-    Of all parameters of the experts that declare an expert axis; nothing for experts that are separate
-    modules. Two experts that compute the same with their hidden units in another order look unrelated here;
-    output_similarity_cka compares what they compute.
+    The mean over pairs of experts of the cosine of their flattened weights, over all parameters with an expert axis:
+    1 for clones, near 0 if unrelated; nothing for experts that are separate modules. Two experts that compute the
+    same with permuted hidden units look unrelated here; output_similarity_cka compares what they compute.
 
     Source: this project.
     """

@@ -1,33 +1,28 @@
-"""The numbers of a run as tables."""
-
 import csv
 import io
 
 import attrs
 
-from moe_engine import hookimpl
-from moe_engine.files import write_atomically
+from moe_engine import expert_loads, hookimpl, write_atomically
 
 
 @attrs.define(eq=False)
 class Csv:
-    """Writes metrics.csv, a row for each record and layer with every number, and usage.csv, the load over time.
+    """Metrics and expert usage as CSV files (RFC 4180).
 
-    metrics.csv: split, step, epoch, layer, then the run's own numbers (loss, accuracy) and the layer's; of a
-    finding its name; what is null or was not measured then is empty; arrays are in metrics.jsonl alone.
-    usage.csv: layer, step, expert in order of birth, its share of the load in training; an expert has rows
-    while it lives. Both as RFC 4180 has it.
+    metrics.csv: a row per record and layer with split, step, epoch, layer, the run's metrics (loss, accuracy) and
+    the layer's; a finding is given by name, null or unmeasured values are empty, and arrays are in metrics.jsonl
+    only. usage.csv: layer, step, expert (numbered in order of creation) and its share of the training load, while
+    the expert exists.
     """
 
     @hookimpl
     def moe_report(self, run):
-        from moe_engine.run.figures import lives
-
         rows = [_row(record, layer) for record in run.records for layer in record["layers"]]
         usage = [
             {"layer": layer["name"], "step": step, "expert": expert, "load": share}
             for layer in run.summary["layers"]
-            for step, shares in lives(run, layer["name"])[0]
+            for step, shares in expert_loads(run, layer["name"])
             for expert, share in shares.items()
         ]
         columns = list(dict.fromkeys(name for row in rows for name in row))
@@ -38,12 +33,12 @@ class Csv:
 
 def _row(record, layer):
     head = {name: record.get(name) for name in ("split", "step", "epoch")}
-    own = {name: value for name, value in record.items() if name not in (*head, "layers")}
-    return {**head, "layer": layer, **_single(own), **_single(record["layers"][layer])}
+    of_run = {name: value for name, value in record.items() if name not in (*head, "layers")}
+    return {**head, "layer": layer, **_scalars(of_run), **_scalars(record["layers"][layer])}
 
 
-def _single(values):
-    """What fits into a cell."""
+def _scalars(values):
+    """The values that fit into a cell."""
     named = {name: value.get("name") if isinstance(value, dict) else value for name, value in values.items()}
     return {name: value for name, value in named.items() if value is None or isinstance(value, str | int | float)}
 

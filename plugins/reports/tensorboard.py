@@ -1,5 +1,3 @@
-"""The numbers of a run for TensorBoard."""
-
 import shutil
 from importlib.util import find_spec
 
@@ -12,10 +10,11 @@ MISSING = "report 'tensorboard' needs the package tensorboard, which is not inst
 
 @attrs.define(eq=False)
 class TensorBoard:
-    """Writes tensorboard/train and tensorboard/eval: event files of the run's numbers, and LAYER/METRIC of each layer.
+    """The metrics of a run for TensorBoard.
 
-    See them with: tensorboard --logdir runs. Needs pip install "moe-engine[tensorboard]". Written again, the
-    files replace what was there.
+    tensorboard/train and tensorboard/eval: event files with the run's metrics, and LAYER/METRIC for each layer;
+    writing them again replaces them. View them with: tensorboard --logdir runs. Needs pip install
+    "moe-engine[tensorboard]".
     """
 
     @hookimpl
@@ -25,9 +24,9 @@ class TensorBoard:
     @hookimpl
     def moe_report(self, run):
         if not find_spec("tensorboard"):
-            raise UsageError(MISSING)
+            raise UsageError(MISSING, code="missing-package")
         fresh, folder = run.folder / "tensorboard.new", run.folder / "tensorboard"
-        shutil.rmtree(fresh, ignore_errors=True)  # of a report that was killed
+        shutil.rmtree(fresh, ignore_errors=True)  # left by a killed process
         for split in dict.fromkeys(record["split"] for record in run.records):
             _write(fresh / split, [record for record in run.records if record["split"] == split])
         shutil.rmtree(folder, ignore_errors=True)
@@ -40,13 +39,13 @@ def _write(folder, records):
 
     with SummaryWriter(str(folder)) as writer:
         for record in records:
-            for name, value in _numbers(record).items():
+            for name, value in _scalars(record).items():
                 writer.add_scalar(name, value, record["step"])
     (events,) = folder.iterdir()
-    events.rename(folder / "events.out.tfevents.run")  # not a name with the time in it
+    events.rename(folder / "events.out.tfevents.run")  # the default name holds the time
 
 
-def _numbers(record):
-    layers = {f"{layer}/{name}": value for layer, own in record["layers"].items() for name, value in own.items()}
-    every = {**{name: value for name, value in record.items() if name not in ("step", "epoch")}, **layers}
-    return {name: value for name, value in every.items() if isinstance(value, int | float)}
+def _scalars(record):
+    layers = {f"{layer}/{name}": v for layer, metrics in record["layers"].items() for name, v in metrics.items()}
+    values = {**{name: value for name, value in record.items() if name not in ("step", "epoch")}, **layers}
+    return {name: value for name, value in values.items() if isinstance(value, int | float)}

@@ -1,5 +1,3 @@
-"""Expert choice: experts choose tokens."""
-
 import attrs
 import torch
 
@@ -8,24 +6,25 @@ from moe_engine import Assignments, LinearRouter, Traits, causal_problem, hookim
 
 @attrs.define(eq=False)
 class ExpertChoice:
-    """Each expert takes the C = round(T K / E), at least 1, tokens of a group with the highest probability for it.
+    """Each expert chooses its tokens.
 
-    p = softmax(x W) over experts; the gate is p_ti. So the load is equal by force, top_k = K is the mean
-    number of experts of a token, and a token may get none or all. A group is the whole batch, or each sequence.
-    Padding is never taken; C counts real tokens. What a token gets depends on the others: not causal,
-    and one token alone is routed otherwise than in a batch.
+    p = softmax(x W) over experts. Expert i takes the C = max(1, round(T K / E)) tokens of a group with the largest
+    p_ti; the gate is p_ti. Every expert gets the same load, K = top_k is the mean number of experts per token, and a
+    token may get none or all. A group is the whole batch or one sequence. Padding is never taken, and C counts real
+    tokens only. A token's experts depend on the other tokens, so the router is not causal, and a token alone is
+    routed differently than in a batch.
 
-    Source: Zhou et al., 2022.
+    Source: Zhou et al., 2022 (Mixture-of-Experts with Expert Choice Routing).
     """
 
     traits = Traits(provides=("logits", "probs", "choices"))
-    group: str = option("batch", help="tokens among which experts choose", choices=("batch", "sequence"))
-    allow_noncausal: bool = option(False, help="allow it in a causal layer, where it sees later tokens")
+    group: str = option("batch", help="the tokens an expert chooses among", choices=("batch", "sequence"))
+    allow_noncausal: bool = option(False, help="allow use in a causal layer, where it sees later tokens")
 
     @hookimpl
     def moe_check(self, setup):
         if setup.spec.capacity is not None:
-            return "expert_choice fills every expert alike, so a capacity has nothing to limit; leave --capacity away"
+            return "expert_choice already gives every expert the same load; remove --capacity"
         return causal_problem(setup.spec, "expert_choice", self.allow_noncausal)
 
     @hookimpl

@@ -1,30 +1,27 @@
-"""Hash routing."""
-
 import attrs
 import torch
 
-from moe_engine import Router, Traits, UsageError, assign, hookimpl, option
-from moe_engine.seeds import generator
+from moe_engine import Router, Traits, UsageError, assign, generator, hookimpl, option
 
 
 @attrs.define(eq=False)
 class Hash:
-    """A token's experts follow from its id by a fixed random table [V, K]; every gate is 1 / K.
+    """A fixed random table maps token ids to experts.
 
-    Each column of the table is dealt out evenly over the ids; a token's K experts differ. Nothing is
-    learned, so no loss or bias can act. A newcomer takes over every second id of its parent,
-    without a parent of everybody evenly; a removed expert's ids go to the others in turn.
+    table[id] in [V, K] names a token's K different experts; every gate is 1 / K. Each column of the table deals the
+    ids out evenly. Nothing is learned, so losses and biases cannot act. A new expert takes every second id of its
+    parent, or, without a parent, an equal share from all experts; a removed expert's ids go to the others in turn.
 
-    Source: Roller et al., 2021 (there the weight is 1; here 1 / K, so that the output's scale does not depend on K).
+    Source: Roller et al., 2021 (Hash Layers), where the gate is 1; 1 / K keeps the output's scale independent of K.
     """
 
     traits = Traits(provides=("top_k", "choices"), effects=("parts_copies",))
-    seed: int = option(0, help="which table", min=0)
+    seed: int = option(0, help="seed of the table", min=0)
 
     @hookimpl
     def moe_check(self, setup):
         if setup.spec.dim and not setup.spec.vocab:
-            return "hash routes by token ids, which this layer is not given; choose another router, or a task of text"
+            return "hash routes by token ids, which this layer does not get; choose another router or a text task"
         return None
 
     @hookimpl
@@ -48,7 +45,7 @@ class HashRouter(Router):
 
     def select(self, tokens, levels):
         if tokens.ids is None:
-            raise UsageError("hash routes by token ids; call the layer with ids=")
+            raise UsageError("hash routes by token ids; call the layer with ids=", code="missing-token-ids")
         expert_TK = self.table[tokens.ids]
         kind = torch.promote_types(tokens.x.dtype, torch.float32)
         weight_TK = torch.full(expert_TK.shape, 1 / expert_TK.shape[1], dtype=kind, device=expert_TK.device)
@@ -59,13 +56,14 @@ class HashRouter(Router):
             return
         plan, table_VK = plans["expert"], staged["table"]
         if len(plan.origins) < table_VK.shape[1]:
-            raise UsageError(f"hash gives each token {table_VK.shape[1]} different experts; as many must remain")
+            why = f"hash gives each token {table_VK.shape[1]} different experts, so at least as many must remain"
+            raise UsageError(why, code="too-few-experts")
         for position in plan.newcomers:
             parent = plan.kept.get(plan.origins[position])
-            mine_VK = table_VK >= 0 if parent is None else table_VK == parent
+            taken_VK = table_VK >= 0 if parent is None else table_VK == parent
             step = len(plan.origins) if parent is None else 2  # no fewer than K: two entries of a row stay two experts
-            table_VK[tuple(mine_VK.nonzero()[step - 1 :: step].t())] = position
-        everybody = set(range(len(plan.origins)))
-        for row, column in (table_VK < 0).nonzero().tolist():  # those of the removed
-            free = sorted(everybody - set(table_VK[row].tolist()))
+            table_VK[tuple(taken_VK.nonzero()[step - 1 :: step].t())] = position
+        experts = set(range(len(plan.origins)))
+        for row, column in (table_VK < 0).nonzero().tolist():  # ids of removed experts
+            free = sorted(experts - set(table_VK[row].tolist()))
             table_VK[row, column] = free[row % len(free)]

@@ -1,5 +1,3 @@
-"""Two-level routing: the best groups, then the best experts inside each of them."""
-
 import attrs
 import torch
 
@@ -8,18 +6,18 @@ from moe_engine import LevelSpec, Router, UsageError, assign, groups_problem, ho
 
 @attrs.define(eq=False)
 class Hierarchical:
-    """A token picks `groups_kept` groups, then K / groups_kept experts in each.
+    """Best groups first, then the best experts in each.
 
-    p_i = G_g(x) G_i|g(x): softmax over groups times softmax within the group of expert i. The gate is
-    that product, at each level divided by the sum over what is picked there; a level at which a token
-    picks only one keeps its raw probability, because a normalised single gate gives no gradient. Groups may
-    differ in size. Biases act on each level; losses see p over all experts.
+    p_i = G_g(x) G_i|g(x): a softmax over groups times a softmax within the group of expert i. A token picks
+    `groups_kept` groups and K / groups_kept experts in each. The gate is p_i, with each factor divided by its sum
+    over the units picked at that level; where only one is picked the raw probability stays, because a normalised
+    single gate has no gradient. Groups may differ in size. Biases act on each level; losses see p over all experts.
 
-    Source: Shazeer et al., 2017, appendix B.
+    Source: Shazeer et al., 2017 (Outrageously Large Neural Networks), appendix B.
     """
 
     groups: int = option(2, help="number of groups", min=1)
-    groups_kept: int = option(1, help="groups that a token picks", min=1)
+    groups_kept: int = option(1, help="number of groups a token picks", min=1)
 
     @hookimpl
     def moe_check(self, setup):
@@ -43,7 +41,8 @@ class TwoLevelRouter(Router):
         group_of = staged.get("group_of", self.group_of)
         sizes = group_of[group_of >= 0].bincount(minlength=len(staged.get("group_weight", self.group_weight)))
         if len(sizes) < self.groups_kept or sizes.min() < self.top_k:
-            raise UsageError(f"{self.groups_kept} groups of at least {self.top_k} experts each must remain")
+            why = f"hierarchical needs at least {self.groups_kept} groups of {self.top_k} experts each to remain"
+            raise UsageError(why, code="too-few-experts")
 
     @property
     def levels(self):

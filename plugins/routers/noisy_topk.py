@@ -1,5 +1,3 @@
-"""Noisy top-k gating."""
-
 import attrs
 import torch
 from torch.nn.functional import softplus
@@ -9,21 +7,22 @@ from moe_engine import LinearRouter, Traits, assign, hookimpl, linear_logits, op
 
 @attrs.define(eq=False)
 class NoisyTopK:
-    """The K experts of highest noisy logit; gates are a softmax over those K.
+    """Top-k of logits with learned Gaussian noise.
 
-    H = x W + z softplus(x V) with z ~ N(0, 1), in training only; S = top-K of H; g = softmax(H_S), and
-    at K = 1 expert i's softmax over all, because a softmax over one is a constant. `noise_floor` is added
-    to the deviation. W and V start at zero, so that all experts start with equal chances.
+    H = x W + z (softplus(x V) + floor) with z ~ N(0, 1), in training only; S = top-K of H; gates g = softmax(H_S).
+    At K = 1 the gate is the softmax over all experts, because a softmax over one is constant. W and V start at 0, so
+    all experts start equally likely.
 
-    chances: P_i = Phi((x W_i - H_(K without i)) / deviation_i), the probability that a token would choose expert i
-    if only i's noise were drawn anew; the K-th largest of H without i is the threshold (so K < E). `load_cv2`
-    sums them up.
+    chances: P_i = Phi((x W_i - H_(K without i)) / deviation_i) is the probability that a token chooses expert i if
+    only i's noise is redrawn; the threshold is the K-th largest of H without i, so K < E. Its sum over tokens is the
+    smooth load.
 
-    Source: Shazeer et al., 2017, section 2.1 and appendix A; the floor is tensor2tensor's.
+    Source: Shazeer et al., 2017 (Outrageously Large Neural Networks), section 2.1 and appendix A; the floor is
+    tensor2tensor's.
     """
 
     traits = Traits(provides=("logits", "probs", "load", "top_k", "choices", "smooth_load"))
-    noise_floor: float = option(0.01, help="least standard deviation of the noise", min=1e-6)
+    noise_floor: float = option(0.01, help="smallest standard deviation of the noise", min=1e-6)
 
     @hookimpl
     def moe_router(self, spec):

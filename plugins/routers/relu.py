@@ -1,5 +1,3 @@
-"""ReLU routing."""
-
 import attrs
 import torch
 
@@ -8,20 +6,22 @@ from moe_engine import LinearRouter, Part, Traits, assign_where, hookimpl, optio
 
 @attrs.define(eq=False)
 class ReLU:
-    """A token goes to every expert with a positive logit: g = ReLU(x W). No top-k, differentiable where s > 0.
+    """Every expert with a positive logit (ReMoE).
 
-    Loss: m E / (K T^2) sum_i load_i sum_t g_ti, an L1 norm of the gates weighted by load. After each step
-    m <- m rate where a token has more than top_k = K experts on average, else m / rate, from 1 on and between
-    1e-9 and 1e9; so `weight` is the coefficient at the start. At birth about half of all experts fire: the
-    first steps are dear. An expert that fires for no token gets no gradient any more; and tokens that lie
-    evenly around zero keep half of the experts firing, whatever the coefficient.
+    g = ReLU(x W): no top-k, and differentiable wherever g > 0. At initialisation about half the experts are active,
+    so the first steps are expensive. An expert that is active for no token gets no gradient any more, and tokens
+    spread evenly around zero keep half the experts active, whatever the coefficient.
 
-    Source: Wang et al., 2024 (ReMoE); the coefficient is each layer's own here, one of all layers there.
+    Loss: m E / (K T^2) sum_i load_i sum_t g_ti, an L1 norm of the gates weighted by load. After each step m <- m
+    rate if tokens have more than K = top_k experts on average, else m / rate; m starts at 1 and stays in [1e-9,
+    1e9], so `weight` is the initial coefficient.
+
+    Source: Wang et al., 2024 (ReMoE), where all layers share one coefficient; here each layer has its own.
     """
 
     traits = Traits(provides=("load", "choices"))
-    weight: float = option(1e-8, help="coefficient of the L1 loss at the start", min=0)
-    rate: float = option(1.2, help="factor by which a step moves the coefficient", min=1)
+    weight: float = option(1e-8, help="initial coefficient of the L1 loss", min=0)
+    rate: float = option(1.2, help="factor by which each step changes the coefficient", min=1)
 
     @hookimpl
     def moe_router(self, spec):
@@ -59,6 +59,6 @@ class Multiplier(Part):
 
     def after_step(self, step):
         tokens = step.own["tokens"].sum()
-        up = torch.where(step.load.sum() > self.target * tokens, self.rate, 1 / self.rate)
-        self.m *= torch.where(tokens > 0, up, 1)
+        factor = torch.where(step.load.sum() > self.target * tokens, self.rate, 1 / self.rate)
+        self.m *= torch.where(tokens > 0, factor, 1)
         self.m.clamp_(1e-9, 1e9)

@@ -1,5 +1,3 @@
-"""Top-k routing on sigmoid scores."""
-
 import attrs
 from torch.nn.functional import logsigmoid
 
@@ -8,18 +6,18 @@ from moe_engine import GroupLimitedRouter, assign, groups_problem, hookimpl, opt
 
 @attrs.define(eq=False)
 class SigmoidTopK:
-    """The K experts of highest sigmoid score, as in DeepSeek-V3.
+    """Top-k of sigmoid scores (DeepSeek-V3).
 
-    a = sigmoid(x W); S = top-K of a + b, b the selection biases; gate g_i = scale a_i / sum_S a, and
-    at K = 1 scale a_i, because a normalised single gate would be a constant. Probabilities for losses
-    are a over its sum. DeepSeek-V3 (256 experts, K = 8) uses scale 2.5, 8 groups, 4 kept.
+    a = sigmoid(x W); S = top-K of a + b, b the selection biases; gates g_i = scale a_i / sum_S a. At K = 1 the gate
+    is scale a_i, because a normalised single gate is constant. Losses see a over its sum as probabilities.
+    DeepSeek-V3 (256 experts, K = 8) uses scale 2.5, 8 groups, 4 kept.
 
-    Source: DeepSeek-AI, 2024 (DeepSeek-V3).
+    Source: DeepSeek-AI, 2024 (DeepSeek-V3 Technical Report), eq. 12-16.
     """
 
-    scale: float = option(1.0, help="what a token's gates sum to", min=0)
-    groups: int = option(1, help="number of equal groups of experts", min=1)
-    groups_kept: int = option(1, help="best groups that a token may choose from", min=1)
+    scale: float = option(1.0, help="sum of a token's gates", min=0)
+    groups: int = option(1, help="number of equally sized groups of experts", min=1)
+    groups_kept: int = option(1, help="number of best groups a token may choose from", min=1)
 
     @hookimpl
     def moe_check(self, setup):

@@ -1,5 +1,3 @@
-"""Sinkhorn routing (S-BASE)."""
-
 import attrs
 import torch
 
@@ -8,20 +6,20 @@ from moe_engine import LinearRouter, Traits, assign, causal_problem, hookimpl, o
 
 @attrs.define(eq=False)
 class Sinkhorn:
-    """Top-K of a transport plan that gives every expert the same mass, while training.
+    """Top-k of a balanced transport plan (S-BASE).
 
-    pi = diag(u) exp(s) diag(v) with row sums 1/T and column sums 1/E, by `iterations` of normalisation in the log
-    domain, without gradient; S = top-K of pi_t. Gates come from the raw logits: sigmoid(s_i) at K = 1,
-    softmax(s)_i otherwise. Evaluation takes the top-K of s. A constant added to all logits of one expert
-    changes no choice. Eight rounds bring columns within 1e-6 for logits of deviation 1, within 1 % for 3. The
-    batch decides together, so that it is not causal; the load is equal by force.
+    pi = diag(u) exp(s) diag(v) with row sums 1/T and column sums 1/E, from `iterations` rounds of normalisation in
+    the log domain, without gradient, in training only; S = top-K of pi_t. Evaluation takes the top-K of s. Gates
+    come from the raw logits: sigmoid(s_i) at K = 1, else softmax(s)_i. Every expert gets the same load; adding a
+    constant to one expert's logits changes no choice. Eight rounds bring column sums within 1e-6 for logits of
+    standard deviation 1, within 1 % for 3. The batch decides as a whole, so the router is not causal.
 
-    Source: Clark et al., 2022 (S-BASE).
+    Source: Clark et al., 2022 (Unified Scaling Laws for Routed Language Models).
     """
 
     traits = Traits(provides=("logits", "probs", "top_k", "choices"))
     iterations: int = option(8, help="rounds of normalisation; sharp logits need more", min=1)
-    allow_noncausal: bool = option(False, help="allow it in a causal layer, where it sees later tokens")
+    allow_noncausal: bool = option(False, help="allow use in a causal layer, where it sees later tokens")
 
     @hookimpl
     def moe_check(self, setup):
@@ -49,12 +47,12 @@ class SinkhornRouter(LinearRouter):
 
 
 def log_transport(scores_TE, tokens, iterations):
-    """log(T pi): a token's entries of exp add up to 1, an expert's over all real tokens to T / E."""
-    want = (tokens.count / scores_TE.shape[1]).log()
+    """log(T pi) [T, E]: exp of it sums to 1 for each token, and to T / E for each expert over all real tokens."""
+    target = (tokens.count / scores_TE.shape[1]).log()
     price_E = torch.zeros_like(scores_TE[:1]).sum(0)
     for _ in range(iterations):
         plan_TE = (scores_TE - price_E).log_softmax(-1)
         if tokens.mask is not None:
             plan_TE = plan_TE.masked_fill(~tokens.mask[:, None], -torch.inf)
-        price_E = price_E + (plan_TE.logsumexp(0) - want).nan_to_num(0, 0, 0)  # no token moves nothing
+        price_E = price_E + (plan_TE.logsumexp(0) - target).nan_to_num(0, 0, 0)  # without tokens: no change
     return (scores_TE - price_E).log_softmax(-1)

@@ -1,5 +1,3 @@
-"""Soft mixtures of tokens."""
-
 import math
 
 import attrs
@@ -11,25 +9,26 @@ from moe_engine import LevelSpec, Router, Slots, Traits, causal_problem, hookimp
 
 @attrs.define(eq=False)
 class Soft:
-    """Each expert works on `slots` mixtures of a sequence's tokens; each token gets a mixture of all slots.
+    """Experts process weighted mixtures of tokens (Soft MoE).
 
-    l = scale x^ phi^ of unit vectors; dispatch D = softmax of l over the tokens, combine C = softmax over all
-    E n slots; slot = D^T x, y = C F(slot). Nothing is chosen or dropped, so there is no load: balance losses and biases
-    have nothing to act on, and probabilities are a token's combine weights by expert. top_k has no effect.
-    A sequence is the axis before the last; a layer that is called with [T, D] takes each token as a sequence
-    of its own, which makes it a dense mixture. Not causal. Padding gets and gives nothing.
+    l = scale x^ phi^ of unit vectors x^ and phi^; dispatch D = softmax of l over a sequence's tokens;
+    combine C = softmax of l over all E n slots, n = `slots` per expert; slot = D^T x; y = C F(slot).
 
-    Source: Puigcerver et al., 2023.
+    Nothing is chosen or dropped, so there is no load: balance losses and biases have nothing to act on, and top_k
+    has no effect. probs are a token's combine weights summed by expert. A sequence is the axis before the last;
+    called with [T, D], each token is a sequence and the layer a dense mixture. Not causal. Padding takes no part.
+
+    Source: Puigcerver et al., 2023 (From Sparse to Soft Mixtures of Experts).
     """
 
     traits = Traits(provides=("probs",))
-    slots: int = option(1, help="slots of each expert for a sequence", min=1)
-    allow_noncausal: bool = option(False, help="allow it in a causal layer, where it sees later tokens")
+    slots: int = option(1, help="slots per expert and sequence", min=1)
+    allow_noncausal: bool = option(False, help="allow use in a causal layer, where it sees later tokens")
 
     @hookimpl
     def moe_check(self, setup):
         if setup.spec.capacity is not None:
-            return "soft has slots in the place of a capacity; leave --capacity away"
+            return "soft has a fixed number of slots instead of a capacity; remove --capacity"
         return causal_problem(setup.spec, "soft", self.allow_noncausal)
 
     @hookimpl
@@ -49,7 +48,7 @@ class SoftRouter(Router):
 
     def score(self, tokens):
         dtype = torch.promote_types(tokens.x.dtype, torch.float32)
-        x_TD, phi_SD = (normalize(one.to(dtype), dim=-1, eps=1e-6) for one in (tokens.x, self.phi.flatten(0, 1)))
+        x_TD, phi_SD = (normalize(v.to(dtype), dim=-1, eps=1e-6) for v in (tokens.x, self.phi.flatten(0, 1)))
         return (self.scale.to(dtype) * x_TD @ phi_SD.t(),)
 
     def select(self, tokens, levels):

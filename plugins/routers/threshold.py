@@ -1,5 +1,3 @@
-"""Top-any gating: every expert whose score passes its own threshold."""
-
 import attrs
 import torch
 
@@ -8,13 +6,14 @@ from moe_engine import LinearRouter, Traits, assign_where, hookimpl, option, zer
 
 @attrs.define(eq=False)
 class Threshold:
-    """A token goes to every expert i with sigmoid(tau cos(x, w_i)) > sigmoid(tau G_i); G is learned, from 0 on.
+    """Every expert above its learned threshold (DynMoE).
 
-    Its gates are 1 / |S|. Their gradient goes straight through the step to ReLU(a - theta) of the experts that
-    are active. In training a token that passes no threshold gets no expert, in evaluation its best one.
-    How many experts a token has does not depend on its length. top_k only scales the layer's capacity.
+    S = {i : sigmoid(tau cos(x, w_i)) > sigmoid(tau G_i)}, G learned and 0 at first; gates are 1 / |S|, with a
+    straight-through gradient to ReLU(score - threshold) of the experts in S. A token above no threshold gets no
+    expert in training and its best one in evaluation. The number of experts does not depend on a token's length.
+    top_k only scales the layer's capacity.
 
-    Source: Guo et al., 2024 (DynMoE).
+    Source: Guo et al., 2024 (Dynamic Mixture of Experts).
     """
 
     traits = Traits(provides=("load", "choices"))
@@ -41,7 +40,7 @@ class ThresholdRouter(LinearRouter):
         (level,) = levels
         edge_E = self.tau * self.G.to(level.biased.dtype)
         over_TE = torch.relu(level.biased.sigmoid() - edge_E.sigmoid())
-        chosen_TE = level.biased > edge_E  # sigmoids tie where they are 1
+        chosen_TE = level.biased > edge_E  # not by sigmoids, which tie once they round to 1
         if not self.training:
             best_T1 = level.select_by(level.biased - edge_E).argmax(-1, keepdim=True)
             best_TE = torch.zeros_like(chosen_TE).scatter(-1, best_T1, True)

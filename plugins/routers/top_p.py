@@ -1,5 +1,3 @@
-"""Top-p routing."""
-
 import attrs
 import torch
 
@@ -8,17 +6,17 @@ from moe_engine import LinearRouter, Traits, assign_where, hookimpl, option
 
 @attrs.define(eq=False)
 class TopP:
-    """A token goes to its most probable experts until they hold the share `p` of its probability.
+    """Most probable experts up to a share of the mass.
 
-    p = softmax(x W), sorted; expert i is chosen while the mass before it is at most p, so that the one which
-    crosses it is in. Gates are the raw probabilities. A flat softmax takes many experts (floor(p E) + 1 of equal
-    ones), which costs; the loss `entropy` keeps the model from flattening it. top_k only scales the capacity.
+    p = softmax(x W), sorted; expert i is chosen if the mass before it is at most `p`, so the expert that crosses `p`
+    is included. Gates are the raw probabilities. A flat softmax takes many experts (floor(p E) + 1 equal ones) and
+    is expensive; a loss on the entropy of each token prevents that. top_k only scales the layer's capacity.
 
-    Source: Huang et al., 2024.
+    Source: Huang et al., 2024 (Harder Tasks Need More Experts).
     """
 
     traits = Traits(provides=("logits", "probs", "load", "choices"))
-    p: float = option(0.4, help="mass before an expert up to which it is chosen", min=0)
+    p: float = option(0.4, help="choose experts until their probabilities exceed this sum", min=0)
 
     @hookimpl
     def moe_router(self, spec):

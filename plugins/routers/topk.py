@@ -1,5 +1,3 @@
-"""Top-k routing on softmax probabilities."""
-
 import attrs
 
 from moe_engine import GroupLimitedRouter, assign, groups_problem, hookimpl, option
@@ -7,24 +5,24 @@ from moe_engine import GroupLimitedRouter, assign, groups_problem, hookimpl, opt
 
 @attrs.define(eq=False)
 class TopK:
-    """The K experts of highest softmax probability, as in Switch and Mixtral.
+    """Top-k of softmax probabilities (Switch, Mixtral).
 
-    p = softmax(x W); S = top-K of the biased logits; gate g_i = p_i for i in S, with `renorm`
-    divided by their sum. At K = 1 the raw probability is the gate (Switch): renormalised it would be
-    the constant 1, and the router would get no gradient.
+    p = softmax(x W); S = top-K of the biased logits; gates g_i = p_i for i in S, divided by their sum with `renorm`.
+    At K = 1 the gate is the raw probability (Switch): renormalised it would be the constant 1, and the router would
+    get no gradient.
 
-    Sources: Fedus et al., 2021 (Switch, K = 1); Jiang et al., 2024 (Mixtral, renormalised); DeepSeek-AI,
-    2024 (DeepSeek-V3, groups).
+    Sources: Fedus et al., 2021 (Switch Transformers, K = 1); Jiang et al., 2024 (Mixtral of Experts, renormalised);
+    DeepSeek-AI, 2024 (DeepSeek-V3, groups).
     """
 
-    renorm: bool | None = option(None, help="divide a token's gates by their sum; unset: when K > 1")
-    groups: int = option(1, help="number of equal groups of experts", min=1)
-    groups_kept: int = option(1, help="best groups that a token may choose from", min=1)
+    renorm: bool | None = option(None, help="divide a token's gates by their sum; unset: only if K > 1")
+    groups: int = option(1, help="number of equally sized groups of experts", min=1)
+    groups_kept: int = option(1, help="number of best groups a token may choose from", min=1)
 
     @hookimpl
     def moe_check(self, setup):
         if setup.spec.top_k == 1 and self.renorm and not setup.spec.allow_no_gradient:
-            return "topk.renorm at top_k=1 makes every gate the constant 1, and the router can't learn; leave it unset"
+            return "topk.renorm at top_k=1 makes every gate the constant 1, so the router can't learn; leave it unset"
         return groups_problem(setup.spec, self.groups, self.groups_kept)
 
     @hookimpl

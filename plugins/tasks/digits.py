@@ -1,5 +1,3 @@
-"""Handwritten digits, 8 x 8, embedded: the default task."""
-
 import gzip
 from importlib import resources
 
@@ -8,20 +6,22 @@ import numpy as np
 import torch
 
 from moe_engine import hookimpl, option
-from moe_engine.tasks.image_models import model_option
-from moe_engine.tasks.images import image_task, shuffled_split
+from moe_engine.tasks import image_task, model_option, shuffled_split
 
 
 @attrs.define(eq=False)
 class Digits:
-    """1797 handwritten digits of 8 x 8 pixels, 0 to 16 each; a fifth of them, drawn once for all, is for testing.
+    """1797 handwritten digits of 8 x 8 pixels: the default task.
 
-    "Optical Recognition of Handwritten Digits", test set: E. Alpaydin and C. Kaynak, 1998, UCI Machine
-    Learning Repository, doi 10.24432/C50P49, CC BY 4.0; the file is the one that scikit-learn ships.
+    Classify pixels of 0 to 16 into 10 classes; the package contains the data. One fifth, the same for every seed, is
+    for testing.
+
+    Source: Alpaydin and Kaynak, 1998 (Optical Recognition of Handwritten Digits, test set; UCI Machine Learning
+    Repository, doi 10.24432/C50P49, CC BY 4.0), as the file that scikit-learn ships.
     """
 
     model: str = model_option()
-    dim: int = option(64, help="width of the model, but for direct", min=1)
+    dim: int = option(64, help="width of the model; unused by model=direct", min=1)
     hidden: int = option(64, help="hidden width of an expert", min=1)
 
     @hookimpl

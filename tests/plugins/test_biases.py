@@ -199,7 +199,7 @@ def test_quantile_is_where_each_expert_would_have_got_its_share():
     own = bias_of(layer, "quantile").measure(routing.levels[0], routing.tokens)
     # a_t, the second largest, is 0, 0, 1, 0: s - a is 3, 2, 4, 1 for the one and 0 for the other
     assert own["beta"].tolist() == [2.0, 0.0]
-    one_step(Engine("topk", experts=2, top_k=1), layer, scores)  # somebody else's engine moves nothing of it
+    one_step(Engine("topk", experts=2, top_k=1), layer, scores)  # another engine does not move it
     assert not bias_of(layer, "quantile").beta.any()
 
 

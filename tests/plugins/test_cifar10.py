@@ -1,4 +1,4 @@
-"""What CIFAR-10's pictures go through in training."""
+"""How CIFAR-10's images are augmented in training."""
 
 import pytest
 import torch
@@ -6,20 +6,20 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 
 from moe_engine import Engine, TaskSpec, UsageError
+from moe_engine.plugins.tasks import cifar10
 from moe_engine.plugins.tasks.cifar10 import Cifar10
 from moe_engine.run.config import RunConfig
 from moe_engine.run.folder import old_folder
 from moe_engine.run.training import Stopped, Training
-from moe_engine.tasks import datasets
-from moe_engine.tasks.images import image_task
+from moe_engine.tasks import image_task
 
 
 @pytest.fixture(autouse=True)
-def few_pictures(monkeypatch):
-    """48 pictures for training and 16 for testing, all pixels of which differ from black."""
+def few_images(monkeypatch):
+    """48 images for training and 16 for testing, all pixels of which differ from black."""
     images, labels = torch.randint(1, 256, (64, 3, 32, 32), dtype=torch.uint8), torch.arange(64) % 10
-    halves = (images[:48], labels[:48]), (images[48:], labels[48:])
-    monkeypatch.setattr(datasets, "cifar10", lambda data_dir: halves)
+    splits = (images[:48], labels[:48]), (images[48:], labels[48:])
+    monkeypatch.setattr(cifar10, "load_cifar10", lambda data_dir: splits)
 
 
 def changed(images, labels, **options):
@@ -32,7 +32,7 @@ def test_nothing_changes_unless_it_is_asked_for():
 
 @pytest.mark.parametrize(("centred", "lowest"), [(False, 0.0), (True, -1.0)])
 def test_pixels_may_lie_around_zero(centred, lowest):
-    """What the layer gets of a black, a grey and a white picture is from 0 to 1, or from -1 to 1."""
+    """What the layer gets of a black, a grey and a white image is from 0 to 1, or from -1 to 1."""
     task = Cifar10(model="direct", hidden=4, centred=centred).moe_task(TaskSpec())
     model = task.model(Engine("topk", experts=2))
     seen = []
@@ -54,7 +54,7 @@ def places(shown, image):
     return [at for at, one in both.items() if torch.equal(one, shown)]
 
 
-def test_each_picture_has_a_crop_and_a_coin_of_its_own():
+def test_each_image_has_a_crop_and_a_coin_of_its_own():
     images, labels = torch.randint(256, (40, 3, 32, 32), dtype=torch.uint8), torch.arange(40)
     shown, same = changed(images, labels, augment="standard")
     assert torch.equal(labels, same)
@@ -64,7 +64,7 @@ def test_each_picture_has_a_crop_and_a_coin_of_its_own():
 
 
 def test_windows_and_coins_are_uniform():
-    """8100 pictures that are 0 but for one pixel, seen at 81 places about 100 times each, half of them mirrored."""
+    """8100 images that are 0 but for one pixel, seen at 81 places about 100 times each, half of them mirrored."""
     images = torch.zeros(8100, 1, 32, 32, dtype=torch.uint8)
     images[:, :, 16, 4] = 1
     shown, _ = changed(images, torch.zeros(8100, dtype=torch.long), augment="standard")
@@ -77,7 +77,7 @@ def test_windows_and_coins_are_uniform():
 
 
 def test_a_mixed_batch_has_the_shares_of_its_pixels_as_labels():
-    """A picture of class c is c everywhere, so that what is in it is what its label is to say."""
+    """A image of class c is c everywhere, so that what is in it is what its label is to say."""
     labels = torch.arange(10)
     images = labels.to(torch.uint8).view(10, 1, 1, 1).expand(10, 3, 32, 32).contiguous()
     shown, shares = changed(images, labels, cutmix=1)
@@ -119,7 +119,7 @@ def records(training):
     return run.records, {**run.summary, "seconds": None}
 
 
-def test_a_run_that_changes_pictures_repeats_and_goes_on_bit_for_bit(tmp_path):
+def test_a_run_that_changes_images_repeats_and_goes_on_bit_for_bit(tmp_path):
     straight = records(Training(RunConfig(**RUN), SETTINGS, tmp_path / "a"))
     assert straight == records(Training(RunConfig(**RUN), SETTINGS, tmp_path / "b"))
     plain = {"cifar10": {**SETTINGS["cifar10"], "augment": "none"}}

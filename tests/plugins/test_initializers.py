@@ -1,4 +1,4 @@
-"""Sources that look at their parent's tokens, or at its hidden units."""
+"""Initializers that use their parent's tokens or its hidden units."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from moe_engine import Engine, Growth
 
 
 def grown(initializer, settings=(), x=None, seed=0, **spec):
-    """(the rows of parent and newcomer before and after) of one growth of expert 1 of three."""
+    """(layer, weights before, record, tokens) of one growth of expert 1 of three."""
     torch.manual_seed(seed)
     engine = Engine(f"topk,{initializer}", settings, top_k=1, **spec)
     layer = engine.moe(8, 10, experts=3, name="m")
@@ -26,15 +26,15 @@ def test_pca_split_halves_the_parents_tokens_along_their_principal_direction():
     layer, before, _, _ = grown("pca_split", x=x)
     was = (x @ before["router.weight"].t()).argmax(-1) == 1
     rows = layer.router.weight.detach()
-    own = x[was]
-    to_child = own @ rows[3] > own @ rows[1]
+    routed = x[was]
+    to_child = routed @ rows[3] > routed @ rows[1]
     assert was.sum() > 50
     assert abs(float(to_child.float().mean()) - 0.5) < 0.02
     torch.testing.assert_close((rows[1] + rows[3]) / 2, before["router.weight"][1])
-    apart = own @ (rows[3] - rows[1])
+    apart = routed @ (rows[3] - rows[1])
     torch.testing.assert_close(apart.std(), torch.tensor(1.0), atol=1e-3, rtol=0)  # 2 delta
-    _, axes = torch.linalg.eigh(torch.cov(own.t()))
-    assert abs(float(torch.corrcoef(torch.stack([apart, own @ axes[:, -1]]))[0, 1])) > 0.98
+    _, axes = torch.linalg.eigh(torch.cov(routed.t()))
+    assert abs(float(torch.corrcoef(torch.stack([apart, routed @ axes[:, -1]]))[0, 1])) > 0.98
     torch.testing.assert_close(layer.experts.w_in[3], before["experts.w_in"][1])
 
 

@@ -12,6 +12,7 @@ from moe_engine.cli import main
 from moe_engine.plugins.tasks.lm import Lm
 from moe_engine.run.config import RunConfig
 from moe_engine.run.training import Training
+from support import refused
 
 PLAY = Path(__file__).parents[2] / "plugins" / "tasks" / "comedy_of_errors.txt"
 
@@ -68,7 +69,7 @@ def test_every_second_block_has_a_layer_of_experts_that_is_given_ids(layers, eve
     ids = torch.randint(61, (3, 5))
     model(ids)
     assert len(sparse) == len(seen)
-    assert all(torch.equal(ids, one) for one in seen)
+    assert all(torch.equal(ids, got) for got in seen)
 
 
 def test_a_later_character_changes_no_earlier_logits():
@@ -110,12 +111,13 @@ def test_one_epoch_ends_far_below_the_unigram_perplexity(tmp_path):
 
 
 TEXTS = {
-    "empty": (b"", "the text text.txt has 0 characters; windows of lm.length=64 need 650; "),
-    "short": (b"ab" * 324, "the text text.txt has 648 characters; windows of lm.length=64 need 650; "),
-    "latin-1": (b"ab" * 400 + b"\xe9t\xe9", "text.txt is no UTF-8 text: byte 800 is not"),
-    "binary": (b"ab\0" * 400, "text.txt is no text: it holds zeros"),
-    "one character": (b"a" * 700, "the text text.txt is one character again and again; name a text with lm.file"),
-    "folder": (None, "the text text.txt can't be read: Is a directory"),
+    "empty": (b"", "text-too-short", ["text.txt has 0 characters", "lm.length=64 need 650"]),
+    "short": (b"ab" * 324, "text-too-short", ["text.txt has 648 characters", "lm.length=64 need 650"]),
+    "latin-1": (b"ab" * 400 + b"\xe9t\xe9", "not-a-text", ["text.txt is not UTF-8 text", "byte 800"]),
+    "binary": (b"ab\0" * 400, "not-a-text", ["text.txt"]),
+    "one character": (b"a" * 700, "one-character-text", ["text.txt", "lm.file"]),
+    "folder": (None, "unreadable-file", ["text.txt", "Is a directory"]),
+    "absent": ("absent", "missing-file", ["text.txt", "lm.file"]),
 }
 
 
@@ -134,16 +136,26 @@ def refusal(tmp_path, monkeypatch, capsys):
     return run
 
 
-@pytest.mark.parametrize(("content", "expected"), TEXTS.values(), ids=TEXTS)
-def test_a_text_that_is_none_is_refused_in_one_sentence(refusal, tmp_path, content, expected):
-    (tmp_path / "text.txt").mkdir() if content is None else (tmp_path / "text.txt").write_bytes(content)
-    assert refusal("--set", "lm.file=text.txt").startswith(expected)
+@pytest.mark.parametrize(("content", "code", "words"), TEXTS.values(), ids=TEXTS)
+def test_a_file_that_is_not_a_text_is_refused(tmp_path, monkeypatch, content, code, words):
+    monkeypatch.chdir(tmp_path)
+    if content is None:
+        Path("text.txt").mkdir()
+    elif content != "absent":
+        Path("text.txt").write_bytes(content)
+    with refused(code, *words):
+        Lm(file="text.txt").moe_task(TaskSpec())
+
+
+def test_a_refused_text_is_one_sentence_and_leaves_nothing_behind(refusal, tmp_path):
+    (tmp_path / "text.txt").write_bytes(b"ab\0" * 400)
+    assert refusal("--set", "lm.file=text.txt") == "text.txt is not a text: it contains zero bytes"
 
 
 SETTINGS = {
-    "absent": ("file=a.txt", "there is no text a.txt, neither as it stands nor in data; name one with lm.file"),
-    "heads": ("heads=5", "lm.heads=5 does not divide lm.dim=64"),
-    "every": ("every=3", "lm.every=3 leaves none of lm.layers=2 blocks experts; lower it"),
+    "absent": ("file=a.txt", "there is no text file a.txt, neither at that path nor in data; set lm.file"),
+    "heads": ("heads=5", "lm.heads=5 does not divide lm.dim=64; change one of them"),
+    "every": ("every=3", "lm.every=3 leaves no block with experts, as lm.layers=2; lower it"),
     "layers": ("layers=1", "task 'lm': 'layers' must be >= 2: 1"),
 }
 

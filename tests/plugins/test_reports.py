@@ -1,4 +1,4 @@
-"""Reports: what stands in their files is what was recorded."""
+"""Reports: their files contain what was recorded."""
 
 import csv
 import importlib.util
@@ -13,6 +13,7 @@ from moe_engine.contract.run import Run
 from moe_engine.plugins.reports.csv import Csv
 from moe_engine.plugins.reports.tensorboard import TensorBoard
 from moe_engine.run.folder import read_run
+from support import refused
 
 needs_tensorboard = pytest.mark.skipif(not importlib.util.find_spec("tensorboard"), reason="needs tensorboard")
 
@@ -47,10 +48,10 @@ def test_metrics_csv_holds_every_number_of_every_record(grown):
     records = [record for record in grown.records if record["layers"]]
     assert len(rows) == len(records) > 3
     for row, record in zip(rows, records, strict=True):
-        own = record["layers"]["moe"]
+        metrics = record["layers"]["moe"]
         assert [row["layer"], row["split"], row["step"]] == ["moe", record["split"], str(record["step"])]
         assert float(row["loss"]) == record["loss"]
-        for name, value in own.items():
+        for name, value in metrics.items():
             if isinstance(value, list):
                 assert name not in row
             elif isinstance(value, dict):
@@ -61,7 +62,7 @@ def test_metrics_csv_holds_every_number_of_every_record(grown):
 
 
 def test_usage_csv_follows_each_expert_through_growth(grown):
-    """3 experts until step 10; expert 3 is born then; at 20 expert 4 takes the place of 1."""
+    """3 experts until step 10; expert 3 is born then; at 20 expert 4 replaces 1."""
     rows = table(grown.folder / "usage.csv")
     alive = {int(row["step"]): sorted(int(r["expert"]) for r in rows if r["step"] == row["step"]) for row in rows}
     assert alive[5] == alive[10] == [0, 1, 2]
@@ -126,11 +127,11 @@ def test_tensorboard_reads_back_what_was_recorded_once(tmp_path):
 def test_a_missing_tensorboard_is_one_sentence_before_the_run(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(__import__("sys").modules, "tensorboard", None)
     assert main(["run", "--plugins", "tensorboard", "--out", str(tmp_path / "run")]) == 2
-    said = capsys.readouterr().err.strip()
-    assert "pip install tensorboard" in said
-    assert len(said.splitlines()) == 1
+    message = capsys.readouterr().err.strip()
+    assert "pip install tensorboard" in message
+    assert len(message.splitlines()) == 1
     assert not (tmp_path / "run").exists()
-    with pytest.raises(UsageError, match="pip install"):
+    with refused("missing-package", "pip install tensorboard"):
         TensorBoard().moe_report(run_of(tmp_path / "other", record(moe={})))
     with pytest.raises(UsageError, match="pip install"):
         Engine("tensorboard").moe(4, 4)

@@ -40,7 +40,7 @@ def test_every_layer_grows_until_it_is_full():
     assert [layer.spec.experts for layer in layers] == [4, 4]
 
 
-def test_newcomers_descend_from_the_busiest_expert():
+def test_new_experts_descend_from_the_busiest_expert():
     engine, (layer,) = engine_of("schedule", ["schedule.every=1"], sizes=(4,))
     layer.load_since_growth = torch.tensor([1.0, 2.0, 9.0, 3.0])
     engine.step = 1
@@ -112,7 +112,7 @@ def test_a_loss_that_is_not_finite_is_no_check_and_spoils_no_mean():
     ("plugins", "settings", "sentence"),
     [
         ("loss_plateau", ["loss_plateau.fast=0.99"], "fast=0.99 must be below slow=0.99"),
-        ("schedule,loss_plateau", [], "schedule grows at its steps whatever loss_plateau has just done"),
+        ("schedule,loss_plateau", [], "schedule .* loss_plateau"),
         ("schedule", ["schedule.at=1,x"], "option 'at' is a list of whole numbers; '1,x' is not"),
     ],
 )
@@ -175,12 +175,12 @@ def test_dead_replace_revives_the_dead_expert_of_a_live_layer():
 
 
 @pytest.mark.parametrize("forced", ["loss_free", "quantile"])
-def test_overload_beside_a_controller_that_forces_equal_loads_is_refused(forced):
-    with pytest.raises(UsageError, match=f"overload never fires while {forced} makes all loads equal"):
+def test_overload_is_refused_with_a_bias_that_forces_equal_loads(forced):
+    with pytest.raises(UsageError, match=f"overload .* {forced}"):
         Engine(f"topk,overload,{forced}", experts=4, top_k=2).moe(4, 4)
 
 
-def test_novelty_lets_a_newcomer_look_where_no_expert_does():
+def test_novelty_gives_the_new_expert_a_row_where_no_expert_looks():
     """A threshold router whose experts look along axes 0 and 1; tokens come along axis 2 too."""
     torch.manual_seed(0)
     settings = ["novelty.cooldown=5", "novelty.patience=3", "novelty.share=0.3"]
@@ -216,7 +216,7 @@ def test_novelty_is_quiet_where_every_token_suits_some_expert():
         assert not engine.due(1.0)
 
 
-def test_a_newcomer_looks_the_triggers_way_whatever_the_source():
+def test_a_new_expert_gets_the_triggers_router_row_from_any_initializer():
     """The initializer gives all its other rows; where the router starts at zero, the row has length 1."""
     for router, length in (("topk", None), ("noisy_topk", 1.0)):
         torch.manual_seed(0)
@@ -232,8 +232,8 @@ def test_a_newcomer_looks_the_triggers_way_whatever_the_source():
         torch.testing.assert_close(layer.router.weight[2].detach(), expected)
 
 
-def test_a_trigger_of_orphans_is_refused_where_nobody_is_born_without_a_parent():
-    with pytest.raises(UsageError, match="a newcomer needs a parent"):
+def test_a_trigger_of_orphans_is_refused_where_new_experts_need_a_parent():
+    with pytest.raises(UsageError, match="needs a parent"):
         Engine("hierarchical,novelty", experts=4, top_k=2).moe(4, 4)
 
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from moe_engine import UsageError
-from moe_engine.seeds import generator
+from moe_engine import generator
 from moe_engine.tasks import datasets
+from support import refused
 
 
 def official(count):
@@ -47,7 +47,7 @@ def write_npz(folder, batches):
 @pytest.mark.parametrize("write", [write_binary, write_npz])
 def test_cifar10_reads_both_forms(small_cifar, tmp_path, write):
     write(tmp_path, small_cifar)
-    (images, labels), (test_images, _) = datasets.cifar10(str(tmp_path))
+    (images, labels), (test_images, _) = datasets.load_cifar10(str(tmp_path))
     assert [tuple(images.shape), tuple(test_images.shape)] == [(20, 3, 32, 32), (4, 3, 32, 32)]
     assert images[5].flatten().tolist() == small_cifar[1][1, 1:].tolist()
     assert labels.tolist() == np.concatenate(small_cifar[:5])[:, 0].tolist()
@@ -57,11 +57,11 @@ def test_cifar10_reads_both_forms(small_cifar, tmp_path, write):
 def test_cifar10_names_a_damaged_file(small_cifar, tmp_path, write):
     small_cifar[2][0, 7] ^= 1
     write(tmp_path, small_cifar)
-    with pytest.raises(UsageError, match=r"data_batch_3.bin of .* is damaged; delete"):
-        datasets.cifar10(str(tmp_path))
+    with refused("damaged-data", "data_batch_3.bin", tmp_path):
+        datasets.load_cifar10(str(tmp_path))
 
 
-def test_cifar10_reads_the_official_archive_that_somebody_put_there(small_cifar, tmp_path, monkeypatch):
+def test_cifar10_reads_an_official_archive_that_is_already_there(small_cifar, tmp_path, monkeypatch):
     """Offline: the archive in the folder is unpacked as a downloaded one is."""
     (tmp_path / "source").mkdir()
     write_binary(tmp_path / "source", small_cifar)
@@ -70,14 +70,14 @@ def test_cifar10_reads_the_official_archive_that_somebody_put_there(small_cifar,
         tar.add(tmp_path / "source" / datasets.CIFAR_FOLDER, datasets.CIFAR_FOLDER)
     monkeypatch.setattr(datasets, "CIFAR_ARCHIVE_MD5", md5(packed.read_bytes()).hexdigest())
     monkeypatch.setattr("torchvision.datasets.utils.urllib.request.urlopen", None)
-    (images, labels), _ = datasets.cifar10(str(tmp_path))
+    (images, labels), _ = datasets.load_cifar10(str(tmp_path))
     assert (len(images), labels.tolist()) == (20, np.concatenate(small_cifar[:5])[:, 0].tolist())
 
 
 def test_cifar10_unpickles_nothing(tmp_path):
     np.savez(tmp_path / "cifar10.npz", x_train=np.array([{}], dtype=object))
-    with pytest.raises(UsageError, match="damaged"):
-        datasets.cifar10(str(tmp_path))
+    with refused("damaged-data", tmp_path / "cifar10.npz"):
+        datasets.load_cifar10(str(tmp_path))
 
 
 def still(*shape, generator):
@@ -88,25 +88,25 @@ def test_a_blob_lies_where_it_was_put(monkeypatch):
     """One blob of width 1/7 in the middle of 7 x 7 pixels: exp(-d^2 / 2) of the distance in pixels, times 255."""
     monkeypatch.setattr(torch, "rand", lambda *shape, generator: torch.full(shape, 0.5))
     monkeypatch.setattr(torch, "randn", still)
-    ((images, labels),) = datasets.blobs((2,), 1, generator(0, "here"), side=7, parts=1, width=1 / 7)
+    ((images, labels),) = datasets.blob_images((2,), 1, generator(0, "here"), side=7, parts=1, width=1 / 7)
     expected = [[int(255 * np.exp(-((y - 3) ** 2 + (x - 3) ** 2) / 2)) for x in range(7)] for y in range(7)]
     assert ([0, 0], expected) == (labels.tolist(), images[1].tolist())
 
 
 def test_coloured_blobs_have_channels_and_other_counts_other_rows():
-    one, two = datasets.blobs((5, 3), 2, generator(0, "here"), side=6, channels=3)
-    assert [tuple(half[0].shape) for half in (one, two)] == [(5, 3, 6, 6), (3, 3, 6, 6)]
-    assert one[0].dtype == torch.uint8 and int(one[1].max()) <= 1
-    assert not torch.equal(one[0][0], two[0][0])
+    first, second = datasets.blob_images((5, 3), 2, generator(0, "here"), side=6, channels=3)
+    assert [tuple(split[0].shape) for split in (first, second)] == [(5, 3, 6, 6), (3, 3, 6, 6)]
+    assert first[0].dtype == torch.uint8 and int(first[1].max()) <= 1
+    assert not torch.equal(first[0][0], second[0][0])
 
 
 def test_joined_sets_keep_their_order_for_training_and_are_mixed_for_testing():
     """Two sets of two classes: the second's labels are 2 and 3; every test row is there, with its own label."""
 
-    def half(first, count):
+    def split(first, count):
         return torch.arange(first, first + count)[:, None], torch.arange(count) % 2
 
-    (images, labels), test = datasets.joined([(half(0, 3), half(10, 40)), (half(3, 2), half(50, 40))], 2)
+    (images, labels), test = datasets.join_datasets([(split(0, 3), split(10, 40)), (split(3, 2), split(50, 40))], 2)
     assert (images[:, 0].tolist(), labels.tolist()) == ([0, 1, 2, 3, 4], [0, 1, 0, 2, 3])
     pairs = list(zip(test[0][:, 0].tolist(), test[1].tolist(), strict=True))
     assert [(10 + n, n % 2 + 2 * (n >= 40)) for n in range(80)] == sorted(pairs) != pairs

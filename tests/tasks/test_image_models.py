@@ -1,4 +1,4 @@
-"""Models of pictures: what each computes, that all learn, and the dense model in each one's place."""
+"""Image models: what each computes, that all learn, and the dense model that replaces each."""
 
 from math import isqrt
 
@@ -7,9 +7,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from moe_engine import Engine, MoE, UsageError, adam
+from moe_engine import Engine, MoE, adam
 from moe_engine.tasks.image_models import MODELS, image_model
 from moe_engine.tasks.images import image_task
+from support import refused
 
 CLASSES, DIM, HIDDEN = 4, 12, 8
 DENSENETS = ("densenet121", "densenet_slim")
@@ -17,8 +18,8 @@ SMALL = [name for name in MODELS if name not in DENSENETS]
 models = pytest.mark.parametrize("name", SMALL)
 
 
-def pictures(count, *shape):
-    """Noise, brighter in another corner for each of four classes: what any model can learn."""
+def drawn(count, *shape):
+    """Images of noise, brighter in a different corner for each of four classes, which any model can learn."""
     labels, side = torch.arange(count) % CLASSES, isqrt(shape[-1]) if len(shape) == 1 else shape[-1]
     images = torch.randint(100, (count, *shape[:-2], side, side))
     half = side // 2
@@ -35,7 +36,7 @@ def build(name, shape=(3, 8, 8), plugins="topk", **spec):
 def trained(name, shape, steps):
     """The losses of some steps on one batch of 64."""
     engine, model = build(name, shape)
-    batch = pictures(64, *shape)
+    batch = drawn(64, *shape)
     task = image_task(batch, batch, CLASSES, DIM, HIDDEN, model=name)
     optimizer, losses = adam(model, 1e-2), []
     for _ in range(steps):
@@ -52,7 +53,7 @@ def trained(name, shape, steps):
 
 def test_each_formula():
     """On the tokens x that the stem makes: linear of x + MoE(x), linear of MoE(x), MoE of the pixels, MoE(x)."""
-    images, _ = pictures(5, 3, 8, 8)
+    images, _ = drawn(5, 3, 8, 8)
     pixels = images / 255
     for name in SMALL:
         model = build(name)[1].eval()
@@ -69,7 +70,7 @@ def test_each_formula():
 
 def test_the_linear_stem_and_the_convolutions_by_hand():
     """32 channels, pooled by 2, then 64, pooled by 2, then linear."""
-    images, _ = pictures(5, 3, 8, 8)
+    images, _ = drawn(5, 3, 8, 8)
     linear, conv = (build(name)[1].stem for name in ("residual", "cnn"))
     x = images / 255
     torch.testing.assert_close(linear(x), linear[1](x.flatten(1)).relu())
@@ -82,7 +83,7 @@ def test_the_linear_stem_and_the_convolutions_by_hand():
 @pytest.mark.parametrize(("name", "shape"), [("cnn", (8, 8)), ("cnn", (3, 8, 8)), ("densenet_slim", (3, 32, 32))])
 def test_gradients_lie_in_memory_as_their_weights_do(name, shape):
     """Fused Adam walks both through memory without a look at their strides, so that another order goes unnoticed."""
-    images, labels = pictures(4, *shape)
+    images, labels = drawn(4, *shape)
     _, model = build(name, shape)
     batched = images.view(4, -1, *shape[-2:])
     assert model.stem[0](batched).is_contiguous(memory_format=torch.channels_last)
@@ -94,7 +95,7 @@ def test_gradients_lie_in_memory_as_their_weights_do(name, shape):
 
 @models
 @pytest.mark.parametrize("shape", [(64,), (8, 8), (3, 9, 9)])
-def test_pictures_of_every_layout_are_learnt(name, shape):
+def test_images_of_every_layout_are_learnt(name, shape):
     """Flat, grey and in colour; every parameter gets a gradient, and 64 samples are fitted."""
     losses = trained(name, shape, 40)
     assert losses[-1] < 0.3 * losses[0]
@@ -106,9 +107,9 @@ def test_the_slim_densenet_learns():
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_forward_in_eval_repeats_and_the_labels_are_told(name):
+def test_a_forward_in_eval_repeats_and_labels_reach_the_layer(name):
     engine, model = build(name, (3, 32, 32))
-    images, labels = pictures(6, 3, 32, 32)
+    images, labels = drawn(6, 3, 32, 32)
     with torch.no_grad():
         logits = model.eval()(images, labels)
         assert torch.equal(logits, model(images))
@@ -138,14 +139,14 @@ def test_a_densenet_is_torchvisions_but_for_its_first_convolution(name):
         assert features == 7_978_856 - 1_025_000 - 64 * 3 * 49 + 64 * 3 * 9
 
 
-def test_a_densenet_refuses_small_pictures():
-    with pytest.raises(UsageError, match="needs a side of 32 pixels, not 28"):
+def test_a_densenet_refuses_small_images():
+    with refused("image-too-small", 32, 28):
         build("densenet_slim", (28, 28))
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_dense_model(name):
-    """An MLP of the active width in the layer's place; of a DenseNet its own linear classifier."""
+    """An MLP of the active width replaces the layer; a DenseNet keeps its linear classifier."""
     engine, model = build(name, (3, 32, 32), plugins="", dense=True)
     assert engine.layers == []
     if name in DENSENETS:
@@ -153,19 +154,19 @@ def test_the_dense_model(name):
         assert isinstance(model.head, nn.Linear)
     else:
         assert model.moe.enter.out_features == 2 * HIDDEN
-    images, labels = pictures(6, 3, 32, 32)
+    images, labels = drawn(6, 3, 32, 32)
     loss = F.cross_entropy(model(images, labels), labels)
     loss.backward()
     assert all(p.grad is not None for p in model.parameters())
 
 
 def test_experts_that_a_dense_densenet_has_no_place_for_are_refused():
-    with pytest.raises(UsageError, match="a classifier of its own: 'deep_mlp' acts on nothing"):
+    with refused("acts-on-nothing", "'deep_mlp'"):
         build("densenet_slim", (3, 32, 32), plugins="deep_mlp", dense=True, top_k=1)
 
 
 def test_the_dense_model_of_deep_experts_is_the_published_perceptron():
-    """784-128-64-10 with biases on flat pixels: 109,386 weights, and what torch's own layers answer."""
+    """784-128-64-10 with biases on flat pixels: 109,386 weights, and the output of torch's own layers."""
     engine = Engine("deep_mlp", experts=8, top_k=1, dense=True)
     model = image_model("direct", engine, torch.zeros(28, 28), 10, 1, 1, 255.0)
     assert sum(p.numel() for p in model.parameters()) == 109_386
