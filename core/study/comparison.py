@@ -1,4 +1,4 @@
-"""A comparison of plugins: a study whose one axis is plugins, next to a dense model and the base alone."""
+"""Comparisons of plugins: studies whose one axis is plugins."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path

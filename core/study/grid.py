@@ -1,4 +1,4 @@
-"""Variants times seeds: each cell is one run; a finished one is a small file, so a grid can be resumed."""
+"""Grids of variants and seeds, one run each; finished runs are not repeated."""
 
 import ast
 import json

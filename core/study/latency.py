@@ -1,4 +1,4 @@
-"""Inference time of trained models: one thread, nothing else running, the models in turns."""
+"""Inference time of trained models: one thread, the models in turns."""
 
 import json
 import random

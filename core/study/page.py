@@ -1,4 +1,4 @@
-"""The pages of a study or a comparison: Markdown, and one self-contained HTML file."""
+"""Pages of results: Markdown, and one self-contained HTML file."""
 
 from base64 import b64encode
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +14,7 @@ def markdown_of(results: Mapping[str, Any], figures: Iterable[str] = ()) -> str:
     parts = [f"# {results['title']}", results["question"]]
     parts += [f"Source: {results['source']}"] if results["source"] else []
     if results["notes"]:
-        parts += ["What is wrong with it:", "\n".join(f"- {note}" for note in results["notes"])]
+        parts += ["What is wrong with the publication:", "\n".join(f"- {note}" for note in results["notes"])]
     if results["criteria"]:
         parts += ["## Criteria", _markdown_table(*criteria_table(results))]
     for title, columns, lines in tables_of(results):

@@ -1,4 +1,4 @@
-"""Reading a study's TOML file, and checking the names in it."""
+"""Read a study's TOML file and check the names in it."""
 
 import tomllib
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Running a study, or a comparison of plugins: the cells, a row of numbers for each variant, the judged results."""
+"""Run a study or a comparison: cells, rows of numbers, judged results."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence

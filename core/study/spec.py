@@ -1,4 +1,4 @@
-"""A study's TOML file as records: variants from crossed axes, columns, criteria, figures, published numbers."""
+"""A study as records: variants from crossed axes, criteria, figures."""
 
 from collections.abc import Iterator, Mapping
 from itertools import product

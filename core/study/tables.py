@@ -1,4 +1,4 @@
-"""Tables of results: what a terminal and both pages show of a study or a comparison."""
+"""Tables of results, for the terminal and both pages."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
