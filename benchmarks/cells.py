@@ -1,7 +1,7 @@
-"""What is timed: a problem of some size, the floors below it, and the engine's experts on it.
+"""The timed problems, the floors below them, and the engine's experts on them.
 
-Experts only: gathering, products, activation, gates and the weighted sum, forward and backward, with the gradients of
-tokens, gates and weights. The routing is given, so that every candidate does the same work.
+Experts only: gathering, matmuls, activation, gates and the weighted sum, forward and backward, with the gradients of
+tokens, gates and weights. The routing is given, so every candidate does the same work.
 """
 
 from collections.abc import Callable, Iterable
@@ -34,18 +34,18 @@ class Cell:
     precision: str = "fp32"  # fp32, bf16 (weights too), autocast
     threads: int = 1
     forward_only: bool = False
-    adam: bool = False  # a step of the fused optimizer too
+    adam: bool = False  # includes a step of the fused optimizer
 
     @property
     def name(self) -> str:
         sizes = f"T {self.tokens}, {self.dim}/{self.hidden}, E {self.experts}, K {self.top_k}"
-        own = [getattr(self, field.name) for field in attrs.fields(Cell)[5:]]
-        usual = [field.default for field in attrs.fields(Cell)[5:]]
+        values = [getattr(self, field.name) for field in attrs.fields(Cell)[5:]]
+        defaults = [field.default for field in attrs.fields(Cell)[5:]]
         words = (self.load, self.activation, "bias", self.precision, f"{self.threads} threads", "forward alone", "Adam")
-        return ", ".join([sizes, *(word for word, a, b in zip(words, own, usual, strict=True) if a != b)])
+        return ", ".join([sizes, *(word for word, a, b in zip(words, values, defaults, strict=True) if a != b)])
 
     def small(self) -> "Cell":
-        """The same in a few milliseconds."""
+        """The same cell at a size that takes milliseconds."""
         return attrs.evolve(self, tokens=64, dim=32, hidden=32)
 
 
@@ -63,22 +63,22 @@ class Problem(NamedTuple):
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """The experts' own, by name."""
+        """The experts' weights by name."""
         names = ("w_in", "w_out", "b_in", "b_out")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     @property
-    def learnt(self) -> dict[str, Tensor]:
-        """What gets a gradient, by name."""
+    def trained(self) -> dict[str, Tensor]:
+        """The tensors that get a gradient, by name."""
         return {"x": self.x, "gate": self.gate, **self.weights}
 
     def cast(self, dtype: torch.dtype) -> "Problem":
-        """What experts multiply, in that precision; gates and gradients stay what they are."""
-        return self._replace(x=self.x.to(dtype), **{name: one.to(dtype) for name, one in self.weights.items()})
+        """Tokens and weights in that precision; gates and gradients as they are."""
+        return self._replace(x=self.x.to(dtype), **{name: weight.to(dtype) for name, weight in self.weights.items()})
 
 
-def problem(cell: Cell, checked: bool = True) -> Problem:
-    """Random numbers; loads as the cell says. checked: no gradient enters where ReLU's kink would spoil the check."""
+def problem_of(cell: Cell, checked: bool = True) -> Problem:
+    """Random tensors with the cell's load. checked: no gradient where ReLU's kink would spoil the check."""
     made = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -97,12 +97,12 @@ def problem(cell: Cell, checked: bool = True) -> Problem:
         normal(1, cell.experts, cell.dim)[0] if cell.bias else None,
         torch.randn(cell.tokens, cell.dim, generator=made),
     )
-    found = Problem(*tensors).cast(dtype)
+    problem = Problem(*tensors).cast(dtype)
     if checked and cell.activation == "relu":
-        found.grad[at_kink(found)] = 0
-    for one in found.learnt.values():
-        one.requires_grad_()
-    return found
+        problem.grad[at_kink(problem)] = 0
+    for tensor in problem.trained.values():
+        tensor.requires_grad_()
+    return problem
 
 
 def at_kink(given: Problem) -> Tensor:
@@ -131,21 +131,23 @@ def chosen(cell: Cell, made: torch.Generator) -> Tensor:
 
 
 def reference(cell: Cell, given: Problem) -> dict[str, Tensor]:
-    """In float64: y, and the gradients of `learnt` by name. Autocast's is that of what it multiplies."""
+    """In float64: y, and the gradients of `trained` by name; for autocast, of the tensors cast to bf16."""
     shared = given.cast(matmul_dtype(torch.bfloat16)) if cell.precision == "autocast" else given
-    own = given._replace(**{name: _leaf(value) for name, value in shared._asdict().items()})
+    exact = given._replace(**{name: _leaf(value) for name, value in shared._asdict().items()})
     act = ACTIVATIONS[cell.activation]
-    y = torch.zeros_like(own.x)
-    each = [None if one is None else one.unbind(0) for one in (own.w_in, own.b_in, own.w_out, own.b_out)]
-    for e in range(cell.experts):  # unbound once: w[e] would make a gradient of all experts' size for each of them
-        w_in, b_in, w_out, b_out = (None if one is None else one[e] for one in each)
-        token, rank = torch.where(own.expert == e)
-        h = own.x[token] @ w_in
+    y = torch.zeros_like(exact.x)
+    each = [
+        None if weight is None else weight.unbind(0) for weight in (exact.w_in, exact.b_in, exact.w_out, exact.b_out)
+    ]
+    for e in range(cell.experts):  # unbound once: each w[e] would have a gradient of all experts' size
+        w_in, b_in, w_out, b_out = (None if weights is None else weights[e] for weights in each)
+        token, rank = torch.where(exact.expert == e)
+        h = exact.x[token] @ w_in
         h = act(h if b_in is None else h + b_in) @ w_out
         h = h if b_out is None else h + b_out
-        y = y.index_add(0, token, h * own.gate[token, rank, None])
-    grads = torch.autograd.grad(y, list(own.learnt.values()), own.grad, materialize_grads=True)
-    return {"y": y.detach(), **dict(zip(own.learnt, grads, strict=True))}
+        y = y.index_add(0, token, h * exact.gate[token, rank, None])
+    grads = torch.autograd.grad(y, list(exact.trained.values()), exact.grad, materialize_grads=True)
+    return {"y": y.detach(), **dict(zip(exact.trained, grads, strict=True))}
 
 
 def _leaf(value: Tensor | None) -> Tensor | None:
@@ -155,57 +157,57 @@ def _leaf(value: Tensor | None) -> Tensor | None:
 
 
 def updating(cell: Cell, weights: Iterable[Tensor]) -> Call:
-    """What the optimizer does to these weights, and changes nothing; nothing at all in a cell without."""
+    """An optimizer step on these weights that changes nothing; a no-op in a cell without Adam."""
     return torch.optim.Adam(list(weights), 0.0, fused=True).step if cell.adam else lambda: None
 
 
 def dense(cell: Cell, given: Problem) -> Call:
-    """The floor of what has to be computed: one MLP on T K rows, in fp32 whatever the cell's precision."""
+    """The floor of computation: one MLP on T K rows, in fp32 whatever the cell's precision."""
     wide = given.w_in.shape[2]
-    enter, leave = nn.Linear(cell.dim, wide, bias=cell.bias), nn.Linear(cell.hidden, cell.dim, bias=cell.bias)
+    up, down = nn.Linear(cell.dim, wide, bias=cell.bias), nn.Linear(cell.hidden, cell.dim, bias=cell.bias)
     act = ACTIVATIONS[cell.activation]
-    update = updating(cell, [*enter.parameters(), *leave.parameters()])
+    update = updating(cell, [*up.parameters(), *down.parameters()])
     x = torch.randn(cell.tokens * cell.top_k, cell.dim, requires_grad=True)
     grad = torch.randn(cell.tokens * cell.top_k, cell.dim)
 
     def call() -> None:
         if cell.forward_only:
             with torch.no_grad():
-                leave(act(enter(x)))
+                down(act(up(x)))
             return
-        for one in (x, *enter.parameters(), *leave.parameters()):
-            one.grad = None
-        leave(act(enter(x))).backward(grad)
+        for tensor in (x, *up.parameters(), *down.parameters()):
+            tensor.grad = None
+        down(act(up(x))).backward(grad)
         update()
 
     return call
 
 
-def products(cell: Cell, given: Problem) -> Call:
-    """The floor of what segments cost: six products an expert into memory that is there, weight gradients fresh."""
+def matmuls(cell: Cell, given: Problem) -> Call:
+    """The floor of the fused MLP: six matmuls an expert into existing memory, weight gradients freshly allocated."""
     counts = torch.bincount(given.expert.flatten(), minlength=cell.experts).tolist()
     rows, wide = sum(counts), given.w_in.shape[2]
     dtype = matmul_dtype(given.w_in.dtype if cell.precision == "fp32" else torch.bfloat16)
     x, y, g, dx = (torch.randn(rows, cell.dim, dtype=dtype) for _ in range(4))
     a, da = (torch.randn(rows, wide, dtype=dtype) for _ in range(2))
     h, dh = (torch.randn(rows, cell.hidden, dtype=dtype) for _ in range(2))
-    w_in, w_out = (one.detach().to(dtype) for one in (given.w_in, given.w_out))
+    w_in, w_out = (weight.detach().to(dtype) for weight in (given.w_in, given.w_out))
     update = updating(cell, (w_in, w_out))
 
     def call() -> None:
         dw_in, dw_out = torch.empty_like(w_in), torch.empty_like(w_out)
         start = 0
         for e, count in enumerate(counts):
-            own = slice(start, start + count)
+            rows_e = slice(start, start + count)
             start += count
-            torch.mm(x[own], w_in[e], out=a[own])
-            torch.mm(h[own], w_out[e], out=y[own])
+            torch.mm(x[rows_e], w_in[e], out=a[rows_e])
+            torch.mm(h[rows_e], w_out[e], out=y[rows_e])
             if cell.forward_only:
                 continue
-            torch.mm(g[own], w_out[e].t(), out=dh[own])
-            torch.mm(h[own].t(), g[own], out=dw_out[e])
-            torch.mm(x[own].t(), da[own], out=dw_in[e])
-            torch.mm(da[own], w_in[e].t(), out=dx[own])
+            torch.mm(g[rows_e], w_out[e].t(), out=dh[rows_e])
+            torch.mm(h[rows_e].t(), g[rows_e], out=dw_out[e])
+            torch.mm(x[rows_e].t(), da[rows_e], out=dw_in[e])
+            torch.mm(da[rows_e], w_in[e].t(), out=dx[rows_e])
         w_in.grad, w_out.grad = dw_in, dw_out
         update()
         w_in.grad = w_out.grad = None
@@ -214,7 +216,7 @@ def products(cell: Cell, given: Problem) -> Call:
 
 
 def weight_gradients(given: Problem) -> Call:
-    """The floor of memory: writing as many bytes as the gradients of all experts' weights are, freshly allocated."""
+    """The floor of memory: writing as many freshly allocated bytes as the gradients of all experts' weights."""
 
     def call() -> None:
         for weight in (given.w_in, given.w_out):
@@ -224,9 +226,9 @@ def weight_gradients(given: Problem) -> Call:
 
 
 def whole_layer(cell: Cell) -> Call:
-    """Router, bias, loss, ledger and all calls of a training step, on random tokens near balance."""
-    built = Engine("saturation,switch_aux", experts=cell.experts, top_k=cell.top_k)
-    layer = built.moe(cell.dim, cell.hidden)
+    """Router, bias, loss, ledger and all calls of a training step, on random tokens, near balance."""
+    engine = Engine("saturation,switch_aux", experts=cell.experts, top_k=cell.top_k)
+    layer = engine.moe(cell.dim, cell.hidden)
     nn.init.orthogonal_(layer.router.weight)  # equal, independent scores
     x, grad = torch.randn(cell.tokens, cell.dim, requires_grad=True), torch.randn(cell.tokens, cell.dim)
 
@@ -234,9 +236,9 @@ def whole_layer(cell: Cell) -> Call:
         layer.zero_grad(set_to_none=True)
         x.grad = None
         y = layer(x)
-        torch.autograd.backward((y, built.aux_loss()), (grad, None))
-        built.after_backward()
-        built.after_step()
+        torch.autograd.backward((y, engine.aux_loss()), (grad, None))
+        engine.after_backward()
+        engine.after_step()
 
     return call
 
@@ -244,8 +246,8 @@ def whole_layer(cell: Cell) -> Call:
 Forward = Callable[[], Tensor]
 
 
-def engine(cell: Cell, given: Problem) -> Forward:
-    """The engine's experts, behind a routing that is given."""
+def engine_experts(cell: Cell, given: Problem) -> Forward:
+    """The engine's experts, with the given routing."""
     spec = Spec(cell.dim, cell.hidden, 0, cell.experts, cell.top_k, cell.activation, cell.bias)
     bank = StackedMLP(spec)
     bank._parameters.update(given.weights)
@@ -259,7 +261,7 @@ def engine(cell: Cell, given: Problem) -> Forward:
 
 
 def step(cell: Cell, given: Problem, forward: Forward) -> Call:
-    """Forward and backward, with gradients that are allocated anew as after zero_grad(set_to_none=True)."""
+    """Forward and backward; gradients are allocated anew, as after zero_grad(set_to_none=True)."""
     autocast = cell.precision == "autocast"
     update = updating(cell, given.weights.values())
 
@@ -269,8 +271,8 @@ def step(cell: Cell, given: Problem, forward: Forward) -> Call:
                 with torch.no_grad():
                     forward()
                 return
-            for one in given.learnt.values():
-                one.grad = None
+            for tensor in given.trained.values():
+                tensor.grad = None
             y = forward()
         y.backward(given.grad.to(y.dtype))
         update()
@@ -281,14 +283,14 @@ def step(cell: Cell, given: Problem, forward: Forward) -> Call:
 def errors(cell: Cell, given: Problem, forward: Forward, weights: bool = True) -> dict[str, float]:
     """Relative errors of the output and each gradient against float64, in the Frobenius norm.
 
-    weights: those of weights too, which some hold in a layout of their own.
+    weights: include those of weights, which some candidates hold in another layout.
     """
-    wanted = reference(cell, given)
-    for one in given.learnt.values():
-        one.grad = None
+    expected = reference(cell, given)
+    for tensor in given.trained.values():
+        tensor.grad = None
     with torch.autocast("cpu", torch.bfloat16, enabled=cell.precision == "autocast"):
         y = forward()
     y.backward(given.grad.to(y.dtype))
-    found = {"y": y.detach(), **{name: one.grad for name, one in given.learnt.items()}}
+    found = {"y": y.detach(), **{name: tensor.grad for name, tensor in given.trained.items()}}
     names = found if weights else ("y", "x", "gate")
-    return {name: float((found[name].double() - wanted[name]).norm() / wanted[name].norm()) for name in names}
+    return {name: float((found[name].double() - expected[name]).norm() / expected[name].norm()) for name in names}

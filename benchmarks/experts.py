@@ -1,8 +1,8 @@
-"""The experts over what has to be computed and over other people's, cell by cell.
+"""The experts relative to the necessary computation and to other libraries, cell by cell.
 
-dense: an MLP on as many rows, in fp32. products: the experts' matrix products alone. layer: router, saturation,
-switch_aux and ledger too. Other people's, where they are installed, get the same weights and routing. Every output and
-gradient is checked against float64 before anything is timed. Ratios are medians over paired repetitions.
+dense: an MLP on as many rows, in fp32. matmuls: the experts' matmuls alone. layer: with router, saturation, switch_aux
+and ledger. Other libraries, if installed, get the same weights and routing. Every output and gradient is checked
+against float64 before anything is timed. Ratios are medians over paired repetitions.
 """
 
 import sys
@@ -12,9 +12,9 @@ from typing import Any
 import attrs
 import torch
 
-from cells import Cell, dense, engine, errors, problem, products, step, weight_gradients, whole_layer
+from cells import Cell, dense, engine_experts, errors, matmuls, problem_of, step, weight_gradients, whole_layer
 from moe_engine.layer.fused_cpu import matmul_dtype
-from paired import RESULTS, Bar, Call, Times, arguments, over, steady, tell, timed
+from paired import RESULTS, Call, Criterion, Times, arguments, ratio, report, steady, timed
 from peers import FORWARDS, ONLY_SMALL, WHOLE, installed
 
 E8, WIDE = Cell(), Cell(dim=512, hidden=1024)
@@ -30,9 +30,9 @@ def bf16(cell: Cell) -> Cell:
 
 
 SHORT = attrs.evolve(bf16(E8), tokens=128)
-HALVES = tuple(bf16(cell) for cell in (E8, E64, E256))
-NATIVE = matmul_dtype(torch.bfloat16) == torch.bfloat16  # where not, others take seconds for what is in HALVES
-WITH_PEERS = (E8, WIDE, E64, E256, zipf(E8), zipf(E64), SHORT, *(HALVES if NATIVE else ()))
+BF16 = tuple(bf16(cell) for cell in (E8, E64, E256))
+NATIVE = matmul_dtype(torch.bfloat16) == torch.bfloat16  # without, other libraries take seconds for the cells of BF16
+WITH_PEERS = (E8, WIDE, E64, E256, zipf(E8), zipf(E64), SHORT, *(BF16 if NATIVE else ()))
 WITH_LAYER = (E8, WIDE, E64, E256)
 CELLS = (
     *WITH_PEERS,
@@ -46,47 +46,47 @@ CELLS = (
     Cell(activation="gelu"),
     Cell(activation="swiglu"),
     Cell(bias=True),
-    *(() if NATIVE else HALVES),
+    *(() if NATIVE else BF16),
     attrs.evolve(E8, precision="autocast"),
     attrs.evolve(E8, threads=2),
 )
-LIMITS = {"fp32": 1e-6, "bf16": 4e-3, "autocast": 4e-3}  # of the relative error, against float64
-BARS = (  # the engine over what, at most
+ERROR_LIMITS = {"fp32": 1e-6, "bf16": 4e-3, "autocast": 4e-3}  # of the relative error
+EXPERT_LIMITS = (  # the engine relative to what, at most
     (E8, "dense", 1.12),
     (E8, "transformers grouped_mm", 0.95),
     (WIDE, "dense", 1.08),
     (WIDE, "transformers grouped_mm", 0.95),
-    (E64, "products", 1.12),
+    (E64, "matmuls", 1.12),
     (E64, "best peer", 1.05),
-    (E256, "products", 1.12),
+    (E256, "matmuls", 1.12),
     (E256, "best peer", 1.08),
-    *((zipf(cell), "products", 1.18) for cell in (E8, E64, E256)),
+    *((zipf(cell), "matmuls", 1.18) for cell in (E8, E64, E256)),
     (E8, "st-moe-pytorch", 0.4),
     (E8, "GShard einsum", 0.4),
 )
-NATIVE_BARS = tuple((cell, "products", 1.2) for cell in HALVES)
-UPCAST_BARS = (
+NATIVE_LIMITS = tuple((cell, "matmuls", 1.2) for cell in BF16)
+UPCAST_LIMITS = (
     (SHORT, "best peer", 0.2),
-    *((cell, "dense", at_most) for cell, at_most in zip(HALVES, (1.25, 1.25, 2.2), strict=True)),
+    *((cell, "dense", at_most) for cell, at_most in zip(BF16, (1.25, 1.25, 2.2), strict=True)),
 )
-LAYER_BARS = (  # the whole layer over what, at most
+LAYER_LIMITS = (  # the whole layer relative to what, at most
     (E8, "dense", 1.25),
     (WIDE, "dense", 1.15),
-    (E256, "engine", 1 / 0.75),  # everything beside the experts under 25 % of the layer
+    (E256, "engine", 1 / 0.75),  # everything but the experts takes under 25 % of the layer
 )
 
 
 def candidates(named: Cell, smoke: bool) -> tuple[dict[str, Call], dict[str, float]]:
-    """What is timed in a cell, and the engine's relative errors."""
+    """(the calls timed in a cell, the engine's relative errors)."""
     cell = named.small() if smoke else named
-    given = problem(cell)
-    own = engine(cell, given)
-    found = checked("engine", cell, errors(cell, given, own))
+    given = problem_of(cell)
+    forward = engine_experts(cell, given)
+    found = checked("engine", cell, errors(cell, given, forward))
     calls = {
         "dense": dense(cell, given),
-        "products": products(cell, given),
+        "matmuls": matmuls(cell, given),
         "weight gradients": weight_gradients(given),
-        "engine": step(cell, given, own),
+        "engine": step(cell, given, forward),
     }
     if named in WITH_LAYER:
         calls["layer"] = whole_layer(cell)
@@ -96,77 +96,77 @@ def candidates(named: Cell, smoke: bool) -> tuple[dict[str, Call], dict[str, flo
             if name in WHOLE:
                 calls[name] = WHOLE[name](cell, given)
                 continue
-            theirs = FORWARDS[name](cell, given)
-            checked(name, cell, errors(cell, given, theirs, weights=False), slack=4)
-            calls[name] = step(cell, given, theirs)
+            peer = FORWARDS[name](cell, given)
+            checked(name, cell, errors(cell, given, peer, weights=False), slack=4)
+            calls[name] = step(cell, given, peer)
     return calls, found
 
 
 def checked(name: str, cell: Cell, found: dict[str, float], slack: float = 1) -> dict[str, float]:
-    """The errors, if they are those of this precision."""
+    """The errors, if they are within this precision; exits otherwise."""
     worst = max(found.values())
-    if not worst <= slack * LIMITS[cell.precision]:
+    if not worst <= slack * ERROR_LIMITS[cell.precision]:
         raise SystemExit(f"{name} in {cell.name}: relative error {worst:.1e} against float64; {found}")
     return found
 
 
 def summary(cell: Cell, times: Times) -> dict[str, Any]:
-    """Every candidate over dense, and the engine over the products and over every other."""
+    """Every candidate relative to dense, and the engine relative to the matmuls and to every other library."""
     clock = "wall" if cell.threads > 1 else "cpu"
     found = {
-        "over dense": {name: over(times, name, "dense", clock) for name in times if name != "dense"},
-        "over products": {"engine": over(times, "engine", "products", clock)},
-        "engine over": {name: over(times, "engine", name, clock) for name in times if name in {**FORWARDS, **WHOLE}},
+        "over dense": {name: ratio(times, name, "dense", clock) for name in times if name != "dense"},
+        "over matmuls": {"engine": ratio(times, "engine", "matmuls", clock)},
+        "engine over": {name: ratio(times, "engine", name, clock) for name in times if name in {**FORWARDS, **WHOLE}},
     }
     if "layer" in times:
-        found["layer over"] = {name: over(times, "layer", name, clock) for name in ("dense", "engine")}
-    matched = {name: one for name, one in found["engine over"].items() if name in FORWARDS}
+        found["layer over"] = {name: ratio(times, "layer", name, clock) for name in ("dense", "engine")}
+    matched = {name: numbers for name, numbers in found["engine over"].items() if name in FORWARDS}
     if matched:
         best = max(matched, key=lambda name: matched[name]["median"])
         found["engine over"]["best peer"] = {**matched[best], "peer": best}
     return found
 
 
-def bars(found: Mapping[Cell, Mapping[str, Any]]) -> list[Bar]:
-    """Those whose cell and candidates were measured."""
+def criteria(found: Mapping[Cell, Mapping[str, Any]]) -> list[Criterion]:
+    """The criteria whose cell and candidates were measured."""
     judged = []
-    for cell, base, at_most in (*BARS, *(NATIVE_BARS if NATIVE else UPCAST_BARS)):
-        own = found.get(cell, {})
-        ratios = own.get("engine over", {}) | {
-            name: own[f"over {name}"]["engine"] for name in ("dense", "products") if own
+    for cell, base, at_most in (*EXPERT_LIMITS, *(NATIVE_LIMITS if NATIVE else UPCAST_LIMITS)):
+        measured = found.get(cell, {})
+        ratios = measured.get("engine over", {}) | {
+            name: measured[f"over {name}"]["engine"] for name in ("dense", "matmuls") if measured
         }
         if base in ratios:
             named = f"{base} ({ratios[base]['peer']})" if base == "best peer" else base
-            judged.append(Bar(f"{cell.name}: experts over {named}", ratios[base], at_most))
-    for cell, base, at_most in LAYER_BARS:
+            judged.append(Criterion(f"{cell.name}: experts over {named}", ratios[base], at_most))
+    for cell, base, at_most in LAYER_LIMITS:
         if cell in found:
-            judged.append(Bar(f"{cell.name}: layer over {base}", found[cell]["layer over"][base], at_most))
+            judged.append(Criterion(f"{cell.name}: layer over {base}", found[cell]["layer over"][base], at_most))
     return judged
 
 
 def table(found: Mapping[Cell, Mapping[str, Any]]) -> str:
-    """A line a cell, in Markdown: over dense, and the engine over others."""
-    columns = ("products", "weight gradients", "engine", "layer")
+    """A line for each cell, in Markdown: ratios to dense, and of the engine to the others."""
+    columns = ("matmuls", "weight gradients", "engine", "layer")
     lines = [
-        "| cell | dense ms | " + " | ".join(columns) + " | engine/products | engine over others |",
+        "| cell | dense ms | " + " | ".join(columns) + " | engine/matmuls | engine over others |",
         "|---" * 8 + "|",
     ]
-    for cell, own in found.items():
-        ratios = own["over dense"]
+    for cell, measured in found.items():
+        ratios = measured["over dense"]
         values = [f"{ratios[name]['median']:.2f}" if name in ratios else "" for name in columns]
         low, high = ratios["engine"]["quartiles"]
         values[2] += f" [{low:.2f}, {high:.2f}]"
-        others = {name: one for name, one in own["engine over"].items() if name != "best peer"}
-        said = ", ".join(f"{name} {one['median']:.2f}" for name, one in others.items())
-        base, seg = ratios["engine"]["base_ms"], own["over products"]["engine"]["median"]
-        lines.append(f"| {cell.name} | {base:.0f} | " + " | ".join(values) + f" | {seg:.2f} | {said} |")
+        others = {name: numbers for name, numbers in measured["engine over"].items() if name != "best peer"}
+        listed = ", ".join(f"{name} {numbers['median']:.2f}" for name, numbers in others.items())
+        base, over_matmuls = ratios["engine"]["base_ms"], measured["over matmuls"]["engine"]["median"]
+        lines.append(f"| {cell.name} | {base:.0f} | " + " | ".join(values) + f" | {over_matmuls:.2f} | {listed} |")
     return "\n".join(lines) + "\n"
 
 
 def main() -> int:
-    options = arguments("The experts over floors and peers.", repetitions=15)
+    options = arguments("The experts relative to floors and other libraries.", repetitions=15)
     if absent := [name for name in (*FORWARDS, *WHOLE) if not installed(name)]:
-        print(f"not installed, so left out: {', '.join(absent)}; pip install 'moe-engine[peers]'", file=sys.stderr)
+        print(f"left out, not installed: {', '.join(absent)}; pip install 'moe-engine[peers]'", file=sys.stderr)
     steady()
     found: dict[Cell, dict[str, Any]] = {}
     for number, cell in enumerate(CELLS, start=1):
@@ -175,12 +175,13 @@ def main() -> int:
         calls, wrong = candidates(cell, options.smoke)
         found[cell] = summary(cell, timed(calls, options.repetitions)) | {"errors": wrong}
         torch.set_num_threads(1)
-        ratio = found[cell]["over dense"]["engine"]["median"]
-        print(f"{number}/{len(CELLS)}  {cell.name}: {ratio:.2f} of dense", file=sys.stderr, flush=True)
+        over_dense = found[cell]["over dense"]["engine"]["median"]
+        print(f"{number}/{len(CELLS)}  {cell.name}: {over_dense:.2f} of dense", file=sys.stderr, flush=True)
     if not options.smoke:
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / "experts.md").write_text(table(found), encoding="utf-8")
-    return tell("experts", bars(found), options.smoke, cells={cell.name: own for cell, own in found.items()})
+    cells = {cell.name: measured for cell, measured in found.items()}
+    return report("experts", criteria(found), options.smoke, cells=cells)
 
 
 if __name__ == "__main__":

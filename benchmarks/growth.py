@@ -1,9 +1,8 @@
-"""What one growth costs over 50 training steps at that number of experts: bar 0.10.
+"""Cost of one growth relative to 50 training steps with as many experts: at most 0.10.
 
-D 256, H 512, T 512, K 2, Adam fused; a router, a bias and a loss, all engine calls. A growth is all of
-it: the search for other holders of the weights, the newcomer, copies of all weights and moments, the
-rehearsal, and the change measured on a probe batch. After each the newcomer is removed again, which is
-not counted.
+D 256, H 512, T 512, K 2, fused Adam; a router, a bias and a loss, all engine calls. A growth includes everything:
+the search for other holders of the weights, the new expert, copies of all weights and moments, the rehearsal, and
+the change measured on a probe batch. Each new expert is then removed again, which is not timed.
 """
 
 import sys
@@ -12,15 +11,15 @@ from typing import Any
 import torch
 
 from moe_engine import Engine, Growth, adam
-from paired import Bar, Call, Seconds, arguments, over, seconds, steady, tell
+from paired import Call, Criterion, Seconds, arguments, ratio, report, seconds, steady
 
-BAR = 0.10
+LIMIT = 0.10
 SIZES = (16, 64, 255)
 DIM, HIDDEN, TOKENS, STEPS, MEASURED = 256, 512, 512, 50, 5
 
 
-def rig(experts: int) -> tuple[Call, Call, Call]:
-    """(five steps, one growth, its undoing) of a layer."""
+def layer_calls(experts: int) -> tuple[Call, Call, Call]:
+    """(five steps, one growth, undoing it) of a layer."""
     torch.manual_seed(0)
     engine = Engine("saturation,switch_aux", experts=experts, top_k=2)
     layer = engine.moe(DIM, HIDDEN, name="moe")
@@ -51,23 +50,25 @@ def rig(experts: int) -> tuple[Call, Call, Call]:
 
 
 def measured(experts: int, repetitions: int) -> dict[str, Any]:
-    steps, grow, shrink = rig(experts)
+    steps, grow, shrink = layer_calls(experts)
     steps(), grow(), shrink(), steps()
     times: dict[str, list[Seconds]] = {"growth": [], "steps": []}
     for _ in range(repetitions):
-        times["steps"].append(Seconds(*(STEPS / MEASURED * one for one in seconds(steps))))
+        times["steps"].append(Seconds(*(STEPS / MEASURED * time for time in seconds(steps))))
         times["growth"].append(seconds(grow))
         shrink()
-    return over(times, "growth", "steps")
+    return ratio(times, "growth", "steps")
 
 
 def main() -> int:
-    options = arguments("One growth against 50 training steps.", repetitions=9)
+    options = arguments("One growth relative to 50 training steps.", repetitions=9)
     steady()
     sizes = SIZES[:1] if options.smoke else SIZES
-    found = {experts: measured(experts, options.repetitions) for experts in sizes}
-    bars = [Bar(f"E {experts}: a growth over {STEPS} steps", one, BAR) for experts, one in found.items()]
-    return tell("growth", bars, options.smoke)
+    criteria = [
+        Criterion(f"E {experts}: a growth over {STEPS} steps", measured(experts, options.repetitions), LIMIT)
+        for experts in sizes
+    ]
+    return report("growth", criteria, options.smoke)
 
 
 if __name__ == "__main__":

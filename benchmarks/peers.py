@@ -1,7 +1,7 @@
-"""Other people's experts on the same problem: same weights, same routing, checked against float64.
+"""The experts of other libraries on the same problem: same weights, same routing, checked against float64.
 
-st-moe-pytorch and mixture-of-experts route by themselves and drop what is over capacity, so they are timed whole, with
-their own router on the same tokens, and not checked. What is not installed is left out.
+st-moe-pytorch and mixture-of-experts contain their router and drop tokens over capacity, so their whole layers are
+timed on the same tokens, unchecked. Libraries that are not installed are left out.
 """
 
 from collections.abc import Callable, Iterable
@@ -16,8 +16,8 @@ from cells import Cell, Forward, Problem
 from paired import Call
 
 
-def one_by_one(experts: Iterable[nn.Module], x: Tensor, chosen: Tensor, gate: Tensor, y: Tensor) -> Tensor:
-    """y [T, out] and each token's experts' outputs by gate, chosen and gate [T, K]: the usual hand-written loop."""
+def loop_over_experts(experts: Iterable[nn.Module], x: Tensor, chosen: Tensor, gate: Tensor, y: Tensor) -> Tensor:
+    """The usual hand-written loop: y [T, out] plus each token's outputs times gate; chosen and gate are [T, K]."""
     for index, expert in enumerate(experts):
         token, rank = torch.where(chosen == index)
         if len(token):
@@ -26,22 +26,24 @@ def one_by_one(experts: Iterable[nn.Module], x: Tensor, chosen: Tensor, gate: Te
 
 
 def module_loop(cell: Cell, given: Problem) -> Forward:
-    """The loop over one module an expert."""
+    """A loop over one module for each expert."""
     experts = nn.ModuleList()
     for w_in, w_out in zip(given.w_in.detach(), given.w_out.detach(), strict=True):
-        one = nn.Sequential(nn.Linear(*w_in.shape, bias=False), nn.ReLU(), nn.Linear(*w_out.shape, bias=False))
-        one[0].weight.data, one[2].weight.data = w_in.t().contiguous(), w_out.t().contiguous()
-        experts.append(one)
+        expert = nn.Sequential(nn.Linear(*w_in.shape, bias=False), nn.ReLU(), nn.Linear(*w_out.shape, bias=False))
+        expert[0].weight.data, expert[2].weight.data = w_in.t().contiguous(), w_out.t().contiguous()
+        experts.append(expert)
 
     def forward() -> Tensor:
         experts.zero_grad()
-        return one_by_one(experts, given.x, given.expert, given.gate, torch.zeros_like(given.x, dtype=given.gate.dtype))
+        return loop_over_experts(
+            experts, given.x, given.expert, given.gate, torch.zeros_like(given.x, dtype=given.gate.dtype)
+        )
 
     return forward
 
 
 def grouped(cell: Cell, given: Problem) -> Forward:
-    """torch's grouped product, under autograd."""
+    """torch's grouped matmul, with autograd."""
 
     def forward() -> Tensor:
         flat = given.expert.flatten()
@@ -57,7 +59,7 @@ def grouped(cell: Cell, given: Problem) -> Forward:
 
 
 def einsum(cell: Cell, given: Problem) -> Forward:
-    """GShard's: one-hot tensors dispatch and combine, with room for the busiest expert, so that nothing is dropped."""
+    """GShard's dispatch and combine by one-hot tensors, with room for the busiest expert: nothing is dropped."""
 
     def forward() -> Tensor:
         chosen = F.one_hot(given.expert, cell.experts).flatten(0, 1)  # [T K, E]
@@ -73,7 +75,7 @@ def einsum(cell: Cell, given: Problem) -> Forward:
 
 
 def transformers(implementation: str) -> Callable[[Cell, Problem], Forward]:
-    """transformers' experts without a gate projection (Nemotron-H's), with ReLU."""
+    """transformers' experts without a gate projection (Nemotron-H), with ReLU."""
 
     def build(cell: Cell, given: Problem) -> Forward:
         from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
@@ -102,7 +104,7 @@ def st_moe(cell: Cell, given: Problem) -> Call:
 
     layer = MoE(cell.dim, num_experts=cell.experts, gating_top_n=cell.top_k, threshold_train=0.0)
     layer.experts = Experts([_mlp(cell) for _ in range(cell.experts)])
-    return _whole(layer, given, lambda answer: answer.outputs)
+    return _whole(layer, given, lambda result: result.outputs)
 
 
 def mixture_of_experts(cell: Cell, given: Problem) -> Call:
@@ -112,7 +114,7 @@ def mixture_of_experts(cell: Cell, given: Problem) -> Call:
     layer = MoE(
         cell.dim, num_experts=cell.experts, hidden_dim=cell.hidden, activation=nn.ReLU, second_policy_train="all"
     )
-    return _whole(layer, given, lambda answer: answer[0])
+    return _whole(layer, given, lambda result: result[0])
 
 
 def _mlp(cell: Cell) -> nn.Module:

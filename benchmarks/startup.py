@@ -1,13 +1,13 @@
-"""What the command line costs before it does anything: bar 0.4 s of CPU time for --help and plugins."""
+"""Start-up cost of the command line: --help and plugins within 0.4 s of CPU time."""
 
 import resource
 import statistics
 import subprocess
 import sys
 
-from paired import Bar, arguments, tell
+from paired import Criterion, arguments, report
 
-BAR = 0.4  # seconds
+LIMIT = 0.4  # seconds
 COMMANDS = {
     "--help": ["--help"],
     "run --help": ["run", "--help"],
@@ -26,14 +26,14 @@ def cpu_seconds(words: list[str]) -> float:
 
 
 def main() -> int:
-    options = arguments("CPU seconds of commands that train nothing.", repetitions=15)
-    bars = []
+    options = arguments("CPU seconds of commands that do not train.", repetitions=15)
+    criteria = []
     for name, words in COMMANDS.items():
         taken = sorted(cpu_seconds(words) for _ in range(options.repetitions))
         first, median, third = statistics.quantiles(taken, n=4, method="inclusive")
-        found = {"median": round(median, 3), "quartiles": [round(first, 3), round(third, 3)]}
-        bars.append(Bar(name, found, BAR, "s"))
-    return tell("startup", bars, options.smoke)
+        measured = {"median": round(median, 3), "quartiles": [round(first, 3), round(third, 3)]}
+        criteria.append(Criterion(name, measured, LIMIT, "s"))
+    return report("startup", criteria, options.smoke)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
 """A training step of a small model: 784 pixels, batches of 64, 8 experts of 128 hidden units.
 
-Against the usual hand-written loop over modules, with the same fused Adam and no plugin but the router; and what
-`moe-engine run` costs over a hand-written loop with the same layer, plugins and optimizer: everything that a step does,
-and a log point (metrics, probe and a line of metrics.jsonl) every 50 steps; evaluation and reports are left out. Both
-of the latter train a model of their own from the same weights on the same batches, so that they end with equal
-weights, which is checked.
+First, relative to the usual hand-written loop over modules, with the same fused Adam and no plugin but the router.
+Second, `moe-engine run` relative to a hand-written loop with the same layer, plugins and optimizer: everything that a
+step does, and a log point (metrics, probe and a line of metrics.jsonl) every 50 steps, without evaluation and reports.
+The latter two train separate models from the same weights on the same batches; they must end with equal weights.
 """
 
 import sys
@@ -19,19 +18,19 @@ from moe_engine import Engine, adam
 from moe_engine.run.config import RunConfig
 from moe_engine.run.training import Training
 from moe_engine.seeds import generator
-from paired import Bar, Call, arguments, over, steady, tell, timed
-from peers import one_by_one
+from paired import Call, Criterion, arguments, ratio, report, steady, timed
+from peers import loop_over_experts
 
 STEPS, ROUNDS, BATCH = 50, 8, 64
 PIXELS, HIDDEN, CLASSES, EXPERTS = 784, 128, 10, 8
 TASK = {"size": 28, "images": STEPS * BATCH, "test_images": 512, "dim": 128, "hidden": HIDDEN}
-LOOP_BARS = {1: 0.92, 2: 0.85}  # K: the engine's step over that of the loop over modules, at most
-RUN_BAR = 1.08
+LOOP_LIMITS = {1: 0.92, 2: 0.85}  # K: the engine's step over that of the loop over modules, at most
+RUN_LIMIT = 1.08
 FEW = 8  # steps in a call
 
 
 class ModuleLoop(nn.Module):
-    """What one writes by hand."""
+    """The usual hand-written layer."""
 
     def __init__(self, top_k: int) -> None:
         super().__init__()
@@ -45,7 +44,7 @@ class ModuleLoop(nn.Module):
         gate, chosen = self.router(x).softmax(-1).topk(self.top_k, dim=-1)
         if self.top_k > 1:
             gate = gate / gate.sum(-1, keepdim=True)
-        return one_by_one(self.experts, x, chosen, gate, x.new_zeros(len(x), CLASSES))
+        return loop_over_experts(self.experts, x, chosen, gate, x.new_zeros(len(x), CLASSES))
 
 
 def small_steps(model: nn.Module, optimizer: torch.optim.Optimizer) -> Call:
@@ -73,7 +72,7 @@ def both(top_k: int) -> dict[str, Call]:
 
 
 def training() -> Training:
-    """One epoch of the run; building it draws the data and the weights from the seed."""
+    """One epoch of a run; data and weights are drawn from the seed."""
     shape = {"experts": EXPERTS, "top_k": 2, "epochs": 1, "batch_size": BATCH}
     config = RunConfig(task="blobs", plugins=("saturation", "switch_aux"), device="cpu", **shape)
     return Training(config, {"blobs": TASK})
@@ -90,7 +89,7 @@ def run_loop(run: Training) -> Call:
 
 
 def hand_loop(run: Training) -> Call:
-    """What one would write without the command line: nothing is counted, logged or checked."""
+    """The hand-written training loop, without counting, logging or checks."""
     model, engine, (images, labels) = run.model, run.engine, run.task.train
 
     def steps() -> None:
@@ -109,27 +108,30 @@ def hand_loop(run: Training) -> Call:
     return steps
 
 
-def check_equal(one: Training, other: Training) -> None:
-    """Both loops have done the same work."""
-    for (name, a), b in zip(one.model.state_dict().items(), other.model.state_dict().values(), strict=True):
+def check_equal(run: Training, by_hand: Training) -> None:
+    """Exit unless both loops did the same work."""
+    for (name, a), b in zip(run.model.state_dict().items(), by_hand.model.state_dict().values(), strict=True):
         if not torch.equal(a, b):
             raise SystemExit(f"the loops differ at {name}: they do not train the same model")
 
 
 def main() -> int:
-    options = arguments("A training step against hand-written loops.", repetitions=15)
+    options = arguments("A training step relative to hand-written loops.", repetitions=15)
     steady()
-    rounds, bars = 1 if options.smoke else ROUNDS, []
-    for top_k, at_most in LOOP_BARS.items():
+    rounds = 1 if options.smoke else ROUNDS
+    criteria = []
+    for top_k, at_most in LOOP_LIMITS.items():
         times = timed(both(top_k), options.repetitions, rounds, FEW)
-        bars.append(Bar(f"K {top_k}: step over a loop over modules", over(times, "engine", "loop"), at_most))
+        measured = ratio(times, "engine", "loop")
+        criteria.append(Criterion(f"K {top_k}: step over a loop over modules", measured, at_most))
     by_run, by_hand = training(), training()
     with tempfile.TemporaryDirectory() as folder, open(Path(folder, "metrics.jsonl"), "wb") as by_run._log:
         calls = {"run": run_loop(by_run), "hand": hand_loop(by_hand)}
         times = timed(calls, options.repetitions, rounds, STEPS)
     check_equal(by_run, by_hand)
-    bars.append(Bar("`run`'s step over one by hand with the same plugins", over(times, "run", "hand"), RUN_BAR))
-    return tell("step", bars, options.smoke)
+    measured = ratio(times, "run", "hand")
+    criteria.append(Criterion("`run`'s step over a hand-written one with the same plugins", measured, RUN_LIMIT))
+    return report("step", criteria, options.smoke)
 
 
 if __name__ == "__main__":

@@ -87,26 +87,31 @@ def compare_plugins(
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs would not be interrupted
     given = {name: value for name, value in flags.items() if value is not None and name != "plugins"}
 
-    from ..study.comparison import compare, page_of, variants_of, wanted
+    from ..study.comparison import chosen_plugins, compare, comparison_of
+    from ..study.page import markdown_of
     from .progress import Cells
 
-    compared = {group: wanted(group, words) for group, words in lists.items() if words}
+    compared = {group: chosen_plugins(group, words) for group, words in lists.items() if words}
     own, installed = parse_settings(settings), find()
     for name, table in own.items():  # an option that does not exist is known before anything is written
         found = pick(name, installed)
         build(load(found), found.title, table)
-    variants = variants_of(compared, config.plugins, own, given)
+    planned = comparison_of(compared, config.plugins, own, given)
     folder = out or Path("comparisons") / config.task
     for file in (".lock", *RESULTS):
         if (folder / file).is_dir():
             raise UsageError(f"{folder / file} is a folder, where a file is to be written; name another with --out")
     with Cells(quiet) as cells:
-        comparison = compare(variants, range(seeds), folder, jobs, cells.show)
+        comparison = compare(planned, range(seeds), folder, jobs, cells.show)
     from ..run.figures import compared as drawn
     from ..run.figures import figure_bytes
 
     text = json.dumps(comparison, indent=2, allow_nan=False, ensure_ascii=False)
-    contents = ((text + "\n").encode(), page_of(comparison).encode(), figure_bytes(drawn(comparison), "png"))
+    contents = (
+        (text + "\n").encode(),
+        markdown_of(comparison, RESULTS[2:]).encode(),
+        figure_bytes(drawn(comparison), "png"),
+    )
     for file, content in zip(RESULTS, contents, strict=True):
         write_atomically(folder / file, content)
     if as_json:
@@ -117,12 +122,12 @@ def compare_plugins(
 
 
 def _print(comparison: Mapping[str, Any], folder: Path) -> None:
-    from ..study.comparison import legend_of, table_of
-    from ..study.tables import remarks
+    from ..study.tables import legend_of, remarks, tables_of
     from .progress import table
 
-    table(*table_of(comparison))
-    for line in (*remarks(comparison["rows"]), legend_of(comparison), f"picture: {folder / 'comparison.png'}"):
+    for _, columns, lines in tables_of(comparison):
+        table(columns, lines)
+    for line in (*remarks(comparison), legend_of(comparison), f"figure: {folder / 'comparison.png'}"):
         click.echo(line)
 
 

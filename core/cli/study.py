@@ -67,7 +67,7 @@ def study(
     """
     if name is None:
         return _list()
-    from ..study.spec import read_study
+    from ..study.reading import read_study
 
     if quick and check:
         raise UsageError("--quick judges no bar, so there is nothing to --check; leave one away")
@@ -91,15 +91,16 @@ def _fail(results: Mapping[str, Any], check: bool) -> None:
     """Raise RunError for a run that is missing or, where bars are judged again, for one that is not held."""
     from ..study.tables import remarks
 
-    if missing := remarks(results["rows"]):
+    if missing := remarks(results):
         raise RunError(f"{len(missing)} of {len(results['rows'])} variants lack a run; {missing[0]}")
-    missed = [bar["says"] for bar in results["bars"] if bar["verdict"] != "held"]
-    if check and missed:
-        raise RunError(f"{len(missed)} of {len(results['bars'])} bars are not held, the first: {missed[0]}")
+    failed = [criterion["claim"] for criterion in results["criteria"] if criterion["verdict"] != "passed"]
+    if check and failed:
+        message = f"{len(failed)} of {len(results['criteria'])} criteria failed, the first: {failed[0]}"
+        raise RunError(message, code="criteria-failed")
 
 
 def _list() -> int:
-    from ..study.spec import read_study, shipped
+    from ..study.reading import read_study, shipped
     from .progress import table
 
     studies = [read_study(name) for name in shipped()]
@@ -119,20 +120,20 @@ def _count(study: Any) -> int:
 def _run(
     study: Any, flags: Mapping[str, Any], folder: Path, seeds: int | None, jobs: int | None, backend: str, quiet: bool
 ) -> dict[str, Any]:
-    from ..study.figures import pictures_of
-    from ..study.page import html_of
-    from ..study.results import page_of, run_study
+    from ..study.figures import figures_of
+    from ..study.page import html_of, markdown_of
+    from ..study.results import run_study
     from .progress import Cells
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs would not be interrupted
     with _cluster(backend, jobs), Cells(quiet) as cells:
         results, records = run_study(study, flags, folder, seeds, jobs, cells.show, backend)
-    pictures = pictures_of(study, results, records)
-    for file, content in pictures.items():
+    figures = figures_of(study, results, records)
+    for file, content in figures.items():
         write_atomically(folder / file, content)
     write_atomically(folder / "study.json", (_text(results) + "\n").encode())
-    write_atomically(folder / "study.md", page_of(results, pictures).encode())
-    write_atomically(folder / "study.html", html_of(results, pictures).encode())
+    write_atomically(folder / "study.md", markdown_of(results, figures).encode())
+    write_atomically(folder / "study.html", html_of(results, figures).encode())
     return results
 
 
@@ -183,15 +184,14 @@ def _text(results: Mapping[str, Any]) -> str:
 
 
 def _print(results: Mapping[str, Any], folder: Path, check: bool) -> None:
-    from ..study.results import LEGEND, bars_table, tables_of
-    from ..study.tables import remarks
+    from ..study.tables import criteria_table, legend_of, remarks, tables_of
     from .progress import table
 
     click.echo(f"{results['title']}: {results['question']}")
     for title, columns, lines in () if check else tables_of(results):
         click.echo(f"\n{title}")
         table(columns, lines)
-    if results["bars"]:
-        table(*bars_table(results))
-    for line in (*remarks(results["rows"]), *(() if check else (LEGEND, f"page: {folder / 'study.html'}"))):
+    if results["criteria"]:
+        table(*criteria_table(results))
+    for line in (*remarks(results), *(() if check else (legend_of(results), f"page: {folder / 'study.html'}"))):
         click.echo(line)

@@ -12,9 +12,9 @@ def run_figures(run: "Run", kind: str = "svg") -> dict[str, bytes]:
     Names: "loss" and "accuracy"; "balance", "usage", "classes" and "effects", each followed by a space and a
     layer's name. Figures without data are left out. kind: "svg" and "pdf" are transparent, "png" is white.
     """
-    from .figures import of_run, picture
+    from .figures import figure_bytes, of_run
 
-    return {name: picture(figure, kind) for name, figure in of_run(run).items()}
+    return {name: figure_bytes(figure, kind) for name, figure in of_run(run).items()}
 
 
 def expert_loads(run: "Run", layer: str) -> list[tuple[int, dict[int, float]]]:

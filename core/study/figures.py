@@ -1,4 +1,4 @@
-"""A study's pictures, as its file asks for them."""
+"""The figures that a study's file asks for."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,29 +11,25 @@ from matplotlib.figure import Figure
 from ..contract.run import Run
 from ..run.figures import STYLE, draw_classes, draw_usage, figure_bytes, lives, series
 from .grid import FINISHED, Record
-from .results import title_of
-from .spec import Picture, Study
+from .spec import FigureSpec, Study, full_name, matches
+from .tables import format_of
 
-Rows = Sequence[Mapping[str, Any]]
-MANY = 12  # panels in a picture
+Row = Mapping[str, Any]
+Rows = Sequence[Row]
+MOST_PANELS = 12
 
 
-def pictures_of(study: Study, results: Mapping[str, Any], records: Sequence[Record]) -> dict[str, bytes]:
-    """PNG files by name. What has no numbers is left out."""
-    drawn = {}
-    for one in study.picture:
-        rows = [row for row in results["rows"] if _named(row, one) and row["seeds"]]
+def figures_of(study: Study, results: Mapping[str, Any], records: Sequence[Record]) -> dict[str, bytes]:
+    """PNG files by name. A figure without any number is left out."""
+    files = {}
+    for spec in study.figure:
+        rows = [row for row in results["rows"] if matches(row, spec.where) and row["seeds"]]
         with mpl.rc_context(STYLE):
-            figure = KINDS[one.kind](one, rows, records) if rows else None
+            figure = KINDS[spec.kind](spec, rows, records) if rows else None
         if figure is not None:
-            figure.suptitle(one.title, fontsize=11)
-            drawn[f"{one.name}.png"] = figure_bytes(figure, "png")
-    return drawn
-
-
-def _named(row: Mapping[str, Any], one: Picture) -> bool:
-    place = {"part": row["part"], **row["at"]}
-    return all(place.get(axis) in choices for axis, choices in one.where.items())
+            figure.suptitle(spec.title, fontsize=11)
+            files[f"{spec.name}.png"] = figure_bytes(figure, "png")
+    return files
 
 
 def _labels(rows: Rows) -> list[str]:
@@ -46,12 +42,12 @@ def _labels(rows: Rows) -> list[str]:
     ]
 
 
-def _numbers(one: Picture, rows: Rows, _: Sequence[Record]) -> Figure:
-    """A panel a quantity, a line a row: every seed, their mean and its 95 % interval."""
-    figure = Figure(figsize=(3.2 + 3.0 * len(one.quantities), 1.1 + 0.24 * len(rows)), layout="constrained")
-    panels = figure.subplots(1, len(one.quantities), sharey=True, squeeze=False)[0]
-    for axes, name in zip(panels, one.quantities, strict=True):
-        title, factor, _digits = title_of(name)
+def _numbers(spec: FigureSpec, rows: Rows, _: Sequence[Record]) -> Figure:
+    """A panel for each quantity, a line for each row: every seed, their mean and its 95 % interval."""
+    figure = Figure(figsize=(3.2 + 3.0 * len(spec.quantities), 1.1 + 0.24 * len(rows)), layout="constrained")
+    panels = figure.subplots(1, len(spec.quantities), sharey=True, squeeze=False)[0]
+    for axes, name in zip(panels, spec.quantities, strict=True):
+        title, factor, _digits = format_of(name)
         axes.set_title(title, fontsize=9.5)
         for height, row in enumerate(rows):
             number = row["numbers"].get(name)
@@ -67,37 +63,41 @@ def _numbers(one: Picture, rows: Rows, _: Sequence[Record]) -> Figure:
     return figure
 
 
-def _against(one: Picture, rows: Rows, _: Sequence[Record]) -> Figure | None:
-    """A panel a quantity over the choices of axis x, a line for each combination of the others."""
-    rows = [row for row in rows if one.x in row["at"]]
+def _against(spec: FigureSpec, rows: Rows, _: Sequence[Record]) -> Figure | None:
+    """A panel for each quantity over the choices of axis x, a line for each combination of the other axes."""
+    rows = [row for row in rows if spec.x in row["at"]]
     if not rows:
         return None
-    figure = Figure(figsize=(1.8 + 4.0 * len(one.quantities), 4), layout="constrained")
-    panels = figure.subplots(1, len(one.quantities), squeeze=False)[0]
-    places = list(dict.fromkeys(row["at"][one.x] for row in rows))
-    kinds: dict[str, list[Mapping[str, Any]]] = {}
-    for row, label in zip(rows, _labels([{**row, "at": {**row["at"], one.x: ""}} for row in rows]), strict=True):
-        kinds.setdefault(label, []).append(row)
-    for axes, name in zip(panels, one.quantities, strict=True):
-        title, factor, _digits = title_of(name)
-        for turn, (label, own) in enumerate(kinds.items()):
-            aside = 0.06 * (turn - (len(kinds) - 1) / 2)  # intervals of equal means would hide each other
-            found = [
-                (places.index(row["at"][one.x]) + aside, number) for row in own if (number := row["numbers"].get(name))
+    figure = Figure(figsize=(1.8 + 4.0 * len(spec.quantities), 4), layout="constrained")
+    panels = figure.subplots(1, len(spec.quantities), squeeze=False)[0]
+    places = list(dict.fromkeys(row["at"][spec.x] for row in rows))
+    lines: dict[str, list[Row]] = {}
+    for row, label in zip(rows, _labels([{**row, "at": {**row["at"], spec.x: ""}} for row in rows]), strict=True):
+        lines.setdefault(label, []).append(row)
+    for axes, name in zip(panels, spec.quantities, strict=True):
+        for number, (label, members) in enumerate(lines.items()):
+            shift = 0.06 * (number - (len(lines) - 1) / 2)  # intervals of equal means would hide each other
+            points = [
+                (places.index(row["at"][spec.x]) + shift, row["numbers"][name])
+                for row in members
+                if row["numbers"].get(name)
             ]
-            middle = [factor * number["mean"] for _, number in found]
-            halves = [factor * (number["half"] or 0) for _, number in found]
-            axes.errorbar(
-                [at for at, _ in found], middle, yerr=halves, marker="o", markersize=4, capsize=2.5, label=label
-            )
-        axes.set_title(title, fontsize=9.5)
+            _draw_line(axes, points, format_of(name).factor, label)
+        axes.set_title(format_of(name).title, fontsize=9.5)
         axes.set_xticks(range(len(places)), places)
     figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, ncols=3, loc="outside lower center")
     return figure
 
 
-def _usage(one: Picture, rows: Rows, records: Sequence[Record]) -> Figure | None:
-    """A panel a row: bars of each expert's share of the first seed's test load, in falling order; a line is even."""
+def _draw_line(axes: Any, points: Sequence[tuple[float, Mapping[str, Any]]], factor: float, label: str) -> None:
+    """Means with their 95 % intervals at (x, number of a row)."""
+    means = [factor * number["mean"] for _, number in points]
+    halves = [factor * (number["half"] or 0) for _, number in points]
+    axes.errorbar([x for x, _ in points], means, yerr=halves, marker="o", markersize=4, capsize=2.5, label=label)
+
+
+def _usage(spec: FigureSpec, rows: Rows, records: Sequence[Record]) -> Figure | None:
+    """A panel for each row: each expert's share of the first seed's test load, sorted; a line marks an even share."""
 
     def draw(axes: Any, run: Run, layer: str) -> Any:
         loads = series(run, "eval", "load", layer)[1]
@@ -111,14 +111,14 @@ def _usage(one: Picture, rows: Rows, records: Sequence[Record]) -> Figure | None
     return _panels(rows, records, draw, height=2.1)
 
 
-def _over_time(one: Picture, rows: Rows, records: Sequence[Record]) -> Figure | None:
-    """A panel a row: the heatmap of the load of each expert over the first seed's run; 1 is an even share."""
+def _over_time(spec: FigureSpec, rows: Rows, records: Sequence[Record]) -> Figure | None:
+    """A panel for each row: heatmap of each expert's load over the first seed's run; 1 is an even share."""
 
     def draw(axes: Any, run: Run, layer: str) -> Any:
         loads, born, dead = lives(run, layer)
         if not loads:
             return None
-        experts = 1 + max([one for _, load in loads for one in load] + [*born, *dead])
+        experts = 1 + max([expert for _, load in loads for expert in load] + [*born, *dead])
         image = draw_usage(axes, loads, born, {}, experts, top=4.0)
         axes.tick_params(axis="y", labelsize=6)
         return image
@@ -126,8 +126,8 @@ def _over_time(one: Picture, rows: Rows, records: Sequence[Record]) -> Figure | 
     return _panels(rows, records, draw, height=2.6)
 
 
-def _classes(one: Picture, rows: Rows, records: Sequence[Record]) -> Figure | None:
-    """A panel a row: which share of a class's assignments each expert got, test set of the first seed's run."""
+def _classes(spec: FigureSpec, rows: Rows, records: Sequence[Record]) -> Figure | None:
+    """A panel for each row: each expert's share of a class's assignments, on the test set of the first seed's run."""
 
     def draw(axes: Any, run: Run, layer: str) -> Any:
         tables = series(run, "eval", "class_expert", layer)[1]
@@ -141,33 +141,35 @@ def _panels(
 ) -> Figure | None:
     """A grid of panels, one for each row and layer."""
     runs = [(label, run) for label, row in zip(_labels(rows), rows, strict=True) if (run := _first_run(row, records))]
-    wanted = [(label, run, layer["name"]) for label, run in runs for layer in run.summary["layers"]][:MANY]
-    if not wanted:
+    shown = [(label, run, layer["name"]) for label, run in runs for layer in run.summary["layers"]][:MOST_PANELS]
+    if not shown:
         return None
-    columns = min(3, len(wanted))
-    lines = -(-len(wanted) // columns)
+    columns = min(3, len(shown))
+    lines = -(-len(shown) // columns)
     figure = Figure(figsize=(3.8 * columns, 0.4 + height * lines), layout="constrained")
     panels = figure.subplots(lines, columns, squeeze=False)
-    for axes in panels.flat[len(wanted) :]:
+    for axes in panels.flat[len(shown) :]:
         axes.set_visible(False)
     image = None
-    for axes, (label, run, layer) in zip(panels.flat, wanted, strict=False):
-        several = len(run.summary["layers"]) > 1
-        axes.set_title(f"{label}, {layer}" if several else label, fontsize=9)
+    for axes, (label, run, layer) in zip(panels.flat, shown, strict=False):
+        many_layers = len(run.summary["layers"]) > 1
+        axes.set_title(f"{label}, {layer}" if many_layers else label, fontsize=9)
         image = draw(axes, run, layer) or image
     if image is not None:
         figure.colorbar(image, ax=panels, shrink=0.6)
     return figure
 
 
-def _first_run(row: Mapping[str, Any], records: Sequence[Record]) -> Run | None:
+def _first_run(row: Row, records: Sequence[Record]) -> Run | None:
     """The run of a row's first seed, from its record."""
-    name = f"{row['part']}: {row['variant']}"
-    own = [record for record in records if record["variant"] == name and record["status"] == FINISHED]
-    return Run(Path(name), own[0]["summary"], own[0]["records"], {"run": own[0]["config"]}) if own else None
+    name = full_name(row["part"], row["variant"])
+    for record in records:
+        if record["variant"] == name and record["status"] == FINISHED:
+            return Run(Path(name), record["summary"], record["records"], {"run": record["config"]})
+    return None
 
 
-KINDS: dict[str, Callable[[Picture, Rows, Sequence[Record]], Figure | None]] = {
+KINDS: dict[str, Callable[[FigureSpec, Rows, Sequence[Record]], Figure | None]] = {
     "numbers": _numbers,
     "against": _against,
     "usage": _usage,

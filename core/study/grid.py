@@ -1,4 +1,4 @@
-"""Variants times seeds: each cell is one run, and one small file when it is finished, so that a grid can be resumed."""
+"""Grids of variants and seeds, one run each; finished runs are not repeated."""
 
 import ast
 import json
@@ -33,11 +33,11 @@ FINISHED, REFUSED, FAILED = "finished", "refused", "failed"
 
 
 @attrs.frozen
-class Variant:
-    """One of the things compared.
+class StudyVariant:
+    """One of the configurations compared.
 
-    plugins: in the order typed. settings: their options. flags: of the run, by name. seeds: its own, if not
-    the grid's. keep: keep the weights of its runs too (`weights_of`).
+    plugins: in the order typed. settings: their options. flags: of the run, by name. seeds: instead of the grid's.
+    keep: also keep the weights of its runs (`weights_of`).
     """
 
     name: str
@@ -48,7 +48,7 @@ class Variant:
     keep: bool = False
 
     def config(self, seed: int) -> RunConfig:
-        """The run of one seed; it writes no default reports, which take longer than a small run."""
+        """The run with one seed, without the default reports, which take longer than a small run."""
         without = (*self.flags.get("no_plugin", ()), *defaults()["reports"])
         return merge_options({}, {**self.flags, "plugins": self.plugins, "no_plugin": without, "seed": seed})
 
@@ -57,9 +57,9 @@ class Variant:
 class Cell:
     """One variant with one seed.
 
-    inputs: all that decides its numbers: configuration, settings, versions, and what its plugins' files say,
-    without comments and docstrings. key: a hash of them, without what is as by default, so that a new option
-    changes no key; a finished record that lies under it need not be made again.
+    inputs: all that decides its numbers: configuration, settings, versions, and the code of its plugins' files,
+    without comments and docstrings. key: a hash of them, without options at their defaults, so a new option changes
+    no key; a cell whose finished record is stored under its key is not run again.
     """
 
     variant: str
@@ -70,39 +70,39 @@ class Cell:
     keep: bool = False
 
 
-def cells_of(variant: Variant, seeds: Iterable[int]) -> list[Cell]:
-    """A variant's cells."""
+def cells_of(variant: StudyVariant, seeds: Iterable[int]) -> list[Cell]:
+    """A variant's cells, one a seed."""
     cells = []
     plugins = _plugins((*variant.plugins, *_usual(), variant.config(0).task))
     for seed in seeds:
         config = variant.config(seed)
         inputs = {"config": values_of(config), "settings": variant.settings, "versions": versions(), "plugins": plugins}
-        own = {name: value for name, value in values_of(config).items() if value != getattr(RunConfig(), name)}
-        key = sha256(json.dumps({**inputs, "config": own}, sort_keys=True).encode()).hexdigest()[:20]
+        changed = {name: value for name, value in values_of(config).items() if value != getattr(RunConfig(), name)}
+        key = sha256(json.dumps({**inputs, "config": changed}, sort_keys=True).encode()).hexdigest()[:20]
         cells.append(Cell(variant.name, config, variant.settings, inputs, key, variant.keep))
     return cells
 
 
 def run_grid(
-    variants: Sequence[Variant],
+    variants: Sequence[StudyVariant],
     seeds: Sequence[int],
     out: Path,
     jobs: int = 1,
     show: Show = lambda done, total, record: None,
     backend: str = "loky",
 ) -> list[Record]:
-    """The records of all cells, by seed and then in the variants' order; what lies in `out` is not run again.
+    """The records of all cells, by seed and then in the variants' order; cells finished in `out` are not run again.
 
-    A record has "variant", "seed", "status" and "reason" beside the cell's inputs. A finished one also has
-    "summary" and "records" (the run's), "dropped" (share over capacity in the last window of training, by
-    layer), "flops" (of the layers, "active" and "total") and "step_seconds". What was refused (bad input) or
-    failed is tried again the next time. jobs: processes, of one thread each; 1 is this process. backend: joblib's;
-    "dask" takes the workers of the distributed.Client there is. show: gets how many cells are done, of how
-    many, and the record that was made now; at first None. Raises UsageError for a folder that can't be used,
-    RunError if a process was killed.
+    A record has "variant", "seed", "status", "reason" and the cell's inputs. A finished one also has "summary" and
+    "records" (the run's), "dropped" (share over capacity in the last window of training, by layer), "flops" (of the
+    layers, "active" and "total"), "model" (the same and parameters, of the whole model) and "step_seconds". A cell
+    that was refused (bad input) or failed is tried again the next time. jobs: processes, of one thread each; 1 is
+    this process. backend: joblib's; "dask" takes the workers of the current distributed.Client. show: called with
+    the number of cells done, the total, and the new record; with None at first. Raises UsageError for a folder that
+    cannot be used, RunError if a process was killed.
     """
     cells = [cell for variant in variants for cell in cells_of(variant, variant.seeds or seeds)]
-    kept = {cell.key for cell in cells if cell.keep}  # one run may be of several variants
+    kept = {cell.key for cell in cells if cell.keep}  # several variants may share a run
     cells = [attrs.evolve(cell, keep=cell.key in kept) for cell in cells]
     cells.sort(key=lambda cell: cell.config.seed)
     with _folder(out) as folder:
@@ -117,22 +117,25 @@ def run_grid(
 
 
 def _made(cells: Sequence[Cell], folder: Path, jobs: int, backend: str) -> Iterator[Record]:
-    """The records of these cells, each as soon as it is there."""
+    """The records of these cells, each as soon as its run ends."""
     work = (joblib.delayed(_run)(cell, folder) for cell in cells)
-    # Ctrl-C goes to all processes; the first one ends the others
+    # Ctrl-C reaches all processes; this one ends the workers
     loky: dict[str, Any] = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
     with joblib.parallel_config(backend, **(loky if backend == "loky" else {})):
         try:
             yield from joblib.Parallel(n_jobs=min(jobs, len(cells)) or 1, return_as="generator_unordered")(work)
         except TerminatedWorkerError as error:
-            why = "a process of the comparison was killed, perhaps for lack of memory"
-            raise RunError(f"{why}; the same command goes on from what is finished, --jobs 1 needs least") from error
+            message = (
+                "a worker process was killed, perhaps for lack of memory; the same command continues from the "
+                "finished runs, and --jobs 1 needs the least memory"
+            )
+            raise RunError(message, code="worker-killed") from error
 
 
 def _run(cell: Cell, folder: Path) -> Record:
-    """Run one cell in a folder of its own, which goes when it is finished, and keep its record."""
+    """Run one cell in a scratch folder, which is then deleted, and store its record."""
     scratch = folder / "running" / cell.key
-    shutil.rmtree(scratch, ignore_errors=True)  # of a cell that was killed
+    shutil.rmtree(scratch, ignore_errors=True)  # left by a cell that was killed
     try:
         with one_thread():
             result = _result(cell, scratch)
@@ -149,8 +152,8 @@ def _run(cell: Cell, folder: Path) -> Record:
         shutil.rmtree(scratch, ignore_errors=True)
     text = dump(record)
     write_atomically(_file(folder, cell), (text + "\n").encode())
-    made: Record = json.loads(text)  # just as it will be read the next time
-    return made
+    stored: Record = json.loads(text)  # exactly as the next call will read it
+    return stored
 
 
 def _result(cell: Cell, scratch: Path) -> Record:
@@ -162,7 +165,7 @@ def _result(cell: Cell, scratch: Path) -> Record:
         return {"status": REFUSED, "reason": str(error)}
     except RunError as error:
         return {"status": FAILED, "reason": str(error)}
-    except (Exception, SystemExit) as error:  # of a plugin, or a bug: it is one cell's
+    except (Exception, SystemExit) as error:  # from a plugin, or a bug: it fails this cell alone
         sentence = training and training.culprit(error)
         text = "".join(traceback.format_exception(error))
         return {
@@ -186,7 +189,7 @@ def _result(cell: Cell, scratch: Path) -> Record:
 
 
 def _size(training: Training) -> dict[str, float]:
-    """Of the whole model: forward FLOPs of one test sample, and parameters; used by it, and all."""
+    """Of the whole model: forward FLOPs for one test sample, and parameters; active ones and all."""
     flops = forward_flops(training.model, lambda: training.score(1))
     parameters = parameters_of(training.model)
     return {
@@ -197,19 +200,21 @@ def _size(training: Training) -> dict[str, float]:
     }
 
 
-# -- what lies on disk ---------------------------------------------------------------------------------
+# -- on disk -------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def _folder(out: Path) -> Iterator[Path]:
-    """The grid's folder, for this process and its workers alone. Raises UsageError."""
+    """The grid's folder, locked for this process and its workers. Raises UsageError."""
     try:
         if out.exists() and not (out / "cells").is_dir() and (not out.is_dir() or any(out.iterdir())):
-            raise UsageError(f"{out} is neither empty nor of an earlier comparison; name another folder with --out")
+            message = f"{out} is not empty and holds no earlier study or comparison; name another folder with --out"
+            raise UsageError(message, code="foreign-folder")
         (out / "cells").mkdir(parents=True, exist_ok=True)
         (out / ".lock").touch()
     except OSError as error:
-        raise UsageError(f"folder {out} can't be written: {error.strerror}; name another one with --out") from error
+        message = f"cannot write to folder {out}: {error.strerror}; name another one with --out"
+        raise UsageError(message, code="unwritable-folder") from error
     with locked(out / ".lock", out):
         try:
             yield out
@@ -222,12 +227,12 @@ def _file(folder: Path, cell: Cell) -> Path:
 
 
 def weights_of(folder: Path, key: str) -> Path:
-    """Where the weights of a finished cell are, if its variant keeps them."""
+    """The file of a finished cell's weights, if its variant keeps them."""
     return folder / "cells" / f"{key}.safetensors"
 
 
 def _read(folder: Path, cell: Cell) -> Record | None:
-    """A cell's record if it is finished and whole."""
+    """A cell's stored record, if it is finished and undamaged."""
     if cell.keep and not weights_of(folder, cell.key).exists():
         return None
     try:
@@ -238,22 +243,24 @@ def _read(folder: Path, cell: Cell) -> Record | None:
 
 
 def _usual() -> tuple[str, ...]:
-    """The plugins that a run has unless told otherwise."""
+    """The plugins that a run has by default."""
     usual = defaults()
     return (usual["router"], usual["initializer"], *usual["metrics"])
 
 
 def _plugins(names: Iterable[str]) -> dict[str, Any]:
-    """What decides how plugins act: distribution, version and the text of the file, by name."""
+    """What decides how plugins act: distribution, version and a hash of the file's code, by name."""
     installed = discovery.find()
     return {
-        name: [[one.distribution, one.version, _digest(one.entry_point.module)] for one in installed.get(name, ())]
+        name: [
+            [found.distribution, found.version, _digest(found.entry_point.module)] for found in installed.get(name, ())
+        ]
         for name in sorted(set(names))
     }
 
 
 def _digest(module: str) -> str | None:
-    """A hash of what a module's file says to Python: an editable plugin that is changed is another plugin."""
+    """A hash of the code in a module's file: an edited plugin is another plugin, whatever its version."""
     try:
         found = util.find_spec(module)
         if not found or not found.origin:
@@ -263,5 +270,5 @@ def _digest(module: str) -> str | None:
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
                 node.body[0] = ast.Pass()
         return sha256(ast.dump(tree).encode()).hexdigest()[:20]
-    except Exception:  # of a package that does not load: the run will say so
+    except Exception:  # from a package that does not load: the run will report it
         return None

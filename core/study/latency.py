@@ -1,4 +1,4 @@
-"""How long a trained model takes to answer: one thread, alone, the models by turns."""
+"""Inference time of trained models: one thread, the models in turns."""
 
 import json
 import random
@@ -16,34 +16,33 @@ from ..files import dump, write_atomically
 from ..processes import one_thread
 from ..run.config import RunConfig
 from ..run.training import Training
-from .grid import FINISHED, Record, Variant, weights_of
-from .spec import At, Part
+from .grid import FINISHED, Record, weights_of
+from .spec import Planned
 
-WARM, TIMES, MANY = 5, 40, 5  # forwards before; of one sample; of a batch
-BATCH = 64
+WARM_UPS, SINGLES, BATCHES = 5, 40, 5  # forwards that do not count; of one sample; of a batch
+BATCH = 64  # samples
 
 
-def timed(planned: Sequence[tuple[Part, At, Variant]], records: Sequence[Record], out: Path) -> None:
-    """Give the records of the parts that ask for it "latency"; what lies in `out` is not measured again.
+def time_inference(planned: Sequence[Planned], records: Sequence[Record], out: Path) -> None:
+    """Add "latency" to the records of the parts that ask for it, measured or read from `out`.
 
-    median, p95: seconds for one sample, of 40 forwards after 5. throughput: samples a second in batches of 64,
-    by the median of 5. The models answer by turns, in an order drawn for each, so that what else the
-    machine does meets all alike.
+    median, p95: seconds for one sample, over 40 forwards after 5 to warm up. throughput: samples a second in batches
+    of 64, from the median of 5. The models take turns in random order, so other load on the machine affects all alike.
     """
     asked = {variant.name for part, _, variant in planned if part.latency}
-    mine = {record["key"]: record for record in records if record["variant"] in asked and record["status"] == FINISHED}
+    timed = {record["key"]: record for record in records if record["variant"] in asked and record["status"] == FINISHED}
     file = out / "latency.json"
     known = _read(file)
-    if mine.keys() - known.keys():
+    if timed.keys() - known.keys():
         with one_thread():
-            known |= _measured({key: _forward(record, out) for key, record in mine.items()})
+            known |= _measured({key: _forward(record, out) for key, record in timed.items()})
         write_atomically(file, (dump(known) + "\n").encode())
-    for key, record in mine.items():
+    for key, record in timed.items():
         record["latency"] = known[key]
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """What was measured before; nothing, if the file is not there or damaged."""
+    """Earlier measurements; empty if the file is missing or damaged."""
     try:
         known: dict[str, Any] = json.loads(file.read_text("utf-8"))
         return known if isinstance(known, dict) else {}
@@ -51,11 +50,11 @@ def _read(file: Path) -> dict[str, Any]:
         return {}
 
 
-Forward = Callable[[int], Any]  # of so many samples
+Forward = Callable[[int], Any]  # argument: how many samples
 
 
 def _forward(record: Record, out: Path) -> Forward:
-    """The trained model of a record, to be called with a number of test samples."""
+    """A record's trained model, as a function of the number of test samples."""
     config: RunConfig = build(RunConfig, "run", record["config"])
     training = Training(config, record["settings"])
     training.model.load_state_dict(safetensors.torch.load_file(weights_of(out, record["key"])))
@@ -68,24 +67,24 @@ def _forward(record: Record, out: Path) -> Forward:
 
 
 def _measured(forwards: dict[str, Forward]) -> dict[str, dict[str, float]]:
-    ones, many = _times(forwards, 1, WARM, TIMES), _times(forwards, BATCH, 1, MANY)
+    singles, batches = _times(forwards, 1, WARM_UPS, SINGLES), _times(forwards, BATCH, 1, BATCHES)
     return {
         key: {
-            "median": median(ones[key]),
-            "p95": quantiles(ones[key], n=20)[-1],
-            "throughput": BATCH / median(many[key]),
+            "median": median(singles[key]),
+            "p95": quantiles(singles[key], n=20)[-1],
+            "throughput": BATCH / median(batches[key]),
         }
         for key in forwards
     }
 
 
-def _times(forwards: dict[str, Forward], count: int, warm: int, turns: int) -> dict[str, list[float]]:
-    """Seconds of each turn by model, after `warm` turns that do not count."""
+def _times(forwards: dict[str, Forward], count: int, warm_ups: int, turns: int) -> dict[str, list[float]]:
+    """Seconds of each turn by model, after `warm_ups` turns that do not count."""
     times: dict[str, list[float]] = {key: [] for key in forwards}
     order = random.Random(0)
-    for _ in range(warm + turns):
+    for _ in range(warm_ups + turns):
         for key in order.sample([*forwards], len(forwards)):
             started = time.perf_counter()
             forwards[key](count)
             times[key].append(time.perf_counter() - started)
-    return {key: own[warm:] for key, own in times.items()}
+    return {key: seconds[warm_ups:] for key, seconds in times.items()}

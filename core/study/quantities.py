@@ -1,10 +1,10 @@
-"""The numbers of a finished cell by name: `[SCOPE.]NAME[:max|:min]`.
+"""Quantities of a finished cell by name: `[SCOPE.]NAME[:max|:min]`.
 
-SCOPE: none is the test set; `tail` the last tenth of the training steps, loads added up; `settled` the log points from
-60 steps after the last growth on, of which the largest counts; `stepN` and `evalN` the log point and the evaluation
-at step N. NAME: a number of summary.json, of its measures or of its layers; `top_share` and `active_1pct` of the
-load; `found.METRIC`, 1 where a finding has that name; `flops.active` and the other numbers of a cell by path. Of
-several layers the mean counts, unless :max or :min.
+SCOPE: none is the test set; `tail` the last tenth of the training steps, loads added up; `after_growth` the largest
+value at the log points from 60 steps after the last growth; `stepN` and `evalN` the log point and the evaluation at
+step N. NAME: a number of summary.json, of its measures or of its layers; `top_share` and `active_1pct` of the load;
+`found.METRIC`, 1 if a finding has that name; `flops.active` and the cell's other numbers by path. Several layers are
+averaged, unless :max or :min is given.
 """
 
 import re
@@ -20,47 +20,50 @@ from ..analysis.routing_stats import row_of
 from ..registry.discovery import defaults
 from ..registry.manager import Plugins
 from ..run.folder import number_of
-from .grid import Record
+from .grid import FINISHED, Record
 
-SETTLED = 60  # steps after the last growth
+AFTER_GROWTH = 60  # steps after the last growth
 OF_LOAD: dict[str, Callable[[Sequence[float]], float]] = {
     "top_share": max,
     "active_1pct": lambda load: float(sum(share >= 0.01 for share in load)),
 }
 FOLD: dict[str, Callable[[Sequence[float]], float]] = {"": fmean, "max": max, "min": min}
-SCOPE = re.compile(r"(?:(tail|settled|step(\d+)|eval(\d+))\.)?([^:]+?)(?::(max|min))?")
+SCOPE = re.compile(r"(?:(tail|after_growth|step(\d+)|eval(\d+))\.)?([^:]+?)(?::(max|min))?")
 
 
 def quantity(record: Record, name: str) -> float | None:
-    """A finished cell's number; None where it has none."""
+    """A finished cell's quantity; None if it has none of that name."""
     match = SCOPE.fullmatch(name)
-    if match is None or record["status"] != "finished":
+    if match is None or record["status"] != FINISHED:
         return None
-    scope, step, evaluation, plain, how = match.groups()
+    scope, step, evaluation, bare_name, fold_name = match.groups()
+    fold = FOLD[fold_name or ""]
     if scope is None:
-        return _of_test(record, plain, FOLD[how or ""])
-    points = [one for one in record["records"] if one["split"] == "train"]
+        return _of_test(record, bare_name, fold)
     if scope == "tail":
-        return _of_tail(record, points, plain, FOLD[how or ""])
-    if scope == "settled":
-        last = max((one["step"] for one in record["records"] if one["split"] == "growth"), default=0)
-        values = [_of_point(one, plain, max) for one in points if one["step"] >= last + SETTLED]
+        return _of_tail(record, _points(record, "train"), bare_name, fold)
+    if scope == "after_growth":
+        last = max((point["step"] for point in _points(record, "growth")), default=0)
+        points = [point for point in _points(record, "train") if point["step"] >= last + AFTER_GROWTH]
+        values = [_of_point(point, bare_name, max) for point in points]
         return max((value for value in values if value is not None), default=None)
-    if evaluation:
-        points = [one for one in record["records"] if one["split"] == "eval"]
+    points = _points(record, "eval" if evaluation else "train")
     at = int(step or evaluation)
-    return next((_of_point(one, plain, FOLD[how or ""]) for one in points if one["step"] == at), None)
+    return next((_of_point(point, bare_name, fold) for point in points if point["step"] == at), None)
+
+
+def _points(record: Record, split: str) -> list[Record]:
+    return [point for point in record["records"] if point["split"] == split]
 
 
 def _of_test(record: Record, name: str, fold: Callable[[Sequence[float]], float]) -> float | None:
     summary = record["summary"]
     if name.startswith("found."):
-        words = {word for one in summary["findings"] for word in (one["metric"], one["name"])}
+        words = {word for finding in summary["findings"] for word in (finding["metric"], finding["name"])}
         return float(name.removeprefix("found.") in words)
     if name in summary["measures"]:
         return _number(summary["measures"][name])
-    own = [_of_layer(layer, name) for layer in summary["layers"]]
-    values = [value for value in own if value is not None]
+    values = [value for layer in summary["layers"] if (value := _of_layer(layer, name)) is not None]
     if values:
         return fold(values)
     found = number_of(summary, name)
@@ -70,18 +73,18 @@ def _of_test(record: Record, name: str, fold: Callable[[Sequence[float]], float]
 def _of_tail(
     record: Record, points: Sequence[Record], name: str, fold: Callable[[Sequence[float]], float]
 ) -> float | None:
-    last = [one for one in points if one["step"] > 0.9 * points[-1]["step"]]
+    last = [point for point in points if point["step"] > 0.9 * points[-1]["step"]]
     if name in last[-1] and name != "layers":
-        return fmean(one[name] for one in last)
-    values = [_tail_of_layer(layer, last, name) for layer in record["summary"]["layers"]]
-    known = [value for value in values if value is not None]
-    return fold(known) if known else None
+        return fmean(point[name] for point in last)
+    layers = record["summary"]["layers"]
+    values = [value for layer in layers if (value := _tail_of_layer(layer, last, name)) is not None]
+    return fold(values) if values else None
 
 
 def _tail_of_layer(layer: Mapping[str, Any], points: Sequence[Record], name: str) -> float | None:
-    """Of the loads of the log points added up, those with as many experts as at the end."""
-    own = [one["layers"].get(layer["name"], {}) for one in points]
-    loads = [np.array(one["load"]) for one in own if one.get("load") and len(one["load"]) == layer["experts"]]
+    """Of the summed loads of those log points at which the layer had as many experts as at the end."""
+    numbers = [point["layers"].get(layer["name"], {}) for point in points]
+    loads = [np.array(entry["load"]) for entry in numbers if len(entry.get("load") or ()) == layer["experts"]]
     if not loads:
         return None
     load = np.mean(loads, axis=0)
@@ -102,7 +105,7 @@ def _metrics() -> Plugins:
 def _of_point(point: Record, name: str, fold: Callable[[Sequence[float]], float]) -> float | None:
     if name in point and name != "layers":
         return _number(point[name])
-    values = [value for own in point["layers"].values() if (value := _of_layer(own, name)) is not None]
+    values = [value for numbers in point["layers"].values() if (value := _of_layer(numbers, name)) is not None]
     return fold(values) if values else None
 
 

@@ -1,30 +1,23 @@
-"""A study as a TOML file says it: variants by crossing axes, columns, bars, pictures, and what was published."""
+"""A study as records: variants from crossed axes, criteria, figures."""
 
-import tomllib
 from collections.abc import Iterator, Mapping
-from importlib import resources
-from importlib.resources.abc import Traversable
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import attrs
-import cattrs
 
 from ..contract.options import Settings
-from ..errors import UsageError, listed, nearest
-from ..registry import discovery
 from ..registry.discovery import defaults
-from .grid import Variant
+from .grid import StudyVariant
 
 At = dict[str, str]  # axis -> choice
 OVER = ("each", "some", "mean", "interval", "within")
-PICTURES = ("numbers", "usage", "over_time", "classes", "against")
+FIGURES = ("numbers", "usage", "over_time", "classes", "against")
 
 
 @attrs.frozen
 class Choice:
-    """What one choice adds to a run: plugins, flags of the run by name, options by plugin."""
+    """What a choice on an axis adds to a run: plugins, flags of the run by name, options by plugin."""
 
     plugins: tuple[str, ...] = ()
     run: dict[str, Any] = attrs.field(factory=dict)
@@ -37,11 +30,12 @@ class Choice:
 
 
 @attrs.frozen
-class Part:
+class StudyPart:
     """A table of a study: the product of the choices of its axes.
 
-    cross: the choices by axis; an empty list is all. columns: quantities. seeds: unless the study's.
-    add: what all of the part share beside the base. latency: time the trained models' inference.
+    name: empty if the study has no other part. cross: the choices by axis; an empty list means all. columns:
+    quantities. seeds: how many, instead of the study's. add: what this part adds to the base. latency: also time the
+    trained models' inference.
     """
 
     name: str
@@ -55,7 +49,7 @@ class Part:
 
 @attrs.frozen
 class Published:
-    """A published row: shown above ours, never counted as ours. source: where it stands."""
+    """A published row, shown above the measured ones and never mixed with them. source: where it was published."""
 
     part: str
     name: str
@@ -64,17 +58,16 @@ class Published:
 
 
 @attrs.frozen
-class Bar:
-    """What a study expects of a quantity.
+class Criterion:
+    """A claim about a quantity, with the limit that decides it.
 
-    It must hold for every variant that `where` names (by "part" and axis). over: of the seeds' values, "each", "some"
-    or the "mean" is held against the limit; "interval": the whole 95 % interval is; "within": it reaches
-    the limit at least. against: choices by axis; the value is then the ratio (or, as = "difference", the
-    difference, seed by seed) to the best of the variants that differ only there. One limit of at_least, at_most,
-    above, below.
+    Every variant that `where` names (by "part" and axis) must meet it. over: what is compared with the limit: each
+    seed's value, that of some seed, their mean, both ends of the 95 % interval ("interval") or either end ("within").
+    against: choices by axis; the value is then the ratio (or, with compare = "difference", the difference, seed by
+    seed) to the best of the variants that differ only there. Exactly one limit: at_least, at_most, above or below.
     """
 
-    says: str
+    claim: str
     quantity: str
     where: dict[str, tuple[str, ...]]
     against: dict[str, tuple[str, ...]] = attrs.field(factory=dict)
@@ -86,29 +79,30 @@ class Bar:
     below: float | None = None
 
     def __attrs_post_init__(self) -> None:
-        if len([one for one in (self.at_least, self.at_most, self.above, self.below) if one is not None]) != 1:
-            raise ValueError(f"bar '{self.says}' needs one limit: at_least, at_most, above or below")
+        if [self.at_least, self.at_most, self.above, self.below].count(None) != 3:
+            raise ValueError(f"criterion '{self.claim}' needs one limit: at_least, at_most, above or below")
 
 
 @attrs.frozen
-class Picture:
-    """A picture of the variants that `where` names.
+class FigureSpec:
+    """A figure of the variants that `where` names.
 
-    kind: numbers (columns beside each other), usage (bars of the test set's load), over_time (load over the first
-    seed's run), classes (class by expert), against (a quantity over the choices of axis `x`, a line for each other).
+    kind: numbers (quantities next to each other), usage (bars of the test set's load), over_time (load over the first
+    seed's run), classes (class by expert), against (a quantity over the choices of axis `x`, one line for each
+    combination of the others).
     """
 
     name: str = attrs.field(validator=attrs.validators.matches_re(r"[\w-]+"))  # of its file
     title: str
     where: dict[str, tuple[str, ...]]
-    kind: str = attrs.field(validator=attrs.validators.in_(PICTURES))
+    kind: str = attrs.field(validator=attrs.validators.in_(FIGURES))
     quantities: tuple[str, ...] = ()
     x: str = ""
 
 
 @attrs.frozen
 class Quick:
-    """What is different under --quick: fewer choices by axis, shorter runs; no bar is judged."""
+    """What --quick changes: fewer choices by axis, shorter runs. No criterion is judged."""
 
     cross: dict[str, tuple[str, ...]] = attrs.field(factory=dict)
     parts: tuple[str, ...] = ()
@@ -124,135 +118,63 @@ class Study:
     title: str
     question: str
     source: str
-    part: tuple[Part, ...]
+    part: tuple[StudyPart, ...]
     axis: dict[str, dict[str, Choice]] = attrs.field(factory=dict)
     seeds: int = attrs.field(default=3, validator=attrs.validators.ge(1))
     base: Choice = Choice()
     notes: tuple[str, ...] = ()
     published: tuple[Published, ...] = ()
-    bar: tuple[Bar, ...] = ()
-    picture: tuple[Picture, ...] = ()
+    criterion: tuple[Criterion, ...] = ()
+    figure: tuple[FigureSpec, ...] = ()
     quick: Quick = Quick()
 
     def shortened(self) -> "Study":
-        """The study of --quick."""
+        """The study that --quick runs."""
         kept = [part for part in self.part if not self.quick.parts or part.name in self.quick.parts]
         parts = tuple(attrs.evolve(part, cross=_fewer(part.cross, self.quick.cross), seeds=None) for part in kept)
         last = Choice((), self.quick.run, self.quick.set)
-        axes = {axis: {name: one + last for name, one in choices.items()} for axis, choices in self.axis.items()}
-        title = f"{self.title} (quick form: short runs, to see that all works)"
+        axes = {axis: {name: choice + last for name, choice in choices.items()} for axis, choices in self.axis.items()}
+        title = f"{self.title} (quick: short runs, to check that everything works)"
         return attrs.evolve(
-            self, title=title, part=parts, axis=axes, base=self.base + last, bar=(), published=(), seeds=1
+            self, title=title, part=parts, axis=axes, base=self.base + last, criterion=(), published=(), seeds=1
         )
 
-    def variants(self, flags: Mapping[str, Any]) -> Iterator[tuple[Part, At, Variant]]:
-        """Every variant with its part and its place on the axes. flags: of the run, over what the file says."""
+    def variants(self, flags: Mapping[str, Any]) -> Iterator["Planned"]:
+        """Every variant with its part and its choice on each axis. flags: of the run; they override the file's."""
         for part in self.part:
             choices = [[(axis, name) for name in names or self.axis[axis]] for axis, names in part.cross.items()]
-            for picked in product(*choices):
-                whole = sum((self.axis[axis][name] for axis, name in picked), self.base + part.add)
-                yield part, dict(picked), self._variant(part, ", ".join(name for _, name in picked), whole, flags)
+            for chosen in product(*choices):
+                whole = sum((self.axis[axis][name] for axis, name in chosen), self.base + part.add)
+                name = full_name(part.name, ", ".join(name for _, name in chosen))
+                yield part, dict(chosen), self._variant(part, name, whole, flags)
 
-    def _variant(self, part: Part, name: str, whole: Choice, flags: Mapping[str, Any]) -> Variant:
+    def _variant(self, part: StudyPart, name: str, whole: Choice, flags: Mapping[str, Any]) -> StudyVariant:
         run = {**whole.run, **flags}
         usual = defaults()
-        own = {*whole.plugins, *usual["metrics"], usual["router"], usual["initializer"], run.get("task", usual["task"])}
-        settings = {plugin: options for plugin, options in whole.set.items() if plugin in own}
+        active = {*whole.plugins, *usual["metrics"], usual["router"], usual["initializer"]}
+        active.add(run.get("task", usual["task"]))
+        settings = {plugin: options for plugin, options in whole.set.items() if plugin in active}
         seeds = range(part.seeds) if part.seeds else None
-        return Variant(f"{part.name}: {name}", whole.plugins, settings, run, seeds, part.latency)
+        return StudyVariant(name, whole.plugins, settings, run, seeds, part.latency)
+
+
+Planned = tuple[StudyPart, At, StudyVariant]
+
+
+def full_name(part: str, variant: str) -> str:
+    """A variant's name within its study."""
+    return f"{part}: {variant}" if part else variant
+
+
+def matches(row: Mapping[str, Any], where: Mapping[str, tuple[str, ...]]) -> bool:
+    """Whether a row of a study's results has one of these choices on each axis; "part" counts as an axis."""
+    place = {"part": row["part"], **row["at"]}
+    return all(place.get(axis) in choices for axis, choices in where.items())
 
 
 def _fewer(cross: Mapping[str, tuple[str, ...]], only: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
-    """The choices that are also among `only`, of an axis that it names."""
+    """The choices that are also among `only`, for the axes that it names."""
     return {
         axis: tuple(name for name in (names or only.get(axis, ())) if name in only.get(axis, (name,)))
         for axis, names in cross.items()
     }
-
-
-# -- reading ---------------------------------------------------------------------------------------
-
-
-def shipped() -> dict[str, Traversable]:
-    """The studies that come with the engine, by name."""
-    files = resources.files("moe_engine.studies").iterdir()
-    return {file.name.removesuffix(".toml"): file for file in sorted(files, key=str) if file.name.endswith(".toml")}
-
-
-def read_study(name: str) -> Study:
-    """The study of that name, or of that TOML file. Raises UsageError."""
-    own = Path(name)
-    source = own if name.endswith(".toml") else shipped().get(name)
-    if source is None:
-        raise UsageError(f"there is no study '{name}'; {nearest(name, shipped())}; a file of yours ends in .toml")
-    try:
-        tables = tomllib.loads(source.read_text("utf-8"))
-        study = _converter().structure({"name": source.name.removesuffix(".toml"), **tables}, Study)
-    except OSError as error:
-        raise UsageError(f"study {name} can't be read: {error.strerror}") from error
-    except cattrs.BaseValidationError as error:
-        raise UsageError(f"study {name}: {cattrs.transform_error(error, 'study', _said)[0]}") from error
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"study {name} is not TOML: {error}") from error
-    _check(study)
-    return study
-
-
-def _said(error: BaseException, kind: type | None) -> str:
-    """What is wrong with a value: in the words of its own check, if it has one."""
-    own = type(error) is ValueError and error.args
-    return str(error.args[0]) if own else cattrs.v.format_exception(error, kind)
-
-
-def _converter() -> cattrs.Converter:
-    converter = cattrs.Converter(forbid_extra_keys=True)
-    converter.register_structure_hook_func(lambda kind: kind == tuple[str, ...], _words)
-    return converter
-
-
-def _words(value: Any, _: Any) -> tuple[str, ...]:
-    if isinstance(value, str):
-        return (value,)
-    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
-        raise ValueError(f"{value!r} is no list of words")
-    return tuple(value)
-
-
-def _check(study: Study) -> None:
-    """Raise UsageError for a name that is not there."""
-    parts = [part.name for part in study.part]
-    twice = [name for name in parts if parts.count(name) > 1]
-    if twice or not parts:
-        raise UsageError(
-            f"study {study.name}: " + (f"two parts are called '{twice[0]}'" if twice else "it has no part")
-        )
-    for part in study.part:
-        _known(study, f"part '{part.name}'", part.cross)
-    for bar in study.bar:
-        _known(study, f"bar '{bar.says}'", bar.where)
-        _known(study, f"bar '{bar.says}'", bar.against)
-    for picture in study.picture:
-        x = {picture.x: ()} if picture.kind == "against" else {}
-        _known(study, f"picture '{picture.name}'", {**picture.where, **x})
-    for row in study.published:
-        _known(study, f"published '{row.name}'", {"part": (row.part,)})
-    wholes = [
-        study.base,
-        *(part.add for part in study.part),
-        *(c for axis in study.axis.values() for c in axis.values()),
-    ]
-    installed = discovery.find()
-    for plugin in [name for whole in wholes for name in (*whole.plugins, *whole.set)]:
-        if plugin not in installed:
-            raise UsageError(f"study {study.name}: there is no plugin '{plugin}'; {nearest(plugin, installed)}")
-
-
-def _known(study: Study, who: str, names: Mapping[str, tuple[str, ...]]) -> None:
-    axes = {"part": [part.name for part in study.part], **study.axis}
-    for axis, choices in names.items():
-        if axis not in axes:
-            raise UsageError(f"study {study.name}, {who}: there is no axis '{axis}'; {nearest(axis, axes)}")
-        for choice in choices:
-            if choice not in axes[axis]:
-                known = listed(map(repr, axes[axis]))
-                raise UsageError(f"study {study.name}, {who}: '{choice}' is none of {axis}'s choices {known}")

@@ -1,4 +1,4 @@
-"""The mean of a few measurements, and how far it can be trusted."""
+"""The mean of a few measurements, and its confidence interval."""
 
 import math
 import statistics
@@ -9,7 +9,7 @@ import attrs
 
 @attrs.frozen
 class Interval:
-    """A mean and half the width of its 95 % interval, None where one value says nothing of the spread."""
+    """A mean and half the width of its 95 % interval; None for a single value, which shows no spread."""
 
     mean: float
     half: float | None
@@ -26,7 +26,7 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def student_t(degrees: int) -> float:
-    """The t between whose negative and itself lies 95 % of Student's distribution, by bisection of `_inside`."""
+    """The t for which 95 % of Student's distribution lies in [-t, t], by bisection of `_inside`."""
     low, high = 0.0, 13.0  # 12.706 with one degree of freedom is the largest
     while high - low > 1e-12:
         middle = (low + high) / 2

@@ -1,36 +1,129 @@
-"""Tables of means over seeds: cells, verdicts, Markdown."""
+"""Tables of results, for the terminal and both pages."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from .grid import FINISHED, REFUSED
 
 
-def spread(number: Mapping[str, Any] | None, factor: float, digits: int) -> str:
-    """The words "mean ± half" of a number of a row, times a factor; "-" where there is none."""
+class Format(NamedTuple):
+    """How a quantity is shown: its title, the factor to the title's unit, digits after the point."""
+
+    title: str
+    factor: float = 1
+    digits: int = 3
+
+
+FORMATS = {  # by quantity, without its scope
+    "accuracy": Format("accuracy %", 100, 2),
+    "precision": Format("precision %", 100, 2),
+    "recall": Format("recall %", 100, 2),
+    "f1": Format("F1 %", 100, 2),
+    "loss": Format("loss", 1, 4),
+    "perplexity": Format("perplexity", 1, 2),
+    "active": Format("active", 1, 1),
+    "active_1pct": Format("active (1 %)", 1, 1),
+    "top_share": Format("top share %", 100, 1),
+    "train_dropped": Format("dropped %", 100, 1),
+    "flops.active": Format("MFLOPs", 1e-6, 2),
+    "flops.total": Format("MFLOPs, all experts", 1e-6, 2),
+    "model.active": Format("model MFLOPs", 1e-6, 1),
+    "model.total": Format("model MFLOPs, all experts", 1e-6, 1),
+    "model.parameters": Format("parameters (M)", 1e-6, 2),
+    "model.active_parameters": Format("active (M)", 1e-6, 2),
+    "step_seconds": Format("step ms", 1000, 2),
+    "step_ratio": Format("step/dense", 1, 2),
+    "summary.seconds": Format("seconds", 1, 0),
+    "latency.median": Format("inference ms", 1000, 2),
+    "latency.p95": Format("inference p95 ms", 1000, 2),
+    "latency.throughput": Format("samples/s", 1, 0),
+}
+SCOPES = {"tail": "stream", "after_growth": "after growth"}
+LEGEND = (
+    "Ours: mean over the seeds ± half of the 95 % interval (Student's t), on data not trained on; "
+    "stream: over the last tenth of the training steps. Published rows are quoted."
+)
+Table = tuple[list[str], list[list[str]]]  # column titles, lines of cells
+
+
+def format_of(quantity: str) -> Format:
+    """How a quantity is shown, its scope and fold in the title."""
+    scope, _, rest = quantity.partition(".")
+    scoped = scope in SCOPES or (scope[:4] in ("step", "eval") and scope[4:].isdigit())
+    name, _, fold = (rest if scoped else quantity).partition(":")
+    found = FORMATS.get(name, Format(name))
+    words = [SCOPES.get(scope, f"step {scope[4:]}") if scoped else "", found.title, f"({fold})" if fold else ""]
+    return found._replace(title=" ".join(word for word in words if word))
+
+
+def tables_of(results: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """(title, column titles, lines of cells) of each part: published rows first, then the measured ones."""
+    tables = []
+    for part in results["parts"]:
+        rows = [row for row in results["rows"] if row["part"] == part["name"]]
+        published = [row for row in results["published"] if row["part"] == part["name"]]
+        columns = {name: _column(name, rows) for name in part["columns"]}
+        titles = ["", *(shown.title for shown in columns.values()), "verdicts"]
+        lines = [[f"published: {row['name']}", *_cells(row, columns), "-"] for row in published]
+        lines += [[row["variant"], *_cells(row, columns), _verdicts(row)] for row in rows]
+        tables.append((part["title"], titles, lines))
+    return tables
+
+
+def _column(quantity: str, rows: Sequence[Mapping[str, Any]]) -> Format:
+    """How a column is shown; the FLOPs of small layers in thousands, which in millions would look alike."""
+    usual = format_of(quantity)
+    means = [row["numbers"][quantity]["mean"] for row in rows if quantity in row["numbers"]]
+    if usual.title.startswith("MFLOPs") and means and max(means) < 1e5:
+        return Format(usual.title.replace("MFLOPs", "kFLOPs"), 1e-3, 1)
+    return usual
+
+
+def _cells(row: Mapping[str, Any], columns: Mapping[str, Format]) -> list[str]:
+    return [_cell(row["numbers"].get(name), shown) for name, shown in columns.items()]
+
+
+def _cell(number: Mapping[str, Any] | float | None, shown: Format) -> str:
+    """ "mean ± half" of a measured number, a published value as it is, "-" where there is neither."""
     if number is None:
         return "-"
-    half = "" if number["half"] is None else f" ± {factor * number['half']:,.{digits}f}"
-    return f"{factor * number['mean']:,.{digits}f}{half}"
+    parts = [number["mean"], number["half"]] if isinstance(number, Mapping) else [number]
+    return " ± ".join(f"{shown.factor * part:,.{shown.digits}f}" for part in parts if part is not None)
 
 
-def verdicts(row: Mapping[str, Any]) -> str:
-    """How often each verdict came, and what became of a row that has no run."""
+def _verdicts(row: Mapping[str, Any]) -> str:
+    """How often each verdict was given, and the status of a row without a run."""
     words = [f"{verdict} {count}/{len(row['seeds'])}" for verdict, count in row["verdicts"].items()]
-    return ", ".join(words if row["status"] == "finished" else [*words, row["status"]]) or "-"
+    return ", ".join(words if row["status"] == FINISHED else [*words, row["status"]]) or "-"
 
 
-def remarks(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """A sentence for each row of which a run is missing: why."""
-    return [_remark(row) for row in rows if row["reason"]]
+def criteria_table(results: Mapping[str, Any]) -> Table:
+    """Each claim, its verdict, and the worst variant with its value."""
+    lines = [
+        [
+            criterion["claim"],
+            criterion["verdict"],
+            "-" if criterion["value"] is None else f"{criterion['value']:.4g}",
+            criterion["limit"],
+            criterion["variant"] or "-",
+        ]
+        for criterion in results["criteria"]
+    ]
+    return ["claim", "verdict", "worst", "limit", "variant"], lines
+
+
+def legend_of(results: Mapping[str, Any]) -> str:
+    """What the numbers in the tables mean."""
+    return str(results.get("legend", LEGEND))
+
+
+def remarks(results: Mapping[str, Any]) -> list[str]:
+    """A sentence for each row of which a run is missing, with the reason."""
+    return [_remark(row) for row in results["rows"] if row["reason"]]
 
 
 def _remark(row: Mapping[str, Any]) -> str:
-    name = ", ".join(row[key] for key in ("part", "variant") if key in row)
-    if row["status"] == "finished":
+    name = ", ".join(filter(None, (row["part"], row["variant"])))
+    if row["status"] == FINISHED:
         return f"{name}: only {len(row['seeds'])} seeds finished: {row['reason']}"
-    return f"{name} {'was refused' if row['status'] == 'refused' else 'failed'}: {row['reason']}"
-
-
-def markdown(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table as Markdown: words in the first and the last column, numbers between."""
-    bars = ["---", *["---:"] * (len(columns) - 2), "---"]
-    return "\n".join(f"| {' | '.join(one.replace('|', '/') for one in cells)} |" for cells in (columns, bars, *lines))
+    return f"{name} {'was refused' if row['status'] == REFUSED else 'failed'}: {row['reason']}"

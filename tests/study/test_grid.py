@@ -1,4 +1,4 @@
-"""Variants times seeds: what is run, what is not run again, and what a cell that fails does to the others."""
+"""Variants times seeds: what runs, what is not run again, and that a failed cell leaves the others alone."""
 
 import subprocess
 import sys
@@ -10,19 +10,20 @@ import torch
 
 from moe_engine import UsageError, hookimpl
 from moe_engine.run.training import Training
-from moe_engine.study.grid import Variant, cells_of, run_grid, weights_of
+from moe_engine.study.grid import StudyVariant, cells_of, run_grid, weights_of
+from support import refused
 
 SETTINGS = {"blobs": {"images": "200", "test_images": "50"}}
 FLAGS = {"task": "blobs", "epochs": 1, "device": "cpu"}
 
 
 def variant(*plugins, name=None, settings=None, **flags):
-    return Variant(name or "+".join(plugins), plugins, {**SETTINGS, **(settings or {})}, {**FLAGS, **flags})
+    return StudyVariant(name or "+".join(plugins), plugins, {**SETTINGS, **(settings or {})}, {**FLAGS, **flags})
 
 
 @pytest.fixture
 def ran(monkeypatch):
-    """The (plugins, seed) of every run that is begun in this process."""
+    """The (plugins, seed) of every run that begins in this process."""
     begun, run = [], Training.run
 
     def noted(training):
@@ -41,7 +42,7 @@ def test_every_variant_is_run_with_every_seed(tmp_path, ran):
     records = run_grid([variant("topk"), variant("sigmoid_topk")], [0, 1], tmp_path / "out")
     expected = [(("topk",), 0), (("sigmoid_topk",), 0), (("topk",), 1), (("sigmoid_topk",), 1)]
     assert expected == ran
-    assert [(plugins[0], seed) for plugins, seed in expected] == [(one["variant"], one["seed"]) for one in records]
+    assert [(plugins[0], seed) for plugins, seed in expected] == [(record["variant"], record["seed"]) for record in records]
 
 
 def test_a_cell_has_the_numbers_of_the_run_of_its_configuration(tmp_path):
@@ -50,7 +51,7 @@ def test_a_cell_has_the_numbers_of_the_run_of_its_configuration(tmp_path):
     run = Training(config, SETTINGS, tmp_path / "alone").run()
     assert run.summary["loss"] == record["summary"]["loss"]
     assert run.summary["layers"] == record["summary"]["layers"]
-    last = [one for one in run.records if one["split"] == "train"][-1]["layers"]["moe"]["dropped"]
+    last = [record for record in run.records if record["split"] == "train"][-1]["layers"]["moe"]["dropped"]
     assert {"moe": last} == record["dropped"]
     assert last > 0
     # dim = hidden = 64: the router 2*8*64, two experts of 2*64*64 + 2*64*64 each
@@ -58,9 +59,9 @@ def test_a_cell_has_the_numbers_of_the_run_of_its_configuration(tmp_path):
     assert record["step_seconds"] > 0
 
 
-def test_weights_are_kept_where_one_of_the_variants_that_share_a_run_asks_for_them(tmp_path, ran):
+def test_weights_are_kept_if_any_variant_of_a_shared_run_asks_for_them(tmp_path, ran):
     variants = [variant("topk", name="kept"), variant("topk", name="other")]
-    variants = [attrs.evolve(one, keep=one.name == "kept") for one in variants]
+    variants = [attrs.evolve(each, keep=each.name == "kept") for each in variants]
     for _ in range(2):
         kept, other = run_grid(variants, [0], tmp_path / "out")
         assert kept["key"] == other["key"]
@@ -69,7 +70,7 @@ def test_weights_are_kept_where_one_of_the_variants_that_share_a_run_asks_for_th
     model.load_state_dict(safetensors.torch.load_file(weights_of(tmp_path / "out", kept["key"])))
 
 
-def test_what_is_finished_is_not_run_again(tmp_path, ran):
+def test_a_finished_cell_is_not_run_again(tmp_path, ran):
     out, variants = tmp_path / "out", [variant("topk"), variant("sigmoid_topk")]
     first = run_grid(variants, [0, 1], out)
     before = files(out)
@@ -79,7 +80,7 @@ def test_what_is_finished_is_not_run_again(tmp_path, ran):
     assert before == files(out)
 
 
-def test_only_what_is_missing_is_run(tmp_path, ran):
+def test_only_missing_cells_are_run(tmp_path, ran):
     out = tmp_path / "out"
     run_grid([variant("topk")], [0], out)
     ran.clear()
@@ -100,12 +101,12 @@ def test_a_damaged_cell_is_run_again(tmp_path, ran):
     "other", [{"experts": 4}, {"epochs": 2}, {"settings": {"topk": {"renorm": "false"}}}, {"no_plugin": ("health",)}]
 )
 def test_another_flag_or_setting_is_another_cell(other):
-    keys = [cells_of(one, [0])[0].key for one in (variant("topk"), variant("topk", **other))]
+    keys = [cells_of(each, [0])[0].key for each in (variant("topk"), variant("topk", **other))]
     assert keys[0] != keys[1]
 
 
-def test_a_name_is_no_part_of_what_is_run():
-    keys = {cells_of(one, [0])[0].key for one in (variant("topk"), variant("topk", name="another"))}
+def test_the_name_of_a_variant_does_not_change_its_cells():
+    keys = {cells_of(each, [0])[0].key for each in (variant("topk"), variant("topk", name="another"))}
     assert len(keys) == 1
 
 
@@ -161,7 +162,7 @@ def test_a_loss_that_is_not_finite_fails_its_cell_alone(tmp_path, install):
     assert "stopped being finite at step 1" in bad["reason"]
 
 
-def test_what_is_refused_says_why_and_is_asked_again(tmp_path, ran):
+def test_a_refused_cell_says_why_and_is_tried_again(tmp_path, ran):
     variants, out = [variant("topk", settings={"topk": {"groups": "3"}}), variant("topk")], tmp_path / "out"
     bad, good = run_grid(variants, [0], out)
     assert (bad["status"], bad["reason"]) == ("refused", "groups=3 does not divide 8 experts")
@@ -174,7 +175,7 @@ def test_what_is_refused_says_why_and_is_asked_again(tmp_path, ran):
     assert len(ran) == 1
 
 
-def test_the_runs_themselves_do_not_stay(tmp_path):
+def test_the_folders_of_runs_are_deleted(tmp_path):
     run_grid([variant("topk")], [0], tmp_path / "out")
     assert {".lock", "cells"} == {path.name for path in (tmp_path / "out").iterdir()}
 
@@ -194,7 +195,7 @@ def test_a_cell_leaves_the_processs_threads_alone(tmp_path):
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "mine.txt").touch()
-    with pytest.raises(UsageError, match="is neither empty nor of an earlier comparison"):
+    with refused("foreign-folder", tmp_path, "--out"):
         run_grid([variant("topk")], [0], tmp_path)
 
 

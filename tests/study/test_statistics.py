@@ -1,4 +1,4 @@
-"""Intervals of a few values: against closed forms and numbers worked out by hand."""
+"""Intervals of a few values, compared with closed forms and numbers worked out by hand."""
 
 import math
 

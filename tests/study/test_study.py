@@ -1,4 +1,4 @@
-"""`moe-engine study`, through the command line: what it runs, writes, judges, and says of what is wrong."""
+"""`moe-engine study`, through the command line: what it runs, writes, judges and refuses."""
 
 import importlib.util
 import json
@@ -17,12 +17,13 @@ from moe_engine.cli import main
 from moe_engine.run.training import Training
 from moe_engine.seeds import generator
 from moe_engine.study.grid import cells_of
-from moe_engine.study.spec import read_study, shipped
+from moe_engine.study.reading import read_study, shipped
+from support import refused
 
 MINE = """
 title = "Two ways"
 question = "Does it run?"
-source = "nobody, 2026"
+source = "A. Author, 2026"
 notes = ["It is wrong."]
 seeds = 2
 
@@ -57,21 +58,21 @@ part = "main"
 name = "theirs"
 numbers = { accuracy = 0.5 }
 
-[[bar]]
-says = "all are better than chance"
+[[criterion]]
+claim = "all are better than chance"
 quantity = "accuracy"
 where = { part = "main" }
 over = "each"
 at_least = 0.11
 
-[[picture]]
+[[figure]]
 name = "numbers"
 kind = "numbers"
 title = "Numbers"
 where = { part = "main" }
 quantities = ["accuracy", "tail.cv"]
 
-[[picture]]
+[[figure]]
 name = "against"
 kind = "against"
 title = "Over the experts"
@@ -79,19 +80,19 @@ where = { part = "main" }
 x = "experts"
 quantities = ["accuracy"]
 
-[[picture]]
+[[figure]]
 name = "usage"
 kind = "usage"
 title = "Usage"
 where = { part = "main" }
 
-[[picture]]
+[[figure]]
 name = "over_time"
 kind = "over_time"
 title = "Over time"
 where = { part = "main", experts = "4" }
 
-[[picture]]
+[[figure]]
 name = "classes"
 kind = "classes"
 title = "Classes"
@@ -115,7 +116,7 @@ def _mine(tmp_path, monkeypatch):
 
 @pytest.fixture
 def ran(monkeypatch):
-    """The (experts, plugins, seed) of every run that is begun in this process."""
+    """The (experts, plugins, seed) of every run that begins in this process."""
     begun, run = [], Training.run
 
     def noted(training):
@@ -141,7 +142,7 @@ def test_variants_times_seeds_are_run_written_and_drawn(ran, capsys):
     assert (row["at"], row["plugins"], row["seeds"]) == ({"method": "loud", "experts": "4"}, ["switch_aux"], [0, 1])
     values = row["numbers"]["accuracy"]["values"]
     assert row["numbers"]["accuracy"]["mean"] == pytest.approx(sum(values) / 2)
-    assert [bar["verdict"] for bar in results["bars"]] == ["held"]
+    assert [criterion["verdict"] for criterion in results["criteria"]] == ["passed"]
     page = Path("out/study.md").read_text()
     out = capsys.readouterr().out
     for text in (page, out, Path("out/study.html").read_text()):
@@ -155,7 +156,7 @@ def test_variants_times_seeds_are_run_written_and_drawn(ran, capsys):
         assert Path("out", name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_is_finished_is_not_run_again(ran):
+def test_finished_runs_are_not_run_again(ran):
     first = study()
     ran.clear()
     assert first == study()
@@ -165,7 +166,7 @@ def test_what_is_finished_is_not_run_again(ran):
     assert more["rows"][0]["seeds"] == [0, 1, 2]
 
 
-def test_a_study_that_is_killed_goes_on_to_the_same_numbers(tmp_path):
+def test_a_killed_study_continues_to_the_same_numbers(tmp_path):
     words = [*COMMAND, "study", "mine.toml", "--jobs", "2", "--out", "killed"]
     killed = subprocess.Popen(words, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + 120
@@ -187,17 +188,17 @@ def test_results_are_judged_again_without_a_run(ran, capsys):
     capsys.readouterr()
     stored = Path("out/study.json").read_bytes()
     study("--check", code=1)
-    assert "1 of 1 bars are not held, the first: all are better than chance" in capsys.readouterr().err
+    assert "1 of 1 criteria failed, the first: all are better than chance" in capsys.readouterr().err
     assert ran == []
     assert stored == Path("out/study.json").read_bytes()
 
 
-def test_a_missed_bar_is_shown_and_is_no_error_of_the_run(capsys):
+def test_a_failed_criterion_is_shown_and_does_not_fail_the_run(capsys):
     Path("mine.toml").write_text(MINE.replace("at_least = 0.11", "at_least = 1.01"))
-    assert [bar["verdict"] for bar in study()["bars"]] == ["missed"]
+    assert [criterion["verdict"] for criterion in study()["criteria"]] == ["failed"]
 
 
-def test_a_run_that_fails_is_named_and_stops_no_other(install, capsys):
+def test_a_failed_run_is_named_and_stops_no_other(install, capsys):
     @attrs.define(eq=False)
     class Broken:
         @hookimpl
@@ -217,7 +218,7 @@ def test_a_run_that_fails_is_named_and_stops_no_other(install, capsys):
         "loud, 4": "refused",
     }
     assert "no luck" in results["rows"][3]["reason"]
-    assert results["bars"][0]["verdict"] == "not measured"
+    assert results["criteria"][0]["verdict"] == "not measured"
     err = capsys.readouterr().err
     assert "1 of 4 variants lack a run; main, loud, 4 was refused" in err
 
@@ -225,15 +226,15 @@ def test_a_run_that_fails_is_named_and_stops_no_other(install, capsys):
 def test_quick_is_short_and_judges_nothing(ran, capsys):
     results = study("--quick")
     assert ran == [(2, (), 0), (2, ("switch_aux",), 0)]
-    assert results["bars"] == results["published"] == []
+    assert results["criteria"] == results["published"] == []
 
 
 def test_two_seeds_never_share_a_random_stream():
-    """Every named generator of every cell starts in a state of its own; the same variant's differ by seed."""
+    """Every named generator starts in a different state for every seed and name."""
     cells = [cell for _, _, variant in read_study("mine.toml").variants({}) for cell in cells_of(variant, range(50))]
     names = ("weights", "data order", "training", "blobs")
     states = {name: {seed: generator(seed, name).initial_seed() for seed in range(50)} for name in names}
-    assert len({state for own in states.values() for state in own.values()}) == 50 * len(names)
+    assert len({state for by_seed in states.values() for state in by_seed.values()}) == 50 * len(names)
     assert {cell.config.seed for cell in cells} == set(range(50))
     assert len({cell.key for cell in cells}) == len(cells)
 
@@ -241,7 +242,7 @@ def test_two_seeds_never_share_a_random_stream():
 @pytest.mark.skipif(not importlib.util.find_spec("distributed"), reason="needs dask and distributed")
 @pytest.mark.filterwarnings("ignore")
 def test_dask_gives_the_same_numbers():
-    """On a real cluster of two workers of this machine."""
+    """On a real cluster: two workers on this machine."""
     command = [*COMMAND, "study", "mine.toml", "--quiet", "--jobs", "2"]
     subprocess.run([*command, "--backend", "dask", "--out", "dask"], check=True, capture_output=True)
     assert study() == json.loads(Path("dask/study.json").read_text())
@@ -254,60 +255,72 @@ def test_every_shipped_study_runs_in_its_quick_form(name, tmp_path, capsys):
     assert list(tmp_path.glob("out/*.png"))
 
 
-# -- what is wrong with a study's file ---------------------------------------------------------------
+# -- mistakes in a study's file ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "sentence"),
+    ("old", "new", "code", "words"),
     [
-        ('method = ["nothing"]', "", "there is no axis"),
-        ("[axis.method.loud]", "[axis.method.loud]\nplugs = []", "extra fields found (plugs)"),
-        ('plugins = ["switch_aux"]', 'plugins = ["swich_aux"]', "there is no plugin 'swich_aux'; did you mean"),
-        ("at_least = 0.11", "", "needs one limit"),
-        ("at_least = 0.11", "at_least = 0.11\nabove = 3", "needs one limit"),
-        ('over = "each"', 'over = "all"', "'over' must be in"),
-        ('kind = "usage"', 'kind = "pie"', "'kind' must be in"),
-        ('where = { part = "main" }\nover', 'where = { parts = "main" }\nover', "there is no axis 'parts'"),
-        ('where = { part = "main" }\nover', 'where = { part = "min" }\nover', "'min' is none of part's choices"),
-        ('part = "main"\nname = "theirs"', 'part = "man"\nname = "theirs"', "'man' is none of part's choices"),
-        ("seeds = 2", "seeds = 'two'", "invalid"),
-        ("seeds = 2", "seeds = 0", "'seeds' must be >= 1"),
-        ('x = "experts"', 'x = "expert"', "there is no axis 'expert'; did you mean 'experts'"),
-        ('name = "usage"', 'name = "../usage"', "'name' must match regex"),
-        ("title = ", "titel = ", "title"),
-        ("question", "= question", "is not TOML"),
+        ("method = []\n", "methods = []\n", "unknown-axis", ["part 'main'", "'methods'", "'method'"]),
+        ("[axis.method.loud]", "[axis.method.loud]\nplugs = []", "invalid-study", ["plugs"]),
+        ('plugins = ["switch_aux"]', 'plugins = ["swich_aux"]', "unknown-plugin", ["'swich_aux'", "'switch_aux'"]),
+        ("at_least = 0.11", "", "invalid-study", ["all are better than chance", "at_least"]),
+        ("at_least = 0.11", "at_least = 0.11\nabove = 3", "invalid-study", ["all are better than chance", "at_least"]),
+        ('over = "each"', 'over = "all"', "invalid-study", ["'over'", "'all'"]),
+        ('kind = "usage"', 'kind = "pie"', "invalid-study", ["'kind'", "'pie'"]),
+        ('where = { part = "main" }\nover', 'where = { parts = "main" }\nover', "unknown-axis", ["'parts'", "'part'"]),
+        ('where = { part = "main" }\nover', 'where = { part = "min" }\nover', "unknown-choice", ["'min'", "'main'"]),
+        ('part = "main"\nname = "theirs"', 'part = "man"\nname = "theirs"', "unknown-choice", ["'theirs'", "'man'"]),
+        ("seeds = 2", "seeds = 'two'", "invalid-study", ["seeds"]),
+        ("seeds = 2", "seeds = 0", "invalid-study", ["'seeds'", ">= 1"]),
+        ('x = "experts"', 'x = "expert"', "unknown-axis", ["figure 'against'", "'expert'", "'experts'"]),
+        ('name = "usage"', 'name = "../usage"', "invalid-study", ["'name'", "../usage"]),
+        ("title = ", "titel = ", "invalid-study", ["title"]),
+        ("question", "= question", "invalid-toml", ["mine.toml"]),
+        ("[[criterion]]", "[[criteria]]", "invalid-study", ["criteria"]),
+        ('columns = ["accuracy", "tail.cv", "flops.active"]', "columns = 3", "invalid-study", ["3", "columns"]),
+        ("[[published]]", '[[part]]\nname = "main"\ntitle = ""\ncolumns = []\ncross = {}\n[[published]]', "duplicate-name", ["'main'"]),
     ],
 )
-def test_what_is_wrong_with_a_file_is_one_sentence(old, new, sentence, capsys):
+def test_a_mistake_in_the_file_is_named(old, new, code, words):
     text = MINE.replace(old, new)
-    if old == 'method = ["nothing"]':
-        text = MINE.replace("method = []", "methods = []")
     assert text != MINE
     Path("mine.toml").write_text(text)
+    with refused(code, "study mine", *words):
+        read_study("mine.toml")
+
+
+def test_a_mistake_in_the_file_is_one_line_and_nothing_is_written(capsys):
+    Path("mine.toml").write_text(MINE.replace("seeds = 2", "seeds = 0"))
     assert main(["study", "mine.toml", "--out", "out"]) == 2
     err = capsys.readouterr().err
-    assert sentence in err
+    assert "'seeds'" in err
     assert err.count("\n") == 1
     assert not Path("out").exists()
 
 
-def test_names_and_folders_that_are_wrong(capsys):
+def test_unknown_studies_and_missing_files_are_named():
+    with refused("unknown-study", "'grwth'", "'growth'"):
+        read_study("grwth")
+    with refused("unreadable-file", "none.toml"):
+        read_study("none.toml")
+
+
+def test_check_needs_results_and_criteria(capsys):
     for words, sentence in (
-        (["grwth"], "there is no study 'grwth'; did you mean 'growth'"),
-        (["none.toml"], "study none.toml can't be read: No such file"),
-        (["mine.toml", "--check", "--out", "nowhere"], "run the study first"),
-        (["mine.toml", "--check", "--quick"], "--quick judges no bar"),
+        (["mine.toml", "--check", "--out", "nowhere"], "nowhere/study.json"),
+        (["mine.toml", "--check", "--quick"], "--quick"),
     ):
         assert main(["study", *words]) == 2
         assert sentence in capsys.readouterr().err
     Path("out").mkdir()
     Path("out/study.json").write_text("[1]")
     assert main(["study", "mine.toml", "--check", "--out", "out"]) == 2
-    assert "is damaged" in capsys.readouterr().err
+    assert "out/study.json" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["growth", "hierarchy"])
-def test_data_that_are_not_there_are_named_before_anything_is_written(name, capsys, monkeypatch):
+def test_missing_data_are_named_before_anything_is_written(name, capsys, monkeypatch):
     monkeypatch.setattr("socket.socket.connect", lambda *_: (_ for _ in ()).throw(OSError("offline")))
     assert main(["study", name, "--data-dir", "empty", "--out", "out"]) == 2
     err = capsys.readouterr().err
