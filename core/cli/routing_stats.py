@@ -154,6 +154,7 @@ def _show(report: dict[str, Any], series: Sequence["Series"]) -> None:
     columns = ["experts", *METRICS, *sorted(extra - {*METRICS, *SIZES})]
     _table(rows, columns, "verdict", [(row.get("verdict") or {}).get("name", "-") for row in rows])
     if changed:
+        print_line("")
         columns = ["against", "total_variation", "correlation", "cv_change"]
         _table(changed, columns, "moved most", [_moved(change["moved"]) for change in changed])
     for line in (*_findings(rows, _titles(series)), *_notes(report, series)):
