@@ -100,7 +100,7 @@ def _fail(results: Mapping[str, Any], check: bool) -> None:
     failed = [bar["says"] for bar in results["bars"] if bar["verdict"] != "held"]
     if check and failed:
         sentence = f"{len(failed)} of {len(results['bars'])} criteria failed; the first: {failed[0]}"
-        raise RunError(sentence, code="failed-criteria")
+        raise RunError(sentence, code="criteria-failed")
 
 
 def _list() -> int:
