@@ -1,4 +1,4 @@
-"""The command line: a file for each command. Nothing here imports torch before it must."""
+"""The command line: one file per command. Nothing here imports torch before it must."""
 
 import sys
 import traceback
@@ -20,36 +20,46 @@ from .run import run
 from .study import study
 
 USAGE, FAILED, STOPPED = 2, 1, 130
+SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 80}
 
 
-@click.group(
-    invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
-)
+class Commands(click.Group):
+    """A group that lists its commands in the order in which they were added, not by letter."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(cls=Commands, invoke_without_command=True, context_settings=SETTINGS)
 @click.version_option(metadata.version("moe-engine"), prog_name="moe-engine")
 @click.pass_context
 def group(context: click.Context) -> None:
-    """A Mixture-of-Experts engine in which every strategy is a plugin.
+    """Train, compare and analyse Mixture-of-Experts models. Every strategy is a
+    plugin.
 
     \b
-    Train on the embedded digits, balanced in two ways, and get a report:
+    Train on the built-in digits, and write a report:
         moe-engine run --plugins saturation,switch_aux
-    See what there is to choose from, and what one plugin can be told:
+        moe-engine resume runs/A
+
+    \b
+    Find plugins and their options:
         moe-engine plugins
         moe-engine plugins saturation
-    Go on with a run that was stopped:
-        moe-engine resume runs/A
-    Grow by an expert every 100 steps, from 2 on; loss_plateau does it when the loss stops falling:
-        moe-engine run --plugins saturation,switch_aux,schedule --experts 2
-    Set two runs side by side; or all routers and a dense model, over three seeds:
+
+    \b
+    Compare runs, plugins, or a whole study:
         moe-engine compare runs/A runs/B
         moe-engine compare-plugins --routers all
-    Run one of the published studies, beside its published figures:
         moe-engine study growth --quick
-    Let another router choose on the logits of a run that recorded them:
+
+    \b
+    Analyse routing after the fact:
         moe-engine replay runs/A --routers sigmoid_topk
-    What the metrics say of routing counts that somebody published, or of a run's:
         moe-engine routing-stats counts.csv
-    Write a router of your own, which works as written, and hold it against what is promised of every router:
+
+    \b
+    Write a plugin:
         moe-engine new-plugin router my_router
         moe-engine check my_router
     """
@@ -63,15 +73,15 @@ for command in COMMANDS:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; answers the exit code: 0, 2 for bad input, 1 for a failed run, 130 or 143 if stopped."""
+    """Run the command line; returns the exit code: 0, 2 for bad input, 1 for a failed run, 130 or 143 if stopped."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        with group.make_context("moe-engine", words) as context:  # group.main takes EOFError and EPIPE for its own
+        with group.make_context("moe-engine", words) as context:  # group.main handles EOFError and EPIPE itself
             return group.invoke(context) or 0
     except click.exceptions.Exit as error:
         return error.exit_code
     except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output left; there is nobody to tell
+        sys.stderr.close()  # whoever read our output is gone, so a message would reach no reader
         return FAILED
     except (Exception, KeyboardInterrupt) as error:
         sentence, code = _ending(error)
@@ -82,11 +92,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _ending(error: BaseException) -> tuple[str, int | None]:
-    """The sentence and the exit code of an exception; None for one that nobody foresaw."""
+    """The sentence and the exit code of an exception; the code is None for a bug."""
     if isinstance(error, click.ClickException):
         return error.format_message(), USAGE
     if isinstance(error, click.Abort | KeyboardInterrupt):
         return "stopped", STOPPED
     if isinstance(error, UsageError | RunError):
         return str(error), USAGE if isinstance(error, UsageError) else FAILED
-    return f"unexpected {type(error).__name__}: {error}; this is a bug: --debug shows where", None
+    return f"unexpected {type(error).__name__}: {error}; this is a bug, --debug shows the traceback", None

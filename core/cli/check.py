@@ -1,4 +1,4 @@
-"""`moe-engine check`: hold plugins against what is promised of every plugin."""
+"""`moe-engine check`: run the conformance tests on plugins."""
 
 import json
 import traceback
@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..contract.options import parse_settings
+from ..contract.options import Settings, parse_settings
 from ..errors import UsageError, nearest
 from ..registry.discovery import find, pick
-from .flags import settings_flag
+from .flags import json_flag, settings_flag
 
 if TYPE_CHECKING:
     from ..testing import Result
 
 
-@click.command()
+@click.command(short_help="Run the conformance tests on plugins.")
 @click.argument("names", metavar="NAME...", nargs=-1, required=True)
 @settings_flag
 @click.option(
@@ -26,46 +26,41 @@ if TYPE_CHECKING:
     default=Path("data"),
     show_default=True,
     metavar="FOLDER",
-    help="Where a task's files are; without them its claims are skipped.",
+    help="Data of task plugins; claims whose data is missing are skipped.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("--debug", is_flag=True, help="Show the traceback of each claim that fails.")
+@json_flag("the outcomes")
+@click.option("--debug", is_flag=True, help="Show the traceback of each failed claim.")
 def check(names: tuple[str, ...], settings: tuple[str, ...], data_dir: Path, as_json: bool, debug: bool) -> int:
-    """Test what is promised of every plugin on the plugins NAME...: one line for each claim.
+    """Run the conformance tests on the given plugins.
 
     \b
-    A router, and with another setting:
+    Test a router, then again with another setting:
         moe-engine check my_router
         moe-engine check my_router --set my_router.heat=2
-    Several, for a program to read:
-        moe-engine check my_router my_loss --json
 
-    A claim is ok, FAILED with what to do, or skipped with the reason. The exit code is 1 if one failed,
-    2 for an unknown name. The claims are those of moe_engine.testing, which tests use too.
+    Each claim is printed as ok, FAILED with what to do, or skipped with the
+    reason. Exit code 1 means that a claim failed, 2 that a plugin or an option
+    is unknown. The same claims run in pytest through moe_engine.testing.
     """
     installed = find()
     found = [pick(name, installed) for name in names]
-    given = parse_settings(settings)
-    if strangers := sorted(given.keys() - set(names)):
-        raise UsageError(
-            f"options are set for plugin '{strangers[0]}', which is not checked; {nearest(strangers[0], names)}"
-        )
+    given = _settings(names, settings)
 
     from ..testing import checks, results
 
-    # all of them before the first is tested, so that a wrong word is said at once; each is tested alone
-    several = [checks(name, {name: given.get(name, {})}, str(data_dir)) for name in names]
+    # build the checks of every plugin first: a wrong option is then reported before the first test runs
+    checks_of = [checks(name, {name: given.get(name, {})}, str(data_dir)) for name in names]
     rows: list[dict[str, Any]] = []
     outcomes = Counter[str]()
-    for one, its in zip(found, several, strict=True):
+    for plugin, its_checks in zip(found, checks_of, strict=True):
         if not as_json:
-            click.echo(f"{one.name}: {one.kind} of {one.distribution} {one.version}")
-        for result in results(its):
+            click.echo(f"{plugin.name}: {plugin.kind} ({plugin.distribution} {plugin.version})")
+        for result in results(its_checks):
             outcomes[result.outcome] += 1
             if debug and result.error is not None:
                 traceback.print_exception(result.error)
             if as_json:
-                rows.append({"plugin": one.name, "kind": one.kind, **_row(result)})
+                rows.append({"plugin": plugin.name, "kind": plugin.kind, **_row(result)})
             else:
                 click.echo(_line(result))
     if as_json:
@@ -76,13 +71,21 @@ def check(names: tuple[str, ...], settings: tuple[str, ...], data_dir: Path, as_
     return 1 if outcomes["FAILED"] else 0
 
 
+def _settings(names: tuple[str, ...], settings: tuple[str, ...]) -> Settings:
+    given = parse_settings(settings)
+    if others := sorted(given.keys() - set(names)):
+        sentence = f"--set names plugin '{others[0]}', which is not checked; {nearest(others[0], names)}"
+        raise UsageError(sentence, code="settings-of-unused-plugin")
+    return given
+
+
 def _row(result: "Result") -> dict[str, Any]:
     claim = result.claim
-    told = {"outcome": result.outcome, "why": result.why, "seconds": round(result.seconds, 3)}
-    return {"claim": claim.name, "says": claim.says, **told}
+    outcome = {"outcome": result.outcome, "why": result.why, "seconds": round(result.seconds, 3)}
+    return {"claim": claim.name, "says": claim.says, **outcome}
 
 
 def _line(result: "Result") -> str:
-    why = f" ({result.why})" if result.why and result.outcome != "FAILED" else ""
-    text = result.why if result.outcome == "FAILED" else f"{result.claim.says}{why}"
+    reason = f" ({result.why})" if result.why and result.outcome != "FAILED" else ""
+    text = result.why if result.outcome == "FAILED" else f"{result.claim.says}{reason}"
     return f"  {result.outcome:8}{' '.join(str(text).split())}"

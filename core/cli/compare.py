@@ -1,4 +1,4 @@
-"""`moe-engine compare`: runs side by side."""
+"""`moe-engine compare`: finished runs in one table and one figure."""
 
 import json
 from pathlib import Path
@@ -8,76 +8,59 @@ import click
 
 from ..contract.run import Run
 from ..run.folder import number_of, read_run
-from .pictures import check_picture, write_picture
+from .figures import check_figure, write_figure
+from .flags import json_flag
 
 COLUMNS = (
-    "accuracy",
-    "perplexity",
-    "loss",
-    "verdict",
-    "cv",
-    "maxvio",
-    "active",
-    "entropy",
-    "dropped",
-    "steps",
-    "seconds",
+    *("accuracy", "perplexity", "loss", "verdict", "cv", "maxvio"),
+    *("active", "entropy", "dropped", "steps", "seconds"),
 )
-# what every run has and the table leaves out; any other number, as a metric of yours, gets a column
-USUAL = {
+# what every run has but the table leaves out; any other metric, such as a plugin's, gets a column
+STANDARD = {
     *COLUMNS,
-    *(
-        "name",
-        "experts",
-        "top_k",
-        "load",
-        "cv2",
-        "gini",
-        "max_min",
-        "mutual_information",
-        "router_gradient",
-        "rows",
-        "slots",
-    ),
+    *("name", "experts", "top_k", "load", "cv2", "gini", "max_min"),
+    *("mutual_information", "router_gradient", "rows", "slots"),
 }
 
 
-@click.command()
-@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN RUN...")
+@click.command(short_help="Compare finished runs in one table and one figure.")
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
     default=Path("compare.png"),
-    help="File of the overlaid plots.  [default: compare.png]",
+    show_default=True,
+    help="Figure of the runs' curves: .png, .svg or .pdf.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@json_flag("the table")
 def compare(runs: tuple[Path, ...], out: Path, as_json: bool) -> None:
-    """Set finished runs side by side: a table, and one picture with their curves laid over each other.
+    """Compare finished runs: one table, and one figure with all their curves.
 
-    All numbers are of the test set; those of layers are averaged over the layers.
+    Metrics are those of the test set; a metric of layers is averaged over the
+    layers.
     """
-    read = [read_run(folder) for folder in runs]
-    rows = [row(run) for run in read]
-    more = sorted({name for run in read for layer in run.summary["layers"] for name in layer} - USUAL)
-    for line, run in zip(rows, read, strict=True):
-        line.update({name: number_of(run.summary, name) for name in more if not name.startswith("effect.")})
-    check_picture(out)
+    finished = [read_run(folder) for folder in runs]
+    rows = [row(run) for run in finished]
+    extra = sorted({name for run in finished for layer in run.summary["layers"] for name in layer} - STANDARD)
+    for line, run in zip(rows, finished, strict=True):
+        line.update({name: number_of(run.summary, name) for name in extra if not name.startswith("effect.")})
+    check_figure(out)
     from ..run.figures import overlaid
 
-    write_picture(out, overlaid(read), "--out")
+    write_figure(out, overlaid(finished), "--out")
     if as_json:
         click.echo(json.dumps(rows, indent=2))
         return
     from .progress import cell, table
 
-    shown = [name for name in [*rows[0]][2:] if any(one[name] is not None for one in rows)]
+    columns = [name for name in [*rows[0]][2:] if any(row[name] is not None for row in rows)]
     table(
-        ["run", "plugins", *shown],
-        [[one["run"], one["plugins"], *(cell(one[column]) for column in shown)] for one in rows],
+        ["run", "plugins", *columns],
+        [[row["run"], row["plugins"], *(cell(row[column]) for column in columns)] for row in rows],
     )
-    click.echo(f"picture: {out}")
+    click.echo(f"figure: {out}")
 
 
 def row(run: Run) -> dict[str, Any]:
-    """One run's line: its summary's numbers, those of layers averaged."""
+    """One run's line: the metrics of its summary, those of layers averaged."""
     return {"run": run.name, "plugins": run.typed, **{name: number_of(run.summary, name) for name in COLUMNS}}

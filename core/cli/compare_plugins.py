@@ -1,119 +1,101 @@
-"""`moe-engine compare-plugins`: plugins beside each other on one task, over several seeds."""
+"""`moe-engine compare-plugins`: plugins and a dense model on one task, over several seeds."""
 
 import json
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ..contract.options import build, parse_settings
+from ..contract.options import Settings, build, parse_settings
 from ..errors import RunError, UsageError
 from ..files import write_atomically
 from ..registry.discovery import find, load, pick
-from ..run.config import merge_options
-from .flags import Command, flag, names, settings_flag
+from ..run.config import RunConfig, merge_options
+from .flags import Decorator, flags, jobs_flag, json_flag, names, out_flag, quiet_flag, settings_flag
 
 RESULTS = ("comparison.json", "comparison.md", "comparison.png")
-GROUPS = ("routers", "biases", "losses", "growth")  # what can be compared, by entry-point group
+GROUPS = ("routers", "biases", "losses", "growth")  # the entry-point groups that can be compared
 
 
-def _compared(group: str) -> Callable[[Command], Command]:
-    kind = f"Compare these {group}" if group != "growth" else "Compare these triggers of growth"
-    return click.option(f"--{group}", metavar="A,B,...", callback=names, help=f"{kind}; all: every installed one.")
+def _compared(group: str) -> Decorator:
+    what = group if group != "growth" else "growth triggers"
+    return click.option(f"--{group}", metavar="A,B,...", callback=names, help=f"Compare these {what}; all: every one.")
 
 
-@click.command()
+@click.command(short_help="Compare plugins and a dense model over several seeds.")
 @_compared("routers")
 @_compared("biases")
 @_compared("losses")
 @_compared("growth")
 @click.option(
-    "--seeds", type=click.IntRange(1, 1000), default=3, help="Runs of each, with seeds 0, 1, ...  [default: 3]"
+    "--seeds",
+    type=click.IntRange(1, 1000),
+    metavar="INTEGER",
+    default=3,
+    show_default=True,
+    help="Runs per variant, with seeds 0, 1, ...",
 )
-@flag("plugins", metavar="A,B,...", callback=names)
-@flag("no_plugin", metavar="A,B,...", callback=names)
-@flag("task")
-@flag("experts", int)
-@flag("top_k", int)
-@flag("capacity", float)
-@flag("epochs", int)
-@flag("batch_size", int)
-@flag("lr", float)
-@flag("device")
-@flag("data_dir", metavar="FOLDER")
+@flags("plugins", "no_plugin", "task", "experts", "top_k", "capacity", "epochs", "batch_size", "lr", "device")
+@flags("data_dir")
 @settings_flag
-@click.option("--jobs", type=click.IntRange(1), help="Runs at a time, of one thread each.  [default: one a core]")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder of the result.  [default: comparisons/TASK]")
-@click.option(
-    "--json", "as_json", is_flag=True, help="Print comparison.json on standard output, and nothing else there."
-)
-@click.option("--quiet", is_flag=True, help="Show no progress.")
+@jobs_flag
+@out_flag("Result folder.", "comparisons/TASK")
+@json_flag("the comparison")
+@quiet_flag
 def compare_plugins(
     seeds: int, settings: tuple[str, ...], jobs: int | None, out: Path | None, as_json: bool, quiet: bool, **flags: Any
 ) -> int:
-    """Set plugins beside each other and a dense model: quality, balance, drops and step time, with intervals.
+    """Compare plugins with each other and with a dense model: quality,
+    balance, dropped tokens and step time, with confidence intervals.
 
     \b
-    All routers on the embedded digits, three seeds each:
+    Compare all routers on the built-in digits, three seeds each:
         moe-engine compare-plugins --routers all
-    Yours against two others, with five seeds, each balanced by the same bias:
-        moe-engine compare-plugins --routers mine,topk,sigmoid_topk --plugins saturation --seeds 5
-    What balances the best, and at what price, with 16 experts:
-        moe-engine compare-plugins --biases all --losses switch_aux --experts 16
+    Compare your router with two others, five seeds, all with one bias:
+        moe-engine compare-plugins --routers mine,topk,sigmoid_topk \\
+            --plugins saturation --seeds 5
+    Find the best balancing for 16 experts, and what it costs:
+        moe-engine compare-plugins --biases all --losses switch_aux \\
+            --experts 16
 
-    Each plugin of --routers, --biases, --losses and --growth is one row: that plugin alone, added to the
-    plugins of --plugins, which all rows share. Lists are not multiplied with each other; for a pair of
-    plugins put one into --plugins. Two rows come by themselves: the base alone, without what is compared
-    (unless only routers are), and a dense model: one MLP, as wide as the experts that a token is sent to,
-    in the place of each layer, without any router. --set acts on every row that has the plugin.
+    Each plugin of --routers, --biases, --losses and --growth gets one row: that
+    plugin alone, with the plugins of --plugins, which all rows share. The lists
+    are not crossed; to compare pairs, put one plugin into --plugins. Two rows
+    are added: the shared plugins alone (unless only routers are compared), and
+    a dense model, in which one MLP as wide as the experts per token replaces
+    each MoE layer. --set applies to every row that has the plugin.
 
-    The folder gets comparison.json, comparison.md and comparison.png; cells/ holds each finished run's
-    numbers. The same command goes on where it was stopped, and one with a further plugin, or more seeds,
-    runs only what is new; what is run again is what has changed: a setting, a version, a plugin's file. The
-    runs themselves, their weights and reports, are not kept.
+    The folder gets comparison.json, comparison.md and comparison.png; cells/
+    keeps the metrics of each finished run, not its weights. Repeat the command
+    to continue after a stop, or to add plugins or seeds: only new runs, and
+    those whose settings, versions or plugin files changed, are run.
 
-    A row that can't run says why and stops no other; if none but the dense model can, the exit code is 2
-    (1 if they failed in training). Step times are medians of the processor's time on a CPU; on a GPU,
-    which all jobs share, use --jobs 1.
+    A row that cannot run states the reason, and the others still run. If only
+    the dense model can, the exit code is 2, or 1 if the others failed in
+    training. A step time is the median CPU time of a step; with --device cuda
+    use --jobs 1, since all jobs share the GPU.
     """
     lists = {group: flags.pop(group) for group in GROUPS}
-    if not any(lists.values()):
-        raise UsageError("there is nothing to compare; name plugins with --routers, --biases, --losses or --growth")
-    config = merge_options({}, {**flags, "plugins": flags["plugins"] or ()})  # also checks what was typed
-    if both := {name for words in lists.values() for name in words or ()} & {*config.no_plugin}:
-        raise UsageError(f"'{min(both)}' is compared, but --no-plugin leaves it out; choose one")
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs would not be interrupted
+    config = _checked(lists, flags)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs with SIGINT ignored
     given = {name: value for name, value in flags.items() if value is not None and name != "plugins"}
 
     from ..study.comparison import chosen_plugins, compare, comparison_of
-    from ..study.page import markdown_of
     from .progress import Cells
 
     compared = {group: chosen_plugins(group, words) for group, words in lists.items() if words}
-    own, installed = parse_settings(settings), find()
-    for name, table in own.items():  # an option that does not exist is known before anything is written
-        found = pick(name, installed)
-        build(load(found), found.title, table)
-    planned = comparison_of(compared, config.plugins, own, given)
+    options = _options(settings)
+    planned = comparison_of(compared, config.plugins, options, given)
     folder = out or Path("comparisons") / config.task
     for file in (".lock", *RESULTS):
         if (folder / file).is_dir():
-            raise UsageError(f"{folder / file} is a folder, where a file is to be written; name another with --out")
+            sentence = f"{folder / file} is a folder, but a file must be written there; name another folder with --out"
+            raise UsageError(sentence, code="folder-in-the-way")
     with Cells(quiet) as cells:
         comparison = compare(planned, range(seeds), folder, jobs, cells.show)
-    from ..run.figures import compared as drawn
-    from ..run.figures import figure_bytes
-
-    text = json.dumps(comparison, indent=2, allow_nan=False, ensure_ascii=False)
-    contents = (
-        (text + "\n").encode(),
-        markdown_of(comparison, RESULTS[2:]).encode(),
-        figure_bytes(drawn(comparison), "png"),
-    )
-    for file, content in zip(RESULTS, contents, strict=True):
-        write_atomically(folder / file, content)
+    text = _write(comparison, folder)
     if as_json:
         click.echo(text)
     else:
@@ -121,20 +103,55 @@ def compare_plugins(
     return _ending([row for row in comparison["rows"] if row["kind"] != "dense"])
 
 
+def _checked(lists: Mapping[str, Sequence[str] | None], flags: Mapping[str, Any]) -> RunConfig:
+    """The configuration that all rows share. Raises UsageError, also where nothing is left to compare."""
+    if not any(lists.values()):
+        sentence = "there is nothing to compare; name plugins with --routers, --biases, --losses or --growth"
+        raise UsageError(sentence, code="nothing-to-compare")
+    config = merge_options({}, {**flags, "plugins": flags["plugins"] or ()})
+    if both := {name for words in lists.values() for name in words or ()} & {*config.no_plugin}:
+        sentence = f"plugin '{min(both)}' is compared, but --no-plugin leaves it out; remove it from one of them"
+        raise UsageError(sentence, code="compared-and-left-out")
+    return config
+
+
+def _options(settings: Sequence[str]) -> Settings:
+    """The plugins' options, each checked now: an unknown one is reported before anything is written."""
+    options, installed = parse_settings(settings), find()
+    for name, table in options.items():
+        found = pick(name, installed)
+        build(load(found), found.title, table)
+    return options
+
+
+def _write(comparison: Mapping[str, Any], folder: Path) -> str:
+    """Write the three files of the result; returns the text of comparison.json."""
+    from ..run.figures import compared, figure_bytes
+    from ..study.page import markdown_of
+
+    text = json.dumps(comparison, indent=2, allow_nan=False, ensure_ascii=False)
+    figure = figure_bytes(compared(comparison), "png")
+    contents = ((text + "\n").encode(), markdown_of(comparison, RESULTS[2:]).encode(), figure)
+    for file, content in zip(RESULTS, contents, strict=True):
+        write_atomically(folder / file, content)
+    return text
+
+
 def _print(comparison: Mapping[str, Any], folder: Path) -> None:
     from ..study.tables import legend_of, remarks, tables_of
-    from .progress import table
+    from .progress import print_line, table
 
     for _, columns, lines in tables_of(comparison):
         table(columns, lines)
     for line in (*remarks(comparison), legend_of(comparison), f"figure: {folder / 'comparison.png'}"):
-        click.echo(line)
+        print_line(line)
 
 
 def _ending(rows: Sequence[Mapping[str, Any]]) -> int:
-    """0 if anything could be compared with the dense model. Raises UsageError or RunError otherwise."""
+    """0 if any plugin could be compared. Raises UsageError or RunError otherwise."""
     if any(row["seeds"] for row in rows):
         return 0
     failed = [row for row in rows if row["status"] == "failed"]
     kind = RunError if failed else UsageError
-    raise kind(f"nothing could be compared; the first reason: {(failed or rows)[0]['reason']}")
+    reason = (failed or rows)[0]["reason"]
+    raise kind(f"no plugin could be compared; the first reason: {reason}", code="no-variant-ran")

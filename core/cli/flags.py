@@ -1,15 +1,20 @@
-"""The flags that commands which train have in common."""
+"""The flags that several commands share."""
 
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args
 
+import attrs
 import click
 
-from ..run.config import flag_names
+from ..run.config import RunConfig, flag_names
 
 Command = Callable[..., Any]
-HELP = {name: option.help for name, option in flag_names().items()}
-SHOWN = {name: option.default for name, option in flag_names().items()}
+Decorator = Callable[[Command], Command]
+
+OPTIONS = flag_names()
+METAVARS = {"task": "NAME", "device": "NAME", "data_dir": "FOLDER"}
 
 
 def names(_: Any, __: Any, value: str | None) -> tuple[str, ...] | None:
@@ -17,20 +22,58 @@ def names(_: Any, __: Any, value: str | None) -> tuple[str, ...] | None:
     return None if value is None else tuple(name.strip() for name in value.split(",") if name.strip())
 
 
-def flag(name: str, kind: Any = str, **more: Any) -> Callable[[Command], Command]:
-    """The flag of an option of `RunConfig`, with its help and default."""
-    default = SHOWN[name]
-    shown = "" if default in (None, ()) or default is False else f"  [default: {default}]"
-    return click.option(
-        "--" + name.replace("_", "-"),
-        name,
-        type=kind,
-        help=HELP[name][0].upper() + HELP[name][1:] + "." + shown,
-        **more,
-    )
+def flag(name: str) -> Decorator:
+    """The flag of one option of `RunConfig`, with its type, choices, help and default.
+
+    A flag that is not given is None: `run.config.merge_options` then takes the config file's value, or the default.
+    """
+    option, kind, spelled = OPTIONS[name], _type(name), "--" + name.replace("_", "-")
+    if kind is bool:
+        return click.option(spelled, name, is_flag=True, default=None, help=option.help)
+    if kind not in (int, float, str):
+        return click.option(spelled, name, metavar="A,B,...", callback=names, help=option.help)
+    default = f"{option.default:g}" if kind is float and option.default is not None else option.default
+    shown = "" if default is None else f"  [default: {default}]"
+    metavar = f"[{'|'.join(option.choices)}]" if option.choices else METAVARS.get(name)
+    return click.option(spelled, name, type=kind, metavar=metavar, help=option.help + shown)
 
 
-def settings_flag(command: Command) -> Command:
-    """--set, any number of times."""
-    what = "Set an option of a plugin; may be repeated."
-    return click.option("--set", "settings", multiple=True, metavar="PLUGIN.OPTION=VALUE", help=what)(command)
+def _type(name: str) -> Any:
+    """The type of an option of `RunConfig`, X for X | None."""
+    kind: Any = attrs.fields_dict(RunConfig)[name].type
+    members = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    return next(member for member in members if member is not type(None))
+
+
+def flags(*names: str) -> Decorator:
+    """Several flags of `RunConfig`, in this order."""
+
+    def decorate(command: Command) -> Command:
+        for name in reversed(names):
+            command = flag(name)(command)
+        return command
+
+    return decorate
+
+
+def json_flag(what: str) -> Decorator:
+    """--json, which sends only `what` to standard output."""
+    return click.option("--json", "as_json", is_flag=True, help=f"Print {what} as JSON and nothing else.")
+
+
+def out_flag(what: str, default: str) -> Decorator:
+    """--out, the file or folder that a command writes."""
+    return click.option("--out", type=click.Path(path_type=Path), help=f"{what}  [default: {default}]")
+
+
+settings_flag = click.option(
+    "--set", "settings", multiple=True, metavar="PLUGIN.OPTION=VALUE", help="Set a plugin's option; repeatable."
+)
+quiet_flag = click.option("--quiet", is_flag=True, help="Show no progress.")
+debug_flag = click.option("--debug", is_flag=True, help="Show the traceback when a plugin fails.")
+jobs_flag = click.option(
+    "--jobs",
+    type=click.IntRange(1),
+    metavar="INTEGER",
+    help="Runs at a time, one thread each.  [default: one per core]",
+)

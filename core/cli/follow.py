@@ -1,4 +1,4 @@
-"""Follow a run to its end: progress, signals, exit codes. What `run` and `resume` share."""
+"""Drive a run to its end: progress, signals, exit codes. Shared by `run` and `resume`."""
 
 import os
 import signal
@@ -19,16 +19,16 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # same seed, same b
 
 
 def follow(training: "Training", as_json: bool, quiet: bool, debug: bool) -> int:
-    """Run it under a progress display; answer the exit code."""
+    """Run a training under a progress display; returns the exit code."""
     from ..run.training import Stopped
     from .progress import Progress
 
-    got: list[int] = []
+    received: list[int] = []
 
     def stop(number: int, _: Any) -> None:
-        got.append(number)
+        received.append(number)
         training.stop = True
-        signal.signal(number, signal.SIG_DFL)  # a second one ends at once
+        signal.signal(number, signal.SIG_DFL)  # a second signal ends the process at once
 
     before = {number: signal.signal(number, stop) for number in STOPS}
     try:
@@ -36,9 +36,9 @@ def follow(training: "Training", as_json: bool, quiet: bool, debug: bool) -> int
             training.listener, training.say = progress.show, progress.say
             finished = training.run()
     except Stopped:
-        again = f"go on with: moe-engine resume {training.folder}"
-        click.echo(f"moe-engine: stopped at step {training.step} of {training.total_steps}; {again}", err=True)
-        return STOPS[signal.Signals(got[0])]
+        advice = f"continue with: moe-engine resume {training.folder}"
+        click.echo(f"moe-engine: stopped at step {training.step} of {training.total_steps}; {advice}", err=True)
+        return STOPS[signal.Signals(received[0])]
     except (Exception, SystemExit) as error:
         failure = training.culprit(error)
         if failure is None:
@@ -60,4 +60,4 @@ def _blame(training: "Training", failure: str, error: BaseException, debug: bool
         sys.stderr.write(text)
     log = training.folder / "run.log"
     write_atomically(log, text.encode())
-    return RunError(f"{failure} (traceback in {log}, or use --debug)")
+    return RunError(f"{failure} (traceback in {log}, or use --debug)", code="plugin-failed")

@@ -1,35 +1,37 @@
-"""`moe-engine new-plugin`."""
+"""`moe-engine new-plugin`: write a new plugin package."""
 
 from pathlib import Path
 
 import click
 
 from ..registry.discovery import KINDS
+from .flags import out_flag
 
 
-@click.command("new-plugin")
+@click.command("new-plugin", short_help="Write a new plugin package that runs as generated.")
 @click.argument("kind", metavar="KIND")
 @click.argument("name", metavar="NAME")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder of the project.  [default: ./NAME]")
+@out_flag("Folder of the package.", "./NAME")
 def new_plugin(kind: str, name: str, out: Path | None) -> None:
     from .scaffold import project, write
 
-    wanted = project(kind, name, out)
-    write(wanted)
-    click.echo(wanted.render("next.txt"), nl=False)
+    package = project(kind, name, out)
+    write(package)
+    click.echo(package.render("next.txt"), nl=False)
 
 
-new_plugin.help = f"""Write a distribution with a plugin of your own, which works as written.
+new_plugin.help = f"""Write a new plugin package that runs as generated.
 
 KIND is one of {", ".join(KINDS.values())}.
 
 \b
-A router of your own, installed, tested, in a run:
+Write a router, install it, test it, and use it in a run:
     moe-engine new-plugin router my_router
     python -m pip install --editable my_router
     python -m pytest my_router
     moe-engine run --plugins my_router
 
-The folder gets a pyproject.toml with the entry point, a module with a small but complete strategy to change,
-a test that holds it against moe-engine's checks, a README and a file for continuous integration.
+The folder gets a pyproject.toml with the entry point, a module with a small,
+complete strategy for you to change, a test that runs the conformance tests, a
+README and a CI workflow.
 """

@@ -1,7 +1,7 @@
-"""Live progress of a run: a bar with the numbers that matter, or plain lines where there is no terminal."""
+"""Live progress of a run or a grid, and the tables of results; all fit the width of the terminal."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import rich.progress
@@ -12,6 +12,11 @@ from rich.text import Text
 if TYPE_CHECKING:
     from ..contract.run import Run
     from ..run.training import Training
+
+FACTS = 76  # columns that progress takes beside its bar; a bar gets what is left of the terminal
+GAP = 2  # columns between two columns of a table
+FOLDED = 30  # the least width to which a table's last column is folded
+UNTITLED = ("metric", "report", "task", "initializer")  # kinds that the first line names only where they were typed
 
 
 class Progress:
@@ -24,16 +29,13 @@ class Progress:
         self.latest: dict[str, dict[str, Any]] = {}
 
     def __enter__(self) -> "Progress":
-        if not self.quiet:
-            engine, config = self.training.engine, self.training.config
-            chosen = [
-                name
-                for name, one in engine.plugins.found.items()
-                if name in config.plugins or one.kind not in ("metric", "report", "task", "initializer")
-            ]
-            model = f"{config.experts} experts, top {config.top_k}"
-            work = f"{self.training.total_steps} steps on {self.training.device.type}"
-            self._print(f"{config.task}: {', '.join(chosen)}; {model}; {work}")
+        engine, config = self.training.engine, self.training.config
+        chosen = [
+            name for name, found in engine.plugins.found.items() if name in config.plugins or found.kind not in UNTITLED
+        ]
+        model = f"{config.experts} experts, top {config.top_k}"
+        work = f"{self.training.total_steps} steps on {self.training.device.type}"
+        self.say(f"{config.task}: {', '.join(chosen)}; {model}; {work}")
         if self.bar is not None:
             self.bar.start()
         return self
@@ -50,60 +52,58 @@ class Progress:
         self.latest[record["split"]] = record
         if self.bar is not None:
             self.bar.say(_facts(self.latest.get("train"), self.latest.get("eval")))
-        elif not self.quiet:
-            words = "test " if record["split"] == "eval" else "train"
-            self._print(f"step {record['step']:>6}/{self.training.total_steps}  {words}  {_facts(record)}")
+        else:
+            split = "test " if record["split"] == "eval" else "train"
+            self.say(f"step {record['step']:>6}  {split}  {_facts(record)}")
 
     def say(self, remark: str) -> None:
-        """A remark, above the bar where there is one."""
+        """Print a remark, above the bar where there is one."""
         if not self.quiet:
-            (self.bar.console if self.bar is not None else self.console).print(remark, highlight=False, soft_wrap=True)
+            _print(self.bar.console if self.bar is not None else self.console, remark)
 
     def finish(self, run: "Run") -> None:
-        """The result, on standard output."""
+        """Print the result on standard output."""
         summary = run.summary
-        console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
         result = f"loss {summary['loss']}"
         if summary["perplexity"] is not None:
             result = f"perplexity {summary['perplexity']:.4g}"
         elif summary["accuracy"] is not None:
             result = f"accuracy {summary['accuracy']:.2%}"
         work = f"{summary['steps']} steps, {summary['seconds']:.0f} s"
-        console.print(f"{summary['verdict'] or 'no verdict'}: {result} on the test set after {work}")
+        print_line(f"{summary['verdict'] or 'no verdict'}: {result} on the test set after {work}")
         for finding in summary["findings"]:
-            console.print(
-                f"  {finding['layer']}: {finding['why']}" + (f"; {finding['advice']}" if finding["advice"] else "")
-            )
+            advice = f"; {finding['advice']}" if finding["advice"] else ""
+            print_line(f"  {finding['layer']}: {finding['why']}{advice}")
         report = run.folder / "report.html"
-        console.print(f"report: {report}" if report.exists() else f"run: {run.folder}")
-
-    def _print(self, line: str) -> None:
-        self.console.print(line, highlight=False, soft_wrap=True, markup=False)
+        print_line(f"report: {report}" if report.exists() else f"run: {run.folder}")
 
 
 class _Bar(rich.progress.Progress):
-    """A bar that reads the step by itself, so that the training loop need not report each one."""
+    """A bar that reads the step from the training, so that the training loop need not report it."""
 
     def __init__(self, training: "Training", console: Console) -> None:
         self.training = training
-        self.only: rich.progress.TaskID | None = None  # rich draws once before there is a task
+        self.task_id: rich.progress.TaskID | None = None  # rich draws once before there is a task
         super().__init__(
-            rich.progress.BarColumn(24),
-            rich.progress.MofNCompleteColumn(),
-            rich.progress.TimeRemainingColumn(),
-            rich.progress.TextColumn("{task.description}", markup=False),
-            console=console,
+            *_columns(console), rich.progress.TextColumn("{task.description}", markup=False), console=console
         )
-        self.only = self.add_task("", total=training.total_steps)
+        self.task_id = self.add_task("", total=training.total_steps)
 
     def get_renderables(self) -> Iterable[RenderableType]:
-        if self.only is not None:
-            self.update(self.only, completed=self.training.step)
+        if self.task_id is not None:
+            self.update(self.task_id, completed=self.training.step)
         yield from super().get_renderables()
 
     def say(self, facts: str) -> None:
-        if self.only is not None:
-            self.update(self.only, description=facts)
+        if self.task_id is not None:
+            self.update(self.task_id, description=facts)
+
+
+def _columns(console: Console) -> tuple[rich.progress.ProgressColumn, ...]:
+    """The bar, steps done and time left, narrow enough for the facts that follow on the same line."""
+    width = max(4, min(24, console.width - FACTS))
+    time_left = rich.progress.TimeRemainingColumn(compact=True, elapsed_when_finished=True)
+    return rich.progress.BarColumn(width), rich.progress.MofNCompleteColumn(), time_left
 
 
 class Cells:
@@ -113,16 +113,14 @@ class Cells:
         self.quiet = quiet
         self.console = Console(stderr=True, markup=False, emoji=False)
         self.bar = rich.progress.Progress(
-            rich.progress.BarColumn(24),
-            rich.progress.MofNCompleteColumn(),
-            rich.progress.TimeRemainingColumn(elapsed_when_finished=True),
+            *_columns(self.console),
             rich.progress.TextColumn("{task.description}", markup=False),
             console=self.console,
             speed_estimate_period=1e6,  # a cell may take longer than the 30 seconds that rich looks back
             disable=quiet or not self.console.is_terminal,
         )
-        self.only = self.bar.add_task("", total=None)
-        self.began = (0, time.monotonic())  # cells that were there already, and when the others were begun
+        self.task_id = self.bar.add_task("", total=None)
+        self.began = (0, time.monotonic())  # cells that were stored already, and when the others began
 
     def __enter__(self) -> "Cells":
         self.bar.start()
@@ -132,40 +130,48 @@ class Cells:
         self.bar.stop()
 
     def show(self, done: int, total: int, record: dict[str, Any] | None) -> None:
-        """Take one cell's record; None at first, when `done` of the `total` are there already."""
+        """Take one cell's record, or None at first, when `done` of the `total` are stored already."""
         if record is None:
             self.began = (done, time.monotonic())
-            words = f"{total - done} runs to do" + (f", {done} are there already" if done else "")
+            words = f"{total - done} runs to do" + (f", {done} already done" if done else "")
         else:
-            words = f"{record['variant']}, seed {record['seed']}: {_summed(record)}"
-        self.bar.update(self.only, completed=done, total=total, description=words)
+            words = f"{record['variant']}, seed {record['seed']}: {_result(record)}"
+        self.bar.update(self.task_id, completed=done, total=total, description=words)
         if not self.quiet and not self.console.is_terminal:
             self._line(done, total, words)
 
     def _line(self, done: int, total: int, words: str) -> None:
         before, start = self.began
-        made = done - before
-        left = f"  ({(time.monotonic() - start) / made * (total - done):.0f} s left)" if made and done < total else ""
-        self.console.print(f"{done}/{total}  {words}{left}", highlight=False, soft_wrap=True)
+        new = done - before
+        left = f"  ({(time.monotonic() - start) / new * (total - done):.0f} s left)" if new and done < total else ""
+        _print(self.console, f"{done}/{total}  {words}{left}")
 
 
-def _summed(record: dict[str, Any]) -> str:
-    """A cell's summary in the words of `_facts`, or why it has none."""
+def _result(record: dict[str, Any]) -> str:
+    """A cell's loss and accuracy, or the reason why it has none."""
     if "summary" not in record:
         return str(record["reason"])
-    summary = record["summary"]
-    return _facts({**summary, "layers": {layer["name"]: layer for layer in summary["layers"]}})
+    return "  ".join(_quality(record["summary"]))
 
 
-def _facts(record: dict[str, Any] | None, other: dict[str, Any] | None = None) -> str:
-    """Loss, accuracy, cv, maxvio and active experts of a record; layers are averaged."""
-    record = record or other
+def _quality(record: dict[str, Any], accuracy: str = "accuracy") -> list[str]:
+    facts = ["loss not finite" if record["loss"] is None else f"loss {record['loss']:.4f}"]
+    if record.get("accuracy") is not None:
+        facts.append(f"{accuracy} {record['accuracy']:.1%}")
+    return facts
+
+
+def _facts(record: dict[str, Any] | None, test: dict[str, Any] | None = None) -> str:
+    """Loss, accuracy, cv, maxvio and active experts of a record, averaged over layers.
+
+    The accuracy is that of `test`, the latest evaluation, where there is one.
+    """
+    record = record or test
     if record is None:
         return ""
-    facts = ["loss not finite" if record["loss"] is None else f"loss {record['loss']:.4f}"]
-    source = other if other is not None and other.get("accuracy") is not None else record
-    if source.get("accuracy") is not None:
-        facts.append(f"{'test ' if source is not record else ''}accuracy {source['accuracy']:.2%}")
+    facts = _quality(record)
+    if test is not None and test is not record and test.get("accuracy") is not None:
+        facts = [facts[0], *_quality(test, "test")[1:]]
     layers = list(record["layers"].values())
     for name, digits in (("cv", 2), ("maxvio", 2), ("active", 0)):
         values = [layer[name] for layer in layers if layer.get(name) is not None]
@@ -176,11 +182,24 @@ def _facts(record: dict[str, Any] | None, other: dict[str, Any] | None = None) -
 
 def event(growth: dict[str, Any]) -> str:
     """A growth in words."""
-    born, gone = growth["rows"].count(None), len(growth["drop"])
-    source = f"{born} born by {growth['initializer']}" if born else ""
-    what = " and ".join(part for part in (source, f"{gone} removed" if gone else "") if part)
+    added, removed = growth["rows"].count(None), len(growth["drop"])
+    parts = (f"{added} added by {growth['initializer']}" if added else "", f"{removed} removed" if removed else "")
+    what = " and ".join(part for part in parts if part)
     moved = "" if growth["change"] is None else f", output changed by {growth['change']:.1%}"
     return f"{growth['layer']} has {growth['after']} experts, {what}{moved} ({growth['why']})"
+
+
+# -- what is printed at the end --------------------------------------------------------------------
+
+
+def _print(console: Console, line: str) -> None:
+    """Print plain text: folded at words on a terminal, and one whole line in a file, for grep."""
+    console.print(Text(line), highlight=False, soft_wrap=not console.is_terminal)
+
+
+def print_line(line: str) -> None:
+    """Print plain text on standard output: folded at words on a terminal, whole in a file."""
+    _print(Console(highlight=False, markup=False, emoji=False), line)
 
 
 def cell(value: Any) -> str:
@@ -190,13 +209,40 @@ def cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def table(columns: list[str], rows: list[list[str]]) -> None:
-    """Print a table on standard output, folded to a terminal's width; in a file no line is folded."""
-    drawn = Table()
-    for index, column in enumerate(columns):
-        drawn.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
-    for row in rows:
-        drawn.add_row(*(Text(cell) for cell in row))
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], keys: int = 1) -> None:
+    """Print a table on standard output.
+
+    On a terminal that is too narrow the columns are split into several tables, each with the first `keys`
+    columns, which name the rows. In a file there is one table, a line for each row, for grep.
+    """
     terminal = Console()
     console = terminal if terminal.is_terminal else Console(width=10_000)
-    console.print(drawn)
+    widths = [max(len(row[index]) for row in [columns, *rows]) for index in range(len(columns))]
+    for number, block in enumerate(blocks(widths, keys, console.width)):
+        if number:
+            console.print()
+        drawn = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0))
+        for index in block:
+            numeric = index and all(row[index][:1] in "-+.0123456789" for row in rows)
+            drawn.add_column(columns[index], justify="right" if numeric else "left", overflow="fold")
+        for row in rows:
+            drawn.add_row(*(Text(row[index]) for index in block))
+        console.print(drawn)
+
+
+def blocks(widths: Sequence[int], keys: int, width: int) -> list[list[int]]:
+    """The columns of each table that fits `width`: the keys, and as many of the others as there is room for.
+
+    The last column, which may hold a sentence, is folded rather than put into a table by itself.
+    """
+    widths = [*widths[:-1], min(widths[-1], FOLDED)]
+    named = [*range(min(keys, len(widths)))]
+    found: list[list[int]] = []
+    room = 0
+    for index in range(len(named), len(widths)):
+        if not found or widths[index] + GAP > room:
+            found.append([*named])
+            room = width - sum(widths[key] + GAP for key in named) + GAP
+        found[-1].append(index)
+        room -= widths[index] + GAP
+    return found or [named]

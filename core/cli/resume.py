@@ -1,26 +1,26 @@
-"""`moe-engine resume`."""
+"""`moe-engine resume`: continue a run."""
 
 from pathlib import Path
 
 import click
 
 from ..run.folder import old_folder
+from .flags import debug_flag, json_flag, quiet_flag
 from .follow import follow
 
 
-@click.command()
+@click.command(short_help="Continue a run that was stopped or killed.")
 @click.argument("run", type=click.Path(path_type=Path), metavar="RUN")
-@click.option(
-    "--json", "as_json", is_flag=True, help="Print the summary as JSON on standard output, and nothing else there."
-)
-@click.option("--quiet", is_flag=True, help="Show no progress.")
-@click.option("--debug", is_flag=True, help="Show the traceback of a plugin that fails.")
+@json_flag("the summary")
+@quiet_flag
+@debug_flag
 def resume(run: Path, as_json: bool, quiet: bool, debug: bool) -> int:
-    """Go on with a run that was stopped or killed, from its newest checkpoint.
+    """Continue a run that was stopped or killed, from its newest checkpoint.
 
-    It ends with the same weights and the same metrics.jsonl as if it had never stopped (same machine and
-    versions). A damaged checkpoint is named, and the one before it is used; if none is left, the run begins
-    anew and overwrites its records. Of a finished run only the last evaluation and the reports are made again.
+    On the same machine and versions, the final weights and metrics.jsonl are
+    bit-identical to those of an uninterrupted run. A damaged checkpoint is
+    reported, and the one before it is used; if none is left, the run starts
+    over. A finished run repeats only its last evaluation and its reports.
     """
     config, settings = old_folder(run)
     from ..run.training import Training

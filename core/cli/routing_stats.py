@@ -1,4 +1,4 @@
-"""`moe-engine routing-stats`."""
+"""`moe-engine routing-stats`: balance metrics of routing counts."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -11,27 +11,37 @@ from ..contract.options import parse_settings
 from ..errors import UsageError, listed
 from ..registry.discovery import find, pick
 from ..registry.manager import Plugins
-from .flags import names, settings_flag
-from .pictures import check_picture, write_picture
+from .figures import check_figure, write_figure
+from .flags import json_flag, names, settings_flag
 
 if TYPE_CHECKING:
     from ..analysis.counts import Series
 
-NUMBERS = ("cv", "cv2", "gini", "entropy", "max_min", "maxvio", "active")
-SIZES = ("experts", "top_k", "tokens", "total", "dropped")  # numbers of a row that are not measured here
-SHOWN = 8  # series to a verdict
+METRICS = ("cv", "cv2", "gini", "entropy", "max_min", "maxvio", "active")
+SIZES = ("experts", "top_k", "tokens", "total", "dropped")  # numbers of a row that are not metrics
+SHOWN = 8  # series per verdict
 
 
-@click.command("routing-stats")
+@click.command("routing-stats", short_help="Compute balance metrics from routing counts.")
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILE...")
-@click.option("--top-k", type=click.IntRange(min=1), help="Choices a token, where no column says.  [default: 1]")
-@click.option("--experts", type=click.IntRange(1, 100_000), help="Number of experts, where each row is of one.")
-@click.option("--split", default="split", metavar="COLUMN", help="Column whose values are compared.  [default: split]")
-@click.option("--sum", "over", metavar="A,B,...", callback=names, help="Columns to add up over.")
-@click.option("--plugins", "chosen", metavar="A,B,...", callback=names, help="Further metrics.")
+@click.option(
+    "--top-k",
+    type=click.IntRange(min=1),
+    metavar="INTEGER",
+    help="Experts per token, where no column gives it.  [default: 1]",
+)
+@click.option(
+    "--experts",
+    type=click.IntRange(1, 100_000),
+    metavar="INTEGER",
+    help="Number of experts, where each row counts one expert.",
+)
+@click.option("--split", default="split", show_default=True, metavar="COLUMN", help="Column whose values are compared.")
+@click.option("--sum", "over", metavar="A,B,...", callback=names, help="Columns to sum over.")
+@click.option("--plugins", "chosen", metavar="A,B,...", callback=names, help="Further metric plugins.")
 @settings_flag
-@click.option("--picture", type=click.Path(path_type=Path), help="Draw a heatmap into this file: .png, .svg or .pdf.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output, and nothing else there.")
+@click.option("--figure", type=click.Path(path_type=Path), help="Write a heatmap here: .png, .svg or .pdf.")
+@json_flag("the report")
 def routing_stats(
     files: tuple[Path, ...],
     top_k: int | None,
@@ -40,59 +50,64 @@ def routing_stats(
     over: tuple[str, ...] | None,
     chosen: tuple[str, ...] | None,
     settings: tuple[str, ...],
-    picture: Path | None,
+    figure: Path | None,
     as_json: bool,
 ) -> None:
-    """Say what the metrics and the verdict are of routing counts, wherever they come from.
+    """Compute balance metrics and a verdict from routing counts.
 
     \b
-    Counts of each expert, by layer and split:
+    Analyse the counts of each expert, by layer and split:
         moe-engine routing-stats counts.csv --top-k 3
-    Published ones, one text against another, all texts added up:
-        moe-engine routing-stats olmoe.csv --split domain --picture olmoe.png
+    Compare the domains of published counts, or sum over them:
+        moe-engine routing-stats olmoe.csv --split domain --figure olmoe.png
         moe-engine routing-stats olmoe.csv --sum domain
-    A finished run of ours, training against test:
+    Compare training with test in a finished run:
         moe-engine routing-stats runs/A
 
-    A FILE is CSV, JSON or JSONL, - for standard input, or a run's folder. A row has columns layer, split and
-    expert0, expert1, ... (or e0, e1, ...); or layer, split, expert and count. tokens and choices_per_token are
-    used where they are there. Any other column is a label: each combination of labels, layer and split is a
-    line of its own, over whose rows the counts are added up, as they are over step, epoch and batch. Counts may be
-    shares. Totals that contradict each other are named. The verdict's thresholds are options of a metric:
-    moe-engine plugins health.
+    FILE is CSV, JSON or JSONL, - for standard input, or a run's folder. A row
+    has the columns layer, split and expert0, expert1, ... (or e0, e1, ...), or
+    layer, split, expert and count. Counts may be shares. The columns tokens and
+    choices_per_token are used if present.
+
+    Every other column is a label. Rows with the same labels, layer and split
+    are added up, as they are over step, epoch and batch. Totals that contradict
+    each other are reported. The thresholds of the verdict are options of a
+    metric; see `moe-engine plugins health`.
     """
-    if picture is not None:
-        check_picture(picture)
+    if figure is not None:
+        check_figure(figure)
     plugins = Plugins(_metrics(chosen or ()), settings=parse_settings(settings))
     series = _read(files, [name.lower() for name in over or ()], split.lower(), experts, top_k)
 
     from ..analysis.routing_stats import changes, contradictions, row_of
 
-    answered = [row_of(plugins, one) for one in series]
+    answered = [row_of(plugins, counts) for counts in series]
     rows = [row for row, _ in answered]
     report = {
         "rows": rows,
         "changes": changes(series, rows),
-        "warnings": contradictions([one for one in series if one.source is None]),
-        "unanswered": sorted({name for _, blind in answered for name in blind}),
+        "warnings": contradictions([counts for counts in series if counts.source is None]),
+        "unanswered": sorted({name for _, unanswered in answered for name in unanswered}),
     }
-    if picture is not None:
+    if figure is not None:
         from ..run.figures import shares
 
-        write_picture(picture, shares([one.count_E.tolist() for one in series], _titles(series)), "--picture")
+        drawn = shares([counts.count_E.tolist() for counts in series], _titles(series))
+        write_figure(figure, drawn, "--figure")
     if as_json:
         click.echo(json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False))
     else:
         _show(report, series)
-        if picture is not None:
-            click.echo(f"picture: {picture}")
+        if figure is not None:
+            click.echo(f"figure: {figure}")
 
 
 def _metrics(chosen: Sequence[str]) -> Sequence[str]:
     installed = find()
     for name in chosen:
         if (found := pick(name, installed)).kind != "metric":
-            raise UsageError(f"'{name}' is a {found.kind}, not a metric; counts can only be measured")
+            sentence = f"--plugins takes metrics, but '{name}' is a {found.kind}"
+            raise UsageError(sentence, code="not-a-metric")
     return chosen
 
 
@@ -101,57 +116,64 @@ def _read(
 ) -> list["Series"]:
     from ..analysis.counts import read_counts
 
-    out: list[Series] = []
+    series: list[Series] = []
     known: set[str] = set()
     for file in files:
         if file.is_dir():
             from ..analysis.routing_stats import of_run
 
-            out += of_run(file)
+            series += of_run(file)
             continue
-        series, columns = read_counts(file, over, split, experts)
-        out += series
+        in_file, columns = read_counts(file, over, split, experts)
+        series += in_file
         known |= columns
     if absent := [name for name in {*over, split} - known - {"split"} if name]:
-        raise UsageError(f"no file has a column {listed(sorted(absent))}; there is {listed(sorted(known)) or 'none'}")
-    for one in out:
-        one.top_k = one.top_k or top_k
-        if one.top_k and one.top_k > len(one.count_E):
-            raise UsageError(f"--top-k is {one.top_k}, but {one.file} has {len(one.count_E)} experts in {one.title()}")
-    return out
+        sentence = f"no file has a column {listed(sorted(absent))}; there is {listed(sorted(known)) or 'none'}"
+        raise UsageError(sentence, code="unknown-column")
+    for counts in series:
+        counts.top_k = counts.top_k or top_k
+        if counts.top_k and counts.top_k > len(counts.count_E):
+            where = f"{counts.file} has {len(counts.count_E)} experts in {counts.title()}"
+            raise UsageError(f"--top-k is {counts.top_k}, but {where}", code="top-k-above-experts")
+    return series
 
 
 def _titles(series: Sequence["Series"]) -> list[str]:
-    """What tells the series apart."""
-    several = len({one.file for one in series}) > 1
-    labels = {name: {one.labels.get(name) for one in series} for one in series for name in one.labels}
+    """The name of each series: the file and labels in which they differ."""
+    several_files = len({counts.file for counts in series}) > 1
+    labels = {name: {counts.labels.get(name) for counts in series} for counts in series for name in counts.labels}
     alike = {name for name, values in labels.items() if len(values) == 1}
-    return [(f"{one.file}: " if several else "") + one.title(alike) for one in series]
+    return [(f"{counts.file}: " if several_files else "") + counts.title(alike) for counts in series]
 
 
 def _show(report: dict[str, Any], series: Sequence["Series"]) -> None:
+    from .progress import print_line
+
     rows, changed = report["rows"], report["changes"]
-    more = {name for row in rows for name, value in row.items() if isinstance(value, int | float)}
-    columns = ["experts", *NUMBERS, *sorted(more - {*NUMBERS, *SIZES})]
+    extra = {name for row in rows for name, value in row.items() if isinstance(value, int | float)}
+    columns = ["experts", *METRICS, *sorted(extra - {*METRICS, *SIZES})]
     _table(rows, columns, "verdict", [(row.get("verdict") or {}).get("name", "-") for row in rows])
     if changed:
+        print_line("")
         columns = ["against", "total_variation", "correlation", "cv_change"]
-        _table(changed, columns, "moved most", [_moved(one["moved"]) for one in changed])
+        _table(changed, columns, "moved most", [_moved(change["moved"]) for change in changed])
     for line in (*_findings(rows, _titles(series)), *_notes(report, series)):
-        click.echo(line)
+        print_line(line)
 
 
 def _table(rows: Sequence[dict[str, Any]], columns: Sequence[str], last: str, ends: Sequence[str]) -> None:
-    """Print what each row is of, its numbers, and a last column in words."""
+    """Print the labels of each row, its metrics, and a last column in words."""
     from ..analysis.counts import TOP_K
     from .progress import cell, table
 
     labels = [name for name in dict.fromkeys(name for row in rows for name in row["labels"]) if name not in TOP_K]
-    own = [*(["file"] if len({row["file"] for row in rows}) > 1 else []), "layer", "split", "top_k", *columns]
-    values = [[*(row["labels"].get(name) for name in labels), *(row.get(name) for name in own)] for row in rows]
+    keys = [*(["file"] if len({row["file"] for row in rows}) > 1 else []), "layer", "split"]
+    numbers = [*keys, "top_k", *columns]
+    values = [[*(row["labels"].get(name) for name in labels), *(row.get(name) for name in numbers)] for row in rows]
     lines = [[cell(value) for value in line] for line in values]
-    heads = [{"top_k": "K"}.get(name, name.replace("_", " ")) for name in own]
-    table([*labels, *heads, last], [[*line, end] for line, end in zip(lines, ends, strict=True)])
+    heads = [{"top_k": "K"}.get(name, name.replace("_", " ")) for name in numbers]
+    body = [[*line, end] for line, end in zip(lines, ends, strict=True)]
+    table([*labels, *heads, last], body, keys=len(labels) + len(keys))
 
 
 def _moved(most: dict[str, Any]) -> str:
@@ -159,29 +181,29 @@ def _moved(most: dict[str, Any]) -> str:
 
 
 def _findings(rows: Sequence[dict[str, Any]], titles: Sequence[str]) -> Iterator[str]:
-    """What metrics say in words, the worst first; of each verdict, the least even series."""
+    """The metrics' findings in words, the most severe first; of each verdict, the least even series."""
     groups: dict[tuple[int, str, str], list[tuple[float, str]]] = {}
     for row, title in zip(rows, titles, strict=True):
-        for one in row.values():
-            if isinstance(one, dict) and "severity" in one:
-                key = (-one["severity"], one["name"], one["advice"])
-                groups.setdefault(key, []).append((-(row.get("cv") or 0), f"  {title}: {one['why']}"))
-    for (_, name, advice), said in sorted(groups.items()):
-        yield f"{name}, {len(said)} of {len(rows)}" + (f": {advice}" if advice else "")
-        yield from (line for _, line in sorted(said)[:SHOWN])
-        if len(said) > SHOWN:
-            yield f"  and {len(said) - SHOWN} more, which are more even"
+        for finding in row.values():
+            if isinstance(finding, dict) and "severity" in finding:
+                key = (-finding["severity"], finding["name"], finding["advice"])
+                groups.setdefault(key, []).append((-(row.get("cv") or 0), f"  {title}: {finding['why']}"))
+    for (_, name, advice), lines in sorted(groups.items()):
+        yield f"{name}, {len(lines)} of {len(rows)}" + (f": {advice}" if advice else "")
+        yield from (line for _, line in sorted(lines)[:SHOWN])
+        if len(lines) > SHOWN:
+            yield f"  and {len(lines) - SHOWN} more, which are more even"
 
 
 def _notes(report: dict[str, Any], series: Sequence["Series"]) -> Iterator[str]:
-    """Where totals contradict each other, what was taken for granted, and what was not answered."""
+    """Contradictions, assumptions, sources, and metrics that counts cannot give."""
     yield from (f"warning: {warning}" for warning in report["warnings"])
-    if any(one.top_k is None for one in series):
-        yield "nothing says how many experts a token chooses, so it is taken for 1; --top-k says otherwise"
-    if not all(one.whole for one in series if one.source is None):
-        yield "where numbers are not whole they are shares, of which none is put down to chance"
-    for one in series:
-        if one.source is not None:
-            yield f"{one.file}, {one.title()}: {one.source}"
+    if any(counts.top_k is None for counts in series):
+        yield "top_k is not given; assuming 1 (set it with --top-k)"
+    if not all(counts.whole for counts in series if counts.source is None):
+        yield "counts that are not whole numbers are taken as shares, without sampling noise"
+    for counts in series:
+        if counts.source is not None:
+            yield f"{counts.file}, {counts.title()}: {counts.source}"
     if report["unanswered"]:
-        yield f"{listed(report['unanswered'])} can't be told from counts alone"
+        yield f"counts alone do not give {listed(report['unanswered'])}"

@@ -1,4 +1,4 @@
-"""New distributions: everything that a plugin of one kind needs to be installed, tested and shared."""
+"""Write a new plugin package: module, entry point, test, README and CI workflow."""
 
 import os
 import re
@@ -14,7 +14,7 @@ from .. import __all__ as public
 from ..errors import UsageError, nearest
 from ..registry.discovery import KINDS, PREFIX, find
 
-FILES = {  # what is written: its template; {kind}, {name} and {module} are filled in
+FILES = {  # path: template; {kind}, {name} and {module} are filled in
     "pyproject.toml": "pyproject.toml",
     "README.md": "README.md",
     "{module}.py": "{kind}.py",
@@ -22,18 +22,17 @@ FILES = {  # what is written: its template; {kind}, {name} and {module} are fill
     ".github/workflows/ci.yml": "ci.yml",
     ".gitignore": "gitignore",
 }
-
-
-RESERVED = ("all", "none", "recorded")  # words that stand where names of plugins do
+RESERVED = ("all", "none", "recorded")  # words that flags take instead of a plugin's name
+LONGEST = 64
 NOUNS = {"growth": "growth trigger", "initializer": "initializer of new experts", "experts": "bank of experts"}
 
 
 @attrs.frozen
 class Project:
-    """A distribution that is to be written.
+    """A plugin package to be written.
 
-    kind: of its plugin. name: the plugin's, an identifier. Distribution and module carry moe-engine's name before
-    it, so that a plugin called `json` hides nobody's module.
+    kind: the plugin's kind. name: the plugin's name, an identifier. The distribution and the module are prefixed
+    with moe-engine's name, so a plugin called `json` does not shadow the standard module.
     """
 
     kind: str
@@ -61,7 +60,7 @@ class Project:
         return NOUNS.get(self.kind, self.kind)
 
     def render(self, template: str) -> str:
-        """One template of core/templates, filled in."""
+        """Fill in one of the templates."""
         loader = PackageLoader(__package__, "templates")
         environment = Environment(loader=loader, undefined=StrictUndefined)
         names = ("name", "distribution", "module", "cls", "group", "noun")
@@ -70,7 +69,7 @@ class Project:
         return environment.get_template(f"{template}.jinja").render(words) + "\n"
 
     def files(self) -> dict[str, str]:
-        """Every file's path and content."""
+        """The content of every file, by its path."""
         words = {"kind": self.kind, "name": self.name, "module": self.module}
         return {path.format(**words): self.render(template.format(**words)) for path, template in FILES.items()}
 
@@ -78,33 +77,43 @@ class Project:
 def project(kind: str, name: str, out: Path | None) -> Project:
     """The project of a plugin of that kind, to be written to `out` or ./NAME. Raises UsageError."""
     if kind not in KINDS.values():
-        raise UsageError(f"there is no kind of plugin '{kind}'; {nearest(kind, KINDS.values())}")
-    wanted = Project(kind, name.replace("-", "_"), out or Path(name))
-    if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", wanted.name):
-        advice = f"use small letters, digits and underscores, as in my_{kind}"
-        raise UsageError(f"'{name}' can't be a plugin's name; {advice}")
-    if iskeyword(wanted.cls) or wanted.cls in public:
-        raise UsageError(f"plugin '{name}' would be the class {wanted.cls}, a name that is taken; choose another name")
-    if len(name) > 64 or name in RESERVED:
-        raise UsageError(f"'{name}' can't be a plugin's name: it is too long, or a word of the command line")
-    if others := find().get(wanted.name):
-        raise UsageError(f"there is a plugin '{wanted.name}' already, of {others[0].distribution}; choose another name")
-    if wanted.folder.exists() or wanted.folder.is_symlink():
-        raise UsageError(f"{wanted.folder} exists already; name another folder with --out")
-    return wanted
+        sentence = f"unknown kind of plugin '{kind}'; {nearest(kind, KINDS.values())}"
+        raise UsageError(sentence, code="unknown-kind")
+    package = Project(kind, name.replace("-", "_"), out or Path(name))
+    _check_name(package, name)
+    if package.folder.exists() or package.folder.is_symlink():
+        raise UsageError(f"{package.folder} already exists; name another folder with --out", code="folder-exists")
+    return package
 
 
-def write(wanted: Project) -> None:
-    """Write the project: all of it under its final name, or nothing. Raises UsageError where it can't be written."""
-    folder = wanted.folder
+def _check_name(package: Project, name: str) -> None:
+    """Raise UsageError for a name that no plugin can have, or another one has."""
+    if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", package.name):
+        sentence = f"'{name}' is not a valid plugin name; use lower-case letters, digits and underscores"
+        raise UsageError(f"{sentence}, as in my_{package.kind}", code="bad-plugin-name")
+    if len(name) > LONGEST:
+        sentence = f"'{name}' is not a valid plugin name: it has more than {LONGEST} characters"
+        raise UsageError(sentence, code="bad-plugin-name")
+    if name in RESERVED or iskeyword(package.cls) or package.cls in public:
+        why = "flags use that word" if name in RESERVED else f"its class would be called {package.cls}"
+        raise UsageError(f"the name '{name}' is reserved: {why}; choose another name", code="reserved-plugin-name")
+    if others := find().get(package.name):
+        sentence = f"plugin '{package.name}' already exists, in {others[0].distribution}; choose another name"
+        raise UsageError(sentence, code="plugin-exists")
+
+
+def write(package: Project) -> None:
+    """Write the whole project, or nothing. Raises UsageError if it can't be written."""
+    folder = package.folder
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    files = wanted.files()
+    files = package.files()
     try:
         for path, content in files.items():
             (temporary / path).parent.mkdir(parents=True, exist_ok=True)
             (temporary / path).write_text(content, "utf-8")
         temporary.rename(folder)
     except OSError as error:
-        raise UsageError(f"{folder} can't be written: {error.strerror}; name another folder with --out") from error
+        sentence = f"{folder} can't be written: {error.strerror}; name another folder with --out"
+        raise UsageError(sentence, code="unwritable-folder") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""`moe-engine study`: a whole study with one command, its results beside what was published."""
+"""`moe-engine study`: a grid of variants and seeds, compared with published results."""
 
 import json
 import signal
@@ -11,30 +11,31 @@ import click
 
 from ..errors import RunError, UsageError
 from ..files import write_atomically
-from .flags import flag
+from .flags import flags, jobs_flag, json_flag, out_flag, quiet_flag
 
 
-@click.command()
+@click.command(short_help="Run a study: a grid of variants and seeds.")
 @click.argument("name", required=False)
 @click.option(
-    "--seeds", type=click.IntRange(1, 1000), help="Runs of each variant, with seeds 0, 1, ...  [default: the study's]"
+    "--seeds",
+    type=click.IntRange(1, 1000),
+    metavar="INTEGER",
+    help="Runs per variant, with seeds 0, 1, ...  [default: the study's]",
 )
-@click.option("--jobs", type=click.IntRange(1), help="Runs at a time, of one thread each.  [default: one a core]")
-@click.option(
-    "--quick", is_flag=True, help="A short form on generated data, to see that everything works; no bar is judged."
-)
+@jobs_flag
+@click.option("--quick", is_flag=True, help="Run a short form on generated data, without judging criteria.")
 @click.option(
     "--backend",
     type=click.Choice(["loky", "dask"]),
     default="loky",
-    help="joblib's; dask: a local cluster, or DASK_SCHEDULER_ADDRESS's.",
+    show_default=True,
+    help="joblib's backend; dask: DASK_SCHEDULER_ADDRESS, or a local cluster.",
 )
-@flag("device")
-@flag("data_dir", metavar="FOLDER")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder of the result.  [default: results/NAME]")
-@click.option("--check", is_flag=True, help="Run nothing: judge the results that are there; exit 1 if a bar is missed.")
-@click.option("--json", "as_json", is_flag=True, help="Print study.json on standard output, and nothing else there.")
-@click.option("--quiet", is_flag=True, help="Show no progress.")
+@flags("device", "data_dir")
+@out_flag("Result folder.", "results/NAME")
+@click.option("--check", is_flag=True, help="Judge stored results and run nothing; exit 1 if a criterion fails.")
+@json_flag("the results")
+@quiet_flag
 def study(
     name: str | None,
     seeds: int | None,
@@ -47,30 +48,32 @@ def study(
     quiet: bool,
     **flags: Any,
 ) -> int:
-    """Run a study: variants times seeds, what was published beside them, and what is expected of them.
+    """Run a study: a grid of variants and seeds, compared with published
+    results. Without NAME, list the studies.
 
     \b
-    See which studies there are:
-        moe-engine study
-    Run one; where it was stopped, the same command goes on:
+    Run a study; repeat the command to continue after a stop:
         moe-engine study growth --data-dir data
-    See in a minute that it would run:
+    Check in a minute that it runs:
         moe-engine study growth --quick
-    Judge the results again that are in a folder, without a run:
+    Judge stored results again:
         moe-engine study growth --check --out docs/results/growth
-    A study of your own:
+    Run your own study:
         moe-engine study mine.toml
 
-    A study is a TOML file; docs/studies.md describes it. The folder gets study.json, study.md, study.html and the
-    pictures; cells/ holds each finished run's numbers, and what is in it is not run again. A run that fails is
-    named in the end and stops no other. Bars that are missed are shown; only --check makes them an exit code.
+    A study is a TOML file, described in docs/studies.md. The folder gets
+    study.json, study.md, study.html and the figures; cells/ keeps the metrics
+    of each finished run, which is not run again. A failed run is reported at
+    the end and stops no other run. Failed criteria are shown; only --check
+    turns them into exit code 1.
     """
     if name is None:
         return _list()
     from ..study.reading import read_study
 
     if quick and check:
-        raise UsageError("--quick judges no bar, so there is nothing to --check; leave one away")
+        sentence = "--quick judges no criteria, so there is nothing to --check; remove one of them"
+        raise UsageError(sentence, code="quick-and-check")
     chosen = read_study(name)
     chosen = chosen.shortened() if quick else chosen
     folder = out or Path("results") / (f"{chosen.name}-quick" if quick else chosen.name)
@@ -88,15 +91,16 @@ def study(
 
 
 def _fail(results: Mapping[str, Any], check: bool) -> None:
-    """Raise RunError for a run that is missing or, where bars are judged again, for one that is not held."""
+    """Raise RunError for a missing run or, with --check, for a failed criterion."""
     from ..study.tables import remarks
 
     if missing := remarks(results):
-        raise RunError(f"{len(missing)} of {len(results['rows'])} variants lack a run; {missing[0]}")
+        sentence = f"{len(missing)} of {len(results['rows'])} variants lack a run; {missing[0]}"
+        raise RunError(sentence, code="missing-runs")
     failed = [criterion["claim"] for criterion in results["criteria"] if criterion["verdict"] != "passed"]
     if check and failed:
-        message = f"{len(failed)} of {len(results['criteria'])} criteria failed, the first: {failed[0]}"
-        raise RunError(message, code="criteria-failed")
+        sentence = f"{len(failed)} of {len(results['criteria'])} criteria failed; the first: {failed[0]}"
+        raise RunError(sentence, code="criteria-failed")
 
 
 def _list() -> int:
@@ -104,13 +108,13 @@ def _list() -> int:
     from .progress import table
 
     studies = [read_study(name) for name in shipped()]
-    table(["study", "question", "runs"], [[one.name, one.question, str(_count(one))] for one in studies])
-    click.echo("moe-engine study NAME runs one; --quick in a minute")
+    table(["study", "runs", "question"], [[study.name, str(_count(study)), study.question] for study in studies])
+    click.echo("`moe-engine study NAME` runs one; add --quick to try it in a minute")
     return 0
 
 
 def _count(study: Any) -> int:
-    """How many runs; parts may share some."""
+    """The number of distinct runs; parts may share some."""
     variants = [variant for _, _, variant in study.variants({})]
     return len(
         {(str((v.plugins, v.settings, v.flags)), seed) for v in variants for seed in v.seeds or range(study.seeds)}
@@ -125,7 +129,7 @@ def _run(
     from ..study.results import run_study
     from .progress import Cells
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs would not be interrupted
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs with SIGINT ignored
     with _cluster(backend, jobs), Cells(quiet) as cells:
         results, records = run_study(study, flags, folder, seeds, jobs, cells.show, backend)
     figures = figures_of(study, results, records)
@@ -139,14 +143,15 @@ def _run(
 
 @contextmanager
 def _cluster(backend: str, jobs: int | None) -> Iterator[None]:
-    """A dask client, of a cluster of this machine's cores unless the environment names a scheduler."""
+    """A dask client: of the scheduler that the environment names, or of a local cluster."""
     if backend != "dask":
         yield
         return
     try:
         from distributed import Client, LocalCluster
     except ImportError as error:
-        raise UsageError("--backend dask needs dask: pip install 'moe-engine[dask]'") from error
+        sentence = "--backend dask needs dask: pip install 'moe-engine[dask]'"
+        raise UsageError(sentence, code="missing-dependency") from error
     import os
 
     import joblib
@@ -164,7 +169,7 @@ def _cluster(backend: str, jobs: int | None) -> Iterator[None]:
 
 
 def _stored(folder: Path, study: Any) -> dict[str, Any]:
-    """The results in a folder, judged by the study's bars of today."""
+    """The results in a folder, judged by the study's current criteria."""
     from ..study.results import judged
 
     file = folder / "study.json"
@@ -172,11 +177,10 @@ def _stored(folder: Path, study: Any) -> dict[str, Any]:
         stored = json.loads(file.read_text("utf-8"))
         return judged(study, stored)
     except OSError as error:
-        raise UsageError(
-            f"{file} can't be read: {error.strerror}; run the study first, or name its folder with --out"
-        ) from error
+        sentence = f"{file} can't be read: {error.strerror}; run the study first, or name its folder with --out"
+        raise UsageError(sentence, code="no-results") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{file} is damaged ({error}); run the study again") from error
+        raise UsageError(f"{file} is damaged ({error}); run the study again", code="damaged-results") from error
 
 
 def _text(results: Mapping[str, Any]) -> str:
@@ -185,13 +189,13 @@ def _text(results: Mapping[str, Any]) -> str:
 
 def _print(results: Mapping[str, Any], folder: Path, check: bool) -> None:
     from ..study.tables import criteria_table, legend_of, remarks, tables_of
-    from .progress import table
+    from .progress import print_line, table
 
-    click.echo(f"{results['title']}: {results['question']}")
+    print_line(f"{results['title']}: {results['question']}")
     for title, columns, lines in () if check else tables_of(results):
         click.echo(f"\n{title}")
         table(columns, lines)
     if results["criteria"]:
         table(*criteria_table(results))
     for line in (*remarks(results), *(() if check else (legend_of(results), f"page: {folder / 'study.html'}"))):
-        click.echo(line)
+        print_line(line)

@@ -15,47 +15,52 @@ from ..registry.discovery import defaults
 
 @attrs.define(eq=False)
 class RunConfig:
-    """A run's options apart from the plugins': the flags of `moe-engine run`, and [run] of a config file."""
+    """The options of a run other than the plugins': the flags of `moe-engine run` and [run] of a config file.
 
-    task: str = option(defaults()["task"], help="task plugin: the data, the model and how it is measured")
-    plugins: tuple[str, ...] = option((), help="plugins to use, in this order")
-    no_plugin: tuple[str, ...] = option((), help="plugins to leave out, also default ones")
-    experts: int = option(8, help="number of experts in a layer", min=1)
-    top_k: int = option(2, help="experts that a token is sent to", min=1)
+    A flag's help is the text given here, word for word.
+    """
+
+    task: str = option(defaults()["task"], help="Task plugin: data, model and score.")
+    plugins: tuple[str, ...] = option((), help="Plugins to use; they act in this order.")
+    no_plugin: tuple[str, ...] = option((), help="Plugins to leave out, including default ones.")
+    experts: int = option(8, help="Experts per layer.", min=1)
+    top_k: int = option(2, help="Experts per token.", min=1)
     dense: bool = option(
-        False, help="a plain MLP as wide as the experts that a token is sent to, in each layer's place"
+        False, help="Replace each MoE layer with an MLP as wide as the experts that one token is sent to."
     )
     capacity: float | None = option(
-        None, help="an expert keeps at most ceil(C*T*K/E) of T real tokens in training; unset: drops nothing"
+        None, help="Capacity factor C: in training an expert keeps at most ceil(C*T*K/E) of T tokens; unset: no limit."
     )
     allow_no_gradient: bool = option(
-        False, help="run also with a router that can't learn, as the task gives it no gradient; the report says so"
+        False, help="Allow a router that gets no gradient from the task and so cannot learn; the report says so."
     )
-    epochs: int = option(20, help="passes over the training data", min=1)
-    steps: int | None = option(None, help="optimizer steps after which to end before that; unset: all epochs", min=1)
-    batch_size: int = option(64, help="samples in a step", min=1)
-    lr: float = option(0.001, help="learning rate of Adam", min=0)
+    epochs: int = option(20, help="Passes over the training data.", min=1)
+    steps: int | None = option(None, help="Stop after this many optimizer steps; unset: run all epochs.", min=1)
+    batch_size: int = option(64, help="Samples per optimizer step.", min=1)
+    lr: float = option(0.001, help="Learning rate of Adam.", min=0)
     lr_schedule: str = option(
-        "constant", help="cosine: the learning rate falls to 0 over the run", choices=("constant", "cosine")
+        "constant",
+        help="Keep the learning rate constant, or decay it to 0 along a cosine.",
+        choices=("constant", "cosine"),
     )
-    weight_decay: float = option(0.0, help="share of lr by which a step shrinks every weight, as AdamW does", min=0)
-    seed: int = option(0, help="fixes every random draw", min=0)
-    device: str = option("auto", help="auto (cuda, mps, cpu: the first there is), or a device by name")
+    weight_decay: float = option(0.0, help="Decoupled weight decay, as in AdamW.", min=0)
+    seed: int = option(0, help="Seed of every random draw.", min=0)
+    device: str = option("auto", help="Device, such as cpu or cuda:1; auto: the first available of cuda, mps and cpu.")
     precision: str = option(
-        "fp32", help="fp32, or bf16: forwards under autocast, weights stay fp32", choices=("fp32", "bf16")
+        "fp32", help="bf16: run forward passes under autocast; weights stay fp32.", choices=("fp32", "bf16")
     )
     bf16_matmul: str = option(
         "auto",
-        help="at precision bf16, what a CPU multiplies experts' numbers in; auto: what it measures as faster",
+        help="Precision of expert matmuls on CPU under bf16; auto: measure and pick the faster.",
         choices=("auto", "bf16", "fp32"),
     )
-    data_dir: str = option("data", help="folder of the data sets that are not embedded")
+    data_dir: str = option("data", help="Folder of data sets; missing ones are downloaded into it.")
     eval_every: int | None = option(
-        None, help="steps between two evaluations on the test set; unset: at the end of each epoch", min=1
+        None, help="Steps between evaluations on the test set; unset: once per epoch.", min=1
     )
-    log_every: int = option(50, help="steps between two log points", min=1)
-    checkpoint_every: int = option(500, help="steps between two checkpoints, from which a run is resumed", min=1)
-    record_routing: bool = option(False, help="save what each layer chose on the test set, for `moe-engine replay`")
+    log_every: int = option(50, help="Steps between log points.", min=1)
+    checkpoint_every: int = option(500, help="Steps between checkpoints.", min=1)
+    record_routing: bool = option(False, help="Save the test set's routing, for replay and routing-stats.")
 
 
 def read_config(file: Path | None) -> tuple[dict[str, Any], Settings]:

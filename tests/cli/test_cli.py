@@ -1,16 +1,19 @@
-"""What the command line answers when all is well."""
+"""The command line when all is well: output, help, tables, progress."""
 
 import json
 import os
 import re
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 import torch
 
-from moe_engine.cli import main
-from moe_engine.registry.discovery import KINDS, find
+from moe_engine.cli import COMMANDS, main, progress
+from moe_engine.cli.plugins import HEADINGS
+from moe_engine.cli.summaries import summary_of
+from moe_engine.registry.discovery import KINDS, Found, find
 
 QUICK = ["--task", "blobs", "--set", "blobs.images=500", "--set", "blobs.test_images=100", "--epochs", "1"]
 
@@ -33,37 +36,65 @@ def test_json_is_the_summary_and_nothing_else(capsys):
     assert "step" in err
 
 
-def test_plain_lines_tell_progress(capsys):
+def test_plain_lines_show_progress(capsys):
     assert main(["run", *QUICK, "--plugins", "saturation,switch_aux", "--out", "run", "--log-every", "4"]) == 0
     out, err = capsys.readouterr()
     lines = err.splitlines()
     assert lines[0] == "blobs: saturation, switch_aux, topk; 8 experts, top 2; 8 steps on cpu"
-    assert lines[1].startswith("step      4/8  train  loss ")
+    assert lines[1].startswith("step      4  train  loss ")
     assert all(word in lines[1] for word in ("accuracy", "cv", "maxvio", "active"))
+    assert max(map(len, lines)) <= 80
     assert "report: run/report.html" in out
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
-def test_a_terminal_gets_a_live_bar():
-    """With loss, accuracy, cv, maxvio and active experts, which the plain lines would repeat."""
+def on_a_terminal(width, *words):
+    """The output of the command line on a terminal of that width, without control sequences."""
     ours, theirs = os.openpty()
     command = [sys.executable, "-c", "import sys; from moe_engine.cli import main; sys.exit(main(sys.argv[1:]))"]
-    words = ["run", *QUICK, "--out", "run", "--log-every", "4", "--no-plugin", "plots,html"]
-    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "160"}
-    with subprocess.Popen([*command, *words], stdout=subprocess.DEVNULL, stderr=theirs, env=environment) as process:
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": str(width)}
+    with subprocess.Popen([*command, *words], stdout=theirs, stderr=theirs, env=environment) as process:
         os.close(theirs)
         seen = b""
         try:
             while piece := os.read(ours, 65536):
                 seen += piece
-        except OSError:  # what Linux says at the end of a pseudo-terminal
+        except OSError:  # Linux raises it at the end of a pseudo-terminal
             seen += b""
     os.close(ours)
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", seen.decode())
     assert process.returncode == 0, text
-    last = text.strip().splitlines()[-1]
-    assert all(word in last for word in ("8/8", "loss", "test accuracy", "cv", "maxvio", "active")), last
-    assert "train  loss" not in text
+    return re.split(r"[\r\n]+", text.strip())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+@pytest.mark.parametrize("width", [80, 160])
+def test_a_terminal_gets_a_live_bar(width):
+    """With loss, accuracy, cv, maxvio and active experts, which the plain lines would repeat."""
+    lines = on_a_terminal(width, "run", *QUICK, "--out", "run", "--log-every", "4", "--no-plugin", "plots,html")
+    bars = [line for line in lines if "8/8" in line and "cv" in line]
+    assert all(word in bars[-1] for word in ("8/8", "loss", "test", "%", "cv", "maxvio", "active")), bars[-1]
+    assert re.search(r"active \d+$", bars[-1].strip()), bars[-1]
+    assert not [line for line in lines if "train  loss" in line or len(line.rstrip()) > width]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_a_table_fits_the_terminal(tmp_path):
+    """In parts where it is too wide, each with the columns that name its rows; cells stay whole."""
+    run("one", "--plugins", "switch_aux")
+    run("two")
+    lines = on_a_terminal(80, "compare", "one", "two")
+    assert max(len(line.rstrip()) for line in lines) <= 80
+    heads = [line.split() for line in lines if line.startswith("run ")]
+    assert len(heads) > 1 and {"accuracy", "loss", "entropy", "seconds"} < {word for head in heads for word in head}
+    assert sum(line.startswith("one ") for line in lines) == len(heads)
+
+
+def test_columns_are_split_by_the_room_there_is():
+    """20: the key's 4, then as many as fit of 6, 6 and 8, each after 2; a last column of sentences is folded."""
+    assert progress.blocks([4, 6, 6, 8], 1, 20) == [[0, 1, 2], [0, 3]]
+    assert progress.blocks([4, 6, 6, 8], 1, 30) == [[0, 1, 2, 3]]
+    assert progress.blocks([4, 500], 1, 40) == [[0, 1]]
+    assert progress.blocks([4], 1, 40) == [[0]]
 
 
 def test_quiet_shows_no_progress(capsys):
@@ -93,17 +124,17 @@ def test_flag_goes_before_set_before_file_before_default(tmp_path):
     assert "top_k = 2" in text
 
 
-def test_a_flag_that_takes_a_plugin_away_takes_its_options_in_the_file_away_too(tmp_path, capsys):
+def test_a_flag_that_removes_a_plugin_removes_its_options_in_the_file_too(tmp_path, capsys):
     run("one", "--plugins", "saturation,switch_aux")
     run("two", "--config", "one/config.toml", "--plugins", "sigmoid_topk")
     assert "saturation" not in (tmp_path / "two" / "config.toml").read_text()
     capsys.readouterr()
     (tmp_path / "c.toml").write_text("[plugins.saturatoin]\nbeta = 1.0\n")
     assert main(["run", "--config", "c.toml", "--plugins", "topk"]) == 2
-    assert "plugin 'saturatoin', which does not exist" in capsys.readouterr().err
+    assert "'saturatoin'" in capsys.readouterr().err
 
 
-def test_compare_has_a_column_for_any_other_number(capsys, tmp_path):
+def test_compare_has_a_column_for_any_other_metric(capsys, tmp_path):
     run("one")
     summary = json.loads((tmp_path / "one" / "summary.json").read_text())
     summary["layers"][0]["mine"] = 0.25
@@ -115,12 +146,64 @@ def test_compare_has_a_column_for_any_other_number(capsys, tmp_path):
     assert "0.25" in out
 
 
+def test_plugins_lists_all_by_kind_with_a_line_each(capsys):
+    assert main(["plugins"]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert [line for line in lines if not line.startswith("  ")] == list(HEADINGS.values())
+    assert {line.split()[0] for line in lines if line.startswith("  ")} == set(find())
+    assert all(len(line.split()) > 1 for line in lines)
+    assert "moe-engine plugins NAME" in last
+    assert HEADINGS.keys() == {*KINDS.values()}
+
+
 def test_plugins_lists_by_metadata(capsys):
     assert main(["plugins", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert {row["name"] for row in rows} == set(find())
     assert {row["kind"] for row in rows} <= set(KINDS.values())
-    assert {"name": "topk", "kind": "router", "distribution": "moe-engine", "version": "0.1.0"} in rows
+    (topk,) = [row for row in rows if row["name"] == "topk"]
+    summary = topk.pop("summary")
+    assert topk == {"name": "topk", "kind": "router", "distribution": "moe-engine", "version": "0.1.0"}
+    assert summary == find()["topk"][0].entry_point.load().__doc__.splitlines()[0]
+
+
+@pytest.mark.parametrize("name", find())
+def test_a_summary_is_the_first_line_of_the_docstring(name):
+    """Read from the source, it is what Python gives."""
+    (found,) = find()[name]
+    assert summary_of(found) == found.entry_point.load().__doc__.splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("source", "summary"),
+    [
+        ("raise ImportError('imported')\n\n\nclass Mine:\n    '''It is mine.\n\n    All of it.'''\n", "It is mine."),
+        ("'''A module.\n\nOf two paragraphs.'''\n\n\nclass Mine:\n    pass\n", "A module."),
+        ("from elsewhere import Mine\n", "elsewhere"),
+        ("class Mine(:\n", "elsewhere"),
+        (None, "elsewhere"),
+    ],
+    ids=["class", "module", "no docstring", "no Python", "no file"],
+)
+def test_a_summary_imports_neither_the_plugin_nor_its_package(tmp_path, monkeypatch, source, summary):
+    """A third party's package may import anything; without a line to show, its distribution is named."""
+    package = f"heavy_{abs(hash(source))}"
+    (tmp_path / package).mkdir()
+    (tmp_path / package / "__init__.py").write_text("raise ImportError('imported')\n")
+    if source is not None:
+        (tmp_path / package / "plugin.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    point = metadata.EntryPoint("mine", f"{package}.plugin:Mine", "moe_engine.metrics")
+    assert summary_of(Found("mine", "metric", "elsewhere", "1.0", point)) == summary
+    assert package not in sys.modules
+
+
+def test_a_plugin_of_another_distribution_is_listed_with_it(capsys, install):
+    install("router", "theirs", None)
+    assert main(["plugins"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  theirs ")]
+    assert line.endswith(" [elsewhere 1.0]") and len(line) <= 80
 
 
 def test_plugins_check_finds_the_built_in_ones_fine(capsys):
@@ -131,18 +214,28 @@ def test_plugins_check_finds_the_built_in_ones_fine(capsys):
 def test_plugins_name_shows_options_types_and_defaults(capsys):
     assert main(["plugins", "saturation", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
-    (form,) = [option for option in shown["options"] if option["name"] == "signal"]
-    assert form == {
-        "name": "signal",
-        "type": "a word",
-        "default": "mass",
-        "choices": ["mass", "weights"],
-        "help": "what an expert is judged by",
-    }
+    (signal,) = [option for option in shown["options"] if option["name"] == "signal"]
+    help_text = signal.pop("help")
+    assert signal == {"name": "signal", "type": "a word", "default": "mass", "choices": ["mass", "weights"]}
+    assert shown["hooks"] == ["moe_bias"]
+    assert shown["traits"]["requires"] == ["logits", "load"]
     assert main(["plugins", "saturation"]) == 0
     text = capsys.readouterr().out
-    assert "signal = mass" in text
-    assert "--set saturation.OPTION=VALUE" in text
+    for words in (
+        *("saturation: bias (moe-engine ", "Hooks: moe_bias", "requires logits: ", help_text),
+        *("signal: mass | weights  [default: mass]", "decay: a number, 0 to 1  [default: 0.95]"),
+        *("beta: a number or none, at least 0  [default: none]", "--set saturation.OPTION=VALUE"),
+    ):
+        assert words in text
+
+
+@pytest.mark.parametrize("name", find())
+def test_every_plugins_page_fits_80_columns(name, capsys):
+    """With every word of its docstring."""
+    assert main(["plugins", name]) == 0
+    out = capsys.readouterr().out
+    assert [line for line in out.splitlines() if len(line) > 80] == []
+    assert " ".join(find()[name][0].entry_point.load().__doc__.split()) in " ".join(out.split())
 
 
 @pytest.mark.parametrize(
@@ -157,19 +250,29 @@ def test_help_shows_every_flag_with_its_default(capsys):
     main(["run", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     for flag in (
-        "--plugins",
-        "--no-plugin",
-        "--task",
-        "--experts",
-        "--top-k",
-        "--capacity",
-        "--epochs",
-        "--batch-size",
+        *("--plugins", "--no-plugin", "--task", "--experts", "--top-k", "--capacity", "--epochs", "--batch-size"),
+        *("--lr", "--seed", "--device", "--data-dir", "--set", "--config", "--out", "--log-every", "--json"),
     ):
         assert flag in text
-    for flag in ("--lr", "--seed", "--device", "--data-dir", "--set", "--config", "--out", "--log-every", "--json"):
-        assert flag in text
-    assert "[default: 50]" in text
+    for words in ("[default: 50]", "--precision [fp32|bf16]", "--lr-schedule [constant|cosine]"):
+        assert words in text
+
+
+@pytest.mark.parametrize("command", [None, *(command.name for command in COMMANDS)])
+@pytest.mark.parametrize("width", ["80", "200"])
+def test_every_help_fits_80_columns_and_is_not_cut(command, width, capsys, monkeypatch):
+    """On a wide terminal too; a short help that click cuts ends with dots."""
+    monkeypatch.setenv("COLUMNS", width)
+    assert main([*([command] if command else []), "--help"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("Usage:")]
+    assert [line for line in lines if len(line) > 80 or line.endswith("...")] == []
+
+
+def test_every_command_is_listed_with_its_short_help_on_one_line(capsys):
+    """In the order in which users meet them, not by letter."""
+    assert main([]) == 0
+    listed = capsys.readouterr().out.split("Commands:\n")[1].splitlines()
+    assert [line.split(maxsplit=1) for line in listed] == [[command.name, command.short_help] for command in COMMANDS]
 
 
 def test_compare_sets_runs_side_by_side(capsys, tmp_path):
@@ -178,7 +281,7 @@ def test_compare_sets_runs_side_by_side(capsys, tmp_path):
     capsys.readouterr()
     assert main(["compare", "one", "two"]) == 0
     out = capsys.readouterr().out
-    assert all(word in out for word in ("one", "two", "switch_aux", "accuracy", "picture: compare.png"))
+    assert all(word in out for word in ("one", "two", "switch_aux", "accuracy", "figure: compare.png"))
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
     assert main(["compare", "one", "two", "--json", "--out", "other.svg"]) == 0
     rows = json.loads(capsys.readouterr().out)
@@ -193,7 +296,7 @@ def test_a_name_that_looks_like_a_formula_is_only_a_name(tmp_path):
 
 
 def test_the_report_stands_alone(tmp_path):
-    """One page: verdict first, no address of anything outside, every picture inside, balanced markup."""
+    """One page: verdict first, no outside address, every figure inside, balanced markup."""
     assert main(["run", *QUICK, "--plugins", "saturation,switch_aux", "--quiet", "--out", "run"]) == 0
     page = (tmp_path / "run" / "report.html").read_text()
     verdict = json.loads((tmp_path / "run" / "summary.json").read_text())["verdict"]
@@ -214,7 +317,7 @@ def test_the_report_stands_alone(tmp_path):
     }
 
 
-def test_a_report_says_what_the_balance_is_and_which_term_did_nothing(tmp_path):
+def test_a_report_states_the_balance_and_the_term_that_did_nothing(tmp_path):
     assert main(["run", *QUICK, "--plugins", "absolute_saturation", "--quiet", "--out", "run"]) == 0
     page = (tmp_path / "run" / "report.html").read_text()
     assert "bias absolute_saturation had no effect" in page

@@ -1,7 +1,7 @@
 """Whatever is typed: one sentence and exit code 2 for bad input, and never a traceback.
 
-An example mixes good ingredients with one that is bad by construction. An ingredient is what is said
-of some names, by flags, by --set or in the config file; no good one speaks of a bad one's names.
+An example mixes good ingredients with one that is bad by construction. An ingredient sets some names, by
+flags, by --set or in the config file; no good ingredient sets a name of the bad one.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ OPTIONS = {
     for name, option in options_of(discovery.load(INSTALLED[plugin][0])).items()
 }
 RUN = options_of(RunConfig)
-ACCEPTED = "the input was taken for good"
+ACCEPTED = "the input was accepted"
 
 
 def fuzz(examples):
@@ -46,7 +46,7 @@ def fuzz(examples):
 
 @pytest.fixture(autouse=True, scope="module")
 def quick(tmp_path_factory):
-    """An empty folder to run in; installed plugins are looked up once; what is taken for good does not train."""
+    """An empty folder to run in; installed plugins are looked up once; accepted input does not train."""
 
     def run(_):
         raise RunError(ACCEPTED)
@@ -58,7 +58,7 @@ def quick(tmp_path_factory):
         yield
 
 
-def told(argv, config=None):
+def outcome(argv, config=None):
     """(exit code, standard error) of the command line; config: bytes of the file c.toml for `run`."""
     if config is not None:
         with open("c.toml", "wb") as file:
@@ -73,14 +73,14 @@ def told(argv, config=None):
 
 
 def check_refused(argv, config=None):
-    """Hold a bad command line to exit code 2 and one line, which speaks of no bug."""
-    code, err = told(argv, config)
+    """Check that a bad command line ends with exit code 2 and one line, which does not speak of a bug."""
+    code, err = outcome(argv, config)
     expected = (2, 1, True, False)
     assert expected == (code, *shape(err)), err
 
 
 def shape(err):
-    """(number of lines, are they whole and named, do they speak of a bug)."""
+    """(number of lines, whether they are whole and begin with the program, whether they speak of a bug)."""
     whole = err.startswith("moe-engine: ") and err.endswith("\n")
     return len(err.splitlines()), whole, "this is a bug" in err or ACCEPTED in err
 
@@ -136,9 +136,9 @@ def out_of_bounds(option):
 
 def refused_texts(option):
     """Texts that an option refuses."""
-    several = [BAD_TEXTS[kind_of(option)]] if kind_of(option) in BAD_TEXTS else []
-    several += [beyond.map(str) for beyond in out_of_bounds(option)]
-    return st.one_of(several).filter(lambda text: text.strip().lower() != "none")
+    texts = [BAD_TEXTS[kind_of(option)]] if kind_of(option) in BAD_TEXTS else []
+    texts += [beyond.map(str) for beyond in out_of_bounds(option)]
+    return st.one_of(texts).filter(lambda text: text.strip().lower() != "none")
 
 
 def refused_values(option):
@@ -151,7 +151,7 @@ def refused_values(option):
 
 @attrs.frozen
 class Ingredient:
-    """What is said of some names. words: of the command line. run, plugins, tables: of the file."""
+    """Settings of some names. words: of the command line. run, plugins, tables: of the file."""
 
     names: frozenset
     words: tuple = ()
@@ -182,7 +182,7 @@ def option(plugin, name, value):
 
 
 def table(name, value):
-    """Something beside [run] and [plugins], or in their place."""
+    """A table other than [run] and [plugins], or a value that replaces one of them."""
     return Ingredient(frozenset([name]), tables={name: value})
 
 
@@ -191,12 +191,12 @@ def chosen(*plugins):
     return st.sampled_from([flag("plugins", ",".join(plugins)), entry("plugins", list(plugins))])
 
 
-def words(*several):
-    """Words that are about no name."""
-    return Ingredient(frozenset(), several)
+def words(*typed):
+    """Words that set no name."""
+    return Ingredient(frozenset(), typed)
 
 
-FREE = [  # losses that have nothing to say against any other good ingredient
+FREE = [  # losses that object to no other good ingredient
     name
     for name in LOSSES
     if not hasattr(cls := discovery.load(INSTALLED[name][0]), "moe_check") and {*traits_of(cls).requires} <= {*USUAL}
@@ -244,15 +244,15 @@ BAD = {
     "unknown flag": NAME.map(lambda name: words(f"--x{name}")) | TEXT.map(lambda text: words(f"--x{text}")),
     "stray word": TEXT.filter(lambda text: not text.startswith("-")).map(words),
     "unknown entry": NAME.filter(lambda name: name not in RUN).map(lambda name: entry(name, 1)),
-    "unknown table": st.tuples(NO_OPTION, st.integers() | st.just({}) | TEXT).map(lambda one: table(*one)),
-    "no table": st.tuples(st.sampled_from(["run", "plugins"]), st.integers() | TEXT).map(lambda one: table(*one)),
+    "unknown table": st.tuples(NO_OPTION, st.integers() | st.just({}) | TEXT).map(lambda pair: table(*pair)),
+    "no table": st.tuples(st.sampled_from(["run", "plugins"]), st.integers() | TEXT).map(lambda pair: table(*pair)),
     "shapeless setting": TEXT.filter(lambda text: "=" not in text).map(lambda text: words("--set", text)),
-    "setting of nobody": st.tuples(UNKNOWN, NAME, TEXT).map(lambda one: setting(*one)),
-    "option of nobody": st.tuples(UNKNOWN, NAME, st.integers()).map(lambda one: option(*one)),
-    "unknown setting": st.tuples(st.sampled_from(ACTIVE), NO_OPTION, TEXT).map(lambda one: setting(*one)),
-    "unknown option": st.tuples(st.sampled_from(ACTIVE), NO_OPTION, DATE).map(lambda one: option(*one)),
+    "setting of no plugin": st.tuples(UNKNOWN, NAME, TEXT).map(lambda parts: setting(*parts)),
+    "option of no plugin": st.tuples(UNKNOWN, NAME, st.integers()).map(lambda parts: option(*parts)),
+    "unknown setting": st.tuples(st.sampled_from(ACTIVE), NO_OPTION, TEXT).map(lambda parts: setting(*parts)),
+    "unknown option": st.tuples(st.sampled_from(ACTIVE), NO_OPTION, DATE).map(lambda parts: option(*parts)),
     "unknown plugin": UNKNOWN.flatmap(lambda name: chosen(LOSSES[0], name)),
-    "plugin of odd letters": TEXT.map(lambda text: text.replace(",", "") + "?").flatmap(chosen),
+    "plugin of strange letters": TEXT.map(lambda text: text.replace(",", "") + "?").flatmap(chosen),
     "unknown plugin to leave out": UNKNOWN.flatmap(
         lambda name: st.sampled_from([flag("no_plugin", name), entry("no_plugin", [name])])
     ),
@@ -268,22 +268,22 @@ BAD = {
 
 
 def cooked(ingredients, seed):
-    """(words, config file or None) of ingredients in any order; of two about one name the first one is taken."""
-    kept, spoken = [], set()
-    for one in ingredients:
-        if spoken.isdisjoint(one.names):
-            kept.append(one)
-            spoken |= one.names
+    """(words, config file or None) of ingredients in any order; of two that set one name the first is taken."""
+    kept, taken = [], set()
+    for ingredient in ingredients:
+        if taken.isdisjoint(ingredient.names):
+            kept.append(ingredient)
+            taken |= ingredient.names
     random.Random(seed).shuffle(kept)
     run, plugins, tables = {}, {}, {}
-    for one in kept:
-        run |= one.run
-        tables |= one.tables
-        for plugin, options in one.plugins.items():
+    for ingredient in kept:
+        run |= ingredient.run
+        tables |= ingredient.tables
+        for plugin, options in ingredient.plugins.items():
             plugins.setdefault(plugin, {}).update(options)
     config = {name: entries for name, entries in (("run", run), ("plugins", plugins)) if entries} | tables
     text = tomli_w.dumps(config).encode() if config else None
-    return ["run", "--quiet", *(word for one in kept for word in one.words)], text
+    return ["run", "--quiet", *(word for ingredient in kept for word in ingredient.words)], text
 
 
 # -- what must hold --------------------------------------------------------------------------------
@@ -293,24 +293,24 @@ GOODS, SEED = st.lists(GOOD, max_size=4), st.integers(0, 999)
 
 @fuzz(60)
 @given(GOODS, SEED)
-def test_good_ingredients_alone_are_taken(goods, seed):
-    """So that below it is the bad one that is refused."""
+def test_good_ingredients_alone_are_accepted(goods, seed):
+    """Below, then, the bad ingredient is the reason for the refusal."""
     expected = (1, f"moe-engine: {ACCEPTED}\n")
-    assert expected == told(*cooked(goods, seed))
+    assert expected == outcome(*cooked(goods, seed))
 
 
 @pytest.mark.parametrize("kind", BAD)
 @fuzz(110)
 @given(st.data(), GOODS, SEED)
 def test_one_bad_ingredient_is_refused(kind, data, goods, seed):
-    """Wherever it stands, and whatever is good beside it."""
+    """Wherever it stands, and with any good ones."""
     bad = data.draw(BAD[kind])
     check_refused(*cooked([bad, *goods], seed))
 
 
 @fuzz(150)
 @given(TEXT, st.binary(max_size=20), st.booleans())
-def test_what_is_no_toml_is_refused(text, content, is_text):
+def test_a_file_that_is_not_toml_is_refused(text, content, is_text):
     """A line that begins with =, or a byte that UTF-8 does not have."""
     check_refused(["run", "--quiet"], f"= {text}".encode() if is_text else b"\xff" + content)
 
@@ -324,12 +324,12 @@ EDIT = st.tuples(st.integers(0, len(PROPER)), st.sampled_from(["", *"[]{}='\"#.,
 @example([(0, "run = 3\n[plugins.run]\n#", len(PROPER))], 0)
 @example([(0, f"[run]\nseed = {'9' * 5000}\n#", len(PROPER))], 0)
 @example([(0, f"[run]\nplugins = {'[' * 5000}", len(PROPER))], 0)
-def test_a_mistyped_file_is_taken_or_refused(edits, seed):
-    """A few keys hit wrongly: what is still good is good, the rest is bad input."""
+def test_a_mistyped_file_is_accepted_or_refused(edits, seed):
+    """A few keys hit wrongly: the file is still good, or it is bad input."""
     text = PROPER
     for place, typed, gone in edits:
         text = text[:place] + typed + text[place + gone :]
-    code, err = told(["run", "--quiet", f"--seed={seed}"], text.encode())
+    code, err = outcome(["run", "--quiet", f"--seed={seed}"], text.encode())
     expected = (1, 1, True, True) if err == f"moe-engine: {ACCEPTED}\n" else (2, 1, True, False)
     assert expected == (code, *shape(err)), err
 
@@ -339,6 +339,6 @@ def test_a_mistyped_file_is_taken_or_refused(edits, seed):
 @example("x" * 300, "compare")
 @example("", "compare")
 @example("..", "compare")
-def test_a_name_of_nothing_is_refused_by_every_command(name, command):
+def test_an_unknown_name_is_refused_by_every_command(name, command):
     """No such plugin, no such run."""
     check_refused([command, name])

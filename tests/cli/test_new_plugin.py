@@ -1,6 +1,6 @@
-"""What `moe-engine new-plugin` writes works as written: installed by pip, it passes its own tests and the linter.
+"""A package written by `moe-engine new-plugin` runs as generated: it installs, passes its own tests and the linter.
 
-The distribution that is kept in examples/ is held to the same.
+The example in examples/ passes the same tests.
 """
 
 import subprocess

@@ -1,4 +1,4 @@
-"""What `moe-engine new-plugin` refuses, what it writes, and that it writes all or nothing."""
+"""`moe-engine new-plugin` refuses bad names, and writes a whole package or nothing."""
 
 import subprocess
 import sys
@@ -6,6 +6,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from sentences import check
 
 from moe_engine.cli import main
 from moe_engine.cli.scaffold import project
@@ -34,7 +35,7 @@ def test_it_writes_a_distribution_and_says_what_comes_next(capsys):
     assert main(["new-plugin", "router", "my_router"]) == 0
     assert tree("my_router") == FILES
     expected = [
-        "my_router holds a router that works as it is; moe_engine_my_router.py is yours to change. Next:",
+        "my_router holds a working router; edit moe_engine_my_router.py. Next steps:",
         "    python -m pip install --editable my_router",
         "    python -m pytest my_router",
         "    moe-engine run --plugins my_router",
@@ -42,7 +43,7 @@ def test_it_writes_a_distribution_and_says_what_comes_next(capsys):
     assert expected == capsys.readouterr().out.splitlines()
 
 
-def test_dashes_are_of_the_folder_and_the_distribution_underscores_of_the_plugin():
+def test_the_folder_and_the_distribution_keep_dashes_and_the_plugin_gets_underscores():
     assert main(["new-plugin", "loss", "my-loss"]) == 0
     written = tomllib.loads(Path("my-loss/pyproject.toml").read_text())["project"]
     assert written["name"] == "moe-engine-my-loss"
@@ -57,28 +58,28 @@ def test_a_folder_can_be_named(capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("words", "code", "named"),
     [
-        (["rooter", "mine"], "there is no kind of plugin 'rooter'; did you mean 'router'?"),
-        (["router", "9lives"], "'9lives' can't be a plugin's name; use small letters, digits and underscores"),
-        (["router", "a.b"], "'a.b' can't be a plugin's name"),
-        (["router", "../up"], "'../up' can't be a plugin's name"),
-        (["loss", "Mine"], "'Mine' can't be a plugin's name; use small letters, digits and underscores, as in my_loss"),
-        (["router", "none"], "plugin 'none' would be the class None, a name that is taken; choose another name"),
-        (["bias", "bias"], "plugin 'bias' would be the class Bias, a name that is taken; choose another name"),
-        (["router", "topk"], "there is a plugin 'topk' already, of moe-engine; choose another name"),
-        (["router", "z-loss"], "there is a plugin 'z_loss' already, of moe-engine; choose another name"),
-        (["router", "mine", "--out", "."], ". exists already; name another folder with --out"),
-        (["router", "mine", "--out", "file"], "file exists already; name another folder with --out"),
-        (["router", "mine", "--out", "file/mine"], "file/mine can't be written: Not a directory; name another folder"),
+        (["rooter", "mine"], "unknown-kind", ["'rooter'", "'router'"]),
+        (["router", "9lives"], "bad-plugin-name", ["'9lives'", "digits and underscores"]),
+        (["router", "a.b"], "bad-plugin-name", ["'a.b'"]),
+        (["router", "../up"], "bad-plugin-name", ["'../up'"]),
+        (["loss", "Mine"], "bad-plugin-name", ["'Mine'", "lower-case", "my_loss"]),
+        (["router", "a" * 65], "bad-plugin-name", ["a" * 65, "64"]),
+        (["router", "none"], "reserved-plugin-name", ["'none'"]),
+        (["router", "recorded"], "reserved-plugin-name", ["'recorded'"]),
+        (["bias", "bias"], "reserved-plugin-name", ["'bias'", "Bias"]),
+        (["router", "topk"], "plugin-exists", ["'topk'", "moe-engine"]),
+        (["router", "z-loss"], "plugin-exists", ["'z_loss'", "moe-engine"]),
+        (["router", "mine", "--out", "."], "folder-exists", [". ", "--out"]),
+        (["router", "mine", "--out", "file"], "folder-exists", ["file", "--out"]),
+        (["router", "mine", "--out", "file/mine"], "unwritable-folder", ["file/mine", "Not a directory", "--out"]),
     ],
 )
-def test_bad_input_is_one_sentence_and_nothing_is_written(capsys, words, sentence):
+def test_bad_input_is_one_sentence_and_nothing_is_written(refusal, words, code, named):
     Path("file").touch()
-    assert main(["new-plugin", *words]) == 2
-    out, err = capsys.readouterr()
-    assert err.startswith(f"moe-engine: {sentence}")
-    assert (out, err.count("\n"), tree(".")) == ("", 1, {"file"})
+    check(refusal("new-plugin", *words), *named, code=code)
+    assert tree(".") == {"file"}
 
 
 def test_a_second_one_of_the_same_name_is_refused():
@@ -88,15 +89,14 @@ def test_a_second_one_of_the_same_name_is_refused():
     assert Path("my_router/moe_engine_my_router.py").read_text() == "mine"
 
 
-def test_a_write_that_fails_half_way_leaves_nothing(monkeypatch, capsys):
+def test_a_write_that_fails_half_way_leaves_nothing(monkeypatch, refusal):
     def full(path, text, encoding):
         if path.name == "README.md":
             raise OSError(28, "No space left on device")
         path.touch()
 
     monkeypatch.setattr(Path, "write_text", full)
-    assert main(["new-plugin", "router", "my_router"]) == 2
-    assert "my_router can't be written: No space left on device" in capsys.readouterr().err
+    check(refusal("new-plugin", "router", "my_router"), "my_router", "No space left", code="unwritable-folder")
     assert list(Path().iterdir()) == []
 
 
@@ -110,7 +110,7 @@ def test_each_kind_has_a_module_whose_class_is_the_entry_point(kind):
     assert all(text.endswith("\n") and not text.endswith("\n\n") for text in files.values())
 
 
-def test_the_example_has_the_shape_of_what_is_written():
+def test_the_example_has_the_files_of_a_new_package():
     example = Path(__file__).parents[2] / "examples" / "moe-engine-demo"
     assert main(["new-plugin", "router", "demo"]) == 0
     left_behind = ("__pycache__", ".egg-info", "/build/", ".pytest_cache", ".ruff_cache")  # by tools, and ignored
