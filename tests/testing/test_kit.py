@@ -32,7 +32,7 @@ class Twice(Top):
         return probs_TE, assign(self.gates(probs_TE.gather(-1, best_TK)), best_TK, tokens)
 
 
-FEW = ("builds", "learns_from_the_task", "choices_are_sound", "picks_are_as_many_as_said", "extremes_stay_finite")
+FEW = ("builds", "learns_from_the_task", "choices_are_valid", "top_k_is_kept", "extreme_values_stay_finite")
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_what_is_no_such_plugin_is_refused():
 
 def test_what_does_not_apply_is_skipped_in_any_runner():
     assert issubclass(NotApplicable, unittest.SkipTest)
-    (fixed,) = [one for one in checks("z_loss") if one.claim.name == "balance_is_worth_what_it_says"]
+    (fixed,) = [one for one in checks("z_loss") if one.claim.name == "value_at_balance_is_as_declared"]
     with pytest.raises(NotApplicable, match="its value at balance is not fixed"):
         fixed()
 
