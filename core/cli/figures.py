@@ -20,10 +20,10 @@ def check_figure(path: Path) -> None:
 
 def write_figure(path: Path, figure: "Figure", flag: str) -> None:
     """Draw a figure into a file. Raises UsageError if it can't be written."""
-    from ..run.figures import picture
+    from ..run.figures import figure_bytes
 
     try:
-        write_atomically(path, picture(figure, path.suffix[1:].lower()))
+        write_atomically(path, figure_bytes(figure, path.suffix[1:].lower()))
     except OSError as error:
         sentence = f"{path} can't be written: {error.strerror}; name another file with {flag}"
         raise UsageError(sentence, code="unwritable-file") from error

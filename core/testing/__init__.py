@@ -1,4 +1,4 @@
-"""The conformance kit: what moe-engine promises of a plugin, as claims that any plugin can be held against.
+"""The conformance kit: claims that every plugin of a kind must satisfy, and their tests.
 
     from moe_engine.testing import checks
 
@@ -6,11 +6,10 @@
     def test_my_router(check):
         check()
 
-or `check_router("my_router")`, which raises one error that lists every claim that fails, or on the command
-line `moe-engine check my_router`. The kit needs no pytest. docs/conformance.md lists the claims.
+`check_router("my_router")` runs all of them and raises one error that lists the claims that fail;
+`moe-engine check my_router` does the same on the command line. The kit does not need pytest.
+docs/conformance.md lists the claims.
 """
-
-from functools import partial
 
 from . import (  # noqa: F401
     biases,
@@ -28,7 +27,7 @@ from . import (  # noqa: F401
 )
 from .checking import Check as Check
 from .checking import Result as Result
-from .checking import check
+from .checking import checker
 from .checking import checks as checks
 from .checking import results as results
 from .claims import CLAIMS as CLAIMS
@@ -36,12 +35,12 @@ from .claims import Broken as Broken
 from .claims import Claim as Claim
 from .claims import NotApplicable as NotApplicable
 
-check_router = partial(check, "router")
-check_bias = partial(check, "bias")
-check_loss = partial(check, "loss")
-check_growth = partial(check, "growth")
-check_initializer = partial(check, "initializer")
-check_metric = partial(check, "metric")
-check_report = partial(check, "report")
-check_task = partial(check, "task")
-check_experts = partial(check, "experts")
+check_router = checker("router")
+check_bias = checker("bias")
+check_loss = checker("loss")
+check_growth = checker("growth")
+check_initializer = checker("initializer")
+check_metric = checker("metric")
+check_report = checker("report")
+check_task = checker("task")
+check_experts = checker("experts")

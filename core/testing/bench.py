@@ -1,6 +1,6 @@
-"""The bench on which a plugin is tried: small layers with it and partners that fit, and all that one step shows.
+"""The test bench: builds small layers with the plugin under test, and records what a step computes.
 
-D = 16, H = 8, E = 6, K = 2, 24 tokens in 3 sequences, unless a claim says otherwise.
+D = 16, H = 8, E = 6, K = 2, 24 tokens in 3 sequences, unless a claim sets other sizes.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,51 +20,54 @@ from ..layer.sums import unflat
 from ..run.training import adam
 from .claims import demand
 from .comparing import distance
-from .subjects import Subject
+from .plugin_under_test import PluginUnderTest
 
-DIM, HIDDEN, EXPERTS, TOP_K, VOCAB, CLASSES = 16, 8, 6, 2, 16, 3  # 16: also a picture of 4 x 4
+DIM, HIDDEN, EXPERTS, TOP_K, VOCAB, CLASSES = 16, 8, 6, 2, 16, 3  # 16 inputs are also an image of 4 x 4 pixels
 SHAPE = (3, 8)
 
-Seen = dict[str, Tensor]  # what there is to see of a step, by name
-Wrap = Callable[..., Tensor]  # how a layer is called: (layer, *arguments)
+Tensors = dict[str, Tensor]  # outputs, losses, gradients, sums and state by name
+Call = Callable[..., Tensor]  # calls a layer: (layer, *arguments) -> output
 
 
 @attrs.frozen(eq=False)
 class Data:
-    """Tokens with all that a layer may be given, and what its output is to be."""
+    """A batch of tokens, with everything that a layer may be given and a target for its output.
+
+    x, target [..., D]; ids, labels, mask [...]. bare: the layer is given neither ids nor labels.
+    """
 
     x: Tensor
     ids: Tensor
     labels: Tensor
     target: Tensor
     mask: Tensor | None = None
-    bare: bool = False  # a layer is given neither ids nor labels
+    bare: bool = False
 
     @property
     def arguments(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """As a layer takes them."""
+        """The arguments of a layer: x, mask, ids, labels."""
         return (self.x, self.mask, None, None) if self.bare else (self.x, self.mask, self.ids, self.labels)
 
     def loss(self, y: Tensor) -> Tensor:
-        """The mean over real tokens of |y - target|^2; 0 if there is none."""
+        """The mean of |y - target|^2 over real tokens; 0 if there are none."""
         error = (y.to(self.target.dtype) - self.target).square().sum(-1)
         if self.mask is None:
             return error.sum() / max(error.numel(), 1)
         return torch.where(self.mask, error, 0).sum() / self.mask.sum().clamp(min=1)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Data":
-        """The same change of every column, as a choice of rows."""
+        """The same change, for example an indexing of tokens, applied to every tensor."""
         mask = None if self.mask is None else change(self.mask)
         x, ids, labels, target = map(change, (self.x, self.ids, self.labels, self.target))
         return Data(x, ids, labels, target, mask, self.bare)
 
     def to(self, dtype: torch.dtype) -> "Data":
-        """In another precision."""
+        """The batch with x and target in another precision."""
         return attrs.evolve(self, x=self.x.to(dtype), target=self.target.to(dtype))
 
 
 def data(*shape: int, seed: int = 1, dim: int = DIM) -> Data:
-    """Drawn tokens of a leading shape, (3, 8) if none is given."""
+    """Random tokens of a leading shape, by default (3, 8)."""
     shape = shape or SHAPE
     random = torch.Generator().manual_seed(seed)
     x, target = (torch.randn(*shape, dim, generator=random) for _ in range(2))
@@ -72,27 +75,27 @@ def data(*shape: int, seed: int = 1, dim: int = DIM) -> Data:
     return Data(x, ids, labels, target)
 
 
-def plain(layer: MoE, *arguments: Any) -> Tensor:
-    """Call a layer as anybody does."""
+def call_layer(layer: MoE, *arguments: Any) -> Tensor:
+    """Call a layer directly."""
     y: Tensor = layer(*arguments)
     return y
 
 
 @attrs.define(eq=False)
-class Rig:
-    """One engine with one layer and an optimizer."""
+class Trial:
+    """One layer under test, with the engine that built it and an optimizer."""
 
     engine: Engine
     layer: MoE
     optimizer: torch.optim.Optimizer
 
-    def forward(self, batch: Data, seed: int = 0, wrap: Wrap = plain) -> Tensor:
-        """A forward whose random draws begin at a seed."""
+    def forward(self, batch: Data, seed: int = 0, call: Call = call_layer) -> Tensor:
+        """The layer's output, with torch's generator seeded."""
         torch.manual_seed(seed)
-        return wrap(self.layer, *batch.arguments)
+        return call(self.layer, *batch.arguments)
 
     def evaluate(self, batch: Data, seed: int = 0) -> Tensor:
-        """A forward in eval mode."""
+        """The layer's output in eval mode."""
         training = self.layer.training
         self.layer.eval()
         y = self.forward(batch, seed)
@@ -100,129 +103,130 @@ class Rig:
         return y
 
     def route(self, batch: Data, seed: int = 0) -> Routing:
-        """The layer's decision on a batch, uncounted."""
+        """The layer's routing of a batch; no sum counts it."""
         torch.manual_seed(seed)
         return self.layer.route(self.layer.tokens(*batch.arguments))
 
-    def backward(self, *batches: Data, seed: int = 0, wrap: Wrap = plain) -> Seen:
-        """Forward and backward of a step in micro-batches: outputs, loss terms, gradients and sums."""
+    def backward(self, *batches: Data, seed: int = 0, call: Call = call_layer) -> Tensors:
+        """Forward and backward of one step in micro-batches. Returns outputs, gradients and the step's sums."""
         self.layer.train()
         self.optimizer.zero_grad()
-        seen: Seen = {}
+        tensors: Tensors = {}
         for number, batch in enumerate(batches):
-            y = self.forward(batch, seed + number, wrap)
+            y = self.forward(batch, seed + number, call)
             demand(
                 y.shape == (*batch.x.shape[:-1], self.layer.spec.out_dim),
-                f"the output is of shape {list(y.shape)} for tokens of {list(batch.x.shape)}",
+                f"the output has shape {list(y.shape)} for tokens of shape {list(batch.x.shape)}",
             )
             ((batch.loss(y) + self.engine.aux_loss()) / len(batches)).backward()
             self.engine.after_backward()
-            seen[f"output {number}"] = y.detach()
-        seen |= self.gradients()
-        book = self.layer.sums.step.grad
-        flat = torch.zeros_like(self.layer.sums.step) if book is None else book.detach().clone()
-        counted = unflat(flat, self.layer.sums.step_layout)
-        seen |= {f"sum '{name}'": value for name, value in counted.items()}
-        seen["sum of signals"] = flat[sum(value.numel() for value in counted.values()) :]
-        return seen
+            tensors[f"output {number}"] = y.detach()
+        tensors |= self.gradients()
+        sums = self.layer.sums.step.grad
+        flat = torch.zeros_like(self.layer.sums.step) if sums is None else sums.detach().clone()
+        named = unflat(flat, self.layer.sums.step_layout)
+        tensors |= {f"sum '{name}'": value for name, value in named.items()}
+        tensors["sum of signals"] = flat[sum(value.numel() for value in named.values()) :]
+        return tensors
 
-    def step(self, *batches: Data, seed: int = 0, wrap: Wrap = plain) -> Seen:
-        """A whole training step; what `backward` answers, and every saved tensor after it."""
-        seen = self.backward(*(batches or (data(),)), seed=seed, wrap=wrap)
+    def step(self, *batches: Data, seed: int = 0, call: Call = call_layer) -> Tensors:
+        """A whole training step. Returns what `backward` returns, and the state after it."""
+        tensors = self.backward(*(batches or (data(),)), seed=seed, call=call)
         self.optimizer.step()
         self.engine.after_step()
-        return {**seen, **self.state()}
+        return {**tensors, **self.state()}
 
-    def gradients(self) -> Seen:
+    def gradients(self) -> Tensors:
         """The gradient of each parameter that has one."""
         named = self.layer.named_parameters()
         return {f"gradient of {name}": p.grad.detach().clone() for name, p in named if p.grad is not None}
 
-    def state(self) -> Seen:
-        """Every parameter and every buffer that a step may move, saved or not."""
-        own = ("sums.step", "sums.aux_value", "sums.aux_scale")
+    def state(self) -> Tensors:
+        """Every parameter and buffer that a step may change, saved or not."""
+        bookkeeping = ("sums.step", "sums.aux_value", "sums.aux_scale")
         named = [*self.layer.named_parameters(), *self.layer.named_buffers()]
-        return {f"state {name}": value.detach().clone() for name, value in named if name not in own}
+        return {f"state {name}": value.detach().clone() for name, value in named if name not in bookkeeping}
 
-    def controllers(self) -> Seen:
-        """The state without the parameters, which optimizers move."""
+    def controllers(self) -> Tensors:
+        """The state without parameters, which the optimizer changes."""
         weights = {f"state {name}" for name, _ in self.layer.named_parameters()}
         return {name: value for name, value in self.state().items() if name not in weights}
 
-    def demand_still(self, before: Seen, when: str, tolerance: float = 0.0) -> None:
-        """Demand that what was seen of the state has not moved."""
+    def demand_unchanged(self, before: Tensors, when: str, tolerance: float = 0.0) -> None:
+        """Demand that the state is what it was; `before` is an earlier `state()` or a part of one."""
         now = self.state()
         for name, old in before.items():
-            demand(distance(old, now[name]) <= tolerance, f"{name} moved {when}")
+            demand(distance(old, now[name]) <= tolerance, f"{name} changed {when}")
 
-    def give_logits(self, *logits: Tensor) -> None:
-        """From now on the router's raw scores are these, one [T, n] a level, cut to the tokens there are."""
-        self.layer.router.score = lambda tokens: tuple(one[: tokens.x.shape[0]] for one in logits)  # type: ignore[method-assign]
+    def set_logits(self, *logits: Tensor) -> None:
+        """Make the router score tokens with these logits, [T, n] for each level, cut to the number of tokens."""
+        self.layer.router.score = lambda tokens: tuple(level[: tokens.x.shape[0]] for level in logits)  # type: ignore[method-assign]
 
-    def own_logits(self) -> None:
-        """Let the router score again."""
+    def reset_logits(self) -> None:
+        """Undo `set_logits`."""
         self.layer.router.__dict__.pop("score", None)
 
     def logits(self, make: Callable[[int, int], Tensor], tokens: int = 24) -> list[Tensor]:
-        """For each level make(tokens, units), as leaves."""
+        """make(tokens, units) for each level, as leaves that require a gradient."""
         return [make(tokens, level.size).requires_grad_() for level in self.layer.router.levels]
 
 
 @attrs.define(eq=False)
 class Bench:
-    """Where one claim about one plugin is tested; folder: an empty one, for files."""
+    """Builds layers with the plugin under test, for one claim. folder: an empty one, for files."""
 
-    subject: Subject
+    plugin: PluginUnderTest
     folder: Path
 
-    def usual(self, **spec: Any) -> Rig:
-        """The same small layer with the default plugins."""
-        return self._layer(Engine(without=self.subject.costly), 0, _sizes(spec))
+    def default_trial(self, **spec: Any) -> Trial:
+        """The same small layer with the default plugins alone."""
+        return self._layer(Engine(without=self.plugin.observers), 0, _sizes(spec))
 
-    def rig(self, seed: int = 0, options: Mapping[str, Any] | None = None, **spec: Any) -> Rig:
-        """A small layer with the plugin and the first router that goes with it; options: more of the plugin's own.
+    def trial(self, seed: int = 0, options: Mapping[str, Any] | None = None, **spec: Any) -> Trial:
+        """A small layer with the plugin and the first router that goes with it.
 
-        Raises UsageError where no router goes with it.
+        options: of the plugin, by name. spec: sizes that differ from the usual ones. Raises UsageError if every router
+        refuses the mix.
         """
         refusals, sizes = list[UsageError](), _sizes(spec)
-        for router in self.subject.routers:
+        for router in self.plugin.routers:
             try:
                 return self._layer(self._engine(router, sizes, options or {}), seed, sizes)
             except UsageError as error:
                 refusals.append(error)
         raise refusals[0]
 
-    def second(self, rig: Rig, **spec: Any) -> MoE:
-        """Another layer of a rig's engine."""
-        return rig.engine.moe(**_sizes(spec))
+    def trial_or_refusal(self, **spec: Any) -> Trial | str:
+        """A layer of this spec, or the sentence that refuses it."""
+        try:
+            return self.trial(**spec)
+        except PluginError:
+            raise
+        except UsageError as error:
+            return f"refused: {error}"
 
-    def _layer(self, engine: Engine, seed: int, sizes: dict[str, Any]) -> Rig:
+    def second_layer(self, trial: Trial, **spec: Any) -> MoE:
+        """Another layer of the same engine."""
+        return trial.engine.moe(**_sizes(spec))
+
+    def _layer(self, engine: Engine, seed: int, sizes: dict[str, Any]) -> Trial:
         torch.manual_seed(seed)
         layer = engine.moe(**sizes)
         with torch.no_grad():
             for parameter in layer.router.parameters():
                 if not parameter.any():
-                    parameter.normal_(0, 0.3)  # a router that starts at 0 ties everywhere, and ties hide much
-        return Rig(engine, layer, adam(layer, 0.01))
+                    parameter.normal_(0, 0.3)  # a router that starts at 0 ties everywhere, which hides faults
+        return Trial(engine, layer, adam(layer, 0.01))
 
     def _engine(self, router: str, sizes: Mapping[str, Any], options: Mapping[str, Any]) -> Engine:
-        """An engine with the plugin, without what would only cost time."""
-        subject = self.subject
-        trial = trial_options_of(subject.cls)
-        own = dict(trial(self.folder, sizes["dim"], sizes["hidden"])) if trial else {}
-        own |= {**subject.settings.get(subject.name, {}), **options}
-        names = list(dict.fromkeys((router, subject.name)))
-        without = [name for name in subject.costly if name != subject.name]
-        return Engine(names, {**subject.settings, **({subject.name: own} if own else {})}, without)
-
-    def accepted(self, **spec: Any) -> Rig | str:
-        """A layer of this spec, or the sentence with which it is refused."""
-        try:
-            return self.rig(**spec)
-        except PluginError:
-            raise
-        except UsageError as error:
-            return f"refused: {error}"
+        """An engine with the plugin, without default plugins that would only cost time."""
+        plugin = self.plugin
+        trial_options = trial_options_of(plugin.cls)
+        given = dict(trial_options(self.folder, sizes["dim"], sizes["hidden"])) if trial_options else {}
+        given |= {**plugin.settings.get(plugin.name, {}), **options}
+        names = list(dict.fromkeys((router, plugin.name)))
+        without = [name for name in plugin.observers if name != plugin.name]
+        return Engine(names, {**plugin.settings, **({plugin.name: given} if given else {})}, without)
 
 
 def _sizes(spec: Mapping[str, Any]) -> dict[str, Any]:

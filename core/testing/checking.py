@@ -1,8 +1,8 @@
-"""Checks: claims about one plugin, tested one by one or all together."""
+"""Checks: run the claims about one plugin, one by one or all at once."""
 
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,40 +15,45 @@ from ..seeds import own_random_state
 from .bench import Bench
 from .claims import CLAIMS, Broken, Claim, NotApplicable
 from .layers import builds
-from .subjects import HOOK_OF, Subject, subject
+from .plugin_under_test import HOOK_OF, PluginUnderTest, plugin_under_test
 
 
 @attrs.frozen(eq=False)
 class Check:
-    """One claim about one plugin: call it. Its text is "plugin: claim"."""
+    """One claim about one plugin. Call it to run the test; `str(check)` is "plugin: claim", an id for pytest."""
 
-    subject: Subject
+    plugin: PluginUnderTest
     claim: Claim
 
     def __str__(self) -> str:
-        return f"{self.subject.name}: {self.claim.name}"
+        return f"{self.plugin.name}: {self.claim.name}"
 
     def __call__(self) -> str | None:
-        """Test the claim, on random numbers of its own. Answers None, or a remark, as that a mix is refused.
+        """Run the test; the caller's random state stays as it was.
 
-        Raises Broken, or NotApplicable.
+        Returns None, or a remark, for example that the plugin refuses this mix. Raises Broken if the claim does not
+        hold, NotApplicable if it does not apply to this plugin.
         """
-        where = f"{self.subject.title} breaks '{self.claim.says}'"
-        with self.subject.present(), own_random_state(0), warnings.catch_warnings(), TemporaryDirectory() as folder:
+        where, claims = f"{self.plugin.title} breaks '{self.claim.says}'", (self.claim.name,)
+        with self.plugin.present(), own_random_state(0), warnings.catch_warnings(), TemporaryDirectory() as folder:
             warnings.simplefilter("ignore")
             try:
-                return self.claim.test(Bench(self.subject, Path(folder)))
+                return self.claim.test(Bench(self.plugin, Path(folder)))
             except NotApplicable:
                 raise
             except (Broken, UsageError) as error:
-                raise Broken(f"{where}: {error}") from error
+                raise Broken(f"{where}: {error}", claims) from error
             except (Exception, SystemExit) as error:
-                raise Broken(f"{where}: it raises {type(error).__name__}: {error}") from error
+                raise Broken(f"{where}: it raises {type(error).__name__}: {error}", claims) from error
 
 
 @attrs.frozen
 class Result:
-    """What came of one check. outcome: ok, FAILED or skipped. why: the failure, the reason, or a remark."""
+    """The outcome of one check.
+
+    outcome: "ok", "FAILED" or "skipped". why: the failure, the reason for skipping, or a remark. error: the failure as
+    an exception.
+    """
 
     claim: Claim
     outcome: str
@@ -58,19 +63,21 @@ class Result:
 
 
 def checks(plugin: Any, settings: Iterable[str] | Settings = (), data_dir: str = "data") -> list[Check]:
-    """Every claim about a plugin, as functions without arguments, whose texts are ids for pytest.
+    """The checks of a plugin, one for each claim that applies to its hooks.
 
-    plugin: an installed one's name, a plugin class or an instance. settings: "plugin.option=value" texts, or nested
-    dicts. data_dir: where a task's files are. Raises UsageError for a name that nobody has.
+    plugin: the name of an installed plugin, a plugin class, or an instance with options set. settings:
+    "plugin.option=value" texts, or nested dicts. data_dir: the folder with a task's files; without them the claims
+    about the task are skipped. Raises UsageError for an unknown name or option, PluginError for a class that is not
+    a plugin.
     """
-    one = subject(plugin, settings, data_dir)
-    return [Check(one, claim) for claim in CLAIMS if one.hooks & set(claim.hooks)]
+    tested = plugin_under_test(plugin, settings, data_dir)
+    return [Check(tested, claim) for claim in CLAIMS if tested.hooks & set(claim.hooks)]
 
 
-def results(several: Iterable[Check]) -> Iterator[Result]:
-    """Test them one after the other. Where no layer can be built, the rest is skipped: it would say the same."""
+def results(checks: Iterable[Check]) -> Iterator[Result]:
+    """Run checks in order and yield a result for each. If no layer can be built, skip the rest: all would say so."""
     built = True
-    for check in several:
+    for check in checks:
         if not built:
             yield Result(check.claim, "skipped", "no layer can be built with it")
             continue
@@ -86,10 +93,29 @@ def results(several: Iterable[Check]) -> Iterator[Result]:
 
 
 def check(kind: str, plugin: Any, settings: Iterable[str] | Settings = (), data_dir: str = "data") -> None:
-    """Test every claim about a plugin of this kind. Raises Broken, which lists all that fail."""
-    several = checks(plugin, settings, data_dir)
-    if HOOK_OF[kind] not in several[0].subject.hooks:
-        raise UsageError(f"{several[0].subject.title} is no {kind}: it does not implement {HOOK_OF[kind]}")
-    failed = [one.why for one in results(several) if one.outcome == "FAILED"]
+    """Run every check of a plugin of this kind. Raises Broken, which lists the claims that fail."""
+    to_run = checks(plugin, settings, data_dir)
+    tested = to_run[0].plugin
+    if HOOK_OF[kind] not in tested.hooks:
+        raise UsageError(f"{tested.title} is not a {kind}: it does not implement {HOOK_OF[kind]}", code="wrong-kind")
+    failed = [result for result in results(to_run) if result.outcome == "FAILED"]
     if failed:
-        raise Broken(f"{len(failed)} of {len(several)} claims fail: {listed(failed)}" if len(failed) > 1 else failed[0])
+        message = listed(result.why for result in failed)
+        many = f"{len(failed)} of {len(to_run)} claims fail: " if len(failed) > 1 else ""
+        raise Broken(f"{many}{message}", tuple(result.claim.name for result in failed))
+
+
+def checker(kind: str) -> Callable[..., None]:
+    """`check` for one kind of plugin, under the name check_KIND."""
+
+    def check_kind(plugin: Any, settings: Iterable[str] | Settings = (), data_dir: str = "data") -> None:
+        check(kind, plugin, settings, data_dir)
+
+    check_kind.__name__ = check_kind.__qualname__ = f"check_{kind}"
+    check_kind.__doc__ = f"""Run every check of a plugin that implements {HOOK_OF[kind]}.
+
+    plugin: the name of an installed plugin, a plugin class, or an instance with options set. settings:
+    "plugin.option=value" texts, or nested dicts. data_dir: the folder with a task's files. Raises Broken, which lists
+    the claims that fail, and UsageError for a plugin of another kind, an unknown name or an unknown option.
+    """
+    return check_kind

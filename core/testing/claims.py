@@ -1,4 +1,4 @@
-"""What a claim is: a sentence about every plugin that implements some hook, and the test of it."""
+"""A claim: one sentence that holds for every plugin that implements some hook, and its test."""
 
 import unittest
 from collections.abc import Callable
@@ -6,22 +6,30 @@ from typing import Any
 
 import attrs
 
-Test = Callable[[Any], str | None]  # of a Bench: raises, or answers a remark, as that a mix is refused
+Test = Callable[[Any], str | None]  # called with a Bench; raises Broken, or returns a remark such as a refused mix
 
 
 class Broken(AssertionError):
-    """A claim that does not hold. The message says of whom, what and what to do."""
+    """A claim does not hold. The message names the plugin and the claim, and says what was seen and what to do.
+
+    claims: the names of the claims that failed.
+    """
+
+    def __init__(self, message: str, claims: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.claims = claims
 
 
 class NotApplicable(unittest.SkipTest):
-    """A claim that says nothing about this plugin. The message says why; pytest counts it as skipped."""
+    """A claim does not apply to this plugin; the message says why. Test runners count it as skipped."""
 
 
 @attrs.frozen
 class Claim:
-    """One thing that is promised of every plugin with one of some hooks.
+    """One property that every plugin with one of the given hooks must have.
 
-    name: of its function. says: the promise in one sentence. hooks: of whom.
+    name: a stable id, the name of its function. says: the claim in one sentence. hooks: the hooks to which it
+    applies. test: runs on a `Bench`.
     """
 
     name: str
@@ -30,11 +38,11 @@ class Claim:
     test: Test = attrs.field(repr=False)
 
 
-CLAIMS: list[Claim] = []  # in the order in which they are tested
+CLAIMS: list[Claim] = []  # every claim, in the order in which they are tested
 
 
 def claim(*hooks: str) -> Callable[[Test], Test]:
-    """Make a function a claim about every plugin that implements one of these hooks; its docstring is the promise."""
+    """Register a function as a claim about plugins that implement one of the hooks; its docstring is the claim."""
 
     def register(test: Test) -> Test:
         says = " ".join((test.__doc__ or "").split()).rstrip(".")
@@ -44,7 +52,7 @@ def claim(*hooks: str) -> Callable[[Test], Test]:
     return register
 
 
-def demand(holds: object, why: str) -> None:
-    """Raise Broken, which says why, unless it holds."""
+def demand(holds: object, message: str) -> None:
+    """Raise Broken with the message unless `holds` is true."""
     if not holds:
-        raise Broken(why)
+        raise Broken(message)

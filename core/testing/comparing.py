@@ -1,4 +1,4 @@
-"""What is the same: bit for bit, up to a tolerance, or at least finite."""
+"""Comparing tensors: bit for bit, up to a tolerance, or at least finite."""
 
 from collections.abc import Mapping
 
@@ -8,37 +8,42 @@ from torch import Tensor
 from .claims import demand
 
 
-def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are the same bit for bit, NaN like NaN."""
-    return one.shape == other.shape and one.dtype == other.dtype and bool(torch.equal(_bits(one), _bits(other)))
+def same_bits(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors have equal shape, dtype and bits; NaN equals NaN."""
+    return (
+        first.shape == second.shape and first.dtype == second.dtype and bool(torch.equal(_bits(first), _bits(second)))
+    )
 
 
 def _bits(values: Tensor) -> Tensor:
     return values.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
-def agree(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], why: str, tolerance: float = 1e-5) -> None:
-    """Demand that both hold the same, up to the tolerance; `why` says what else must be wrong."""
+def demand_close(
+    expected: Mapping[str, Tensor], found: Mapping[str, Tensor], message: str, tolerance: float = 1e-5
+) -> None:
+    """Demand equal names, shapes and, up to the tolerance, values; the message follows what differs."""
     for name, wanted in expected.items():
-        demand(name in found, f"{name} is gone; {why}")
+        demand(name in found, f"{name} is missing {message}")
         got = found[name]
-        demand(got.shape == wanted.shape, f"{name} is {list(got.shape)}, not {list(wanted.shape)}; {why}")
+        demand(got.shape == wanted.shape, f"{name} is {list(got.shape)}, not {list(wanted.shape)}, {message}")
         gap = distance(wanted, got)
-        demand(gap <= tolerance, f"{name} differs by {gap:.2g}; {why}")
-    demand(not (new := found.keys() - expected.keys()), f"{min(new, default='')} is new; {why}")
+        demand(gap <= tolerance, f"{name} differs by {gap:.2g} {message}")
+    demand(not (new := found.keys() - expected.keys()), f"{min(new, default='')} is new {message}")
 
 
 def distance(expected: Tensor, found: Tensor) -> float:
-    """The largest difference, over the largest value or 1; NaN and infinity agree with themselves only."""
-    one, other = expected.detach().double(), found.detach().double()
-    if not one.numel():
+    """The largest difference, over the largest |value| or 1; NaN and infinity are only close to themselves."""
+    first, second = expected.detach().double(), found.detach().double()
+    if not first.numel():
         return 0.0
-    different = torch.where((one == other) | (one.isnan() & other.isnan()), 0, (one - other).abs())
-    scale = max(float(one[one.isfinite()].abs().max()) if one.isfinite().any() else 1.0, 1.0)
+    different = torch.where((first == second) | (first.isnan() & second.isnan()), 0, (first - second).abs())
+    scale = max(float(first[first.isfinite()].abs().max()) if first.isfinite().any() else 1.0, 1.0)
     return float(different.nan_to_num(torch.inf).max()) / scale
 
 
-def finite(seen: Mapping[str, Tensor], when: str, advice: str) -> None:
-    """Demand that everything seen is finite."""
-    for name, value in seen.items():
-        demand(not value.is_floating_point() or bool(value.isfinite().all()), f"{name} is not finite {when}; {advice}")
+def demand_finite(tensors: Mapping[str, Tensor], when: str, advice: str) -> None:
+    """Demand that every floating-point tensor is finite."""
+    for name, value in tensors.items():
+        finite = not value.is_floating_point() or bool(value.isfinite().all())
+        demand(finite, f"{name} is not finite {when}; {advice}")

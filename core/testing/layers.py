@@ -1,4 +1,4 @@
-"""Claims about whatever acts in a layer: what may change its answers, and when its state may move."""
+"""Claims about every plugin that acts in a layer: what may change its results, and when its state may change."""
 
 from typing import Any
 
@@ -8,187 +8,193 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..layer.moe import MoE
-from .bench import EXPERTS, Bench, Data, Rig, Seen, data
+from .bench import EXPERTS, Bench, Data, Tensors, Trial, data
 from .claims import claim, demand
-from .comparing import agree, distance, finite, same_bits
+from .comparing import demand_close, demand_finite, distance, same_bits
 
-ACTING = ("moe_router", "moe_bias", "moe_experts", "moe_state", "moe_aux_loss", "moe_measure")
+LAYER_HOOKS = ("moe_router", "moe_bias", "moe_experts", "moe_state", "moe_aux_loss", "moe_measure")
 
 
-@claim(*ACTING, "moe_metrics", "moe_growth", "moe_new_expert")
+@claim(*LAYER_HOOKS, "moe_metrics", "moe_growth", "moe_new_expert")
 def builds(bench: Bench) -> None:
-    """A layer can be built with it, and makes a training step of finite numbers."""
-    finite(bench.rig().step(), "in a plain step", "look for divisions by 0, and logs and roots of it")
+    """A layer with it can be built and takes a training step in which every tensor is finite."""
+    demand_finite(bench.trial().step(), "in an ordinary step", "look for divisions, logs and roots of 0")
 
 
-@claim(*ACTING)
-def inputs_stay(bench: Bench) -> None:
-    """What it is given is not changed in place."""
-    rig, batch = bench.rig(), data()
+@claim(*LAYER_HOOKS)
+def inputs_are_not_modified(bench: Bench) -> None:
+    """It does not modify tokens, ids, labels or logits in place."""
+    trial, batch = bench.trial(), data()
     with torch.no_grad():
         for training in (True, False):
-            rig.layer.train(training)
-            rig.forward(batch)
-    for name, was, now in zip(("x", "ids", "labels"), _columns(data()), _columns(batch), strict=True):
-        demand(same_bits(was, now), f"{name} is not what it was; work on a copy, as x * 2 and not x *= 2")
-    if not rig.layer.router.levels:
+            trial.layer.train(training)
+            trial.forward(batch)
+    for name, before, after in zip(("x", "ids", "labels"), _columns(data()), _columns(batch), strict=True):
+        demand(same_bits(before, after), f"{name} was modified in place; write x * 2, not x *= 2")
+    if not trial.layer.router.levels:
         return
-    rig.layer.train()
-    logits = [one.detach() for one in rig.logits(torch.randn)]
-    before = [one.clone() for one in logits]
-    rig.give_logits(*logits)
-    rig.forward(batch)
-    unchanged = all(map(same_bits, before, logits))
-    demand(unchanged, "the raw logits are not what they were; write logits + b, not logits += b")
+    trial.layer.train()
+    logits = [level.detach() for level in trial.logits(torch.randn)]
+    originals = [level.clone() for level in logits]
+    trial.set_logits(*logits)
+    trial.forward(batch)
+    unchanged = all(map(same_bits, originals, logits))
+    demand(unchanged, "the raw logits were modified in place; write logits + b, not logits += b")
 
 
 def _columns(batch: Data) -> tuple[Tensor, ...]:
     return batch.x, batch.ids, batch.labels
 
 
-@claim(*ACTING)
+@claim(*LAYER_HOOKS)
 def padding_changes_nothing(bench: Bench) -> None:
-    """Padding changes nothing: neither what it holds nor that it is there."""
+    """Padding changes no result: neither its contents nor its amount."""
     advice = "leave padding out of every sum over tokens: routing.mean(values), tokens.real(values), plan.selected"
     batch = data()
     mask = torch.arange(8).expand(3, 8) < torch.tensor([[8], [5], [0]])
     clean = attrs.evolve(batch, mask=mask)
     dirty = attrs.evolve(clean, x=batch.x.masked_fill(~mask[..., None], torch.nan), ids=batch.ids.masked_fill(~mask, 3))
-    agree(bench.rig().step(clean), bench.rig().step(dirty), f"two batches differ only in their padding; {advice}", 1e-6)
+    contents = f"between two batches that differ only in what padding contains; {advice}"
+    demand_close(bench.trial().step(clean), bench.trial().step(dirty), contents, 1e-6)
     short, padded = data(1, 8).map(lambda v: v[:, :5]), attrs.evolve(data(1, 8), mask=mask[1:2])
-    alone, beside = quiet(bench.rig(), short), quiet(bench.rig(), padded)
-    beside["output"] = beside["output"][:, :5]
-    agree(alone, beside, f"one of two batches has three tokens of padding more; {advice}", 1e-4)
+    expected, found = eval_step(bench.trial(), short), eval_step(bench.trial(), padded)
+    found["output"] = found["output"][:, :5]
+    demand_close(expected, found, f"if three tokens of padding are added; {advice}", 1e-4)
 
 
-@claim(*ACTING)
-def order_changes_nothing(bench: Bench) -> None:
-    """The order of the sequences in a batch changes nothing but the order of the answers."""
-    batch, turn = data(), torch.tensor([2, 0, 1])
-    expected = quiet(bench.rig(), batch)
-    expected["output"] = expected["output"][turn]
-    advice = "the batch's sequences came in another order; let nothing depend on a token's place in the batch"
-    agree(expected, quiet(bench.rig(), batch.map(lambda v: v[turn])), advice, 1e-4)
+@claim(*LAYER_HOOKS)
+def sequence_order_changes_nothing(bench: Bench) -> None:
+    """Reordering the sequences of a batch reorders the outputs and changes nothing else."""
+    batch, order = data(), torch.tensor([2, 0, 1])
+    expected = eval_step(bench.trial(), batch)
+    expected["output"] = expected["output"][order]
+    message = "if the sequences are reordered; let nothing depend on a token's position in the batch"
+    demand_close(expected, eval_step(bench.trial(), batch.map(lambda v: v[order])), message, 1e-4)
 
 
-def quiet(rig: Rig, batch: Data) -> Seen:
-    """What there is to see of a step that noise does not blur, because the layer is in eval mode."""
-    layer = rig.layer.eval()
-    y, routing = rig.forward(batch), rig.route(batch)
+def eval_step(trial: Trial, batch: Data) -> Tensors:
+    """The output, loss terms, sums and gradients of a step in eval mode, where no noise blurs a comparison."""
+    layer = trial.layer.eval()
+    y, routing = trial.forward(batch), trial.route(batch)
     terms = layer.aux_terms(routing)
     (batch.loss(y) + sum(terms.values(), torch.zeros(()))).backward()
     measured = layer.measure(routing)
     sums = {f"sum '{name}'": value.detach() for name, value in measured.items()}
     values = {f"loss '{name}'": value.detach() for name, value in terms.items()}
-    return {"output": y.detach(), **values, **sums, **rig.gradients()}
+    return {"output": y.detach(), **values, **sums, **trial.gradients()}
 
 
-@claim(*ACTING)
-def other_layers_change_nothing(bench: Bench) -> None:
+@claim(*LAYER_HOOKS)
+def layers_are_independent(bench: Bench) -> None:
     """A second layer of the same engine changes nothing in the first."""
-    expected = _told(bench.rig(), None)
-    rig = bench.rig()
-    found = _told(rig, bench.second(rig, experts=EXPERTS + 2))
-    agree(expected, found, "keep state in a Part of the layer (moe_state), never on the plugin or in a module", 1e-4)
+    expected = _first_layer(bench.trial(), None)
+    trial = bench.trial()
+    found = _first_layer(trial, bench.second_layer(trial, experts=EXPERTS + 2))
+    advice = "keep state in a Part of the layer (moe_state), not on the plugin or in a module"
+    demand_close(expected, found, f"if the engine has a second layer; {advice}", 1e-4)
 
 
-def _told(rig: Rig, second: MoE | None) -> Seen:
-    """Two steps of the first layer beside a second one, without what the weights make of a loss that both share."""
-    seen: Seen = {}
+def _first_layer(trial: Trial, second: MoE | None) -> Tensors:
+    """Two steps of the first layer next to a second one.
+
+    Gradients and parameters are left out: the auxiliary loss is a mean over layers, so theirs do change.
+    """
+    recorded: Tensors = {}
     for number in range(2):
         if second is not None:
             second(*data(seed=9).arguments)
-        own = rig.backward(data(), seed=number)
-        rig.engine.after_step()
-        own |= rig.controllers()
-        seen |= {
-            f"{name} in step {number}": value for name, value in own.items() if not name.startswith("gradient of ")
+        tensors = trial.backward(data(), seed=number)
+        trial.engine.after_step()
+        tensors |= trial.controllers()
+        recorded |= {
+            f"{name} in step {number}": value for name, value in tensors.items() if not name.startswith("gradient of ")
         }
-    return seen
+    return recorded
 
 
 @claim("moe_router")
-def layers_start_apart(bench: Bench) -> None:
-    """The routers of two layers do not begin with the same weights."""
-    rig = bench.rig()
-    second = bench.second(rig).router
-    for (name, one), other in zip(rig.layer.router.named_parameters(), second.parameters(), strict=True):
-        constant = bool((other == other.flatten()[0]).all())  # as zeros
-        demand(
-            constant or not same_bits(one, other), f"{name} is the same in two layers; draw without a seed of your own"
-        )
+def layers_start_different(bench: Bench) -> None:
+    """The routers of two layers start with different weights."""
+    trial = bench.trial()
+    second = bench.second_layer(trial).router
+    for (name, first), other in zip(trial.layer.router.named_parameters(), second.parameters(), strict=True):
+        constant = bool((other == other.flatten()[0]).all())  # such as zeros
+        differ = constant or not same_bits(first, other)
+        demand(differ, f"{name} is equal in two layers; draw it without seeding a generator yourself")
 
 
-@claim(*ACTING)
-def same_seed_same_result(bench: Bench) -> None:
+@claim(*LAYER_HOOKS)
+def same_seed_gives_same_result(bench: Bench) -> None:
     """The same seed gives the same result, bit for bit."""
-    advice = "draw from torch's generators, where tensors are made or in a forward, and from nothing else"
-    first, second = bench.rig(), bench.rig()
+    advice = "draw only from torch's generators, when tensors are created or in a forward"
+    first, second = bench.trial(), bench.trial()
     for number in range(2):
-        agree(first.step(seed=number), second.step(seed=number), advice, 0)
+        message = f"between two runs with the same seed; {advice}"
+        demand_close(first.step(seed=number), second.step(seed=number), message, 0)
 
 
-@claim(*ACTING)
+@claim(*LAYER_HOOKS)
 def recomputed_forward_counts_once(bench: Bench) -> None:
-    """A forward that is recomputed under activation checkpointing counts once, and routes as it did."""
-    expected = bench.rig().step()
+    """A forward recomputed under activation checkpointing counts once, and routes as it did the first time."""
+    expected = bench.trial().step()
     for reentrant in (True, False):
 
-        def twice(layer: Any, x: Tensor, *rest: Any, reentrant: bool = reentrant) -> Tensor:
+        def recomputed(layer: Any, x: Tensor, *rest: Any, reentrant: bool = reentrant) -> Tensor:
             y: Tensor = checkpoint(layer, x.detach().requires_grad_(), *rest, use_reentrant=reentrant)
             return y
 
-        advice = f"the forward ran twice (use_reentrant={reentrant}); count in measure() or moe_measure, nowhere else"
-        agree(expected, bench.rig().step(wrap=twice), advice)
+        message = f"if the forward is recomputed (use_reentrant={reentrant}); count only in measure() or moe_measure"
+        demand_close(expected, bench.trial().step(call=recomputed), message)
 
 
-@claim(*ACTING)
-def only_a_step_moves_state(bench: Bench) -> None:
-    """State moves in after_step only: not in a forward, not in a backward, not in a step that was skipped."""
-    advice = "; move state in after_step(step) and nowhere else: measure() brings there what it needs"
-    rig = bench.rig()
-    rig.step()
-    before = rig.state()
-    rig.backward(data())
-    rig.demand_still(before, f"between two steps{advice}")
-    rig.engine.after_step(skipped=True)
-    rig.demand_still(before, f"in a step that was skipped{advice}")
+@claim(*LAYER_HOOKS)
+def only_after_step_changes_state(bench: Bench) -> None:
+    """State changes only in after_step: not in a forward, a backward or a skipped step."""
+    advice = "; change state only in after_step(step), and collect what it needs in measure()"
+    trial = bench.trial()
+    trial.step()
+    before = trial.state()
+    trial.backward(data())
+    trial.demand_unchanged(before, f"between two steps{advice}")
+    trial.engine.after_step(skipped=True)
+    trial.demand_unchanged(before, f"in a skipped step{advice}")
 
 
-@claim(*ACTING)
-def eval_moves_nothing(bench: Bench) -> None:
-    """Evaluation leaves the state of training as it is."""
-    rig = bench.rig()
-    rig.step()
-    before = rig.state()
-    rig.evaluate(data(seed=2))
-    rig.demand_still(before, "in evaluation; act in after_step(step), and nowhere else")
+@claim(*LAYER_HOOKS)
+def eval_changes_no_state(bench: Bench) -> None:
+    """Evaluation does not change the state of training."""
+    trial = bench.trial()
+    trial.step()
+    before = trial.state()
+    trial.evaluate(data(seed=2))
+    trial.demand_unchanged(before, "in evaluation; change state only in after_step(step)")
 
 
-@claim(*ACTING)
-def eval_is_not_random(bench: Bench) -> None:
-    """Evaluation draws no random number, and two evaluations agree."""
+@claim(*LAYER_HOOKS)
+def eval_is_deterministic(bench: Bench) -> None:
+    """Evaluation draws no random numbers, and two evaluations agree."""
     advice = "draw noise only `if self.training`"
-    rig = bench.rig()
-    rig.layer.eval()
+    trial = bench.trial()
+    trial.layer.eval()
     with torch.no_grad():
-        for parameter in rig.layer.router.parameters():
+        for parameter in trial.layer.router.parameters():
             parameter.mul_(8)  # a sharp gate shows what a flat one hides
-        gap = distance(rig.forward(data(), seed=0), rig.forward(data(), seed=1))
-        demand(not gap, f"the same tokens have another output with another seed; {advice}")
+        gap = distance(trial.forward(data(), seed=0), trial.forward(data(), seed=1))
+        demand(not gap, f"the output for the same tokens depends on the seed; {advice}")
         before = torch.get_rng_state()
-        rig.layer(*data().arguments)
+        trial.layer(*data().arguments)
         demand(same_bits(before, torch.get_rng_state()), f"random numbers were drawn; {advice}")
 
 
-@claim(*ACTING)
+@claim(*LAYER_HOOKS)
 def micro_batches_add_up(bench: Bench) -> None:
-    """Two micro-batches move state as one batch of both does."""
+    """Two micro-batches change state as one batch of both does."""
     batch = data()
-    together, parted = bench.rig(), bench.rig()
-    for rig, batches in ((together, [batch.map(lambda v: torch.cat([v, v]))]), (parted, [batch, batch])):
-        router = rig.layer.router.eval()  # noise would differ
+    whole, accumulated = bench.trial(), bench.trial()
+    for trial, batches in ((whole, [batch.map(lambda v: torch.cat([v, v]))]), (accumulated, [batch, batch])):
+        router = trial.layer.router.eval()  # noise would differ
         router.train = lambda mode=True, router=router: router  # type: ignore[method-assign, misc]
-        rig.step(*batches)
-    advice = "answer sums over tokens from measure() and moe_measure, which the core adds up, not means"
-    agree(together.controllers(), parted.controllers(), f"after two micro-batches, not one batch; {advice}", 1e-3)
+        trial.step(*batches)
+    advice = "return sums over tokens, not means, from measure() and moe_measure; the core adds them up"
+    message = f"between one batch and two micro-batches; {advice}"
+    demand_close(whole.controllers(), accumulated.controllers(), message, 1e-3)

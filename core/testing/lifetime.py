@@ -1,4 +1,4 @@
-"""Claims about a layer's life: saved and loaded, copied, grown, compiled; and what a step of it costs."""
+"""Claims about a layer's lifetime: saved and loaded, copied, grown, compiled; and the cost of a step."""
 
 import copy
 import time
@@ -10,48 +10,48 @@ from ..contract.growth import Growth
 from ..errors import PluginError, UsageError
 from ..processes import one_thread
 from ..run.checkpoints import load, save
-from .bench import Bench, data
+from .bench import Bench, Trial, data
 from .claims import claim, demand
-from .comparing import agree, distance, finite
-from .layers import ACTING
+from .comparing import demand_close, demand_finite, distance
+from .layers import LAYER_HOOKS
 
-DEAREST = 30.0  # times a step with the default plugins
+MAX_SLOWDOWN = 30.0  # over a step with the default plugins
 
 
-@claim(*ACTING)
+@claim(*LAYER_HOOKS)
 def state_survives_save_and_load(bench: Bench) -> None:
-    """What was saved and loaded goes on bit for bit as if nothing had happened."""
-    old, new = bench.rig(), bench.rig(seed=1)
+    """After saving and loading, training continues bit for bit as if nothing had happened."""
+    saved, loaded = bench.trial(), bench.trial(seed=1)
     for number in range(2):
-        old.step(seed=number)
+        saved.step(seed=number)
     path = bench.folder / "state.safetensors"
-    save(path, model=old.layer, optimizer=old.optimizer, engine=old.engine)
-    load(path, model=new.layer, optimizer=new.optimizer, engine=new.engine)
-    advice = "keep what matters in buffers and parameters of a Part, which are saved, not in attributes"
-    agree(old.step(seed=5), new.step(seed=5), advice, 0)
+    save(path, model=saved.layer, optimizer=saved.optimizer, engine=saved.engine)
+    load(path, model=loaded.layer, optimizer=loaded.optimizer, engine=loaded.engine)
+    advice = "keep state in buffers and parameters of a Part, which are saved, not in attributes"
+    demand_close(saved.step(seed=5), loaded.step(seed=5), f"after saving and loading; {advice}", 0)
 
 
-@claim(*ACTING)
+@claim(*LAYER_HOOKS)
 def copies_are_independent(bench: Bench) -> None:
-    """A deep copy of a layer computes the same, and training one leaves the other alone."""
-    rig, advice = bench.rig(), "share no tensor between layers"
-    rig.step()
-    twin = copy.deepcopy(rig)
-    expected = rig.evaluate(data())
+    """A deep copy of a layer computes the same, and training the original does not change the copy."""
+    trial, advice = bench.trial(), "share no tensor between layers"
+    trial.step()
+    twin = copy.deepcopy(trial)
+    expected = trial.evaluate(data())
     same = not distance(expected, twin.evaluate(data()))
-    demand(same, "a copy computes something else; copy all that it needs")
+    demand(same, "a copy computes something else; keep everything that it needs in tensors of the layer")
     before = twin.state()
-    rig.step()
-    twin.demand_still(before, f"with the original; {advice}")
+    trial.step()
+    twin.demand_unchanged(before, f"in the copy when the original was trained; {advice}")
     same = not distance(expected, twin.evaluate(data()))
-    demand(same, f"a copy's output moved with the original; {advice}")
+    demand(same, f"a copy's output changed when the original was trained; {advice}")
 
 
-@claim(*ACTING, "moe_new_expert")
-def experts_come_and_go(bench: Bench) -> str | None:
-    """Experts are added, replaced and removed, and the layer trains on; or it is refused by a sentence."""
-    rig, refused = bench.rig(), None
-    router = rig.layer.router
+@claim(*LAYER_HOOKS, "moe_new_expert")
+def experts_can_be_added_and_removed(bench: Bench) -> str | None:
+    """Experts can be added, replaced and removed, and training continues; or a sentence refuses the growth."""
+    trial, refused = bench.trial(), None
+    router = trial.layer.router
     groups = [level.name for level in router.levels if router.unit_of_expert(level.name) is not None]
     changes: list[dict[str, Any]] = [
         {"parents": (0,)},
@@ -61,56 +61,61 @@ def experts_come_and_go(bench: Bench) -> str | None:
         *({"parents": (0,), "of": group} for group in groups),
     ]
     for change in changes:
-        rig.step()
-        rig.optimizer.zero_grad()
-        size, what = rig.layer.spec.experts, ", ".join(f"{key}={value}" for key, value in change.items())
-        probe = lambda: data().loss(rig.evaluate(data()))  # noqa: E731
+        trial.step()
+        trial.optimizer.zero_grad()
+        size = trial.layer.spec.experts
+        probe = lambda: data().loss(trial.evaluate(data()))  # noqa: E731
         try:
-            rig.engine.grow(Growth(rig.layer.name, **change), rig.optimizer, probe=probe)
+            trial.engine.grow(Growth(trial.layer.name, **change), trial.optimizer, probe=probe)
         except PluginError:
             raise
         except UsageError as error:
             refused = f"refused: {error}"
-            continue
-        grown = len(change.get("parents", ())) - len(change.get("drop", ()))
-        demand("of" in change or rig.layer.spec.experts == size + grown, f"growth of {what} left {size} experts")
-        seen = rig.step()
-        finite(seen, f"after growth of {what}", "read sizes off the tensors, never keep them")
-        wide = seen["sum 'load'"].numel()
-        demand(wide == rig.layer.spec.experts, f"after growth of {what} the load is of {wide} experts")
+        else:
+            _demand_grown(trial, change, size)
     return refused
+
+
+def _demand_grown(trial: Trial, change: dict[str, Any], size: int) -> None:
+    """Demand the right number of experts, of `size` before, and a finite step with them."""
+    growth = ", ".join(f"{key}={value}" for key, value in change.items())
+    expected = size + len(change.get("parents", ())) - len(change.get("drop", ()))
+    now = trial.layer.spec.experts
+    demand("of" in change or now == expected, f"growth with {growth} left {now} experts, not {expected}")
+    tensors = trial.step()
+    demand_finite(tensors, f"after growth with {growth}", "read sizes off the tensors, never store them")
+    width = tensors["sum 'load'"].numel()
+    demand(width == now, f"after growth with {growth} the load has {width} entries for {now} experts")
 
 
 @claim("moe_router", "moe_bias", "moe_aux_loss")
 def compiles(bench: Bench) -> None:
-    """torch.compile(fullgraph=True) takes a forward and a backward with it, and nothing changes."""
-    rig, expected = bench.rig(), bench.rig().backward(data())
+    """torch.compile(fullgraph=True) compiles forward and backward without changing results."""
+    trial, expected = bench.trial(), bench.trial().backward(data())
     torch._dynamo.reset()
-    rig.layer.compile(fullgraph=True, backend="aot_eager")
+    trial.layer.compile(fullgraph=True, backend="aot_eager")
     try:
-        found = rig.backward(data())
+        found = trial.backward(data())
     except torch._dynamo.exc.TorchDynamoException as error:
-        why = " ".join(str(error).split("\n\n")[0].split())
-        demand(False, f"it can't be traced ({why}); read no number from a tensor, as int(x) and x.tolist() do")
+        reason = " ".join(str(error).split("\n\n")[0].split())
+        demand(False, f"it can't be traced ({reason}); read no number from a tensor, as int(x) and x.tolist() do")
     finally:
         torch._dynamo.reset()
-    agree(expected, found, "between eager and compiled")
+    demand_close(expected, found, "between eager and compiled")
 
 
-@claim(*ACTING)
+@claim(*LAYER_HOOKS)
 def cost_is_bounded(bench: Bench) -> None:
-    """A step costs at most thirty times the processor time of one of the same layer with the default plugins."""
+    """A step takes at most thirty times the CPU time of the same step with the default plugins."""
     size: dict[str, Any] = {"dim": 64, "hidden": 64, "experts": 8}
-    rigs, best = (bench.usual(**size), bench.rig(**size)), [float("inf")] * 2
+    trials, best = (bench.default_trial(**size), bench.trial(**size)), [float("inf")] * 2
     with one_thread():
-        for _ in range(8):  # by turns; the shortest is what it takes
-            for index, rig in enumerate(rigs):
-                start = time.process_time()  # a clock on the wall counts what else the machine does
-                rig.step(data(4, 64, dim=64))
+        for _ in range(8):  # alternate; the shortest time counts
+            for index, trial in enumerate(trials):
+                start = time.process_time()  # unlike wall time, it leaves out what else the machine does
+                trial.step(data(4, 64, dim=64))
                 best[index] = min(best[index], time.process_time() - start)
-            if best[1] < DEAREST / 2 * best[0]:
+            if best[1] < MAX_SLOWDOWN / 2 * best[0]:
                 return
     ratio = best[1] / best[0]
-    demand(
-        ratio <= DEAREST, f"it costs {ratio:.0f} times as much; work on all tokens at once, without a loop over them"
-    )
+    demand(ratio <= MAX_SLOWDOWN, f"a step takes {ratio:.0f} times as long; process all tokens at once, without a loop")

@@ -11,134 +11,134 @@ from torch import Tensor
 
 from ..contract.growth import Growth
 from ..contract.stats import Stats, plain
-from .bench import Bench, Data, Rig, data
+from .bench import Bench, Data, Trial, data
 from .biases import balanced, skewed
 from .claims import claim, demand
 from .comparing import same_bits
 
-Answers = dict[str, Any]  # by name, as JSON holds them
-Make = Callable[[int, int], Tensor]  # logits for so many tokens and units
+Values = dict[str, Any]  # metrics by name, as JSON holds them
+MakeLogits = Callable[[int, int], Tensor]  # (tokens, units) -> logits
 SPLITS = ("train", "eval")
 
 
-def _see(rig: Rig, batch: Data, make: Make | None = None) -> None:
-    """A step of training and a forward of evaluation, with given logits or the router's own."""
-    if make is not None and rig.layer.router.levels:
-        rig.give_logits(*rig.logits(make, batch.x[..., 0].numel()))
-    rig.step(batch)
+def _train_and_evaluate(trial: Trial, batch: Data, make: MakeLogits | None = None) -> None:
+    """A training step and a forward in eval mode, with the given logits or the router's."""
+    if make is not None and trial.layer.router.levels:
+        trial.set_logits(*trial.logits(make, batch.x[..., 0].numel()))
+    trial.step(batch)
     with torch.no_grad():
-        rig.evaluate(batch)
-    rig.own_logits()
+        trial.evaluate(batch)
+    trial.reset_logits()
 
 
-def _ask(rig: Rig, split: str, probe: Data | None = None) -> Answers:
-    """What is said of the rig's layer, as JSON holds it, without what the core itself says of losses."""
+def _metrics(trial: Trial, split: str, probe: Data | None = None) -> Values:
+    """The metrics of the layer, as JSON holds them, without the losses that the core adds."""
     torch.manual_seed(0)
-    run = None if probe is None else lambda: probe.loss(rig.evaluate(probe))
-    said = rig.engine.metrics(split, run).get(rig.layer.name, {})
-    return {name: _json(name, value) for name, value in said.items() if not name.startswith("loss.")}
+    run_probe = None if probe is None else lambda: probe.loss(trial.evaluate(probe))
+    values = trial.engine.metrics(split, run_probe).get(trial.layer.name, {})
+    return {name: _json(name, value) for name, value in values.items() if not name.startswith("loss.")}
 
 
 def _json(name: str, value: Any) -> Any:
     try:
         return json.loads(json.dumps(plain(value), allow_nan=False))
     except (TypeError, ValueError) as error:
-        demand(False, f"'{name}' can't be written as JSON ({error}); answer numbers, arrays or findings")
+        demand(False, f"'{name}' can't be written as JSON ({error}); return finite numbers, arrays or findings")
 
 
 @claim("moe_metrics")
-def every_load_has_an_answer(bench: Bench) -> str | None:
-    """A balanced load, a collapsed one, one token, one expert, no labels, no probe: it answers what JSON can hold."""
+def handles_every_load(bench: Bench) -> str | None:
+    """It returns values that JSON can hold for any load, one token, one expert, no ids or labels, and no probe."""
     names, refused = set[str](), None
     bare: dict[str, Any] = {"vocab": None, "classes": None}
     for spec in ({}, {"experts": 1, "top_k": 1}, bare):
         for make in (balanced, skewed, None):
-            rig = bench.accepted(**spec)
-            if isinstance(rig, str):
-                refused = rig
+            trial = bench.trial_or_refusal(**spec)
+            if isinstance(trial, str):
+                refused = trial
                 break
             for given in (data(), data(1)):
                 batch = attrs.evolve(given, bare=spec is bare)
-                _see(rig, batch, make)
+                _train_and_evaluate(trial, batch, make)
                 for split in SPLITS:
-                    names |= _ask(rig, split, None if spec is bare else batch).keys()
-    return refused if names else "it answered nothing in any of these cases"
+                    names |= _metrics(trial, split, None if spec is bare else batch).keys()
+    return refused if names else "it returned nothing in any of these cases"
 
 
 @claim("moe_metrics")
-def stats_stay(bench: Bench) -> None:
-    """The sums that it reads are not changed in place, nor is the layer."""
-    rig, read = bench.rig(), list[tuple[Stats, dict[str, Tensor]]]()
-    take = rig.engine._take
+def stats_are_not_modified(bench: Bench) -> None:
+    """It does not modify the sums that it reads, nor the layer."""
+    trial, read = bench.trial(), list[tuple[Stats, dict[str, Tensor]]]()
+    take = trial.engine._take
 
-    def kept(*arguments: Any) -> Stats | None:
+    def recorded(*arguments: Any) -> Stats | None:
         stats = take(*arguments)
         if stats is not None:
             read.append((stats, {name: value.clone() for name, value in stats.sums.items()}))
         return stats
 
-    rig.engine._take = kept  # type: ignore[method-assign, assignment]
-    _see(rig, data())
-    before = rig.state()
+    trial.engine._take = recorded  # type: ignore[method-assign, assignment]
+    _train_and_evaluate(trial, data())
+    before = trial.state()
     for split in SPLITS:
-        _ask(rig, split, data())
+        _metrics(trial, split, data())
     for stats, sums in read:
-        for name, was in sums.items():
-            why = f"stats['{name}'] is not what it was; write a / b and not a /= b"
-            demand(same_bits(was, stats.sums[name]), why)
-    rig.demand_still(before, "while it measured; change nothing but its own memory")
+        for name, original in sums.items():
+            unchanged = same_bits(original, stats.sums[name])
+            demand(unchanged, f"stats['{name}'] was modified in place; write a / b, not a /= b")
+    trial.demand_unchanged(before, "while metrics were computed; change nothing but `memory`")
 
 
 @claim("moe_metrics")
-def answers_do_not_depend_on_order(bench: Bench) -> None:
-    """What it says of a layer and of a split does not depend on what it was asked before."""
-    answers = []
+def order_of_calls_changes_nothing(bench: Bench) -> None:
+    """The metrics of a layer and a split do not depend on earlier calls for another one."""
+    values = []
     for order in (SPLITS, SPLITS[::-1]):
-        rig = bench.rig()
+        trial = bench.trial()
         for number in range(2):
-            _see(rig, data(seed=number + 1))
-            answers.append({split: _ask(rig, split, data()) for split in order})
-    advice = "keep what it remembers in memory, which is of one layer and one split"
-    for one, other in zip(answers[:2], answers[2:], strict=True):
+            _train_and_evaluate(trial, data(seed=number + 1))
+            values.append({split: _metrics(trial, split, data()) for split in order})
+    advice = "keep state in `memory`, which belongs to one layer and one split"
+    for first, second in zip(values[:2], values[2:], strict=True):
         for split in SPLITS:
-            _demand_same(one[split], other[split], split, advice)
+            _demand_equal(first[split], second[split], split, f"if splits are measured in another order; {advice}")
 
 
-def _demand_same(one: Answers, other: Answers, split: str, advice: str) -> None:
-    for name in sorted({*one, *other}):
-        mine, its = one.get(name), other.get(name)
-        demand(mine == its, f"in {split} it says '{name}' is {mine!r}, and then {its!r}; {advice}")
+def _demand_equal(first: Values, second: Values, split: str, message: str) -> None:
+    for name in sorted({*first, *second}):
+        expected, found = first.get(name), second.get(name)
+        demand(expected == found, f"'{name}' in {split} is {found!r}, not {expected!r}, {message}")
 
 
 @claim("moe_metrics")
 def memory_survives_a_checkpoint(bench: Bench) -> None:
-    """A run that was saved and resumed says what it would have said; after growth it begins anew."""
-    rig, other = bench.rig(), bench.rig(seed=1)
-    _see(rig, data())
+    """A resumed run reports the same metrics as one that was not interrupted; after growth it starts afresh."""
+    trial, resumed = bench.trial(), bench.trial(seed=1)
+    _train_and_evaluate(trial, data())
     for split in SPLITS:
-        _ask(rig, split, data())
+        _metrics(trial, split, data())
     for part in ("layer", "optimizer", "engine"):
-        getattr(other, part).load_state_dict(copy.deepcopy(getattr(rig, part).state_dict()))
-    for one in (rig, other):
-        _see(one, data(seed=2))
+        getattr(resumed, part).load_state_dict(copy.deepcopy(getattr(trial, part).state_dict()))
+    for run in (trial, resumed):
+        _train_and_evaluate(run, data(seed=2))
     for split in SPLITS:
-        mine, its = (_ask(one, split, data()) for one in (rig, other))
-        _demand_same(mine, its, split, "keep what it remembers in memory, which is saved")
-    rig.optimizer.zero_grad()
-    rig.engine.grow(Growth(rig.layer.name, parents=(0,)), rig.optimizer)
-    _see(rig, data(seed=3))
+        expected, found = (_metrics(run, split, data()) for run in (trial, resumed))
+        _demand_equal(expected, found, split, "in a resumed run; keep state in `memory`, which is saved")
+    trial.optimizer.zero_grad()
+    trial.engine.grow(Growth(trial.layer.name, parents=(0,)), trial.optimizer)
+    _train_and_evaluate(trial, data(seed=3))
     for split in SPLITS:
-        _ask(rig, split, data())
+        _metrics(trial, split, data())
 
 
 @claim("moe_metrics")
-def measuring_draws_nothing(bench: Bench) -> None:
-    """Measuring draws no random number from a generator that training draws from."""
-    rig = bench.rig()
-    _see(rig, data())
+def measuring_draws_no_random_numbers(bench: Bench) -> None:
+    """Computing metrics draws nothing from torch's global generator, from which training draws."""
+    trial = bench.trial()
+    _train_and_evaluate(trial, data())
     for split in SPLITS:
         torch.manual_seed(0)
         before = torch.get_rng_state()
-        _ask(rig, split)
-        drawn = not same_bits(before, torch.get_rng_state())
-        demand(not drawn, "it moved torch's own generator, and with it the rest of the run; draw from one of its own")
+        _metrics(trial, split)
+        untouched = same_bits(before, torch.get_rng_state())
+        demand(untouched, "it advanced torch's global generator, which changes the run; use a separate torch.Generator")

@@ -11,14 +11,14 @@ from ..contract.parts import Bias
 from ..contract.routing import Routing
 from ..contract.traits import provided_by
 from ..errors import UsageError
-from .bench import EXPERTS, TOP_K, Bench, Rig, data
+from .bench import EXPERTS, TOP_K, Bench, Trial, data
 from .biases import skewed
 from .claims import NotApplicable, claim, demand
 from .comparing import distance, same_bits
 
 
-class Push(Bias):
-    """A selection bias of given numbers, which nobody moves."""
+class FixedBias(Bias):
+    """A selection bias with constant values [n]."""
 
     def __init__(self, values_n: Tensor) -> None:
         super().__init__()
@@ -30,133 +30,145 @@ class Push(Bias):
         return self.values
 
 
-def _with_logits(bench: Bench) -> Rig:
-    rig = bench.rig()
-    if not rig.layer.router.levels:
+def _with_logits(bench: Bench) -> Trial:
+    trial = bench.trial()
+    if not trial.layer.router.levels:
         raise NotApplicable("the router has no logits")
-    return rig
+    return trial
 
 
-def _gives(bench: Bench, *traits: str) -> None:
+def _only_with(bench: Bench, *traits: str) -> None:
     for trait in traits:
-        if trait not in provided_by(bench.subject.cls):
-            raise NotApplicable(f"the router does not give '{trait}'")
+        if trait not in provided_by(bench.plugin.cls):
+            raise NotApplicable(f"the router does not provide '{trait}'")
 
 
-def _accepted(bench: Bench) -> Iterator[tuple[int, Rig]]:
-    """A layer for each K that the router takes."""
+def _for_each_top_k(bench: Bench) -> Iterator[tuple[int, Trial]]:
+    """A layer for each K that the router supports."""
     for top_k in range(1, EXPERTS + 1):
-        rig = bench.accepted(top_k=top_k)
-        if not isinstance(rig, str):
-            yield top_k, rig
+        trial = bench.trial_or_refusal(top_k=top_k)
+        if not isinstance(trial, str):
+            yield top_k, trial
 
 
 @claim("moe_router")
 def learns_from_the_task(bench: Bench) -> None:
-    """The task's gradient reaches the logits of every level, in training and evaluation, for every K that it takes."""
+    """The task's gradient reaches the logits of every level, in training and evaluation, for every K it supports."""
     _with_logits(bench)
-    taken = list(_accepted(bench))
-    demand(taken, f"it takes no K from 1 to {EXPERTS}")
-    for top_k, rig in taken:
+    trials = list(_for_each_top_k(bench))
+    demand(trials, f"it supports no K from 1 to {EXPERTS}")
+    for top_k, trial in trials:
         for training in (True, False):
-            rig.layer.train(training)
-            for level in rig.route(data()).levels:
-                advice = "score(tokens) must not detach them"
-                demand(level.logits.requires_grad, f"the logits of level '{level.name}' have no graph; {advice}")
+            trial.layer.train(training)
+            for level in trial.route(data()).levels:
+                attached = level.logits.requires_grad
+                demand(
+                    attached, f"the logits of level '{level.name}' have no graph; score(tokens) must not detach them"
+                )
             try:
-                rig.engine.check_learning(lambda rig=rig: data().loss(rig.forward(data())))  # type: ignore[misc]
+                trial.engine.check_learning(lambda trial=trial: data().loss(trial.forward(data())))  # type: ignore[misc]
             except UsageError as error:
                 demand(False, f"at top_k={top_k}: {error}")
 
 
 @claim("moe_router")
-def choices_are_sound(bench: Bench) -> None:
-    """Each choice is a real token's, of an expert that there is, and no token chooses one twice."""
+def choices_are_valid(bench: Bench) -> None:
+    """Only real tokens choose, only existing experts are chosen, and no token chooses an expert twice."""
     mask = torch.ones(3, 8, dtype=torch.bool)
     mask[1, 4:] = False
-    for top_k, rig in _accepted(bench):
-        routing = rig.route(attrs.evolve(data(), mask=mask))
+    for top_k, trial in _for_each_top_k(bench):
+        routing = trial.route(attrs.evolve(data(), mask=mask))
         plan, real = routing.plan, mask.flatten()
         chosen = plan.selected
         inside = (plan.expert >= 0) & (plan.expert < EXPERTS) & (plan.token >= 0) & (plan.token < 24)
         demand(inside.all(), f"at top_k={top_k} it names an expert or a token that does not exist")
-        demand(
-            real[plan.token][chosen].all(), f"at top_k={top_k} padding chooses; select only where tokens.mask is True"
-        )
-        demand(not (plan.kept & ~chosen).any(), f"at top_k={top_k} it keeps what nobody chose")
-        twice = routing.chosen().max() if chosen.any() else torch.zeros(())
-        demand(twice <= 1, f"at top_k={top_k} a token chooses the same expert twice; take distinct ones, as topk does")
+        only_real = real[plan.token][chosen].all()
+        demand(only_real, f"at top_k={top_k} padding is routed; select only tokens with tokens.mask True")
+        demand(not (plan.kept & ~chosen).any(), f"at top_k={top_k} it keeps an assignment that was not selected")
+        most = routing.chosen().max() if chosen.any() else torch.zeros(())
+        demand(most <= 1, f"at top_k={top_k} a token chooses the same expert twice; choose distinct ones, as topk does")
 
 
 @claim("moe_router")
-def picks_are_as_many_as_said(bench: Bench) -> None:
-    """A router that gives 'top_k' picks K experts for every token, in training and in evaluation."""
-    _gives(bench, "top_k")
-    for top_k, rig in _accepted(bench):
+def choices_are_made(bench: Bench) -> None:
+    """A router that provides 'choices' selects experts for tokens."""
+    _only_with(bench, "choices")
+    selected = bench.trial().route(data()).plan.selected
+    demand(selected.any(), "nothing is selected for 24 tokens; remove 'choices': traits = Traits(provides=...)")
+
+
+@claim("moe_router")
+def top_k_is_kept(bench: Bench) -> None:
+    """A router that provides 'top_k' selects K experts for every token, in training and in evaluation."""
+    _only_with(bench, "top_k")
+    for top_k, trial in _for_each_top_k(bench):
         for training in (True, False):
-            rig.layer.train(training)
-            per_token = rig.route(data()).chosen().sum(-1)
-            found = sorted({int(one) for one in per_token})
+            trial.layer.train(training)
+            per_token = trial.route(data()).chosen().sum(-1)
+            found = sorted({int(count) for count in per_token})
             demand(
                 found == [top_k],
-                f"at top_k={top_k} tokens pick {found} experts; declare what it does provide in its traits",
+                f"at top_k={top_k} tokens select {found} experts; "
+                "select K, or declare what the router provides: traits = Traits(provides=...)",
             )
 
 
 @claim("moe_router")
-def first_choice_is_best(bench: Bench) -> None:
-    """Of a router that gives 'top_k', a token's choices are ranked, best first: rank 0 has the largest gate."""
-    _gives(bench, "top_k")
-    for top_k, rig in _accepted(bench):
-        rig.layer.eval()
-        plan = rig.route(data()).plan
+def first_choice_has_the_largest_gate(bench: Bench) -> None:
+    """If a router provides 'top_k', a token's choices are ranked, and rank 0 has the largest gate."""
+    _only_with(bench, "top_k")
+    for top_k, trial in _for_each_top_k(bench):
+        trial.layer.eval()
+        plan = trial.route(data()).plan
         if plan.token.numel() != 24 * top_k:
-            raise NotApplicable("it does not pick K experts, which another claim says")
+            raise NotApplicable("it does not select K experts, which top_k_is_kept reports")
         ranked = plan.rank.bincount().tolist() == [24] * top_k
         demand(ranked, f"at top_k={top_k} a token's ranks are not 0 to {top_k - 1}; assign(...) makes them")
         gate_N, first_N = plan.weight.detach(), plan.rank == 0
         largest_T = gate_N.new_zeros(24).scatter_reduce(0, plan.token, gate_N, "amax")
         first_T = gate_N.new_zeros(24).scatter(0, plan.token[first_N], gate_N[first_N])
         best = bool((first_T >= largest_T - 1e-6).all())
-        demand(best, f"at top_k={top_k} the first choice has not the largest gate; sort choices, as topk does")
+        demand(best, f"at top_k={top_k} the first choice does not have the largest gate; sort choices, as topk does")
 
 
 @claim("moe_router")
 def logits_are_raw(bench: Bench) -> None:
-    """What a router that gives 'logits' scores are raw logits, not probabilities nor their logs."""
-    _gives(bench, "logits")
-    for level in _with_logits(bench).route(data()).levels:
+    """A router that provides 'logits' scores tokens with raw logits, not probabilities or their logs."""
+    _only_with(bench, "logits")
+    trial = bench.trial()
+    levels = trial.route(data()).levels
+    demand(levels, "it has no level, and so no logits; declare what it provides: traits = Traits(provides=...)")
+    for level in levels:
         raw = level.logits.detach()
-        normal = min(distance(torch.ones(24), raw.sum(-1)), distance(torch.zeros(24), raw.logsumexp(-1)))
-        demand(normal > 1e-4, f"the scores of level '{level.name}' are normalised already; leave that to select()")
+        gap = min(distance(torch.ones(24), raw.sum(-1)), distance(torch.zeros(24), raw.logsumexp(-1)))
+        demand(gap > 1e-4, f"the scores of level '{level.name}' are normalised; normalise in select(), not in score()")
 
 
 @claim("moe_router")
 def probabilities_are_a_distribution(bench: Bench) -> None:
-    """A router that gives 'probs' answers probabilities over all experts that sum to 1 for each token."""
-    _gives(bench, "probs")
-    for top_k, rig in _accepted(bench):
-        for deep in (False, True) if rig.layer.router.levels else (False,):
-            if deep:
-                rig.give_logits(*rig.logits(lambda tokens, units: torch.full((tokens, units), -50.0)))
-            probs, when = rig.route(data()).probs, f"at top_k={top_k}{' for logits of -50' * deep}"
-            demand(probs is not None and probs.shape == (24, EXPERTS), f"{when} probs are no [T, E] tensor")
+    """If a router provides 'probs', each token's probabilities over all experts are not negative and sum to 1."""
+    _only_with(bench, "probs")
+    for top_k, trial in _for_each_top_k(bench):
+        for low in (False, True) if trial.layer.router.levels else (False,):
+            if low:
+                trial.set_logits(*trial.logits(lambda tokens, units: torch.full((tokens, units), -50.0)))
+            probs, when = trial.route(data()).probs, f"at top_k={top_k}{' for logits of -50' * low}"
+            demand(probs is not None and probs.shape == (24, EXPERTS), f"{when} probs is not a [T, E] tensor")
             assert probs is not None
-            demand(bool((probs >= 0).all()), f"{when} a probability is below 0; normalise, as softmax does")
+            demand(bool((probs >= 0).all()), f"{when} a probability is negative; normalise, as softmax does")
             gap = distance(torch.ones(24), probs.sum(-1))
             demand(gap < 1e-4, f"{when} a token's probabilities sum to 1 only within {gap:.2g}; normalise over all E")
 
 
 @claim("moe_router")
-def chances_are_what_happens(bench: Bench) -> None:
-    """A router that gives 'smooth_load' estimates how often its own noise would choose each expert."""
-    if "smooth_load" not in provided_by(bench.subject.cls):
-        raise NotApplicable("the router does not give 'smooth_load'")
-    rig = bench.rig()
+def smooth_load_matches_the_load(bench: Bench) -> None:
+    """If a router provides 'smooth_load', it estimates the mean load over draws of the router's noise."""
+    _only_with(bench, "smooth_load")
+    trial = bench.trial()
     with torch.no_grad():
-        routings = [rig.route(data(), seed) for seed in range(400)]
-        found, said = (torch.stack(several).mean(0) for several in zip(*map(_loads, routings), strict=True))
-    gap = float((found - said).abs().max())
+        routings = [trial.route(data(), seed) for seed in range(400)]
+        load, estimate = (torch.stack(draws).mean(0) for draws in zip(*map(_loads, routings), strict=True))
+    gap = float((load - estimate).abs().max())
     demand(
         gap < 1.0,
         f"an expert's estimated load is off by {gap:.2g} of 24 tokens; compare noisy logits with noisy logits",
@@ -164,83 +176,81 @@ def chances_are_what_happens(bench: Bench) -> None:
 
 
 def _loads(routing: Routing) -> tuple[Tensor, Tensor]:
-    """What was chosen, and the estimate of it."""
-    demand(routing.smooth_load is not None, "it gives no smooth_load in training; pass chances= to assign(...)")
+    """The load and its estimate, [E] each."""
+    demand(routing.smooth_load is not None, "smooth_load is None in training; pass chances= to assign(...)")
     assert routing.smooth_load is not None
     return routing.load, routing.smooth_load
 
 
 @claim("moe_router")
-def ties_are_shared(bench: Bench) -> None:
+def ties_are_spread(bench: Bench) -> None:
     """Equal logits do not send every token to the same experts."""
-    _gives(bench, "logits", "load")
-    rig = _with_logits(bench)
-    rig.give_logits(*rig.logits(torch.zeros))
+    _only_with(bench, "logits", "load")
+    trial = _with_logits(bench)
+    trial.set_logits(*trial.logits(torch.zeros))
     for training in (True, False):
-        rig.layer.train(training)
-        load = rig.route(data()).load
-        shared = bool((load > 0).all()) or not load.any()
-        demand(shared, f"the load of equal logits is {load.tolist()}; take the top of level.select_by(...)")
+        trial.layer.train(training)
+        load = trial.route(data()).load
+        spread = bool((load > 0).all()) or not load.any()
+        demand(spread, f"equal logits give the load {load.tolist()}; take the top of level.select_by(...)")
 
 
 @claim("moe_router")
-def bias_moves_choices_and_no_gate(bench: Bench) -> None:
-    """A selection bias moves the choice, and neither a gate nor a probability."""
-    _gives(bench, "logits", "load")
-    rig = _with_logits(bench)
-    rig.layer.eval()
-    free = rig.route(data())
-    for level, biases in zip(rig.layer.router.levels, rig.layer.biases, strict=True):
+def bias_changes_choices_but_no_gate(bench: Bench) -> None:
+    """A selection bias changes choices, but no gate and no probability."""
+    _only_with(bench, "logits", "load")
+    trial = _with_logits(bench)
+    trial.layer.eval()
+    free = trial.route(data())
+    for level, biases in zip(trial.layer.router.levels, trial.layer.biases, strict=True):
         assert isinstance(biases, nn.ModuleDict)
-        biases["push"] = Push(torch.linspace(-1, 1, level.size))
-    pushed = rig.route(data())
-    chosen = [one.chosen() for one in (free, pushed)]
-    advice = "take the top of level.select_by(scores), and make gates of level.biased"
-    demand(not torch.equal(*chosen), f"a bias of up to 1 moves no choice; {advice}")
-    if free.probs is not None and pushed.probs is not None:
-        demand(same_bits(free.probs, pushed.probs), f"a selection bias moves probabilities; {advice}")
-    same_T = (chosen[0] == chosen[1]).all(-1)  # a normalised gate depends on what else was chosen
-    gap = distance(free.gates()[same_T], pushed.gates()[same_T])
-    demand(gap < 1e-6, f"a selection bias moves gates by {gap:.2g}; {advice}")
+        biases["fixed"] = FixedBias(torch.linspace(-1, 1, level.size))
+    biased = trial.route(data())
+    chosen = [routing.chosen() for routing in (free, biased)]
+    advice = "choose by level.select_by(scores), and compute gates from level.biased"
+    demand(not torch.equal(*chosen), f"a selection bias of up to 1 changes no choice; {advice}")
+    if free.probs is not None and biased.probs is not None:
+        demand(same_bits(free.probs, biased.probs), f"a selection bias changes probabilities; {advice}")
+    same_T = (chosen[0] == chosen[1]).all(-1)  # a normalised gate depends on the token's other choices
+    gap = distance(free.gates()[same_T], biased.gates()[same_T])
+    demand(gap < 1e-6, f"a selection bias changes gates by {gap:.2g}; {advice}")
 
 
 @claim("moe_router")
-def capacity_holds(bench: Bench) -> str | None:
-    """No expert keeps more than ceil(C T K / E) of T tokens, nor more than T, whatever the capacity C."""
+def capacity_is_respected(bench: Bench) -> str | None:
+    """No expert keeps more than min(ceil(C T K / E), T) of T tokens, for any capacity C."""
     mask = torch.ones(3, 8, dtype=torch.bool)
     mask[2, 3:] = False
     for capacity in (0.3, 1.0, 100.0):
-        rig = bench.accepted(capacity=capacity)
-        if isinstance(rig, str):
-            return rig
-        if rig.layer.router.levels:
-            rig.give_logits(*rig.logits(skewed))
-        routing = rig.route(attrs.evolve(data(), mask=mask))
+        trial = bench.trial_or_refusal(capacity=capacity)
+        if isinstance(trial, str):
+            return trial
+        if trial.layer.router.levels:
+            trial.set_logits(*trial.logits(skewed))
+        routing = trial.route(attrs.evolve(data(), mask=mask))
         kept = torch.bincount(routing.plan.expert[routing.plan.kept], minlength=EXPERTS)
         limit = min(-(-Fraction(str(capacity)) * 19 * TOP_K // EXPERTS), 19)
-        demand(
-            int(kept.max()) <= limit,
-            f"with capacity {capacity} an expert keeps {int(kept.max())} of 19; {limit} is all",
-        )
+        most = int(kept.max())
+        demand(most <= limit, f"with capacity {capacity} an expert keeps {most} of 19 tokens; its limit is {limit}")
     return None
 
 
 @claim("moe_router", "moe_experts")
-def causal_sees_no_future(bench: Bench) -> str | None:
-    """In a causal layer no token's output depends on a later token; or such a layer is refused."""
-    one, other = data(1, 8, seed=1), data(1, 8, seed=2)
-    changed = one.map(lambda v: v.clone())
-    for mine, its in ((changed.x, 3 * other.x), (changed.ids, other.ids)):
-        mine[:, 4:] = its[:, 4:]
-    advice = "a causal layer must not see it: refuse it in moe_check by moe_engine.causal_problem"
+def causal_layer_sees_no_future(bench: Bench) -> str | None:
+    """In a causal layer no token's output depends on a later token, or the layer is refused."""
+    batch, other = data(1, 8, seed=1), data(1, 8, seed=2)
+    changed = batch.map(lambda v: v.clone())
+    for tensor, values in ((changed.x, 3 * other.x), (changed.ids, other.ids)):
+        tensor[:, 4:] = values[:, 4:]
+    advice = "refuse a causal layer in moe_check, with moe_engine.causal_problem"
     for capacity in (None, 1.0):
-        rig = bench.accepted(causal=True, capacity=capacity)
-        if isinstance(rig, str):
-            return rig
+        trial = bench.trial_or_refusal(causal=True, capacity=capacity)
+        if isinstance(trial, str):
+            return trial
         for training in (True, False):
-            rig.layer.train(training)
-            gap = distance(rig.forward(one)[:, :4], rig.forward(changed)[:, :4])
+            trial.layer.train(training)
+            gap = distance(trial.forward(batch)[:, :4], trial.forward(changed)[:, :4])
             demand(gap < 1e-5, f"a later token changes an output by {gap:.2g}; {advice}")
-        gap = distance(rig.evaluate(one)[:, :4], rig.evaluate(one.map(lambda v: v[:, :4])))
-        demand(gap < 1e-5, f"whether there are later tokens changes an output by {gap:.2g}; {advice}")
+        gap = distance(trial.evaluate(batch)[:, :4], trial.evaluate(batch.map(lambda v: v[:, :4])))
+        demand(gap < 1e-5, f"the presence of later tokens changes an output by {gap:.2g}; {advice}")
     return None

@@ -11,143 +11,142 @@ from ..layer.moe import MoE
 from ..run.training import adam
 from .bench import Bench
 from .claims import NotApplicable, claim, demand
-from .comparing import finite, same_bits
+from .comparing import demand_finite, same_bits
 
 ROWS = 32  # of a batch
 
 
 @attrs.frozen
-class Trial:
-    """A task with its model, and the engine that the model's layers are of."""
+class TaskTrial:
+    """A task with its model, and the engine that built the model's layers."""
 
     task: Task
     engine: Engine
     model: nn.Module
 
     def batch(self, rows: int = ROWS) -> Batch:
-        """The first rows for training."""
+        """The first rows of the training data."""
         return tuple(column[:rows] for column in self.task.train)
 
     def score(self, rows: int = ROWS) -> dict[str, Tensor]:
-        """What the task says of the first rows."""
+        """The task's score of the first rows."""
         return dict(self.task.score(self.model, self.batch(rows)))
 
 
 def _engine(bench: Bench) -> Engine:
-    subject = bench.subject
-    return Engine(settings=subject.settings, without=subject.costly, task=subject.name, experts=4)
+    plugin = bench.plugin
+    return Engine(settings=plugin.settings, without=plugin.observers, task=plugin.name, experts=4)
 
 
 def _task(bench: Bench, engine: Engine) -> Task:
-    """The task's data, if they are here."""
+    """The task. Raises NotApplicable if its data are missing."""
     (bound,) = engine.plugins.bind("moe_task")
     try:
-        task: Task = engine.plugins.ask(bound, Task, {"spec": TaskSpec(bench.subject.data_dir, seed=0)})
+        task: Task = engine.plugins.ask(bound, Task, {"spec": TaskSpec(bench.plugin.data_dir, seed=0)})
     except UsageError as error:
         if isinstance(error, PluginError) or "--data-dir" not in str(error):
             raise
-        raise NotApplicable(f"its data are not here: {error}") from error
+        raise NotApplicable(f"its data are missing: {error}") from error
     return task
 
 
-def _trial(bench: Bench) -> Trial:
+def _trial(bench: Bench) -> TaskTrial:
     engine = _engine(bench)
     task = _task(bench, engine)
     torch.manual_seed(0)
     model = task.model(engine)
     engine.attach(model)
-    return Trial(task, engine, model)
+    return TaskTrial(task, engine, model)
 
 
 @claim("moe_task")
-def columns_fit(bench: Bench) -> None:
-    """Training and test data are columns of equal length, alike in shape, and not empty."""
+def columns_match(bench: Bench) -> None:
+    """Training and test data are non-empty columns of equal length, with the same shapes and dtypes."""
     task = _task(bench, _engine(bench))
     for name, columns in (("train", task.train), ("test", task.test)):
-        tensors = isinstance(columns, tuple) and columns and all(isinstance(one, Tensor) for one in columns)
-        demand(tensors, f"{name} is no tuple of tensors; answer one tensor for each column")
+        tensors = isinstance(columns, tuple) and columns and all(isinstance(column, Tensor) for column in columns)
+        demand(tensors, f"{name} is not a tuple of tensors; return one tensor for each column")
         lengths = [len(column) for column in columns]
-        demand(
-            min(lengths) == max(lengths) > 0, f"the columns of {name} have {lengths} rows; give each the same number"
-        )
-    kinds = [[(one.dtype, one.shape[1:]) for one in columns] for columns in (task.train, task.test)]
-    demand(kinds[0] == kinds[1], f"rows are {kinds[0]} for training and {kinds[1]} for testing; make them alike")
+        equal = min(lengths) == max(lengths) > 0
+        demand(equal, f"the columns of {name} have {lengths} rows; give each the same number")
+    rows = [[(column.dtype, column.shape[1:]) for column in columns] for columns in (task.train, task.test)]
+    demand(rows[0] == rows[1], f"training rows are {rows[0]} and test rows {rows[1]}; use the same dtypes and shapes")
 
 
 @claim("moe_task")
-def same_seed_same_data(bench: Bench) -> None:
-    """The same seed gives the same data, whatever has been drawn before."""
+def same_seed_gives_same_data(bench: Bench) -> None:
+    """The same seed gives the same data, whatever was drawn before."""
     first = _task(bench, _engine(bench))
     torch.manual_seed(99)
     second = _task(bench, _engine(bench))
-    for one, other in zip((*first.train, *first.test), (*second.train, *second.test), strict=True):
-        demand(same_bits(one, other), "a column differs; draw from moe_engine.seeds.generator(spec.seed, ...)")
+    for column, other in zip((*first.train, *first.test), (*second.train, *second.test), strict=True):
+        equal = same_bits(column, other)
+        demand(equal, "a column differs the second time; draw from moe_engine.seeds.generator(spec.seed, ...)")
 
 
 @claim("moe_task")
-def nothing_is_tested_that_was_trained_on(bench: Bench) -> None:
-    """Rows for testing are none of those for training."""
+def train_and_test_are_disjoint(bench: Bench) -> None:
+    """Test rows are not training rows."""
     task = _task(bench, _engine(bench))
-    known, rows = set(_rows(task.train)), _rows(task.test)
-    shared = sum(row in known for row in rows)
-    demand(shared <= 0.01 * len(rows), f"{shared} of {len(rows)} rows for testing are also for training; part them")
+    trained, tested = set(_rows(task.train)), _rows(task.test)
+    both = sum(row in trained for row in tested)
+    demand(both <= 0.01 * len(tested), f"{both} of {len(tested)} test rows are training rows; split them")
 
 
 def _rows(columns: Batch) -> list[bytes]:
-    """Each row of the first column, which is what a model sees."""
+    """Each row of the first column, which holds the model's input."""
     return [row.tobytes() for row in columns[0].numpy()]
 
 
 @claim("moe_task")
-def its_model_has_layers_of_the_engine(bench: Bench) -> None:
-    """Its model has at least one MoE layer, and every one is built by the engine that it is given."""
+def model_uses_the_engine(bench: Bench) -> None:
+    """Its model has at least one MoE layer, and the engine that it is given builds them all."""
     engine = _engine(bench)
     task = _task(bench, engine)
     model = task.model(engine)
     layers = [module for module in model.modules() if isinstance(module, MoE)]
     demand(layers, "its model has no MoE layer; build one with engine.moe(dim, hidden)")
-    strangers = [layer for layer in layers if layer not in engine.layers]
-    demand(not strangers, "a layer is of another engine; build all with the engine that model() is given")
+    foreign = [layer for layer in layers if layer not in engine.layers]
+    demand(not foreign, "another engine built a layer; build all with the engine that model() is given")
 
 
 @claim("moe_task")
-def score_is_a_mean_with_a_graph(bench: Bench) -> None:
-    """score answers the mean loss with its graph, and sums over the batch, of any number of rows."""
+def score_is_a_differentiable_mean(bench: Bench) -> None:
+    """score returns the mean loss, attached to the graph, and sums over the batch, for any number of rows."""
     trial = _trial(bench)
     for rows in (ROWS, 3, 1):
         score = trial.score(rows)
-        demand("loss" in score, f"score answers {sorted(score)}; 'loss' is missing")
+        demand("loss" in score, f"score returns {sorted(score)}; 'loss' is missing")
         for name, value in score.items():
-            demand(isinstance(value, Tensor) and not value.dim(), f"'{name}' is no scalar tensor; sum over the batch")
-        finite(score, f"for {rows} rows", "check the data, and what the model divides by")
+            scalar = isinstance(value, Tensor) and not value.dim()
+            demand(scalar, f"'{name}' is not a scalar tensor; sum over the batch")
+        demand_finite(score, f"for {rows} rows", "check the data, and what the model divides by")
         demand(score["loss"].requires_grad, "the loss has no graph; do not detach it")
-        right = score.get("correct")
-        within = right is None or 0 <= float(right) <= rows
-        demand(within, f"{right} of {rows} rows are correct; count rows that are right")
-    double = trial.batch(ROWS)
-    doubled = tuple(torch.cat([column, column]) for column in double)
+        correct = score.get("correct")
+        within = correct is None or 0 <= float(correct) <= rows
+        demand(within, f"{correct} of {rows} rows are correct; count the rows that are right")
+    batch = trial.batch(ROWS)
+    doubled = tuple(torch.cat([column, column]) for column in batch)
     trial.model.eval()
-    once, twice = (float(trial.task.score(trial.model, one)["loss"]) for one in (double, doubled))
-    demand(
-        abs(once - twice) < 1e-3 * max(abs(once), 1),
-        f"the loss is {once:.4g}, of the batch twice {twice:.4g}; take a mean",
-    )
+    once, twice = (float(trial.task.score(trial.model, rows)["loss"]) for rows in (batch, doubled))
+    equal = abs(once - twice) < 1e-3 * max(abs(once), 1)
+    demand(equal, f"the loss is {once:.4g} for a batch and {twice:.4g} for the batch twice; take a mean")
 
 
 @claim("moe_task")
-def evaluation_repeats(bench: Bench) -> None:
-    """Scored twice in evaluation, a batch has the same score."""
+def evaluation_is_deterministic(bench: Bench) -> None:
+    """Scoring a batch twice in eval mode gives the same score."""
     trial = _trial(bench)
     trial.model.eval()
     with torch.no_grad():
         for name, value in trial.score().items():
             again = trial.score()[name]
-            demand(same_bits(value, again), f"'{name}' is another one the second time; draw nothing in eval")
+            demand(same_bits(value, again), f"'{name}' differs the second time; draw no random numbers in eval mode")
 
 
 @claim("moe_task")
 def every_router_learns(bench: Bench) -> None:
-    """The task's gradient reaches every layer, and its router, so that it can learn."""
+    """The task's gradient reaches every layer and its router."""
     trial = _trial(bench)
     trial.model.eval()
     trial.engine.check_learning(lambda: trial.score()["loss"])
@@ -158,8 +157,8 @@ def every_router_learns(bench: Bench) -> None:
 
 
 @claim("moe_task")
-def its_model_learns(bench: Bench) -> None:
-    """A few steps on one batch bring its loss down."""
+def model_learns(bench: Bench) -> None:
+    """A few steps on one batch lower its loss."""
     trial = _trial(bench)
     optimizer = adam(trial.model, 0.003)
     losses = []
@@ -171,7 +170,5 @@ def its_model_learns(bench: Bench) -> None:
         optimizer.step()
         trial.engine.after_step()
         losses.append(float(loss.detach()))
-    fell = losses[-1] < losses[0]
-    demand(
-        fell, f"12 steps on one batch took the loss from {losses[0]:.4g} to {losses[-1]:.4g}; check loss and targets"
-    )
+    seen = f"12 steps on one batch changed the loss from {losses[0]:.4g} to {losses[-1]:.4g}"
+    demand(losses[-1] < losses[0], f"{seen}; check the loss and the targets")

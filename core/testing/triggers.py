@@ -11,113 +11,126 @@ import torch
 from ..contract.growth import Growth
 from ..contract.options import options_of
 from ..contract.stats import plain
+from ..contract.traits import traits_of
 from ..errors import UsageError
-from .bench import EXPERTS, Bench, Rig
+from .bench import EXPERTS, Bench, Trial
 from .biases import balanced, skewed
 from .claims import NotApplicable, claim, demand
 
 STEPS = 240
-CUT = STEPS // 2 - 7  # where a run is stopped and resumed
+SAVED_AT = STEPS // 2 - 7  # the step at which a run is saved and resumed
 
 
 @attrs.define(eq=False)
-class Life:
-    """What a trigger wanted in a run: wishes: after each step. refused: those that could not be granted, and why."""
+class SimulatedRun:
+    """A run with a trigger. requests: the growths it asked for after each step. refused: why some were refused."""
 
-    rig: Rig
-    wishes: list[list[Growth]] = attrs.field(factory=list)
+    trial: Trial
+    requests: list[list[Growth]] = attrs.field(factory=list)
     refused: list[str] = attrs.field(factory=list)
 
-    def go_on(self, steps: int) -> "Life":
-        """Live on to this step.
+    def run_until(self, steps: int) -> "SimulatedRun":
+        """Continue to this step.
 
-        The loss falls, is flat, and jumps and falls again; the load is balanced, then collapsed, then the logits are
-        all the same. There is an evaluation every tenth step.
+        The loss falls, stays flat, jumps and falls again; the load is balanced, then collapsed, then all logits are
+        equal. Every tenth step there is an evaluation.
         """
-        rig = self.rig
-        for number in range(rig.engine.step, steps):
-            if rig.layer.router.levels:
-                rig.give_logits(*rig.logits((balanced, skewed, torch.zeros)[3 * number // STEPS]))
-            rig.step(seed=number)
-            rig.own_logits()
+        trial = self.trial
+        for number in range(trial.engine.step, steps):
+            if trial.layer.router.levels:
+                trial.set_logits(*trial.logits((balanced, skewed, torch.zeros)[3 * number // STEPS]))
+            trial.step(seed=number)
+            trial.reset_logits()
             late = number >= 2 * STEPS // 3
             loss = 2 * math.exp(-(number - 2 * STEPS // 3) / 40) if late else 1 + math.exp(-number / 20)
-            self.wishes.append(rig.engine.due(loss, loss if number % 10 == 0 else None))
-            for growth in self.wishes[-1]:
-                self._grant(growth)
+            self.requests.append(trial.engine.due(loss, loss if number % 10 == 0 else None))
+            for growth in self.requests[-1]:
+                self._grow(growth)
         return self
 
-    def _grant(self, growth: Growth) -> None:
-        self.rig.optimizer.zero_grad()
+    def _grow(self, growth: Growth) -> None:
+        self.trial.optimizer.zero_grad()
         try:
-            self.rig.engine.grow(growth, self.rig.optimizer)
+            self.trial.engine.grow(growth, self.trial.optimizer)
         except UsageError as error:
             self.refused.append(str(error))
 
-    def told(self, since: int = 0) -> list[list[dict[str, Any]]]:
-        """The wishes from a step on, to be compared."""
-        return [[plain(attrs.asdict(one)) for one in several] for several in self.wishes[since:]]
+    def comparable(self, since: int = 0) -> list[list[dict[str, Any]]]:
+        """The requests from a step on, as plain data."""
+        return [[plain(attrs.asdict(growth)) for growth in growths] for growths in self.requests[since:]]
 
 
 @attrs.frozen(eq=False)
-class First:
-    """A life that several claims look at, and its state at the cut."""
+class ReferenceRun:
+    """A run that several claims share, and the state it was saved with at SAVED_AT."""
 
-    life: Life
+    run: SimulatedRun
     states: Mapping[str, Any]
 
 
-def _first(bench: Bench) -> First:
-    if bench.subject.first_life is None:
-        life = Life(bench.rig()).go_on(CUT)
+def _reference(bench: Bench) -> ReferenceRun:
+    if bench.plugin.reference_run is None:
+        run = SimulatedRun(bench.trial()).run_until(SAVED_AT)
         parts = ("layer", "optimizer", "engine")
-        states = {part: copy.deepcopy(getattr(life.rig, part).state_dict()) for part in parts}
-        bench.subject.first_life = First(life.go_on(STEPS), states)
-    first: First = bench.subject.first_life
-    return first
+        states = {part: copy.deepcopy(getattr(run.trial, part).state_dict()) for part in parts}
+        bench.plugin.reference_run = ReferenceRun(run.run_until(STEPS), states)
+    reference: ReferenceRun = bench.plugin.reference_run
+    return reference
 
 
 @claim("moe_growth")
-def wishes_can_be_granted(bench: Bench) -> str | None:
-    """What it wants in a life of 240 steps is a Growth, several or None, and can be done."""
-    life = _first(bench).life
-    demand(not life.refused, "; ".join(life.refused[:1]))
-    return None if any(life.wishes) else f"it wanted nothing in {STEPS} steps"
+def requested_growth_is_possible(bench: Bench) -> str | None:
+    """In a run of 240 steps it returns a Growth, several or None, and every growth can be carried out."""
+    run = _reference(bench).run
+    demand(not run.refused, "; ".join(run.refused[:1]))
+    return None if any(run.requests) else f"it asked for no growth in {STEPS} steps"
 
 
 @claim("moe_growth")
-def same_history_same_wishes(bench: Bench) -> None:
-    """The same history gives the same answers, whatever another engine with it has seen."""
-    one, other = _first(bench).life.told(), Life(bench.rig()).go_on(STEPS).told()
-    _demand_same(one, other, 0, "keep what it remembers in memory, which is each run's own, not on the plugin")
+def orphans_are_declared(bench: Bench) -> None:
+    """It asks for experts without a parent if and only if its trait `orphans` is true."""
+    declared = traits_of(bench.plugin.cls).orphans
+    parents = [parent for growths in _reference(bench).run.requests for growth in growths for parent in growth.parents]
+    if not parents:
+        raise NotApplicable(f"it asked for no new expert in {STEPS} steps")
+    asked = None in parents
+    demand(declared or not asked, "it asks for an expert without a parent; declare traits = Traits(orphans=True)")
+    demand(asked or not declared, "it declares Traits(orphans=True), but every new expert has a parent; remove it")
 
 
 @claim("moe_growth")
-def resumed_run_decides_alike(bench: Bench) -> None:
-    """A run that was saved and resumed decides as if it had never stopped."""
-    first, rig = _first(bench), bench.rig(seed=1)
-    for part, state in first.states.items():
-        getattr(rig, part).load_state_dict(copy.deepcopy(state))
-    resumed = Life(rig).go_on(STEPS).told()
-    _demand_same(
-        first.life.told(CUT), resumed, CUT, "keep what it remembers in memory or in a state Part, which are saved"
-    )
-
-
-def _demand_same(one: list[Any], other: list[Any], start: int, advice: str) -> None:
-    for number, (mine, its) in enumerate(zip(one, other, strict=True)):
-        demand(
-            mine == its, f"at step {start + number + 1} it wants {its or 'nothing'}, not {mine or 'nothing'}; {advice}"
-        )
+def same_history_gives_same_growth(bench: Bench) -> None:
+    """The same history gives the same requests, whatever another engine with the same plugin has seen."""
+    first, second = _reference(bench).run.comparable(), SimulatedRun(bench.trial()).run_until(STEPS).comparable()
+    advice = "keep state in `memory`, which each run has for itself, not on the plugin"
+    _demand_equal(first, second, 0, f"in a second run with the same history; {advice}")
 
 
 @claim("moe_growth")
-def limit_is_kept(bench: Bench) -> str | None:
-    """It lets no layer grow above its option `max_experts`."""
-    if "max_experts" not in options_of(bench.subject.cls):
+def resumed_run_grows_alike(bench: Bench) -> None:
+    """A resumed run asks for the same growth as one that was not interrupted."""
+    reference, trial = _reference(bench), bench.trial(seed=1)
+    for part, state in reference.states.items():
+        getattr(trial, part).load_state_dict(copy.deepcopy(state))
+    resumed = SimulatedRun(trial).run_until(STEPS).comparable()
+    advice = "keep state in `memory` or in a Part from moe_state; both are saved"
+    _demand_equal(reference.run.comparable(SAVED_AT), resumed, SAVED_AT, f"in a resumed run; {advice}")
+
+
+def _demand_equal(first: list[Any], second: list[Any], start: int, message: str) -> None:
+    for number, (expected, found) in enumerate(zip(first, second, strict=True)):
+        seen = f"after step {start + number + 1} it asks for {found or 'nothing'}, not {expected or 'nothing'}"
+        demand(expected == found, f"{seen}, {message}")
+
+
+@claim("moe_growth")
+def max_experts_is_respected(bench: Bench) -> str | None:
+    """It grows no layer beyond its option `max_experts`."""
+    if "max_experts" not in options_of(bench.plugin.cls):
         raise NotApplicable("it has no option 'max_experts'")
-    rig = bench.rig(options={"max_experts": EXPERTS + 1})
-    Life(rig).go_on(STEPS)
-    now = rig.layer.spec.experts
-    demand(now <= EXPERTS + 1, f"with max_experts={EXPERTS + 1} the layer has {now} experts; count those to come too")
-    return None if now > EXPERTS else "it wanted none in that time"
+    trial = bench.trial(options={"max_experts": EXPERTS + 1})
+    SimulatedRun(trial).run_until(STEPS)
+    now = trial.layer.spec.experts
+    message = f"with max_experts={EXPERTS + 1} the layer has {now} experts; count the requested experts too"
+    demand(now <= EXPERTS + 1, message)
+    return None if now > EXPERTS else f"it asked for no growth in {STEPS} steps"

@@ -1,7 +1,7 @@
-"""Plugins with one fault each, and the claims that catch it: broken versions of what is right.
+"""Plugins with one fault each, and the claims that catch it.
 
-Each stands for a way in which routers, biases, losses and so on are broken in practice; `bugs` are the
-numbers of the table in docs/conformance.md.
+Each stands for a way in which routers, biases, losses and so on break in practice; `bugs` are numbers of the
+table in docs/conformance.md.
 """
 
 import attrs
@@ -14,26 +14,26 @@ FAULTS = []
 
 @attrs.frozen
 class Fault:
-    """A broken plugin, the claims that it breaks and no other, what is said of the first, known bugs like it."""
+    """A broken plugin: the claims that it breaks and no others, part of the first one's failure, known bugs like it."""
 
     plugin: type
     claims: tuple
-    says: str
+    message: str
     bugs: tuple
 
     def __str__(self):
         return self.plugin.__name__
 
 
-MAKERS = {  # how a part becomes a plugin
+MAKERS = {  # the hook that returns a part
     "moe_router": lambda part: lambda self, spec: part(spec),
     "moe_bias": lambda part: lambda self, spec, level: part(level.size),
     "moe_experts": lambda part: lambda self, spec: part(spec),
 }
 
 
-def fault(*claims, says, bugs=(), hook=None, **attributes):
-    """Register a broken plugin: a plugin class, a part of one, or the function of a hook."""
+def fault(*claims, message, bugs=(), hook=None, **attributes):
+    """Register a broken plugin: a plugin class, the part that its hook returns, or the function of its hook."""
 
     def register(broken):
         body = {"__doc__": broken.__doc__, "__module__": __name__, **attributes}
@@ -42,13 +42,13 @@ def fault(*claims, says, bugs=(), hook=None, **attributes):
         elif hook is not None:
             body[hook] = hookimpl(broken)
         plugin = broken if hook is None else type(broken.__name__, (), body)
-        FAULTS.append(Fault(attrs.define(eq=False)(plugin), claims, says, bugs))
+        FAULTS.append(Fault(attrs.define(eq=False)(plugin), claims, message, bugs))
         return broken
 
     return register
 
 
-# -- what is right, to be broken ------------------------------------------------------------------
+# -- correct parts, to be broken ------------------------------------------------------------------
 
 
 class Top(LinearRouter):
@@ -91,7 +91,7 @@ class Sign(Bias):
 
 
 class Memory(Part):
-    """A number of its own for each expert."""
+    """One number for each expert."""
 
     def __init__(self, size):
         super().__init__()

@@ -6,35 +6,75 @@ from faults import fault
 from torch import nn
 from torch.nn import functional as F
 
-from moe_engine import Growth, NewExpert, Task, hookimpl, option
+from moe_engine import Growth, NewExpert, Task, Traits, hookimpl, option
 
 # -- initializers --------------------------------------------------------------------------------------
 
 
-@fault("newcomers_fit", says="what is drawn goes .to(row.dtype)", hook="moe_new_expert")
+@fault("new_expert_is_complete", message="cast drawn numbers with .to(row.dtype)", hook="moe_new_expert")
 def draws_in_fp32(self, fresh, generator):
     """Random rows of the default precision."""
     return NewExpert({name: torch.randn(row.shape, generator=generator) for name, row in fresh.items()})
 
 
-@fault("given_rows_stay", says="is not what it was; write row + d and not row += d", bugs=(9,), hook="moe_new_expert")
+@fault(
+    "given_rows_are_not_modified",
+    message="was modified in place; write row + d, not row += d",
+    bugs=(9,),
+    hook="moe_new_expert",
+)
 def writes_into_fresh(self, fresh, roles):
     """Zero output, in place."""
     return NewExpert({name: row.zero_() if roles[name] == "output" else row for name, row in fresh.items()})
 
 
-@fault("draws_from_its_generator", says="pass generator=generator to every draw", hook="moe_new_expert")
+@fault("draws_only_from_its_generator", message="pass generator=generator to every draw", hook="moe_new_expert")
 def draws_from_anywhere(self, fresh):
     """Whatever torch has."""
     return NewExpert({name: row + 0.01 * torch.randn_like(row) for name, row in fresh.items()})
 
 
 @fault(
-    "siblings_are_no_twins", says="a newcomer is the very copy of another newcomer", bugs=(28,), hook="moe_new_expert"
+    "siblings_differ", message="a new expert is an exact copy of another new expert", bugs=(28,), hook="moe_new_expert"
 )
 def copies_exactly(self, parent, fresh):
     """A copy without noise."""
     return NewExpert(fresh if parent is None else parent)
+
+
+@fault(
+    "silent_start_outputs_zero",
+    message="start the rows of role 'output' at 0",
+    hook="moe_new_expert",
+    traits=Traits(effects="silent_start"),
+)
+def starts_loudly(self, fresh):
+    """Drawn anew, and declared silent."""
+    return NewExpert(fresh)
+
+
+@fault(
+    "copies_expert_starts_near_the_parent",
+    message="start from the parent's rows",
+    hook="moe_new_expert",
+    traits=Traits(effects="copies_expert"),
+)
+def copies_nothing(self, fresh):
+    """Drawn anew, and declared a copy."""
+    return NewExpert(fresh)
+
+
+@fault(
+    "copies_router_row_copies_it",
+    message="'router.weight' differs from the parent's",
+    hook="moe_new_expert",
+    traits=Traits(effects="copies_router_row"),
+)
+def moves_the_router_row(self, parent, fresh, roles, generator):
+    """A router row next to the parent's, declared a copy."""
+    rows = fresh if parent is None else parent
+    step = {name: 0.1 * torch.randn(row.shape, generator=generator).to(row.dtype) for name, row in rows.items()}
+    return NewExpert({name: row + step[name] for name, row in rows.items()})
 
 
 # -- triggers -------------------------------------------------------------------------------------
@@ -63,7 +103,7 @@ class Slow:
         ]
 
 
-@fault("wishes_can_be_granted", says="has no expert 99", hook=None)
+@fault("requested_growth_is_possible", message="has no expert 99", hook=None)
 class NamesNobody(Slow):
     """A parent that does not exist."""
 
@@ -71,7 +111,7 @@ class NamesNobody(Slow):
         return (99,)
 
 
-@fault("same_history_same_wishes", "resumed_run_decides_alike", says="keep what it remembers in memory", bugs=(19,))
+@fault("same_history_gives_same_growth", "resumed_run_grows_alike", message="keep state in `memory`", bugs=(19,))
 class CountsForAll(Slow):
     """One count for all runs of a process."""
 
@@ -82,7 +122,7 @@ class CountsForAll(Slow):
         return self.asked % 70 == 0
 
 
-@fault("resumed_run_decides_alike", says="keep what it remembers in memory or in a state Part", bugs=(29,))
+@fault("resumed_run_grows_alike", message="keep state in `memory` or in a Part", bugs=(29,))
 class CountsOnItself(Slow):
     """A count that no checkpoint holds."""
 
@@ -93,7 +133,7 @@ class CountsOnItself(Slow):
         return self.asked % 70 == 0
 
 
-@fault("limit_is_kept", says="with max_experts=7 the layer has 8 experts; count those to come too", bugs=(29,))
+@fault("max_experts_is_respected", message="with max_experts=7 the layer has 8 experts", bugs=(29,))
 class GrowsByTwo(Slow):
     """A limit that is looked at before, not after."""
 
@@ -101,16 +141,33 @@ class GrowsByTwo(Slow):
         return (0, 1)
 
 
+@fault("orphans_are_declared", message="declare traits = Traits(orphans=True)")
+class HidesOrphans(Slow):
+    """An expert without a parent, undeclared."""
+
+    def parents(self, history, layer):
+        return (None,)
+
+
+@fault("orphans_are_declared", message="every new expert has a parent; remove it")
+class DeclaresOrphans(Slow):
+    """Declared to ask for experts without a parent; each has one."""
+
+    traits = Traits(orphans=True)
+
+
 # -- metrics --------------------------------------------------------------------------------------
 
 
-@fault("every_load_has_an_answer", says="it raises ZeroDivisionError", bugs=(24,), hook="moe_metrics")
+@fault("handles_every_load", message="it raises ZeroDivisionError", bugs=(24,), hook="moe_metrics")
 def divides_by_the_smallest(self, stats):
     """Max over min, of Python's numbers."""
     return {"spread": float(stats.load.max()) / float(stats.load.min())}
 
 
-@fault("stats_stay", says="stats['load'] is not what it was; write a / b and not a /= b", bugs=(9,), hook="moe_metrics")
+@fault(
+    "stats_are_not_modified", message="stats['load'] was modified in place; write a / b", bugs=(9,), hook="moe_metrics"
+)
 def normalises_in_place(self, stats):
     """The load of everybody else is a share from now on."""
     share_E = stats.load
@@ -119,8 +176,8 @@ def normalises_in_place(self, stats):
 
 
 @fault(
-    *("answers_do_not_depend_on_order", "memory_survives_a_checkpoint"),
-    says="keep what it remembers in memory, which is of one layer and one split",
+    *("order_of_calls_changes_nothing", "memory_survives_a_checkpoint"),
+    message="keep state in `memory`, which belongs to one layer and one split",
     bugs=(19, 24),
 )
 class MixesSplits:
@@ -137,7 +194,7 @@ class MixesSplits:
         return {"change": change}
 
 
-@fault("memory_survives_a_checkpoint", says="keep what it remembers in memory, which is saved")
+@fault("memory_survives_a_checkpoint", message="keep state in `memory`, which is saved")
 class ForgetsOnResume:
     """Remembers each split, but on itself."""
 
@@ -150,7 +207,7 @@ class ForgetsOnResume:
         return {"before": before}
 
 
-@fault("measuring_draws_nothing", says="draw from one of its own", hook="moe_metrics")
+@fault("measuring_draws_no_random_numbers", message="use a separate torch.Generator", hook="moe_metrics")
 def bootstraps(self, stats):
     """Resampled with the run's own generator."""
     chosen = torch.randint(len(stats.load), (len(stats.load),))
@@ -160,7 +217,7 @@ def bootstraps(self, stats):
 # -- reports --------------------------------------------------------------------------------------
 
 
-@fault("files_are_what_it_says", says="and does not say so; answer the name of every file", hook="moe_report")
+@fault("written_files_are_listed", message="without listing them", hook="moe_report")
 def keeps_quiet(self, run):
     """Writes two files and names one."""
     for name in ("a.txt", "b.txt"):
@@ -168,7 +225,7 @@ def keeps_quiet(self, run):
     return ["a.txt"]
 
 
-@fault("files_are_what_it_says", says="outside of the run's folder; write into run.folder only", hook="moe_report")
+@fault("written_files_are_listed", message="outside the run's folder", hook="moe_report")
 def strays(self, run):
     """Writes beside the run."""
     (run.folder / "a.txt").write_text("text")
@@ -176,7 +233,7 @@ def strays(self, run):
     return ["a.txt"]
 
 
-@fault("it_can_be_written_again", says="it raises FileExistsError", hook="moe_report")
+@fault("report_can_be_rewritten", message="it raises FileExistsError", hook="moe_report")
 def writes_once(self, run):
     """A folder that must not be there."""
     (run.folder / "own").mkdir()
@@ -184,7 +241,7 @@ def writes_once(self, run):
     return ["own/a.txt"]
 
 
-@fault("missing_numbers_are_no_error", says="it raises TypeError", bugs=(25,), hook="moe_report")
+@fault("missing_metrics_are_tolerated", message="it raises TypeError", bugs=(25,), hook="moe_report")
 def needs_accuracy(self, run):
     """There is always an accuracy."""
     (run.folder / "a.txt").write_text(str(round(run.summary["accuracy"] * 100)))
@@ -233,7 +290,7 @@ class Points:
         return Task(train, test, model=self.net, score=self.score)
 
 
-@fault("columns_fit", says="have [50, 49] rows; give each the same number")
+@fault("columns_match", message="have [50, 49] rows; give each the same number")
 class LosesALabel(Points):
     """One label too few."""
 
@@ -242,7 +299,7 @@ class LosesALabel(Points):
         return train, (x, y[:-1])
 
 
-@fault("same_seed_same_data", says="draw from moe_engine.seeds.generator(spec.seed, ...)")
+@fault("same_seed_gives_same_data", message="draw from moe_engine.seeds.generator(spec.seed, ...)")
 class DrawsAnew(Points):
     """Other points each time."""
 
@@ -251,7 +308,7 @@ class DrawsAnew(Points):
         return x, x[:, :3].argmax(-1)
 
 
-@fault("nothing_is_tested_that_was_trained_on", says="50 of 50 rows for testing are also for training")
+@fault("train_and_test_are_disjoint", message="50 of 50 test rows are training rows")
 class TestsWhatItTaught(Points):
     """Test rows out of the training set."""
 
@@ -268,14 +325,14 @@ class Dense(Net):
         self.enter, self.moe, self.leave = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
 
 
-@fault("its_model_has_layers_of_the_engine", says="build one with engine.moe(dim, hidden)")
+@fault("model_uses_the_engine", message="build one with engine.moe(dim, hidden)")
 class HasNoLayer(Points):
     """A dense model."""
 
     net = Dense
 
 
-@fault("score_is_a_mean_with_a_graph", says="take a mean")
+@fault("score_is_a_differentiable_mean", message="take a mean")
 class SumsLosses(Points):
     """The sum over the batch."""
 
@@ -290,7 +347,12 @@ class Forgetful(Net):
         return F.dropout(self.moe(x), 0.5)
 
 
-@fault("evaluation_repeats", "score_is_a_mean_with_a_graph", says="draw nothing in eval", bugs=(8,))
+@fault(
+    "evaluation_is_deterministic",
+    "score_is_a_differentiable_mean",
+    message="draw no random numbers in eval mode",
+    bugs=(8,),
+)
 class DropsInEval(Points):
     """Random in evaluation."""
 
@@ -304,7 +366,7 @@ class Idle(Net):
         return self.moe(x).detach()
 
 
-@fault("every_router_learns", "its_model_learns", says="call it in the model's forward, and detach nothing", bugs=(1,))
+@fault("every_router_learns", "model_learns", message="call it in the model's forward, and detach nothing", bugs=(1,))
 class UsesNoLayer(Points):
     """Cut off."""
 
@@ -323,7 +385,7 @@ class Reverse(torch.autograd.Function):
         return -grad
 
 
-@fault("its_model_learns", says="12 steps on one batch took the loss from")
+@fault("model_learns", message="12 steps on one batch changed the loss from")
 class ClimbsUphill(Points):
     """The loss goes up."""
 

@@ -9,13 +9,13 @@ from faults import Plain, Sign, Top, fault
 from moe_engine import count_by, hookimpl, linear_logits
 
 
-@fault("builds", says="loss 'per_token' is of shape [4], not a scalar", hook="moe_aux_loss")
+@fault("builds", message="loss 'per_token'", hook="moe_aux_loss")
 def per_token(self, routing):
     """A loss for each token."""
     return routing.probs.square().sum(-1)
 
 
-@fault("inputs_stay", says="labels is not what it was; work on a copy", bugs=(9,))
+@fault("inputs_are_not_modified", message="labels was modified in place", bugs=(9,))
 class ClampsLabels:
     """Labels of -100 are made 0 for everybody."""
 
@@ -30,7 +30,7 @@ class ClampsLabels:
         return {"seen": stats["clamps_labels.seen"]}
 
 
-@fault("inputs_stay", says="the raw logits are not what they were", bugs=(9,), hook="moe_router")
+@fault("inputs_are_not_modified", message="the raw logits were modified in place", bugs=(9,), hook="moe_router")
 class AddsInPlace(Top):
     """DeepSpeed's `logits += noise`."""
 
@@ -39,13 +39,13 @@ class AddsInPlace(Top):
         return super().probs(level)
 
 
-@fault("padding_changes_nothing", says="leave padding out of every sum", bugs=(12, 13), hook="moe_aux_loss")
+@fault("padding_changes_nothing", message="leave padding out of every sum", bugs=(12, 13), hook="moe_aux_loss")
 def counts_padding(self, routing):
     """Means over all tokens."""
     return routing.experts * (routing.probs.sum(0) / max(len(routing.probs), 1)).square().sum()
 
 
-@fault("order_changes_nothing", says="let nothing depend on a token's place in the batch", hook="moe_router")
+@fault("sequence_order_changes_nothing", message="let nothing depend on a token's position", hook="moe_router")
 class KnowsPlaces(Top):
     """Later rows prefer later experts."""
 
@@ -55,7 +55,7 @@ class KnowsPlaces(Top):
         return (logits_TE + 0.1 * place_T[:, None] * torch.arange(logits_TE.shape[1]),)
 
 
-@fault("other_layers_change_nothing", says="never on the plugin or in a module", bugs=(4, 19))
+@fault("layers_are_independent", message="not on the plugin or in a module", bugs=(4, 19))
 class PoolsLayers:
     """Every layer's loss is scaled by the largest layer so far."""
 
@@ -68,8 +68,8 @@ class PoolsLayers:
 
 
 @fault(
-    *("same_seed_same_result", "state_survives_save_and_load"),
-    says="draw from torch's generators",
+    *("same_seed_gives_same_result", "state_survives_save_and_load"),
+    message="draw only from torch's generators",
     hook="moe_bias",
 )
 class Whims(Sign):
@@ -82,7 +82,7 @@ class Whims(Sign):
 
 @fault(
     "recomputed_forward_counts_once",
-    says="the forward ran twice (use_reentrant=True)",
+    message="if the forward is recomputed (use_reentrant=True)",
     bugs=(14, 27),
     hook="moe_router",
 )
@@ -95,8 +95,8 @@ class RoutesByGradMode(Top):
 
 
 @fault(
-    *("recomputed_forward_counts_once", "only_a_step_moves_state", "micro_batches_add_up"),
-    says="the forward ran twice",
+    *("recomputed_forward_counts_once", "only_after_step_changes_state", "micro_batches_add_up"),
+    message="if the forward is recomputed",
     bugs=(14, 15, 31),
     hook="moe_bias",
 )
@@ -113,7 +113,7 @@ class MovesInForward(Sign):
         """Nothing is left to do."""
 
 
-@fault("eval_moves_nothing", says="moved in evaluation", bugs=(15,), hook="moe_router")
+@fault("eval_changes_no_state", message="changed in evaluation", bugs=(15,), hook="moe_router")
 class LearnsFromValidation(Top):
     """Validation traffic moves a running mean."""
 
@@ -128,9 +128,9 @@ class LearnsFromValidation(Top):
 
 
 @fault(
-    "eval_is_not_random",
-    "first_choice_is_best",
-    says="the same tokens have another output with another seed",
+    "eval_is_deterministic",
+    "first_choice_has_the_largest_gate",
+    message="the output for the same tokens depends on the seed",
     bugs=(8,),
     hook="moe_router",
 )
@@ -141,7 +141,7 @@ class JittersAlways(Top):
         return (level.biased + torch.randn(level.biased.shape[1])).softmax(-1)
 
 
-@fault("micro_batches_add_up", says="answer sums over tokens from measure()", bugs=(20,), hook="moe_bias")
+@fault("micro_batches_add_up", message="return sums over tokens, not means", bugs=(20,), hook="moe_bias")
 class MeasuresMeans(Sign):
     """A mean for each micro-batch, which the core adds up."""
 
@@ -154,13 +154,15 @@ class MeasuresMeans(Sign):
         return step.own["share"] - 1 / len(self.b)
 
 
-@fault("extremes_stay_finite", says="is not finite for inputs of scale 50; compute in logs", hook="moe_aux_loss")
+@fault(
+    "extreme_values_stay_finite", message="is not finite for inputs of scale 50; compute in logs", hook="moe_aux_loss"
+)
 def exponentiates(self, routing):
     """The log of a sum of exponentials, without taking the largest out."""
     return routing.mean(routing.levels[0].logits.exp().square()).log1p().sum()
 
 
-@fault("few_tokens_are_fine", says="divide by a count only after clamp(min=1)", hook="moe_aux_loss")
+@fault("few_tokens_work", message="divide by a count only after clamp(min=1)", hook="moe_aux_loss")
 def divides_by_count(self, routing):
     """No token, no number."""
     tokens = routing.tokens
@@ -168,8 +170,8 @@ def divides_by_count(self, routing):
 
 
 @fault(
-    *("few_tokens_are_fine",),
-    says="moved with no token; where step.load.sum() is 0, leave it as it is",
+    *("few_tokens_work",),
+    message="changed with no tokens; leave it as it is if step.load.sum() is 0",
     hook="moe_bias",
 )
 class ForgetsWithoutData(Sign):
@@ -180,14 +182,14 @@ class ForgetsWithoutData(Sign):
 
 
 @fault(
-    "empty_experts_are_safe", "few_tokens_are_fine", says="an expert may have no token", bugs=(30,), hook="moe_aux_loss"
+    "idle_experts_are_safe", "few_tokens_work", message="an expert may have no tokens", bugs=(30,), hook="moe_aux_loss"
 )
 def divides_by_load(self, routing):
     """The mean gate of each expert over its own tokens, of which it may have none."""
     return (routing.gates().sum(0) / routing.load).square().mean()
 
 
-@fault("double_precision_agrees", says="the logits of level 'expert' is torch.float32", hook="moe_router")
+@fault("float64_agrees_with_float32", message="the logits tensor of level 'expert' is torch.float32", hook="moe_router")
 class CastsToFloat(Top):
     """fp32 whatever is given."""
 
@@ -195,7 +197,7 @@ class CastsToFloat(Top):
         return (tokens.x.float() @ self.weight.float().t(),)
 
 
-@fault("bf16_works", says="the logits are torch.bfloat16; score with linear_logits", bugs=(21,), hook="moe_router")
+@fault("bf16_works", message="are torch.bfloat16; score with linear_logits", bugs=(21,), hook="moe_router")
 class ScoresInBf16(Top):
     """Logits of the inputs' precision, which tie."""
 
@@ -203,7 +205,7 @@ class ScoresInBf16(Top):
         return (tokens.x @ self.weight.t(),)
 
 
-@fault("bf16_works", says="became torch.bfloat16, in which a step of 1e-3 is lost", bugs=(15, 21), hook="moe_bias")
+@fault("bf16_works", message="became torch.bfloat16, which loses a step of 1e-3", bugs=(15, 21), hook="moe_bias")
 class LosesSmallSteps(Sign):
     """A bias that goes along when its layer is cast."""
 
@@ -212,7 +214,7 @@ class LosesSmallSteps(Sign):
         return self
 
 
-@fault("autocast_changes_no_choice", says="it raises RuntimeError", bugs=(21,), hook="moe_experts")
+@fault("autocast_changes_no_gate", message="it raises RuntimeError", bugs=(21,), hook="moe_experts")
 class MixesPrecisions(Plain):
     """A buffer of the inputs' precision for outputs that autocast has made bf16."""
 
@@ -221,7 +223,7 @@ class MixesPrecisions(Plain):
         return torch.zeros_like(x_ND).index_add(0, torch.arange(len(x_ND)), out_NO)
 
 
-@fault("state_survives_save_and_load", says="which are saved, not in attributes", bugs=(15,), hook="moe_bias")
+@fault("state_survives_save_and_load", message="which are saved, not in attributes", bugs=(15,), hook="moe_bias")
 class DecaysUnsaved(Sign):
     """A rate that falls, as an attribute."""
 
@@ -230,7 +232,7 @@ class DecaysUnsaved(Sign):
         self.rate = self.rate * 0.5
 
 
-@fault("state_survives_save_and_load", says="differs", bugs=(15,), hook="moe_bias")
+@fault("state_survives_save_and_load", message="differs", bugs=(15,), hook="moe_bias")
 class SavesZeros(Sign):
     """torchtitan's first bias: what moved was not what was saved."""
 
@@ -238,7 +240,7 @@ class SavesZeros(Sign):
         destination[prefix + "b"] = torch.zeros_like(self.b)
 
 
-@fault("copies_are_independent", says="moved with the original", hook="moe_router")
+@fault("copies_are_independent", message="changed when the original was trained", hook="moe_router")
 class ReadsThroughAClosure(Top):
     """A function that a deep copy shares with the original."""
 
@@ -250,7 +252,12 @@ class ReadsThroughAClosure(Top):
         return (linear_logits(tokens.x, self.read()),)
 
 
-@fault("experts_come_and_go", says="shape '[6]' is invalid for input of size 7", bugs=(29,), hook="moe_bias")
+@fault(
+    "experts_can_be_added_and_removed",
+    message="shape '[6]' is invalid for input of size 7",
+    bugs=(29,),
+    hook="moe_bias",
+)
 class KeepsItsSize(Sign):
     """A size as an attribute, which growth does not change."""
 
@@ -262,7 +269,7 @@ class KeepsItsSize(Sign):
         return torch.sign(step.load - step.load.sum() / self.size).view(self.size)
 
 
-@fault("compiles", says="read no number from a tensor", hook="moe_aux_loss")
+@fault("compiles", message="read no number from a tensor", hook="moe_aux_loss")
 def branches_on_a_number(self, routing):
     """Nothing to do while no expert is overloaded."""
     loss = routing.mean(routing.probs).square().sum()
@@ -271,7 +278,7 @@ def branches_on_a_number(self, routing):
 
 @fault(
     "cost_is_bounded",
-    says="times as much; work on all tokens at once",
+    message="times as long; process all tokens at once",
     hook="moe_measure",
     moe_metrics=hookimpl(lambda self: {}),
 )

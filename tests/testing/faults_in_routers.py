@@ -3,13 +3,14 @@
 import torch
 from faults import Plain, Sign, Top, fault
 
-from moe_engine import Traits, assign, assign_where, hookimpl, option
+from moe_engine import Router, Traits, assign, assign_where, hookimpl, option
 from moe_engine.contract.traits import USUAL
+from moe_engine.plugins.routers.soft import Soft
 
 
 @fault(
     "learns_from_the_task",
-    says="at top_k=1: layer 'moe0': the task gives the router's level",
+    message="at top_k=1: layer 'moe0': the task gives the router's level",
     bugs=(1,),
     hook="moe_router",
 )
@@ -20,7 +21,7 @@ class NormalisesOne(Top):
         return probs_TK / probs_TK.sum(-1, keepdim=True)
 
 
-@fault("learns_from_the_task", says="no gradient", bugs=(27,), hook="moe_router")
+@fault("learns_from_the_task", message="no gradient", bugs=(27,), hook="moe_router")
 class GathersDeadGates(Top):
     """Gates from what is scattered into zeros: values without a graph."""
 
@@ -28,7 +29,7 @@ class GathersDeadGates(Top):
         return torch.zeros_like(probs_TK).copy_(probs_TK.detach())
 
 
-@fault("learns_from_the_task", says="have no graph; score(tokens) must not detach them", hook="moe_router")
+@fault("learns_from_the_task", message="have no graph; score(tokens) must not detach them", hook="moe_router")
 class DetachesLogits(Top):
     """A router under no_grad."""
 
@@ -37,7 +38,11 @@ class DetachesLogits(Top):
 
 
 @fault(
-    "choices_are_sound", "capacity_holds", says="a token chooses the same expert twice", bugs=(11,), hook="moe_router"
+    "choices_are_valid",
+    "capacity_is_respected",
+    message="a token chooses the same expert twice",
+    bugs=(11,),
+    hook="moe_router",
 )
 class ChoosesTwice(Top):
     """The best expert K times."""
@@ -49,8 +54,8 @@ class ChoosesTwice(Top):
 
 
 @fault(
-    *("choices_are_sound", "padding_changes_nothing", "capacity_holds"),
-    says="padding chooses; select only where tokens.mask is True",
+    *("choices_are_valid", "padding_changes_nothing", "capacity_is_respected"),
+    message="padding is routed",
     bugs=(12, 13),
     hook="moe_router",
 )
@@ -63,7 +68,7 @@ class RoutesPadding(Top):
         return probs_TE, plan
 
 
-@fault("picks_are_as_many_as_said", says="declare what it provides", hook="moe_router")
+@fault("top_k_is_kept", message="declare what it provides", hook="moe_router")
 class PicksAnyNumber(Top):
     """All experts above the mean, and never a word of it."""
 
@@ -74,7 +79,7 @@ class PicksAnyNumber(Top):
         return probs_TE, assign_where(probs_TE, chosen_TE, tokens)
 
 
-@fault("probabilities_are_a_distribution", says="sum to 1 only within", bugs=(18, 22), hook="moe_router")
+@fault("probabilities_are_a_distribution", message="sum to 1 only within", bugs=(18, 22), hook="moe_router")
 class SigmoidsForProbabilities(Top):
     """Scores that are no distribution."""
 
@@ -82,7 +87,7 @@ class SigmoidsForProbabilities(Top):
         return level.biased.sigmoid()
 
 
-@fault("probabilities_are_a_distribution", says="for logits of -50", bugs=(18,), hook="moe_router")
+@fault("probabilities_are_a_distribution", message="for logits of -50", bugs=(18,), hook="moe_router")
 class AddsAnEpsilon(Top):
     """Sigmoids over their sum, which an epsilon outgrows where all are small."""
 
@@ -92,8 +97,8 @@ class AddsAnEpsilon(Top):
 
 
 @fault(
-    "layers_start_apart",
-    says="is the same in two layers; draw without a seed of your own",
+    "layers_start_different",
+    message="is equal in two layers",
     bugs=(28,),
     hook="moe_router",
 )
@@ -105,7 +110,7 @@ class SeedsItself(Top):
         self.weight.data = 0.3 * torch.randn(self.weight.shape, generator=torch.Generator().manual_seed(42))
 
 
-@fault("causal_sees_no_future", says="a later token changes an output", bugs=(2,), hook="moe_router")
+@fault("causal_layer_sees_no_future", message="a later token changes an output", bugs=(2,), hook="moe_router")
 class NormalisesOverTokens(Top):
     """The largest gate of the batch, for want of keepdim, in the place of each token's own."""
 
@@ -113,7 +118,12 @@ class NormalisesOverTokens(Top):
         return probs_TK / probs_TK.max() if len(probs_TK) else probs_TK
 
 
-@fault("first_choice_is_best", says="the first choice has not the largest gate", bugs=(23,), hook="moe_router")
+@fault(
+    "first_choice_has_the_largest_gate",
+    message="the first choice does not have the largest gate",
+    bugs=(23,),
+    hook="moe_router",
+)
 class LeavesChoicesUnsorted(Top):
     """topk(sorted=False), whose first is not the best."""
 
@@ -123,7 +133,7 @@ class LeavesChoicesUnsorted(Top):
         return probs_TE, assign(self.gates(probs_TE.gather(-1, expert_TK)), expert_TK, tokens)
 
 
-@fault("logits_are_raw", says="are normalised already; leave that to select()", bugs=(22,), hook="moe_router")
+@fault("logits_are_raw", message="are normalised; normalise in select()", bugs=(22,), hook="moe_router")
 class ScoresProbabilities(Top):
     """Probabilities where logits are meant."""
 
@@ -131,9 +141,36 @@ class ScoresProbabilities(Top):
         return (super().score(tokens)[0].softmax(-1),)
 
 
+@fault("logits_are_raw", message="it has no level, and so no logits", hook="moe_router")
+class HasNoLogits(Router):
+    """The first K experts for every token, without a score; the default traits promise logits."""
+
+    levels = ()
+
+    def __init__(self, spec):
+        super().__init__()
+        self.top_k = spec.top_k
+
+    def score(self, tokens):
+        return ()
+
+    def select(self, tokens, levels):
+        expert_TK = torch.arange(self.top_k).expand(len(tokens.x), -1)
+        weight_TK = torch.full(expert_TK.shape, 1 / self.top_k, dtype=torch.promote_types(tokens.x.dtype, torch.float))
+        probs_TE = torch.full((len(tokens.x), 6), 1 / 6)
+        return probs_TE, assign(weight_TK, expert_TK, tokens)
+
+
+@fault("choices_are_made", message="nothing is selected for 24 tokens")
+class MixesAndDeclaresChoices(Soft):
+    """Mixtures of tokens, declared as choices."""
+
+    traits = Traits(provides=("probs", "choices"))
+
+
 @fault(
-    "chances_are_what_happens",
-    says="compare noisy logits with noisy logits",
+    "smooth_load_matches_the_load",
+    message="compare noisy logits with noisy logits",
     bugs=(7,),
     hook="moe_router",
     traits=Traits(provides=(*USUAL, "smooth_load")),
@@ -154,7 +191,7 @@ class MixesScales(Top):
         return probs_TE, assign(self.gates(probs_TE.gather(-1, best_TK)), best_TK, tokens, chances)
 
 
-@fault("ties_are_shared", says="the load of equal logits is", bugs=(28,), hook="moe_router")
+@fault("ties_are_spread", message="equal logits give the load", bugs=(28,), hook="moe_router")
 class TakesTheFirst(Top):
     """Every token of a zero router goes to the first experts."""
 
@@ -163,7 +200,7 @@ class TakesTheFirst(Top):
         return scores_TE.detach() - 1e-5 * torch.arange(scores_TE.shape[1])
 
 
-@fault("bias_moves_choices_and_no_gate", says="a selection bias moves gates by", bugs=(16,), hook="moe_router")
+@fault("bias_changes_choices_but_no_gate", message="a selection bias changes gates by", bugs=(16,), hook="moe_router")
 class GatesSeeTheBias(Top):
     """Gates of the biased scores."""
 
@@ -175,7 +212,12 @@ class GatesSeeTheBias(Top):
         return probs_TE, assign(self.gates(scores_TE.softmax(-1).gather(-1, expert_TK)), expert_TK, tokens)
 
 
-@fault("bias_moves_choices_and_no_gate", says="a bias of up to 1 moves no choice", bugs=(17,), hook="moe_router")
+@fault(
+    "bias_changes_choices_but_no_gate",
+    message="a selection bias of up to 1 changes no choice",
+    bugs=(17,),
+    hook="moe_router",
+)
 class IgnoresTheBias(Top):
     """Choices of the raw scores."""
 
@@ -185,7 +227,7 @@ class IgnoresTheBias(Top):
         return level.biased.detach() - 1e-6 * turn_TE
 
 
-@fault("causal_sees_no_future", says="a later token changes an output", bugs=(26,), hook="moe_router")
+@fault("causal_layer_sees_no_future", message="a later token changes an output", bugs=(26,), hook="moe_router")
 class ComparesTokens(Top):
     """Scores relative to the batch's mean: who comes later decides."""
 
@@ -198,7 +240,7 @@ class ComparesTokens(Top):
 # -- biases ---------------------------------------------------------------------------------------
 
 
-@fault("equal_loads_leave_it", says="with equal loads it moves units apart", bugs=(15,), hook="moe_bias")
+@fault("equal_load_leaves_the_bias_alone", message="equal loads move biases apart", bugs=(15,), hook="moe_bias")
 class RanksLoads(Sign):
     """By rank, which equal loads have too."""
 
@@ -206,14 +248,14 @@ class RanksLoads(Sign):
         return step.load.argsort(stable=True).argsort() / len(step.load)
 
 
-@fault("overload_is_pushed_down", says="its bias rises above that of a unit that got none", bugs=(15,), hook="moe_bias")
+@fault("overload_lowers_the_bias", message="its bias rises above that of an idle unit", bugs=(15,), hook="moe_bias")
 class PushesUp(Sign):
     """The wrong sign."""
 
     rate = -0.01
 
 
-@fault("overload_is_pushed_down", says="its bias stays at that of a unit that got none", bugs=(15,), hook="moe_bias")
+@fault("overload_lowers_the_bias", message="its bias stays equal to that of an idle unit", bugs=(15,), hook="moe_bias")
 class NeverMoves(Sign):
     """torchtitan's hook that returned too early."""
 
@@ -221,7 +263,7 @@ class NeverMoves(Sign):
         return
 
 
-@fault("no_gradient_reaches_it", says="b is a parameter; make it a buffer", hook="moe_bias")
+@fault("bias_has_no_gradient", message="b is a parameter; make it a buffer", hook="moe_bias")
 class LearnsItsBias(Sign):
     """A parameter, which an optimizer moves too."""
 
@@ -235,11 +277,11 @@ class LearnsItsBias(Sign):
 
 
 @fault(
-    "balance_is_worth_what_it_says",
-    says="is 2 at balance with top_k=2, not 1",
+    "value_at_balance_is_as_declared",
+    message="is 2 at balance with top_k=2, not 1",
     bugs=(5,),
     hook="moe_aux_loss",
-    balanced=1.0,
+    traits=Traits(balanced=1.0),
 )
 def forgets_k(self, routing):
     """f summed over choices and divided by tokens: K at balance."""
@@ -247,13 +289,13 @@ def forgets_k(self, routing):
     return routing.experts * (f_E * routing.mean(routing.probs)).sum()
 
 
-@fault("mean_and_no_sum", says="divide by the number of tokens", bugs=(20,), hook="moe_aux_loss")
+@fault("loss_is_a_mean_over_tokens", message="divide by the number of tokens", bugs=(20,), hook="moe_aux_loss")
 def sums_tokens(self, routing):
     """A sum over tokens, which grows with the batch."""
     return routing.tokens.real(routing.probs.square()).sum()
 
 
-@fault("it_leaves_the_weight_to_the_core", says="leave it unweighted", bugs=(20,))
+@fault("loss_is_unweighted", message="return it unweighted", bugs=(20,))
 class WeightsItself:
     """Multiplied here, and once more by the core."""
 
@@ -264,7 +306,12 @@ class WeightsItself:
         return self.weight * routing.mean(routing.probs).square().sum()
 
 
-@fault("gradient_is_of_its_value", says="detach nothing that the value depends on", bugs=(23,), hook="moe_aux_loss")
+@fault(
+    "gradient_matches_finite_differences",
+    message="detach nothing that the value depends on",
+    bugs=(23,),
+    hook="moe_aux_loss",
+)
 def half_detached(self, routing):
     """Half of its gradient is missing."""
     mean_E = routing.mean(routing.probs)
@@ -274,7 +321,7 @@ def half_detached(self, routing):
 # -- experts --------------------------------------------------------------------------------------
 
 
-@fault("forward_agrees_with_outputs", says="rows past the last are not 0", hook="moe_experts")
+@fault("forward_agrees_with_outputs", message="rows past the last are not 0", hook="moe_experts")
 class AnswersForNobody(Plain):
     """Something for the rows that no expert has."""
 
@@ -283,7 +330,7 @@ class AnswersForNobody(Plain):
         return torch.where(torch.arange(len(out_NO))[:, None] < counts_E.sum(), out_NO, 1.0)
 
 
-@fault("forward_agrees_with_outputs", says="forward and outputs differ by", hook="moe_experts")
+@fault("forward_agrees_with_outputs", message="forward and outputs differ by", hook="moe_experts")
 class TellsOthersOutputs(Plain):
     """Outputs in another order than the experts'."""
 
@@ -292,8 +339,8 @@ class TellsOthersOutputs(Plain):
 
 
 @fault(
-    *("rows_are_alone", "causal_sees_no_future", "forward_agrees_with_outputs"),
-    says="another row changes an answer",
+    *("rows_are_independent", "causal_layer_sees_no_future", "forward_agrees_with_outputs"),
+    message="changing one row changes the output of another",
     bugs=(26,),
     hook="moe_experts",
 )
@@ -306,7 +353,7 @@ class NormalisesRows(Plain):
         return super().forward(x_ND - mean_D, counts_E)
 
 
-@fault("gradients_are_told", says="it is not 0 for an expert without a token", hook="moe_experts")
+@fault("expert_grad_is_per_expert", message="it is not 0 for an expert without tokens", hook="moe_experts")
 class SpreadsGradients(Plain):
     """One mean for all."""
 

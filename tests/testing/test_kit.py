@@ -1,5 +1,6 @@
-"""The kit's own ways: by name, class or instance, with settings, one by one or together, without pytest."""
+"""The kit itself: plugins by name, class or instance, with settings, checked one by one or together, without pytest."""
 
+import inspect
 import subprocess
 import sys
 import unittest
@@ -9,9 +10,11 @@ import pytest
 import torch
 from faults import Top
 
-from moe_engine import Traits, UsageError, assign, hookimpl, option
+import moe_engine.testing
+from moe_engine import PluginError, Traits, UsageError, assign, hookimpl, option
 from moe_engine.testing import CLAIMS, Broken, NotApplicable, check_loss, check_router, checks
-from moe_engine.testing.subjects import subject
+from moe_engine.testing.plugin_under_test import HOOK_OF, plugin_under_test
+from support import refused
 
 
 @attrs.define(eq=False)
@@ -32,7 +35,7 @@ class Twice(Top):
         return probs_TE, assign(self.gates(probs_TE.gather(-1, best_TK)), best_TK, tokens)
 
 
-FEW = ("builds", "learns_from_the_task", "choices_are_sound", "picks_are_as_many_as_said", "extremes_stay_finite")
+FEW = ("builds", "learns_from_the_task", "choices_are_valid", "top_k_is_kept", "extreme_values_stay_finite")
 
 
 @pytest.fixture
@@ -42,13 +45,12 @@ def few(monkeypatch):
     monkeypatch.setattr("moe_engine.testing.checking.CLAIMS", chosen)
 
 
-@pytest.mark.parametrize("check", [one for one in checks(Tempered) if one.claim.name in FEW], ids=str)
-def test_one_line_of_pytest_is_enough(check):
-    """The way that the documentation shows."""
+@pytest.mark.parametrize("check", [check for check in checks(Tempered) if check.claim.name in FEW], ids=str)
+def test_the_documented_lines_are_enough(check):
     check()
 
 
-def test_a_check_says_what_it_is():
+def test_a_check_names_the_plugin_and_the_claim():
     """An id for pytest; the names of claims differ."""
     assert str(checks(Tempered)[0]) == "tempered: builds"
     names = [claim.name for claim in CLAIMS]
@@ -56,42 +58,58 @@ def test_a_check_says_what_it_is():
     assert all(claim.says and claim.hooks for claim in CLAIMS)
 
 
-def test_an_installed_plugin_is_known_by_its_class_too():
+def test_every_public_name_has_a_docstring():
+    assert {f"check_{kind}" for kind in HOOK_OF} <= set(vars(moe_engine.testing))
+    for name, value in vars(moe_engine.testing).items():
+        if not name.startswith("_") and not inspect.ismodule(value) and name != "CLAIMS":
+            assert value.__doc__, name
+    assert check_router.__name__ == "check_router" and "implements moe_router" in check_router.__doc__
+
+
+def test_an_installed_plugin_is_recognised_by_its_class():
     from moe_engine.plugins.routers.topk import TopK
 
-    assert (subject(TopK).name, subject(TopK).found.distribution) == ("topk", "moe-engine")
+    assert (plugin_under_test(TopK).name, plugin_under_test(TopK).found.distribution) == ("topk", "moe-engine")
 
 
-def test_all_that_fails_is_one_error(few):
-    """Settings reach the plugin, whether typed or as an instance; the error names every claim that fails."""
+def test_all_failures_are_one_error(few):
+    """Settings reach the plugin, as text or in an instance; the error names every claim that fails."""
     check_router(Tempered)
-    with pytest.raises(Broken) as typed:
+    with pytest.raises(Broken) as as_text:
         check_router(Tempered, ["tempered.twice=yes"])
-    with pytest.raises(Broken) as given:
+    with pytest.raises(Broken) as as_instance:
         check_router(Tempered(twice=True))
-    assert str(typed.value) == str(given.value)
-    assert str(typed.value).startswith("2 of 5 claims fail: router 'tempered' breaks 'The task's gradient")
-    assert "and router 'tempered' breaks 'Each choice is a real token's" in str(typed.value)
+    assert str(as_text.value) == str(as_instance.value)
+    assert as_text.value.claims == ("learns_from_the_task", "choices_are_valid")
+    assert str(as_text.value).startswith("2 of 5 claims fail: router 'tempered' breaks 'The task's gradient")
+    assert "and router 'tempered' breaks 'Only real tokens choose" in str(as_text.value)
 
 
-def test_what_is_no_such_plugin_is_refused():
-    with pytest.raises(UsageError, match="router 'tempered' is no loss: it does not implement moe_aux_loss"):
+def test_a_failed_check_names_its_claim():
+    check = next(check for check in checks(Tempered, ["tempered.twice=1"]) if check.claim.name == "choices_are_valid")
+    with pytest.raises(Broken) as failure:
+        check()
+    assert failure.value.claims == ("choices_are_valid",)
+
+
+def test_a_plugin_of_another_kind_is_refused():
+    with refused("wrong-kind", "router 'tempered'", "moe_aux_loss"):
         check_loss(Tempered)
-    with pytest.raises(UsageError, match="there is no plugin 'tpok'; did you mean 'topk'"):
+    with pytest.raises(UsageError, match="tpok.*topk"):
         check_router("tpok")
-    with pytest.raises(UsageError, match="dict is no plugin: it implements none of moe_router"):
+    with refused("not-a-plugin", "dict", "moe_router", kind=PluginError):
         check_router(dict)
 
 
-def test_what_does_not_apply_is_skipped_in_any_runner():
+def test_a_claim_that_does_not_apply_is_skipped_in_any_runner():
     assert issubclass(NotApplicable, unittest.SkipTest)
-    (fixed,) = [one for one in checks("z_loss") if one.claim.name == "balance_is_worth_what_it_says"]
-    with pytest.raises(NotApplicable, match="its value at balance is not fixed"):
-        fixed()
+    (at_balance,) = [check for check in checks("z_loss") if check.claim.name == "value_at_balance_is_as_declared"]
+    with pytest.raises(NotApplicable, match="declare no value at balance"):
+        at_balance()
 
 
-def test_a_loss_gets_a_router_that_gives_what_it_needs():
-    """By traits: the first router that gives what the default one does not."""
+def test_a_loss_runs_with_a_router_that_provides_what_it_requires():
+    """The first router that provides what the default one does not."""
 
     @attrs.define(eq=False)
     class Smooth:
@@ -102,9 +120,26 @@ def test_a_loss_gets_a_router_that_gives_what_it_needs():
             load = routing.smooth_load
             return (load / load.sum().clamp(min=1)).square().sum()
 
-    assert subject(Smooth).routers == ["noisy_topk"]
+    assert plugin_under_test(Smooth).routers == ["noisy_topk"]
     (builds, *_) = checks(Smooth)
     builds()
+
+
+def test_a_plugin_that_fits_no_router_is_refused():
+    @attrs.define(eq=False)
+    class Demanding:
+        traits = Traits(requires=("smooth_load",))
+
+        @hookimpl
+        def moe_aux_loss(self, routing):
+            return routing.smooth_load.sum()
+
+    tested = plugin_under_test(Demanding)
+    tested.installed = {name: found for name, found in tested.installed.items() if found[0].kind != "router"} | {
+        "topk": tested.installed["topk"]
+    }
+    with refused("no-fitting-router", "loss 'demanding'", "smooth_load"):
+        _ = tested.routers
 
 
 def test_checks_leave_the_callers_random_state_alone():
@@ -116,6 +151,6 @@ def test_checks_leave_the_callers_random_state_alone():
 
 
 def test_the_kit_needs_no_pytest():
-    """It is part of what is installed, which has no pytest."""
+    """It ships in the package, which does not depend on pytest."""
     code = "import sys, moe_engine.testing; sys.exit('pytest' in sys.modules)"
     assert not subprocess.run([sys.executable, "-c", code], check=False).returncode

@@ -1,4 +1,4 @@
-"""docs/conformance.md names every claim, and for each known bug of the field what excludes it here."""
+"""docs/conformance.md lists every claim, and what rules out each known bug."""
 
 import re
 from pathlib import Path
@@ -20,7 +20,7 @@ NAMES = {claim.name for claim in CLAIMS}
 MODULES = (faults_in_layers, faults_in_routers, faults_elsewhere)  # where faults are registered
 
 
-def test_every_claim_is_on_the_page_with_its_promise():
+def test_the_page_lists_every_claim_with_its_sentence():
     listed = dict(re.findall(r"^- `(\w+)`: (.+)\.$", PAGE, re.M))
     assert {claim.name: claim.says for claim in CLAIMS} == listed
 
@@ -30,20 +30,20 @@ def test_every_known_bug_has_a_row():
 
 
 @pytest.mark.parametrize("number", ROWS)
-def test_what_excludes_a_bug_exists(number):
-    """Claims are bitten by a plugin with that very fault; tests are there."""
-    named = re.findall(r"`(\w+)`", ROWS[number])
-    claims = [name for name in named if name in NAMES]
+def test_what_rules_out_a_bug_exists(number):
+    """Each claim catches a plugin with that bug; each test exists."""
+    quoted = re.findall(r"`(\w+)`", ROWS[number])
+    claims = [name for name in quoted if name in NAMES]
     tests = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", ROWS[number])
     assert claims or tests
-    bitten = {name for fault in FAULTS if number in fault.bugs for name in fault.claims}
-    assert set(claims) <= bitten
+    caught = {name for fault in FAULTS if number in fault.bugs for name in fault.claims}
+    assert set(claims) <= caught
     for path, name in tests:
         assert re.search(rf"^def {name}\(", (ROOT / path).read_text("utf-8"), re.M), name
 
 
 def test_a_dropped_choice_leaves_the_other_gate_as_it_was():
-    """Four equal tokens want experts 0 and 1, of which each keeps two: gates are what they were without a limit."""
+    """Four equal tokens choose experts 0 and 1, which keep two each: gates are the same as without a limit."""
 
     def gates(capacity):
         layer = Engine(experts=4, top_k=2, capacity=capacity).moe(4, 4)

@@ -1,4 +1,4 @@
-"""The plugin under test: an installed one by its name, or a class, or an instance, that nobody has installed."""
+"""The plugin under test: an installed one, or a class or instance that is not installed."""
 
 import re
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ from ..errors import PluginError, UsageError, listed
 from ..registry import discovery
 from ..registry.discovery import KINDS, PREFIX, Found
 
-# the hook by which a plugin is of a kind
+# the hook that makes a plugin one of a kind
 HOOK_OF = {
     "router": "moe_router",
     "bias": "moe_bias",
@@ -30,8 +30,8 @@ HOOK_OF = {
 
 
 @attrs.frozen
-class Guest:
-    """Stands where an installed plugin has its entry point."""
+class ClassEntryPoint:
+    """The entry point of a class that is not installed."""
 
     name: str
     group: str
@@ -39,7 +39,7 @@ class Guest:
 
     @property
     def value(self) -> str:
-        """As an entry point says where its plugin is."""
+        """Where the class is, as "module:name"."""
         return f"{self.cls.__module__}:{self.cls.__qualname__}"
 
     def load(self) -> type:
@@ -48,10 +48,11 @@ class Guest:
 
 
 @attrs.define(eq=False, slots=False)
-class Subject:
-    """A plugin under test, with settings, among all that are installed.
+class PluginUnderTest:
+    """A plugin with settings, and the installed plugins that it may be combined with.
 
-    data_dir: where a task's files are. first_life: what claims about a trigger share, because it takes long.
+    data_dir: the folder with a task's files. reference_run: a simulated run that claims about a trigger share,
+    because it takes long.
     """
 
     found: Found
@@ -59,7 +60,7 @@ class Subject:
     settings: Settings
     installed: dict[str, list[Found]]
     data_dir: str = "data"
-    first_life: Any = None
+    reference_run: Any = None
 
     @property
     def name(self) -> str:
@@ -68,7 +69,7 @@ class Subject:
 
     @property
     def title(self) -> str:
-        """How errors name it."""
+        """Its kind and name, as in errors."""
         return self.found.title
 
     @cached_property
@@ -77,68 +78,74 @@ class Subject:
         return {name for name in HOOKS if hasattr(self.cls, name)}
 
     def present(self) -> AbstractContextManager[None]:
-        """Inside, it counts as installed."""
+        """A context in which the plugin counts as installed."""
         return discovery.pretend(self.installed)
 
     @cached_property
-    def costly(self) -> list[str]:
-        """Default plugins that would only cost time: metrics and reports."""
+    def observers(self) -> list[str]:
+        """The default metrics and reports, which would only cost time."""
         usual = discovery.defaults()
         return [name for name in (*usual["metrics"], *usual["reports"]) if name in self.installed]
 
     @cached_property
     def routers(self) -> list[str]:
-        """Routers that provide what it requires, the default one first; itself, if it is one."""
+        """The installed routers that provide what it requires, the default first; of a router, itself alone."""
         if "moe_router" in self.hooks:
             return [self.name]
         usual = discovery.defaults()["router"]
-        names = [name for name, (one, *_) in self.installed.items() if one.kind == "router" and name != usual]
+        names = [name for name, (first, *_) in self.installed.items() if first.kind == "router" and name != usual]
         fitting = [name for name in (usual, *names) if self._fits(name)]
         if not fitting:
-            needs = listed(traits_of(self.cls).requires)
+            required = listed(traits_of(self.cls).requires)
             raise UsageError(
-                f"no installed router provides what {self.title} requires ({needs}); install one that does"
+                f"no installed router provides what {self.title} requires ({required}); install one that does",
+                code="no-fitting-router",
             )
         return fitting
 
     def _fits(self, router: str) -> bool:
         try:
             provided = provided_by(discovery.load(discovery.pick(router, self.installed)))
-        except UsageError:  # a broken one, which is nobody's partner
+        except UsageError:  # a broken router fits no plugin
             return False
         return set(traits_of(self.cls).requires) <= set(provided)
 
 
-def subject(plugin: Any, settings: Iterable[str] | Settings = (), data_dir: str = "data") -> Subject:
-    """The plugin to test: an installed one's name, a plugin class, or an instance, whose options count too.
+def plugin_under_test(plugin: Any, settings: Iterable[str] | Settings = (), data_dir: str = "data") -> PluginUnderTest:
+    """Find the plugin to test: an installed one by name, a plugin class, or an instance with options set.
 
-    settings: as those of an `Engine`. Raises UsageError for a name that nobody has, PluginError for no plugin.
+    settings: as for an `Engine`. Raises UsageError for an unknown name or a wrong setting, PluginError for a class
+    that is not a plugin.
     """
     installed = discovery.find()
     given: Settings = dict(settings) if isinstance(settings, dict) else parse_settings(settings)
     if isinstance(plugin, str):
         found = discovery.pick(plugin, installed)
     else:
-        kind = plugin if isinstance(plugin, type) else type(plugin)
-        found = _known(kind, installed) or _guest(kind)
+        cls = plugin if isinstance(plugin, type) else type(plugin)
+        found = _installed_entry(cls, installed) or _entry_of(cls)
     if not isinstance(plugin, str | type):
         given = {**given, found.name: {**values_of(plugin), **given.get(found.name, {})}}
     cls = discovery.load(found)
-    build(cls, found.title, given.get(found.name, {}))  # a wrong setting is said before anything is tested
-    return Subject(found, cls, given, {**installed, found.name: [found]}, data_dir)
+    build(cls, found.title, given.get(found.name, {}))  # refuse a wrong setting before any test runs
+    return PluginUnderTest(found, cls, given, {**installed, found.name: [found]}, data_dir)
 
 
-def _known(cls: type, installed: dict[str, list[Found]]) -> Found | None:
-    """The entry point of a class that is installed after all."""
+def _installed_entry(cls: type, installed: dict[str, list[Found]]) -> Found | None:
+    """The entry of a class that is installed."""
     value = f"{cls.__module__}:{cls.__qualname__}"
-    return next((one for several in installed.values() for one in several if one.entry_point.value == value), None)
+    entries = (found for same_name in installed.values() for found in same_name)
+    return next((found for found in entries if found.entry_point.value == value), None)
 
 
-def _guest(cls: type) -> Found:
+def _entry_of(cls: type) -> Found:
+    """An entry for a class that is not installed; its name is the class's in snake_case."""
     kinds = [kind for kind, hook in HOOK_OF.items() if hasattr(cls, hook)]
     if not kinds:
-        raise PluginError(f"{cls.__name__} is no plugin: it implements none of {listed(HOOK_OF.values())}")
+        raise PluginError(
+            f"{cls.__name__} is not a plugin: it implements none of {listed(HOOK_OF.values())}", code="not-a-plugin"
+        )
     name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
     group = next(group for group, kind in KINDS.items() if kind == kinds[0])
-    point: Any = Guest(name, PREFIX + group, cls)
+    point: Any = ClassEntryPoint(name, PREFIX + group, cls)
     return Found(name, kinds[0], "not installed", "0", point)
