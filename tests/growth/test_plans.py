@@ -2,7 +2,8 @@
 
 import pytest
 
-from moe_engine import UsageError
+from moe_engine import Engine, Growth, UsageError
+from moe_engine.growth.plans import plans_of
 from rig import Rig, same
 
 
@@ -30,3 +31,24 @@ def test_what_makes_no_sense_is_refused_and_changes_nothing(parents, more, sente
     with pytest.raises(UsageError, match=sentence):
         rig.grow(*parents, **more)
     same(before, rig.everything())
+
+
+@pytest.mark.parametrize(
+    ("parents", "drop", "origins", "newcomers"),
+    [
+        ((1,), (), (0, 1, 2, 3, 1), (4,)),
+        ((3, None), (0,), (3, 1, 2, 3, None), (0, 4)),  # the first newcomer replaces what is dropped
+        ((), (1, 2), (0, 3), ()),
+    ],
+)
+def test_the_plan_says_where_each_expert_comes_from(parents, drop, origins, newcomers):
+    (plan,) = plans_of(Engine("topk", experts=4).moe(6, 5), Growth("moe0", parents, drop=drop)).values()
+    assert (plan.origins, plan.newcomers) == (origins, newcomers)
+
+
+def test_a_group_comes_with_the_experts_of_its_parent():
+    layer = Engine("hierarchical", ["hierarchical.groups=2"], experts=4, top_k=1).moe(6, 5)
+    plans = plans_of(layer, Growth("moe0", (1,), of="group"))
+    assert plans["group"].origins == (0, 1, 1)
+    assert plans["expert"].origins == (0, 1, 2, 3, 2, 3)
+    assert plans["expert"].homes == (2, 2)
