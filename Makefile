@@ -1,58 +1,68 @@
-# make demo: set up everything and train on the embedded digits.  make test: set up everything and run the tests.
+# make demo: install moe-engine and train on the embedded digits.  make test: install the rest and run the tests.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-READY := $(VENV)/.ready
+# two stamps: moe-engine and what it needs; on top of it, what the tests, the linters and the site need
+DEMO := $(VENV)/.ready-demo
+TEST := $(VENV)/.ready-test
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .PHONY: help demo test test-long lint docs bench results clean
 
 help:
-	@echo "make demo       set up everything, train on the embedded digits, write a report"
-	@echo "make test       set up everything, run the tests"
+	@echo "make demo       install moe-engine, train on the embedded digits, write a report"
+	@echo "make test       install what the tests need, run them on two processes (WORKERS=8: on eight)"
 	@echo "make test-long  the tests that take minutes (DATA=folder: of MNIST, Fashion-MNIST and CIFAR-10)"
-	@echo "make lint       ruff and mypy"
+	@echo "make lint       ruff, mypy and the structure of core/"
 	@echo "make docs       the documentation as a site, in build/site"
 	@echo "make results    judge the committed results of the studies again, without a run"
 	@echo "make bench      speed and memory beside floors and other libraries; 15 minutes"
 	@echo "make clean      remove the virtual environment and what tools left"
 
-demo: $(READY)
+demo: $(DEMO)
 	$(BIN)/moe-engine run --plugins saturation,switch_aux
 
-test: $(READY)
-	$(BIN)/python -m pytest
+test: $(TEST)
+	$(PYTEST)
 
-test-long: $(READY)
-	$(BIN)/python -m pytest -m long
+test-long: $(TEST)
+	$(PYTEST) -m long
 
-lint: $(READY)
+lint: $(TEST)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	rm -rf build  # mypy can't follow the editable install's mapping of core/ and plugins/: it reads a copy
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target build/typed .
 	MYPYPATH=build/typed $(BIN)/mypy -p moe_engine
+	$(BIN)/python tools/structure.py
 
-docs: $(READY)
+docs: $(TEST)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo "python -m http.server --directory build/site   shows it, its search too"
 
-bench: $(READY)
+bench: $(TEST)
 	$(BIN)/python -m pip install --quiet --editable ".[peers]"
 	missed=; for one in experts memory step growth startup; do $(BIN)/python benchmarks/$$one.py || missed=1; done; \
 		$(BIN)/python benchmarks/page.py; test -z "$$missed"
 
-results: $(READY)
+results: $(DEMO)
 	for folder in docs/results/*/; do \
 		$(BIN)/moe-engine study $$(basename $$folder) --check --out $$folder || missed=1; \
 	done; test -z "$$missed"
 
-$(READY): setup.cfg pyproject.toml
+$(DEMO): setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "moe-engine needs Python 3.11 or newer: make demo PYTHON=python3.12, say" >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || \
 		{ echo "a virtual environment can't be made here: install Python's venv module (Debian: apt install python3-venv)" >&2; exit 1; }
 	@echo "Installing moe-engine and what it needs into $(VENV); PyTorch is large, so this takes minutes."
-	$(BIN)/python -m pip install --quiet --upgrade "pip>=23" "setuptools>=77" wheel
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=23"
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+$(TEST): $(DEMO)
+	@echo "Installing what the tests need, too."
 	$(BIN)/python -m pip install --quiet --editable ".[dask,dev,lightning,transformers,tensorboard]"
 	@touch $@
 

@@ -12,6 +12,8 @@ import torch
 
 from moe_engine.registry import discovery
 
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start, too: several tests run at a time
+
 
 @pytest.fixture(autouse=True)
 def _seeded():

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from moe_engine import Engine, ModuleBank, UsageError
+from moe_engine import Engine, UsageError
 from moe_engine.layer import fused_cpu
 
 ROUTERS = ["topk", "sigmoid_topk", "hierarchical"]
@@ -127,73 +127,6 @@ def test_only_padding_is_no_data():
     assert all(torch.equal(before[name], b) for name, b in layer.state_dict().items())
 
 
-@pytest.mark.parametrize(
-    ("capacity", "tokens", "top_k", "experts", "limit"),
-    [
-        (1.0, 8, 1, 4, 2),
-        (1.25, 8, 2, 4, 5),
-        (1.1, 50, 2, 10, 11),
-        (0.3, 10, 1, 3, 1),
-        (100.0, 6, 2, 4, 6),
-        (1 / 3, 9, 2, 4, 2),
-    ],
-)
-def test_capacity_keeps_at_most_its_share(capacity, tokens, top_k, experts, limit):
-    """Equal tokens all want the same experts; each keeps ceil(C T K / E), counted in whole numbers."""
-    engine = Engine("topk", experts=experts, top_k=top_k, capacity=capacity)
-    layer = engine.moe(3, 4)
-    with torch.no_grad():
-        layer.router.weight[:] = torch.arange(experts)[:, None].float()
-    routing = layer.route(layer.tokens(torch.ones(tokens, 3)))
-    kept_E = torch.zeros(experts, dtype=torch.long).index_add(0, routing.plan.expert, routing.plan.kept.long())
-    assert kept_E.max() == min(limit, tokens)
-    assert routing.load.sum() == tokens * top_k
-    assert routing.dropped.sum() == tokens * top_k - kept_E.sum()
-
-
-def test_capacity_takes_first_choices_first_and_then_earlier_tokens():
-    layer = Engine("topk", experts=2, top_k=2, capacity=0.5).moe(2, 4)
-    with torch.no_grad():
-        layer.router.weight[:] = torch.eye(2)
-    # tokens 0 and 2 want expert 0 first, token 1 and 3 expert 1 first; each keeps ceil(.5 * 4 * 2 / 2) = 2
-    x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
-    plan = layer.route(layer.tokens(x)).plan
-    assert plan.kept.view(4, 2).tolist() == [[True, False]] * 4
-
-
-def test_capacity_drops_nothing_in_eval_and_a_dropped_token_gives_zero():
-    layer = Engine("topk", experts=4, top_k=1, capacity=0.01).moe(3, 4)
-    x = torch.ones(8, 3)
-    assert (layer(x).abs().sum(-1) > 0).sum() <= 4
-    assert (layer.eval()(x).abs().sum(-1) > 0).all()
-
-
-def test_experts_without_tokens_get_zero_gradients():
-    layer = Engine("topk", experts=4, top_k=1).moe(3, 4)
-    layer(torch.ones(1, 3)).sum().backward()
-    used = (layer.experts.w_out.grad.abs().sum((1, 2)) > 0).sum()
-    assert used == 1
-    assert torch.isfinite(layer.experts.w_in.grad).all()
-
-
-def test_modules_of_any_kind_are_experts():
-    """Convolutional experts on flattened pictures agree with calling them one by one."""
-
-    class Conv(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv2d(1, 1, 3, padding=1)
-
-        def forward(self, rows):
-            return self.conv(rows.view(-1, 1, 4, 4)).flatten(1)
-
-    layer = Engine("topk", top_k=2).moe(16, modules=[Conv() for _ in range(3)])
-    x = torch.randn(5, 16)
-    assert isinstance(layer.experts, ModuleBank)
-    assert layer.spec.experts == 3
-    torch.testing.assert_close(layer(x), reference(layer, x))
-
-
 def test_the_callers_tensor_is_not_changed():
     engine = Engine("sigmoid_topk,saturation,switch_aux", experts=4)
     layer = engine.moe(6, 8)
@@ -247,21 +180,6 @@ def test_a_wrong_shape_or_mask_is_named():
 @pytest.mark.parametrize(
     ("spec", "sentence"),
     [
-        ({"experts": 0}, "a layer needs at least one expert"),
-        ({"experts": 4, "top_k": 5}, "top_k is 5, but a token can choose 1 to 4"),
-        ({"capacity": 0.0}, "capacity is 0.0; it must be 1e-6 to 1e6"),
-        ({"activation": "tanh"}, "activation is 'tanh'"),
-        ({"expertz": 4}, "expertz"),
-    ],
-)
-def test_a_spec_that_makes_no_sense_is_refused(spec, sentence):
-    with pytest.raises(UsageError, match=sentence):
-        Engine("topk", **spec).moe(6, 8)
-
-
-@pytest.mark.parametrize(
-    ("spec", "sentence"),
-    [
         ({"dim": 6}, "dim=6 and hidden=0 is empty"),
         ({"dim": 6, "hidden": 4, "shared": -1}, "shared of a layer is a whole number from 0, not -1"),
         ({"dim": 6, "hidden": 4, "experts": "8"}, "experts of a layer is a whole number from 0, not '8'"),
@@ -275,21 +193,6 @@ def test_sizes_that_make_no_layer_are_refused(spec, sentence):
     with pytest.raises(UsageError, match=sentence):
         engine.moe(**spec)
     assert taken is None or taken.name == "taken"
-
-
-def test_a_causal_layer_drops_no_token_for_a_later_one():
-    """Tokens 0 and 1 choose expert 0 second, token 2 first; with room for two, token 2 must lose."""
-    x = torch.tensor([[1.0, 2.0, 0.0], [1.0, 2.0, 0.0], [2.0, 0.0, 1.0]])
-
-    def kept(causal):
-        layer = Engine("topk", experts=3, top_k=2, capacity=1.0, causal=causal).moe(3, 4)
-        with torch.no_grad():
-            layer.router.weight[:] = torch.eye(3)
-        plan = layer.route(layer.tokens(x)).plan
-        return [bool(k) for k, e in zip(plan.kept, plan.expert, strict=True) if e == 0]
-
-    assert kept(causal=True) == [True, True, False]
-    assert kept(causal=False) == [True, False, True]
 
 
 def test_labels_that_are_no_class_are_not_counted():
@@ -313,31 +216,12 @@ def test_a_forward_without_a_token_dilutes_no_mean():
     assert engine.metrics()["moe0"]["loss.switch_aux"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_masked_score_stays_masked_in_select_by():
-    layer = Engine("topk", experts=3, top_k=2).moe(6, 4)
-    level = layer.route(layer.tokens(torch.randn(50, 6))).levels[0]
-    scores = torch.randn(50, 3).index_fill(1, torch.tensor([0]), -torch.inf)
-    assert (level.select_by(scores).topk(2).indices != 0).all()
-
-
 def test_moving_a_layer_keeps_what_it_has_seen():
     engine = Engine("topk", experts=4)
     layer = engine.moe(6, 8).eval()
     layer(torch.randn(301, 6))
     layer.to(torch.bfloat16)
     assert engine._take(layer, "eval").tokens == 301
-
-
-def test_modules_keep_their_own_precision_rules():
-    """A bank's BatchNorm follows `.to(bf16)`; only what a part declares is held at fp32."""
-    engine = Engine("topk,saturation", ["saturation.signal=weights"], top_k=1)
-    modules = [nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), nn.Identity(), nn.Linear(4, 4)]
-    layer = engine.moe(4, modules=modules).to(torch.bfloat16)
-    (layer(torch.randn(9, 4, dtype=torch.bfloat16)).float().square().sum() + engine.aux_loss()).backward()
-    engine.after_backward()
-    engine.after_step()
-    assert layer.biases[0]["saturation"].s.dtype == torch.float32
-    assert layer.biases[0]["saturation"].s[1] == 0
 
 
 def test_a_router_may_read_token_ids_and_sees_zeros_at_padding():

@@ -1,4 +1,8 @@
-"""Every plugin that moe-engine brings keeps every promise."""
+"""Every plugin that moe-engine brings keeps every promise.
+
+`make test-long` tests every claim on every plugin. `make test` leaves out most pairs of a plugin and a claim that
+takes seconds: such a claim is tested on one plugin of each kind that it is about, always the same one.
+"""
 
 import os
 import socket
@@ -6,12 +10,17 @@ import socket
 import pytest
 
 from moe_engine.registry import discovery
-from moe_engine.testing import checks, results
+from moe_engine.testing import CLAIMS, NotApplicable, checks, results
 
 BUILTIN = {name: found.kind for name, (found, *_) in discovery.find().items() if found.distribution == "moe-engine"}
+SLOW = {  # claims that take more than half a second of most plugins: they compile, train, grow or draw
+    *("compiles", "experts_come_and_go", "equal_loads_leave_it"),
+    *("wishes_can_be_granted", "same_history_same_wishes", "resumed_run_decides_alike", "limit_is_kept"),
+    *("files_are_what_it_says", "it_can_be_written_again", "its_model_learns"),
+}
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def offline(monkeypatch):
     """Data that are not here are not fetched."""
 
@@ -22,11 +31,55 @@ def offline(monkeypatch):
         monkeypatch.setattr(socket, name, refuse)
 
 
+@pytest.fixture
+def checks_of(tmp_path):
+    """The checks of a built-in plugin by the claim's name, on data of the folder DATA where that is set."""
+    return lambda name: {
+        check.claim.name: check for check in checks(name, data_dir=os.environ.get("DATA", str(tmp_path)))
+    }
+
+
+def assert_kept(name, several):
+    outcomes = list(results(several))
+    assert [one.why for one in outcomes if one.outcome == "FAILED"] == []
+    assert any(one.outcome == "ok" for one in outcomes) or BUILTIN[name] == "task"  # its data may not be here
+
+
 @pytest.mark.parametrize("name", BUILTIN)
-def test_a_built_in_plugin_keeps_every_promise(offline, tmp_path, name):
-    said = list(results(checks(name, data_dir=os.environ.get("DATA", str(tmp_path)))))
-    assert [one.why for one in said if one.outcome == "FAILED"] == []
-    assert any(one.outcome == "ok" for one in said) or BUILTIN[name] == "task"  # its data may not be here
+def test_a_built_in_plugin_keeps_every_promise_that_is_quick_to_test(checks_of, name):
+    assert_kept(name, [check for claim, check in checks_of(name).items() if claim not in SLOW])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", BUILTIN)
+def test_a_built_in_plugin_keeps_every_promise(checks_of, name):
+    assert_kept(name, checks_of(name).values())
+
+
+def first_of(kind, claim):
+    """The plugins of a kind by name, from another one on for each claim: whom a claim is tested on is no chance."""
+    names = sorted(name for name in BUILTIN if BUILTIN[name] == kind)
+    first = sorted(SLOW).index(claim) % len(names)
+    return names[first:] + names[:first]
+
+
+@pytest.mark.parametrize("claim", sorted(SLOW))
+def test_one_plugin_of_each_kind_keeps_a_promise_that_is_slow_to_test(checks_of, claim):
+    """Of the kinds that the claim is about, the first plugin that it applies to."""
+    tested = []
+    for kind in sorted(set(BUILTIN.values())):
+        for name in first_of(kind, claim):
+            try:
+                checks_of(name)[claim]()
+            except (KeyError, NotApplicable):
+                continue
+            tested.append(name)
+            break
+    assert tested
+
+
+def test_slow_claims_are_claims():
+    assert {claim.name for claim in CLAIMS} >= SLOW
 
 
 @pytest.mark.parametrize("name", [name for name, kind in BUILTIN.items() if kind == "loss"])

@@ -1,0 +1,49 @@
+"""What several processes agree on; alone, each of them is what it was given."""
+
+import pytest
+import torch
+
+from moe_engine import RunError
+from moe_engine.processes import agreed, all_reduce_sum, mean_over_ranks, one_thread
+
+
+def _process(rank, folder):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    x = torch.tensor([1.0 + rank], requires_grad=True)
+    mean = mean_over_ranks(x)
+    mean.square().sum().backward()
+    outcomes = []
+    for what, fails in (("same", False), ("same", rank == 0), (f"of {rank}", False)):
+        try:
+            with agreed(what, torch.device("cpu")):
+                if fails:
+                    raise LookupError("alone")
+            outcomes.append("done")
+        except (RunError, LookupError) as error:
+            outcomes.append(type(error).__name__)
+    torch.save([mean.detach(), x.grad, all_reduce_sum(torch.tensor([1.0 + rank])), outcomes], f"{folder}/{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_share_sums_means_and_failures(tmp_path):
+    torch.multiprocessing.spawn(_process, args=(str(tmp_path),), nprocs=2)
+    for rank, failed in enumerate(("LookupError", "RunError")):
+        mean, grad, total, outcomes = torch.load(tmp_path / str(rank), weights_only=True)
+        assert (float(mean), float(grad), float(total)) == (1.5, 3.0, 3.0)  # d mean^2 / d own part, times ranks
+        assert outcomes == ["done", failed, "RunError"]
+
+
+def test_one_process_keeps_its_values_and_errors():
+    x = torch.tensor([2.0])
+    assert mean_over_ranks(x) is x and float(all_reduce_sum(x)) == 2
+    with pytest.raises(LookupError, match="mine"), agreed("this", torch.device("cpu")):
+        raise LookupError("mine")
+
+
+def test_the_number_of_threads_is_restored_also_after_an_error():
+    torch.set_num_threads(2)
+    with pytest.raises(LookupError), one_thread():
+        assert torch.get_num_threads() == 1
+        raise LookupError
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
