@@ -1,1 +1,1 @@
-"""The built-in strategies: one file each, named as its entry point."""
+"""The built-in strategies: one file each, named after its entry point."""
