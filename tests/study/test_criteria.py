@@ -114,7 +114,10 @@ def test_what_was_not_measured_does_not_pass():
         ({}, "loss: each seed <= 9"),
         ({"over": "interval"}, "loss: the whole interval <= 9"),
         ({"over": "within", "against": {"method": ("weak",)}}, "loss, ratio to weak: an end of the interval <= 9"),
-        ({"over": "mean", "against": {"method": ("weak", "strong")}}, "loss, ratio to the best of weak, strong: the mean <= 9"),
+        (
+            {"over": "mean", "against": {"method": ("weak", "strong")}},
+            "loss, ratio to the best of weak, strong: the mean <= 9",
+        ),
     ],
 )
 def test_the_limit_is_put_in_words(more, text):

@@ -42,7 +42,9 @@ def test_every_variant_is_run_with_every_seed(tmp_path, ran):
     records = run_grid([variant("topk"), variant("sigmoid_topk")], [0, 1], tmp_path / "out")
     expected = [(("topk",), 0), (("sigmoid_topk",), 0), (("topk",), 1), (("sigmoid_topk",), 1)]
     assert expected == ran
-    assert [(plugins[0], seed) for plugins, seed in expected] == [(record["variant"], record["seed"]) for record in records]
+    assert [(plugins[0], seed) for plugins, seed in expected] == [
+        (record["variant"], record["seed"]) for record in records
+    ]
 
 
 def test_a_cell_has_the_numbers_of_the_run_of_its_configuration(tmp_path):

@@ -279,7 +279,12 @@ def test_every_shipped_study_runs_in_its_quick_form(name, tmp_path, capsys):
         ("question", "= question", "invalid-toml", ["mine.toml"]),
         ("[[criterion]]", "[[criteria]]", "invalid-study", ["criteria"]),
         ('columns = ["accuracy", "tail.cv", "flops.active"]', "columns = 3", "invalid-study", ["3", "columns"]),
-        ("[[published]]", '[[part]]\nname = "main"\ntitle = ""\ncolumns = []\ncross = {}\n[[published]]', "duplicate-name", ["'main'"]),
+        (
+            "[[published]]",
+            '[[part]]\nname = "main"\ntitle = ""\ncolumns = []\ncross = {}\n[[published]]',
+            "duplicate-name",
+            ["'main'"],
+        ),
     ],
 )
 def test_a_mistake_in_the_file_is_named(old, new, code, words):
