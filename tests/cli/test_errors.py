@@ -123,7 +123,7 @@ OWN = {  # raised by the command line itself
     "not checked": (
         ["check", "topk", "--set", "z_loss.weight=1"],
         "settings-of-unused-plugin",
-        ["'z_loss'", "'topk'"],
+        ["'z_loss'", "topk"],
     ),
 }
 
