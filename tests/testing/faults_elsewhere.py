@@ -13,7 +13,7 @@ from moe_engine import Growth, NewExpert, Task, Traits, hookimpl, option
 
 @fault("new_expert_is_complete", message="cast drawn numbers with .to(row.dtype)", hook="moe_new_expert")
 def draws_in_fp32(self, fresh, generator):
-    """Random rows of the default precision."""
+    """Random rows in float32 whatever the layer's dtype."""
     return NewExpert({name: torch.randn(row.shape, generator=generator) for name, row in fresh.items()})
 
 
@@ -30,7 +30,7 @@ def writes_into_fresh(self, fresh, roles):
 
 @fault("draws_only_from_its_generator", message="pass generator=generator to every draw", hook="moe_new_expert")
 def draws_from_anywhere(self, fresh):
-    """Whatever torch has."""
+    """Noise from torch's global generator."""
     return NewExpert({name: row + 0.01 * torch.randn_like(row) for name, row in fresh.items()})
 
 
@@ -82,7 +82,7 @@ def moves_the_router_row(self, parent, fresh, roles, generator):
 
 @attrs.define(eq=False)
 class Slow:
-    """Wants one expert more from time to time."""
+    """Asks for one more expert every 60 steps."""
 
     max_experts: int = option(9, help="a layer stops at this many experts", min=1)
 
@@ -104,7 +104,7 @@ class Slow:
 
 
 @fault("requested_growth_is_possible", message="has no expert 99", hook=None)
-class NamesNobody(Slow):
+class NamesAMissingParent(Slow):
     """A parent that does not exist."""
 
     def parents(self, history, layer):
@@ -124,7 +124,7 @@ class CountsForAll(Slow):
 
 @fault("resumed_run_grows_alike", message="keep state in `memory` or in a Part", bugs=(29,))
 class CountsOnItself(Slow):
-    """A count that no checkpoint holds."""
+    """A count on the plugin, which no checkpoint holds."""
 
     asked: int = 0
 
@@ -135,7 +135,7 @@ class CountsOnItself(Slow):
 
 @fault("max_experts_is_respected", message="with max_experts=7 the layer has 8 experts", bugs=(29,))
 class GrowsByTwo(Slow):
-    """A limit that is looked at before, not after."""
+    """A limit that does not count the requested experts."""
 
     def parents(self, history, layer):
         return (0, 1)
@@ -161,7 +161,7 @@ class DeclaresOrphans(Slow):
 
 @fault("handles_every_load", message="it raises ZeroDivisionError", bugs=(24,), hook="moe_metrics")
 def divides_by_the_smallest(self, stats):
-    """Max over min, of Python's numbers."""
+    """Max over min, as Python floats."""
     return {"spread": float(stats.load.max()) / float(stats.load.min())}
 
 
@@ -169,7 +169,7 @@ def divides_by_the_smallest(self, stats):
     "stats_are_not_modified", message="stats['load'] was modified in place; write a / b", bugs=(9,), hook="moe_metrics"
 )
 def normalises_in_place(self, stats):
-    """The load of everybody else is a share from now on."""
+    """Turns the load that all metrics read into shares."""
     share_E = stats.load
     share_E /= share_E.sum()
     return {"share": share_E}
@@ -181,7 +181,7 @@ def normalises_in_place(self, stats):
     bugs=(19, 24),
 )
 class MixesSplits:
-    """The change since it was last asked, whatever about."""
+    """The change since the last call, for whichever layer and split."""
 
     last: object = None
 
@@ -196,7 +196,7 @@ class MixesSplits:
 
 @fault("memory_survives_a_checkpoint", message="keep state in `memory`, which is saved")
 class ForgetsOnResume:
-    """Remembers each split, but on itself."""
+    """Remembers each split, but on the plugin."""
 
     last: dict = attrs.field(factory=dict)
 
@@ -209,7 +209,7 @@ class ForgetsOnResume:
 
 @fault("measuring_draws_no_random_numbers", message="use a separate torch.Generator", hook="moe_metrics")
 def bootstraps(self, stats):
-    """Resampled with the run's own generator."""
+    """Resampled with the run's generator."""
     chosen = torch.randint(len(stats.load), (len(stats.load),))
     return {"resampled": stats.load[chosen].mean()}
 
@@ -227,7 +227,7 @@ def keeps_quiet(self, run):
 
 @fault("written_files_are_listed", message="outside the run's folder", hook="moe_report")
 def strays(self, run):
-    """Writes beside the run."""
+    """Writes next to the run's folder."""
     (run.folder / "a.txt").write_text("text")
     (run.folder.parent / "b.txt").write_text("text")
     return ["a.txt"]
@@ -235,7 +235,7 @@ def strays(self, run):
 
 @fault("report_can_be_rewritten", message="it raises FileExistsError", hook="moe_report")
 def writes_once(self, run):
-    """A folder that must not be there."""
+    """Creates a folder that must not exist."""
     (run.folder / "own").mkdir()
     (run.folder / "own" / "a.txt").write_text("text")
     return ["own/a.txt"]
@@ -243,7 +243,7 @@ def writes_once(self, run):
 
 @fault("missing_metrics_are_tolerated", message="it raises TypeError", bugs=(25,), hook="moe_report")
 def needs_accuracy(self, run):
-    """There is always an accuracy."""
+    """Takes for granted that there is an accuracy."""
     (run.folder / "a.txt").write_text(str(round(run.summary["accuracy"] * 100)))
     return ["a.txt"]
 
@@ -301,7 +301,7 @@ class LosesALabel(Points):
 
 @fault("same_seed_gives_same_data", message="draw from moe_engine.seeds.generator(spec.seed, ...)")
 class DrawsAnew(Points):
-    """Other points each time."""
+    """Different points each time."""
 
     def draw(self, count, seed):
         x = torch.randn(count, 6)
@@ -310,7 +310,7 @@ class DrawsAnew(Points):
 
 @fault("train_and_test_are_disjoint", message="50 of 50 test rows are training rows")
 class TestsWhatItTaught(Points):
-    """Test rows out of the training set."""
+    """Test rows from the training set."""
 
     def data(self):
         (x, y), _ = super().data()
@@ -318,7 +318,7 @@ class TestsWhatItTaught(Points):
 
 
 class Dense(Net):
-    """No expert anywhere."""
+    """No MoE layer."""
 
     def __init__(self, engine):
         nn.Module.__init__(self)
@@ -341,7 +341,7 @@ class SumsLosses(Points):
 
 
 class Forgetful(Net):
-    """Dropout with no look at self.training."""
+    """Dropout whatever self.training is."""
 
     def through(self, x):
         return F.dropout(self.moe(x), 0.5)
@@ -360,7 +360,7 @@ class DropsInEval(Points):
 
 
 class Idle(Net):
-    """A layer whose answer nobody uses."""
+    """A layer whose output is detached."""
 
     def through(self, x):
         return self.moe(x).detach()
@@ -368,13 +368,13 @@ class Idle(Net):
 
 @fault("every_router_learns", "model_learns", message="call it in the model's forward, and detach nothing", bugs=(1,))
 class UsesNoLayer(Points):
-    """Cut off."""
+    """A layer that gets no gradient."""
 
     net = Idle
 
 
 class Reverse(torch.autograd.Function):
-    """A gradient turned round."""
+    """A gradient with its sign flipped."""
 
     @staticmethod
     def forward(ctx, x):

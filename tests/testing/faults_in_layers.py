@@ -17,7 +17,7 @@ def per_token(self, routing):
 
 @fault("inputs_are_not_modified", message="labels was modified in place", bugs=(9,))
 class ClampsLabels:
-    """Labels of -100 are made 0 for everybody."""
+    """Labels of -100 become 0 in the caller's tensor."""
 
     @hookimpl
     def moe_measure(self, routing):
@@ -87,7 +87,7 @@ class Whims(Sign):
     hook="moe_router",
 )
 class RoutesByGradMode(Top):
-    """Noise only where a gradient is wanted: a recomputed forward routes otherwise."""
+    """Noise only under grad mode: a recomputed forward routes differently."""
 
     def probs(self, level):
         noisy = self.training and torch.is_grad_enabled()
@@ -101,7 +101,7 @@ class RoutesByGradMode(Top):
     hook="moe_bias",
 )
 class MovesInForward(Sign):
-    """Moves whenever it is asked what it measures."""
+    """Moves whenever measure() is called."""
 
     def measure(self, level, tokens):
         if tokens.count > 0:
@@ -110,7 +110,7 @@ class MovesInForward(Sign):
         return {}
 
     def after_step(self, step):
-        """Nothing is left to do."""
+        """measure() has done it all."""
 
 
 @fault("eval_changes_no_state", message="changed in evaluation", bugs=(15,), hook="moe_router")
@@ -135,7 +135,7 @@ class LearnsFromValidation(Top):
     hook="moe_router",
 )
 class JittersAlways(Top):
-    """Noise without a look at self.training."""
+    """Noise whatever self.training is."""
 
     def probs(self, level):
         return (level.biased + torch.randn(level.biased.shape[1])).softmax(-1)
@@ -143,7 +143,7 @@ class JittersAlways(Top):
 
 @fault("micro_batches_add_up", message="return sums over tokens, not means", bugs=(20,), hook="moe_bias")
 class MeasuresMeans(Sign):
-    """A mean for each micro-batch, which the core adds up."""
+    """A mean per micro-batch; the core adds them up."""
 
     def measure(self, level, tokens):
         chosen_T = level.select_by(level.biased).argmax(-1)
@@ -158,13 +158,13 @@ class MeasuresMeans(Sign):
     "extreme_values_stay_finite", message="is not finite for inputs of scale 50; compute in logs", hook="moe_aux_loss"
 )
 def exponentiates(self, routing):
-    """The log of a sum of exponentials, without taking the largest out."""
+    """The log of a sum of exponentials that overflow."""
     return routing.mean(routing.levels[0].logits.exp().square()).log1p().sum()
 
 
 @fault("few_tokens_work", message="divide by a count only after clamp(min=1)", hook="moe_aux_loss")
 def divides_by_count(self, routing):
-    """No token, no number."""
+    """Divides by the number of tokens, which may be 0."""
     tokens = routing.tokens
     return (tokens.real(routing.probs).sum(0) / tokens.count).square().sum()
 
@@ -175,7 +175,7 @@ def divides_by_count(self, routing):
     hook="moe_bias",
 )
 class ForgetsWithoutData(Sign):
-    """A step without a token counts as one with no load."""
+    """A step without tokens counts as a step in which all experts were idle."""
 
     def after_step(self, step):
         self.b -= self.rate * (torch.sign(step.relative(step.load) - 1))
@@ -185,13 +185,13 @@ class ForgetsWithoutData(Sign):
     "idle_experts_are_safe", "few_tokens_work", message="an expert may have no tokens", bugs=(30,), hook="moe_aux_loss"
 )
 def divides_by_load(self, routing):
-    """The mean gate of each expert over its own tokens, of which it may have none."""
+    """The mean gate of each expert over its tokens, of which it may have none."""
     return (routing.gates().sum(0) / routing.load).square().mean()
 
 
 @fault("float64_agrees_with_float32", message="the logits tensor of level 'expert' is torch.float32", hook="moe_router")
 class CastsToFloat(Top):
-    """fp32 whatever is given."""
+    """float32 for every input."""
 
     def score(self, tokens):
         return (tokens.x.float() @ self.weight.float().t(),)
@@ -199,7 +199,7 @@ class CastsToFloat(Top):
 
 @fault("bf16_works", message="are torch.bfloat16; score with linear_logits", bugs=(21,), hook="moe_router")
 class ScoresInBf16(Top):
-    """Logits of the inputs' precision, which tie."""
+    """Logits in the inputs' precision, which tie."""
 
     def score(self, tokens):
         return (tokens.x @ self.weight.t(),)
@@ -207,7 +207,7 @@ class ScoresInBf16(Top):
 
 @fault("bf16_works", message="became torch.bfloat16, which loses a step of 1e-3", bugs=(15, 21), hook="moe_bias")
 class LosesSmallSteps(Sign):
-    """A bias that goes along when its layer is cast."""
+    """A bias that is cast with its layer."""
 
     def _apply(self, fn, recurse=True):
         self.b = fn(self.b)
@@ -216,7 +216,7 @@ class LosesSmallSteps(Sign):
 
 @fault("autocast_changes_no_gate", message="it raises RuntimeError", bugs=(21,), hook="moe_experts")
 class MixesPrecisions(Plain):
-    """A buffer of the inputs' precision for outputs that autocast has made bf16."""
+    """A buffer in the inputs' precision for outputs that autocast made bf16."""
 
     def forward(self, x_ND, counts_E):
         out_NO = super().forward(x_ND, counts_E)
@@ -242,7 +242,7 @@ class SavesZeros(Sign):
 
 @fault("copies_are_independent", message="changed when the original was trained", hook="moe_router")
 class ReadsThroughAClosure(Top):
-    """A function that a deep copy shares with the original."""
+    """A closure over the original, which a deep copy keeps."""
 
     def __init__(self, spec):
         super().__init__(spec)
@@ -283,7 +283,7 @@ def branches_on_a_number(self, routing):
     moe_metrics=hookimpl(lambda self: {}),
 )
 def takes_its_time(self, routing):
-    """A loop over tokens, or as good as one."""
+    """As slow as a loop over tokens."""
     end = time.process_time() + (1 if len(routing.tokens.x) > 100 else 0)
     while time.process_time() < end:
         pass

@@ -23,7 +23,7 @@ class NormalisesOne(Top):
 
 @fault("learns_from_the_task", message="no gradient", bugs=(27,), hook="moe_router")
 class GathersDeadGates(Top):
-    """Gates from what is scattered into zeros: values without a graph."""
+    """Gates copied into zeros without their graph."""
 
     def gates(self, probs_TK):
         return torch.zeros_like(probs_TK).copy_(probs_TK.detach())
@@ -60,7 +60,7 @@ class ChoosesTwice(Top):
     hook="moe_router",
 )
 class RoutesPadding(Top):
-    """Padding is routed as tokens are, and counted for capacity."""
+    """Padding is routed like tokens and counts for capacity."""
 
     def select(self, tokens, levels):
         probs_TE, plan = super().select(tokens, levels)
@@ -70,7 +70,7 @@ class RoutesPadding(Top):
 
 @fault("top_k_is_kept", message="declare what it provides", hook="moe_router")
 class PicksAnyNumber(Top):
-    """All experts above the mean, and never a word of it."""
+    """All experts above the mean, with the default traits."""
 
     def select(self, tokens, levels):
         probs_TE = self.probs(levels[0])
@@ -81,7 +81,7 @@ class PicksAnyNumber(Top):
 
 @fault("probabilities_are_a_distribution", message="sum to 1 only within", bugs=(18, 22), hook="moe_router")
 class SigmoidsForProbabilities(Top):
-    """Scores that are no distribution."""
+    """Sigmoids, which do not sum to 1."""
 
     def probs(self, level):
         return level.biased.sigmoid()
@@ -89,7 +89,7 @@ class SigmoidsForProbabilities(Top):
 
 @fault("probabilities_are_a_distribution", message="for logits of -50", bugs=(18,), hook="moe_router")
 class AddsAnEpsilon(Top):
-    """Sigmoids over their sum, which an epsilon outgrows where all are small."""
+    """Sigmoids over their sum plus an epsilon, which dominates if all are small."""
 
     def probs(self, level):
         a_TE = level.biased.sigmoid()
@@ -112,7 +112,7 @@ class SeedsItself(Top):
 
 @fault("causal_layer_sees_no_future", message="a later token changes an output", bugs=(2,), hook="moe_router")
 class NormalisesOverTokens(Top):
-    """The largest gate of the batch, for want of keepdim, in the place of each token's own."""
+    """Divides by the largest gate of the batch instead of each token's: keepdim is missing."""
 
     def gates(self, probs_TK):
         return probs_TK / probs_TK.max() if len(probs_TK) else probs_TK
@@ -135,7 +135,7 @@ class LeavesChoicesUnsorted(Top):
 
 @fault("logits_are_raw", message="are normalised; normalise in select()", bugs=(22,), hook="moe_router")
 class ScoresProbabilities(Top):
-    """Probabilities where logits are meant."""
+    """Probabilities instead of logits."""
 
     def score(self, tokens):
         return (super().score(tokens)[0].softmax(-1),)
@@ -176,7 +176,7 @@ class MixesAndDeclaresChoices(Soft):
     traits=Traits(provides=(*USUAL, "smooth_load")),
 )
 class MixesScales(Top):
-    """Raw logits held against thresholds of probabilities."""
+    """Raw logits compared with thresholds on probabilities."""
 
     def select(self, tokens, levels):
         (level,) = levels
@@ -193,7 +193,7 @@ class MixesScales(Top):
 
 @fault("ties_are_spread", message="equal logits give the load", bugs=(28,), hook="moe_router")
 class TakesTheFirst(Top):
-    """Every token of a zero router goes to the first experts."""
+    """Ties go to the first experts."""
 
     def ranked(self, level, probs_TE):
         scores_TE = level.biased if level.bias is None else level.biased + level.bias
@@ -229,7 +229,7 @@ class IgnoresTheBias(Top):
 
 @fault("causal_layer_sees_no_future", message="a later token changes an output", bugs=(26,), hook="moe_router")
 class ComparesTokens(Top):
-    """Scores relative to the batch's mean: who comes later decides."""
+    """Scores relative to the batch's mean, which depends on later tokens."""
 
     def select(self, tokens, levels):
         mean_E = tokens.mean(levels[0].biased)
@@ -242,7 +242,7 @@ class ComparesTokens(Top):
 
 @fault("equal_load_leaves_the_bias_alone", message="equal loads move biases apart", bugs=(15,), hook="moe_bias")
 class RanksLoads(Sign):
-    """By rank, which equal loads have too."""
+    """By rank, which differs between equal loads too."""
 
     def excess(self, step):
         return step.load.argsort(stable=True).argsort() / len(step.load)
@@ -265,7 +265,7 @@ class NeverMoves(Sign):
 
 @fault("bias_has_no_gradient", message="b is a parameter; make it a buffer", hook="moe_bias")
 class LearnsItsBias(Sign):
-    """A parameter, which an optimizer moves too."""
+    """A parameter, which the optimizer updates too."""
 
     def __init__(self, size):
         super().__init__(size)
@@ -297,7 +297,7 @@ def sums_tokens(self, routing):
 
 @fault("loss_is_unweighted", message="return it unweighted", bugs=(20,))
 class WeightsItself:
-    """Multiplied here, and once more by the core."""
+    """Multiplied here, and again by the core."""
 
     weight: float = option(0.5, help="coefficient", min=0)
 
@@ -322,8 +322,8 @@ def half_detached(self, routing):
 
 
 @fault("forward_agrees_with_outputs", message="rows past the last are not 0", hook="moe_experts")
-class AnswersForNobody(Plain):
-    """Something for the rows that no expert has."""
+class FillsUnusedRows(Plain):
+    """Ones for the rows that no expert owns."""
 
     def forward(self, x_ND, counts_E):
         out_NO = super().forward(x_ND, counts_E)
@@ -331,8 +331,8 @@ class AnswersForNobody(Plain):
 
 
 @fault("forward_agrees_with_outputs", message="forward and outputs differ by", hook="moe_experts")
-class TellsOthersOutputs(Plain):
-    """Outputs in another order than the experts'."""
+class ShufflesOutputs(Plain):
+    """Outputs in a different order from the experts."""
 
     def outputs(self, x_SD):
         return super().outputs(x_SD).roll(1, 0)
@@ -345,7 +345,7 @@ class TellsOthersOutputs(Plain):
     hook="moe_experts",
 )
 class NormalisesRows(Plain):
-    """The mean over all rows is taken off."""
+    """Subtracts the mean over all rows."""
 
     def forward(self, x_ND, counts_E):
         used = (torch.arange(len(x_ND)) < counts_E.sum())[:, None]
@@ -355,7 +355,7 @@ class NormalisesRows(Plain):
 
 @fault("expert_grad_is_per_expert", message="it is not 0 for an expert without tokens", hook="moe_experts")
 class SpreadsGradients(Plain):
-    """One mean for all."""
+    """One mean for all experts."""
 
     def expert_grad(self):
         own_E = super().expert_grad()
