@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -133,6 +134,23 @@ def study(*words, code=0, name="mine.toml"):
     return json.loads(Path("out/study.json").read_text())
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of the study, run once for all tests that need nothing but its results."""
+    home = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        Path("mine.toml").write_text(MINE)
+        study()
+    return home / "out"
+
+
+@pytest.fixture
+def out(finished, tmp_path):
+    """A copy of it, where `study` writes."""
+    return shutil.copytree(finished, tmp_path / "out")
+
+
 def test_variants_times_seeds_are_run_written_and_drawn(ran, capsys):
     results = study()
     expected = [(size, plugins, seed) for seed in (0, 1) for plugins in ((), ("switch_aux",)) for size in (2, 4)]
@@ -156,9 +174,8 @@ def test_variants_times_seeds_are_run_written_and_drawn(ran, capsys):
         assert Path("out", name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_finished_runs_are_not_run_again(ran):
-    first = study()
-    ran.clear()
+def test_finished_runs_are_not_run_again(out, ran):
+    first = json.loads((out / "study.json").read_text())
     assert first == study()
     assert ran == []
     more = study("--seeds", "3")
@@ -166,7 +183,7 @@ def test_finished_runs_are_not_run_again(ran):
     assert more["rows"][0]["seeds"] == [0, 1, 2]
 
 
-def test_a_killed_study_continues_to_the_same_numbers(tmp_path):
+def test_a_killed_study_continues_to_the_same_numbers(finished, tmp_path):
     words = [*COMMAND, "study", "mine.toml", "--jobs", "2", "--out", "killed"]
     killed = subprocess.Popen(words, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + 120
@@ -176,13 +193,11 @@ def test_a_killed_study_continues_to_the_same_numbers(tmp_path):
     killed.wait()
     assert not Path("killed/study.json").exists()
     assert main(["study", "mine.toml", "--jobs", "1", "--quiet", "--out", "killed"]) == 0
-    straight = study()
+    straight = json.loads((finished / "study.json").read_text())
     assert straight == json.loads(Path("killed/study.json").read_text())
 
 
-def test_results_are_judged_again_without_a_run(ran, capsys):
-    study()
-    ran.clear()
+def test_results_are_judged_again_without_a_run(out, ran, capsys):
     study("--check")
     Path("mine.toml").write_text(MINE.replace("at_least = 0.11", "at_least = 1.01"))
     capsys.readouterr()
@@ -193,7 +208,8 @@ def test_results_are_judged_again_without_a_run(ran, capsys):
     assert stored == Path("out/study.json").read_bytes()
 
 
-def test_a_failed_criterion_is_shown_and_does_not_fail_the_run(capsys):
+@pytest.mark.usefixtures("out")
+def test_a_failed_criterion_is_shown_and_does_not_fail_the_run():
     Path("mine.toml").write_text(MINE.replace("at_least = 0.11", "at_least = 1.01"))
     assert [criterion["verdict"] for criterion in study()["criteria"]] == ["failed"]
 
@@ -241,11 +257,12 @@ def test_two_seeds_never_share_a_random_stream():
 
 @pytest.mark.skipif(not importlib.util.find_spec("distributed"), reason="needs dask and distributed")
 @pytest.mark.filterwarnings("ignore")
-def test_dask_gives_the_same_numbers():
+def test_dask_gives_the_same_numbers(finished):
     """On a real cluster: two workers on this machine."""
     command = [*COMMAND, "study", "mine.toml", "--quiet", "--jobs", "2"]
     subprocess.run([*command, "--backend", "dask", "--out", "dask"], check=True, capture_output=True)
-    assert study() == json.loads(Path("dask/study.json").read_text())
+    expected = json.loads((finished / "study.json").read_text())
+    assert expected == json.loads(Path("dask/study.json").read_text())
 
 
 @pytest.mark.parametrize("name", shipped())

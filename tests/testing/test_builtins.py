@@ -14,9 +14,14 @@ from moe_engine.testing import CLAIMS, NotApplicable, checks, results
 
 BUILTIN = {name: found.kind for name, (found, *_) in discovery.find().items() if found.distribution == "moe-engine"}
 SLOW = {  # claims that take more than half a second of most plugins: they compile, train, grow or draw
-    *("compiles", "experts_come_and_go", "equal_loads_leave_it"),
-    *("wishes_can_be_granted", "same_history_same_wishes", "resumed_run_decides_alike", "limit_is_kept"),
-    *("files_are_what_it_says", "it_can_be_written_again", "its_model_learns"),
+    *("compiles", "experts_can_be_added_and_removed", "equal_load_leaves_the_bias_alone"),
+    *(
+        "requested_growth_is_possible",
+        "same_history_gives_same_growth",
+        "resumed_run_grows_alike",
+        "max_experts_is_respected",
+    ),
+    *("written_files_are_listed", "report_can_be_rewritten", "model_learns"),
 }
 
 
