@@ -14,7 +14,8 @@ from ..errors import UsageError, listed, nearest
 from ..registry import discovery
 from ..registry.discovery import KINDS, WATCHING
 from ..run.folder import number_of
-from ..run.training import Training, versions
+from ..run.records import versions
+from ..run.training import Training
 from .grid import FINISHED, Record, Show, Variant, run_grid
 from .statistics import interval
 from .tables import markdown, remarks, spread, verdicts
