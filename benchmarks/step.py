@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from moe_engine import Engine, adam
 from moe_engine.run.config import RunConfig
+from moe_engine.run.records import RecordFile
 from moe_engine.run.training import Training
 from moe_engine.seeds import generator
 from paired import Call, Criterion, arguments, ratio, report, steady, timed
@@ -125,7 +126,8 @@ def main() -> int:
         measured = ratio(times, "engine", "loop")
         criteria.append(Criterion(f"K {top_k}: step over a loop over modules", measured, at_most))
     by_run, by_hand = training(), training()
-    with tempfile.TemporaryDirectory() as folder, open(Path(folder, "metrics.jsonl"), "wb") as by_run._log:
+    with tempfile.TemporaryDirectory() as folder, open(Path(folder, "metrics.jsonl"), "wb") as file:
+        by_run._records = RecordFile(file, by_run.listener)
         calls = {"run": run_loop(by_run), "hand": hand_loop(by_hand)}
         times = timed(calls, options.repetitions, rounds, STEPS)
     check_equal(by_run, by_hand)

@@ -168,7 +168,7 @@ def read_trace(path: Path) -> Trace:
     try:
         layers = [
             LayerTrace(
-                **{**layer, "spec": Spec(**layer["spec"]), "forwards": [Forward(**one) for one in layer["forwards"]]}
+                **{**layer, "spec": Spec(**layer["spec"]), "forwards": [Forward(**item) for item in layer["forwards"]]}
             )
             for layer in tree["layers"]
         ]

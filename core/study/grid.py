@@ -25,7 +25,8 @@ from ..processes import one_thread
 from ..registry import discovery
 from ..registry.discovery import defaults
 from ..run.config import RunConfig, merge_options
-from ..run.training import Training, versions
+from ..run.records import versions
+from ..run.training import Training
 
 Record = dict[str, Any]
 Show = Callable[[int, int, Record | None], None]

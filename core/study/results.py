@@ -8,7 +8,8 @@ from typing import Any
 import attrs
 import joblib
 
-from ..run.training import Training, versions
+from ..run.records import versions
+from ..run.training import Training
 from .criteria import judge
 from .grid import FINISHED, Record, Show, StudyVariant, run_grid
 from .latency import time_inference
