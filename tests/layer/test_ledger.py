@@ -229,7 +229,7 @@ def test_two_engines_are_independent():
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_compiled_layer_counts_in_evaluation(backend):
     torch._dynamo.reset()
-    engine, model = build(plain)
+    _, model = build(plain)
     model.eval()
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     with torch.no_grad():
