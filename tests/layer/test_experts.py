@@ -24,8 +24,8 @@ def test_experts_without_tokens_get_zero_gradients():
     assert torch.isfinite(layer.experts.w_in.grad).all()
 
 
-def test_modules_of_any_kind_are_experts():
-    """Convolutional experts on flattened pictures agree with calling them one by one."""
+def test_modules_of_any_kind_can_be_experts():
+    """Convolutional experts on flattened images agree with calling them one by one."""
 
     class Conv(nn.Module):
         def __init__(self):
@@ -42,8 +42,8 @@ def test_modules_of_any_kind_are_experts():
     torch.testing.assert_close(layer(x), reference(layer, x))
 
 
-def test_modules_keep_their_own_precision_rules():
-    """A bank's BatchNorm follows `.to(bf16)`; only what a part declares is held at fp32."""
+def test_only_declared_tensors_are_held_at_fp32():
+    """A bank's BatchNorm follows `.to(bf16)`; a bias's state, which its part declares, stays in fp32."""
     engine = Engine("topk,saturation", ["saturation.signal=weights"], top_k=1)
     modules = [nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), nn.Identity(), nn.Linear(4, 4)]
     layer = engine.moe(4, modules=modules).to(torch.bfloat16)

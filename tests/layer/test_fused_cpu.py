@@ -1,4 +1,4 @@
-"""The path in blocks against float64 and against the readable one."""
+"""The fused kernel against float64 and against the reference path."""
 
 from itertools import product
 
@@ -28,42 +28,43 @@ def rig(activation="relu", bias=False, dtype=torch.float32, seed=0):
         parameter.data = torch.randn(parameter.shape).to(dtype)
     x = torch.randn(TOKENS, DIM).to(dtype).requires_grad_()
     expert = torch.tensor([0, 1, 3, 4])[torch.rand(TOKENS, 4).argsort(-1)[:, :2]].flatten()
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    gate = (torch.rand(2 * TOKENS) + 0.1).to(wide)
+    gate = (torch.rand(2 * TOKENS) + 0.1).to(torch.promote_types(dtype, torch.float32))
     gate[5] = 0
     selected = torch.ones(2 * TOKENS, dtype=torch.bool)
     kept = selected.clone()
     kept[7] = False
-    place = torch.arange(2 * TOKENS)
+    index = torch.arange(2 * TOKENS)
 
     def forward(x, gate):
-        plan = Assignments(place // 2, expert, gate, place % 2, selected, kept)
+        plan = Assignments(index // 2, expert, gate, index % 2, selected, kept)
         tokens = Tokens(x, (TOKENS,))
         return dispatch(bank, Routing(tokens, (), None, plan, EXPERTS, 2), OUT)
 
     return bank, x, gate.requires_grad_(), forward
 
 
-def answers(bank, x, gate, forward):
-    """The output and every gradient of it."""
+def output_and_gradients(bank, x, gate, forward):
+    """The output and all of its gradients, by name."""
     y = forward(x, gate)
     weight = torch.linspace(-1, 1, y.numel()).view_as(y).to(y)
-    learnt = {"x": x, "gate": gate, **dict(bank.named_parameters())}
-    grads = torch.autograd.grad(y, list(learnt.values()), weight)
-    return {"y": y.detach(), **dict(zip(learnt, grads, strict=True))}
+    inputs = {"x": x, "gate": gate, **dict(bank.named_parameters())}
+    grads = torch.autograd.grad(y, list(inputs.values()), weight)
+    return {"y": y.detach(), **dict(zip(inputs, grads, strict=True))}
 
 
 def exact(activation, bias, dtype):
-    """What the readable path answers in float64 on the same numbers."""
+    """The same from the reference path, in float64 on the same values."""
     bank, x, gate, _ = rig(activation, bias, dtype)
     wide, _, _, forward = rig(activation, bias, torch.float64)
     wide.load_state_dict(bank.state_dict())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(StackedMLP, "combined", Experts.combined)
-        return answers(wide, x.detach().double().requires_grad_(), gate.detach().double().requires_grad_(), forward)
+        x, gate = (values.detach().double().requires_grad_() for values in (x, gate))
+        return output_and_gradients(wide, x, gate, forward)
 
 
 def error(found, wanted):
+    """The norm of the difference, relative to the wanted one."""
     return float((found.double() - wanted).norm() / wanted.norm())
 
 
@@ -72,32 +73,32 @@ def error(found, wanted):
 @pytest.mark.parametrize("activation", ["relu", "gelu", "swiglu"])
 @pytest.mark.parametrize("dtype", LIMITS)
 def test_agrees_with_float64(activation, bias, dtype):
-    found = answers(*rig(activation, bias, dtype))
+    found = output_and_gradients(*rig(activation, bias, dtype))
     wanted = exact(activation, bias, dtype)
     for name, value in found.items():
-        limit = LIMITS[dtype] * (2 if dtype == torch.bfloat16 else 1)  # so few numbers do not average out
+        limit = LIMITS[dtype] * (2 if dtype == torch.bfloat16 else 1)  # rounding does not average out
         assert error(value, wanted[name]) < limit, name
     assert not found["w_in"][2].any()
 
 
 @pytest.mark.usefixtures("rows")
-@pytest.mark.parametrize("work", [torch.float32, torch.bfloat16])
-def test_halves_multiplied_either_way(work, monkeypatch):
-    monkeypatch.setitem(fused_cpu.MATMUL_DTYPES, torch.bfloat16, work)
-    found, wanted = answers(*rig("gelu", True, torch.bfloat16)), exact("gelu", True, torch.bfloat16)
+@pytest.mark.parametrize("multiplied_in", [torch.float32, torch.bfloat16])
+def test_bf16_multiplied_in_either_dtype(multiplied_in, monkeypatch):
+    monkeypatch.setitem(fused_cpu.MATMUL_DTYPES, torch.bfloat16, multiplied_in)
+    found, wanted = output_and_gradients(*rig("gelu", True, torch.bfloat16)), exact("gelu", True, torch.bfloat16)
     assert max(error(value, wanted[name]) for name, value in found.items()) < 8e-3
     assert found["w_in"].dtype == torch.bfloat16 and found["y"].dtype == torch.float32
 
 
-@pytest.mark.parametrize("work", [torch.float32, torch.bfloat16])
-def test_autocast(work, monkeypatch):
-    monkeypatch.setitem(fused_cpu.MATMUL_DTYPES, torch.bfloat16, work)
+@pytest.mark.parametrize("multiplied_in", [torch.float32, torch.bfloat16])
+def test_autocast(multiplied_in, monkeypatch):
+    monkeypatch.setitem(fused_cpu.MATMUL_DTYPES, torch.bfloat16, multiplied_in)
     bank, x, gate, forward = rig("gelu", True)
     with torch.autocast("cpu", torch.bfloat16):
-        found = answers(bank, x, gate, forward)
+        found = output_and_gradients(bank, x, gate, forward)
     wanted = exact("gelu", True, torch.float32)
     worst = max(error(value, wanted[name]) for name, value in found.items())
-    assert 1e-4 < worst < 1e-2  # what is kept is in bf16
+    assert 1e-4 < worst < 1e-2  # the hidden rows are saved in bf16
     assert found["w_in"].dtype == torch.float32
 
 
@@ -106,19 +107,19 @@ def test_autocast(work, monkeypatch):
 def test_gradcheck(activation, bias):
     bank, x, gate, forward = rig(activation, bias, torch.float64)
 
-    def of(x, gate, *weights):
+    def forward_with(x, gate, *weights):
         for name, weight in zip(dict(bank.named_parameters()), weights, strict=True):
             bank._parameters[name] = weight
         return forward(x, gate)
 
     inputs = (x[:].detach().requires_grad_(), gate, *bank.parameters())
-    assert gradcheck(of, inputs, fast_mode=True)
-    assert gradgradcheck(of, inputs, fast_mode=True)
+    assert gradcheck(forward_with, inputs, fast_mode=True)
+    assert gradgradcheck(forward_with, inputs, fast_mode=True)
 
 
-def test_what_needs_no_gradient_gets_none():
+def test_an_input_that_needs_no_gradient_gets_none():
     bank, x, gate, forward = rig(bias=True)
-    wanted = answers(bank, x, gate, forward)
+    wanted = output_and_gradients(bank, x, gate, forward)
     bank.w_in.requires_grad_(False)
     forward(x.detach(), gate).sum().backward()
     assert bank.w_in.grad is None and bank.w_out.grad is not None and bank.b_in.grad is not None
@@ -132,9 +133,9 @@ def test_blocks_hold_every_row_once(monkeypatch):
         found = fused_cpu.blocks(counts)
         assert all(block.rows.stop - block.rows.start == sum(block.sizes) <= 4 for block in found)
         assert [row for block in found for row in range(block.rows.start, block.rows.stop)] == list(range(sum(counts)))
-        each = [(e, size, first) for block in found for e, size, first in zip(*block[1:], strict=True)]
-        assert [sum(size for e, size, _ in each if e == expert) for expert in range(3)] == list(counts)
-        assert sum(first for *_, first in each) == sum(count > 0 for count in counts)
+        pieces = [(e, size, first) for block in found for e, size, first in zip(*block[1:], strict=True)]
+        assert [sum(size for e, size, _ in pieces if e == expert) for expert in range(3)] == list(counts)
+        assert sum(first for *_, first in pieces) == sum(count > 0 for count in counts)
 
 
 def test_fp16_is_multiplied_in_fp32():
@@ -144,32 +145,33 @@ def test_fp16_is_multiplied_in_fp32():
 
 
 @pytest.mark.parametrize("combined", [StackedMLP.combined, Experts.combined])
-def test_a_dropped_choice_does_not_enter_whatever_its_gate(combined, monkeypatch):
+def test_a_dropped_choice_adds_nothing_whatever_its_gate(combined, monkeypatch):
     monkeypatch.setattr(StackedMLP, "combined", combined)
     bank, x, gate, forward = rig()
-    wanted = answers(bank, x, gate, forward)
+    wanted = output_and_gradients(bank, x, gate, forward)
     broken = gate.detach().clone()
     broken[7] = torch.nan
-    found = answers(bank, x, broken.requires_grad_(), forward)
+    found = output_and_gradients(bank, x, broken.requires_grad_(), forward)
     assert all(torch.equal(found[name], value) for name, value in wanted.items())
 
 
-@pytest.mark.parametrize("work", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("taken", [[], [2], [0, 2, 2, 3]])
-def test_a_token_without_a_choice_gets_nothing(taken, work, monkeypatch):
-    """Whose choices were all dropped, and where all were; one that chose twice gets the sum."""
-    monkeypatch.setitem(fused_cpu.MATMUL_DTYPES, torch.bfloat16, work)
+@pytest.mark.parametrize("multiplied_in", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chosen_by", [[], [2], [0, 2, 2, 3]])
+def test_a_token_without_a_choice_gets_nothing(chosen_by, multiplied_in, monkeypatch):
+    """All choices of some tokens were dropped, or of all tokens; one that chose twice gets the sum."""
+    monkeypatch.setitem(fused_cpu.MATMUL_DTYPES, torch.bfloat16, multiplied_in)
     bank = StackedMLP(Spec(DIM, HIDDEN, OUT, 2, 1)).to(torch.bfloat16)
     x = torch.randn(4, DIM).to(torch.bfloat16).requires_grad_()
-    y = bank.combined(x, torch.tensor(taken, dtype=torch.long), torch.ones(len(taken)), torch.tensor([len(taken), 0]))
+    token_N, counts_E = torch.tensor(chosen_by, dtype=torch.long), torch.tensor([len(chosen_by), 0])
+    y = bank.combined(x, token_N, torch.ones(len(chosen_by)), counts_E)
     y.sum().backward()
     for token in range(4):
-        alone = bank.outputs(x[token : token + 1])[0, 0].detach().float() * taken.count(token)
-        assert error(y.detach()[token], alone) < 2e-2 if token in taken else not y[token].any()
-        assert bool(x.grad[token].any()) == (token in taken)
+        alone = bank.outputs(x[token : token + 1])[0, 0].detach().float() * chosen_by.count(token)
+        assert error(y.detach()[token], alone) < 2e-2 if token in chosen_by else not y[token].any()
+        assert bool(x.grad[token].any()) == (token in chosen_by)
 
 
-def test_a_forward_of_ones_own_is_called():
+def test_an_overridden_forward_is_called():
     class Doubled(StackedMLP):
         def forward(self, x_ND, counts_E):
             return 2 * super().forward(x_ND, counts_E)
@@ -182,35 +184,35 @@ def test_a_forward_of_ones_own_is_called():
 
 def test_hooks_on_the_bank_are_called():
     bank, x, gate, forward = rig()
-    seen = []
-    with bank.register_forward_hook(lambda *_: seen.append(1)):
+    calls = []
+    with bank.register_forward_hook(lambda *_: calls.append("hook")):
         forward(x, gate)
     forward(x, gate)
-    assert seen == [1]
+    assert calls == ["hook"]
 
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("create_graph", [False, True])
 def test_a_gate_that_depends_on_x_counts_once(create_graph, autocast, monkeypatch):
-    """Also where the gradient has a graph: the router's way to x is not the experts'."""
+    """Also if the gradient has a graph: the path from x through the router is not the experts'."""
 
-    def gradients(path):
-        monkeypatch.setattr(StackedMLP, "combined", path)
+    def gradients(combined):
+        monkeypatch.setattr(StackedMLP, "combined", combined)
         torch.manual_seed(0)
         layer = Engine("topk", experts=4, top_k=2).moe(6, 8).eval()
         x = torch.randn(10, 6, requires_grad=True)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             y = layer(x.bfloat16() if autocast else x).float().square().sum()
         first = torch.autograd.grad(y, (x, *layer.parameters()), create_graph=create_graph)
-        penalty = sum(one.square().sum() for one in first)
+        penalty = sum(grad.square().sum() for grad in first)
         return [*first, *(torch.autograd.grad(penalty, (x, *layer.parameters())) if create_graph else ())]
 
-    fast, readable = gradients(StackedMLP.combined), gradients(Experts.combined)
-    for one, other in zip(fast, readable, strict=True):
-        assert (one - other).norm() <= (2e-2 if autocast else 1e-5) * other.norm()
+    fused, reference = gradients(StackedMLP.combined), gradients(Experts.combined)
+    for found, wanted in zip(fused, reference, strict=True):
+        assert (found - wanted).norm() <= (2e-2 if autocast else 1e-5) * wanted.norm()
 
 
-def test_growth_before_the_way_back_leaves_the_old_weights_gradient():
+def test_growth_before_backward_leaves_the_gradient_of_the_old_weights():
     def gradient(replace):
         torch.manual_seed(0)
         engine = Engine("topk,random", experts=4, top_k=2)
@@ -224,27 +226,27 @@ def test_growth_before_the_way_back_leaves_the_old_weights_gradient():
     assert torch.equal(gradient(replace=False), gradient(replace=True))
 
 
-def test_what_halves_are_multiplied_in_is_measured_outside_of_autocast(monkeypatch):
-    seen = []
-    monkeypatch.setattr(torch, "mm", lambda a, b: seen.append(torch.is_autocast_enabled("cpu")))
+def test_matmuls_are_timed_without_autocast(monkeypatch):
+    autocast_on = []
+    monkeypatch.setattr(torch, "mm", lambda a, b: autocast_on.append(torch.is_autocast_enabled("cpu")))
     with torch.autocast("cpu", torch.bfloat16):
         fused_cpu._matmul_seconds(torch.float32)
-    assert seen == [False] * 5
+    assert autocast_on == [False] * 5
 
 
-def test_halves_are_multiplied_as_told_inside_alone():
+def test_matmul_in_sets_the_dtype_of_bf16_only_inside():
     before = fused_cpu.matmul_dtype(torch.bfloat16)
-    for told in (torch.float32, torch.bfloat16):
-        with fused_cpu.matmul_in(told):
-            assert fused_cpu.matmul_dtype(torch.bfloat16) == told
+    for dtype in (torch.float32, torch.bfloat16):
+        with fused_cpu.matmul_in(dtype):
+            assert fused_cpu.matmul_dtype(torch.bfloat16) == dtype
     assert fused_cpu.matmul_dtype(torch.bfloat16) == before
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_gates_of_next_to_nothing_have_a_gradient(dtype):
+def test_gates_near_zero_have_a_gradient(dtype):
     bank, x, gate, forward = rig()
     small = gate.detach().clone()
     small[:4] = torch.tensor([0.0, 1e-30, -1e-30, 1e-40])
-    found = answers(bank, x, small.to(dtype).requires_grad_(), forward)["gate"]
-    one = answers(bank, x, gate, forward)["gate"]  # linear in the gates, so that they do not matter
-    torch.testing.assert_close(found.float(), one, rtol=1e-2 if dtype == torch.float16 else 1e-4, atol=1e-3)
+    found = output_and_gradients(bank, x, small.to(dtype).requires_grad_(), forward)["gate"]
+    wanted = output_and_gradients(bank, x, gate, forward)["gate"]  # y is linear in the gates
+    torch.testing.assert_close(found.float(), wanted, rtol=1e-2 if dtype == torch.float16 else 1e-4, atol=1e-3)

@@ -1,4 +1,4 @@
-"""Counts, signals and auxiliary gradients pass exactly once, whatever runs a forward twice."""
+"""Sums, signals and auxiliary gradients arrive exactly once, even if a forward runs twice."""
 
 import copy
 
@@ -12,8 +12,8 @@ from moe_engine import Engine
 PLUGINS = ["topk", "saturation", "loss_free", "switch_aux", "z_loss"]
 
 
-class Two(nn.Module):
-    """Two layers, each perhaps under activation checkpointing."""
+class TwoLayers(nn.Module):
+    """Two MoE layers, each called through `wrap`: directly, or under activation checkpointing."""
 
     def __init__(self, engine, wrap):
         super().__init__()
@@ -38,7 +38,7 @@ def non_reentrant(layer, x):
 def build(wrap, router="topk"):
     torch.manual_seed(0)
     engine = Engine([router, *PLUGINS[1:]], experts=4, top_k=2)
-    return engine, Two(engine, wrap)
+    return engine, TwoLayers(engine, wrap)
 
 
 def batches():
@@ -47,7 +47,7 @@ def batches():
 
 
 def one_step(engine, model, micro_batches, scale=1.0):
-    """Everything a step leaves behind: gradients, the step's sums, and the controllers' states after it."""
+    """(gradients, the step's sums, the biases' states after it) of one optimizer step."""
     model.zero_grad()
     for x in micro_batches:
         loss = (model(x).square().mean() + engine.aux_loss()) / len(micro_batches)
@@ -69,9 +69,9 @@ def test_checkpointing_counts_once(wrap, router):
 
 @pytest.fixture
 def autocast_left():
-    """Dynamo's eager backend enters and leaves autocast by plain calls, and checkpointing's early stop comes between.
+    """Leave autocast afterwards: checkpointing's early stop skips the plain call by which Dynamo's eager backend does.
 
-    Autocast would go on with its casts of weights of then in all that follows.
+    Otherwise later tests would use the weights that autocast has cast and cached.
     """
     yield
     depth = torch.autocast_increment_nesting()
@@ -120,18 +120,18 @@ def test_checkpointing_inside_a_compiled_model_counts_once():
     torch.testing.assert_close(one_step(engine, torch.compile(model, backend="aot_eager"), batches()), expected)
 
 
-def test_accumulation_needs_no_help_from_the_core():
+def test_accumulated_micro_batches_are_one_step():
     """Three micro-batches with loss / 3 give the gradients of the mean, and one controller step on all counts."""
     engine, model = build(plain)
     grads, sums, _ = one_step(engine, model, batches())
     alone = [one_step(*build(plain), [x]) for x in batches()]
-    torch.testing.assert_close(grads, [sum(parts) / 3 for parts in zip(*(one[0] for one in alone), strict=True)])
-    assert sums[0][:5].tolist() == sum(one[1][0][:5] for one in alone).tolist()
+    torch.testing.assert_close(grads, [sum(parts) / 3 for parts in zip(*(step[0] for step in alone), strict=True)])
+    assert sums[0][:5].tolist() == sum(step[1][0][:5] for step in alone).tolist()
     rate = engine.plugins.active["loss_free"].rate
     assert (model.first.biases[0]["loss_free"].b.abs() <= 2 * rate).all()
 
 
-def test_the_losss_scale_reaches_the_auxiliary_gradient():
+def test_the_scale_of_the_loss_reaches_the_auxiliary_gradient():
     expected = one_step(*build(plain), batches())[0]
     torch.testing.assert_close(one_step(*build(plain), batches(), scale=1024.0)[0], expected)
 
@@ -141,22 +141,22 @@ def test_aux_gradient_is_the_weighted_mean_over_layers():
     x = torch.randn(9, 6)
     (0 * model(x).sum() + engine.aux_loss()).backward()
     engine.after_backward()
-    got = [p.grad.clone() for p in model.first.router.parameters()]
+    found = [p.grad.clone() for p in model.first.router.parameters()]
     model.zero_grad()
     routing = model.first.route(model.first.tokens(x))
     terms = model.first.aux_terms(routing)
-    # the first layer's own terms; what reaches it through the second layer's input is added by hand
+    # the first layer's terms, and the second layer's, whose gradient reaches the first through its output
     hidden = model.first(x)
     second = model.second.aux_terms(model.second.route(model.second.tokens(hidden)))
     total = sum(model.first.weight_of(n) * v for n, v in terms.items()) + sum(
         model.second.weight_of(n) * v for n, v in second.items()
     )
     (total / 2).backward()
-    torch.testing.assert_close(got, [p.grad for p in model.first.router.parameters()])
+    torch.testing.assert_close(found, [p.grad for p in model.first.router.parameters()])
 
 
 def test_grad_scaler_and_clipping():
-    """Scaled, unscaled, clipped: the step is that of plain training; a skipped step moves no state."""
+    """Scaling, unscaling and clipping give the step of plain training."""
 
     def trial(scaled):
         engine, model = build(plain)
@@ -176,12 +176,12 @@ def test_grad_scaler_and_clipping():
     plain_weights, plain_states = trial(False)
     weights, states = trial(True)
     torch.testing.assert_close(weights, plain_weights)
-    ratio = states[0] / plain_states[0]  # the signal's scale, which the law does not see
+    ratio = states[0] / plain_states[0]  # the signal's scale, to which saturation is invariant
     torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio))
     torch.testing.assert_close(states[1], plain_states[1])
 
 
-def test_a_skipped_step_moves_nothing_and_leaves_nothing():
+def test_a_skipped_step_moves_no_state_and_counts_nothing():
     engine, model = build(plain)
     before = [b.clone() for layer in engine.layers for b in layer.biases.buffers()]
     (model(batches()[0]).sum() + engine.aux_loss()).backward()
@@ -192,7 +192,7 @@ def test_a_skipped_step_moves_nothing_and_leaves_nothing():
     assert engine.metrics() == {}
 
 
-def test_what_is_not_finite_reaches_no_state():
+def test_an_infinite_loss_reaches_no_state():
     engine, model = build(plain)
     (model(batches()[0]).sum() * torch.inf + engine.aux_loss()).backward()
     engine.after_backward()
@@ -215,33 +215,33 @@ def test_a_forgotten_after_backward_is_an_error():
         engine.after_step()
 
 
-def test_two_engines_do_not_meet():
-    (one, first), (two, second) = build(plain), build(plain)
-    (first(batches()[0]).sum() + one.aux_loss()).backward()
-    one.after_backward()
-    one.after_step()
-    two.after_step()
-    assert two.metrics() == {}
-    assert list(one.metrics()) == ["moe0", "moe1"]
-    assert second.first.router.weight.grad is None
+def test_two_engines_are_independent():
+    (engine, model), (idle_engine, idle_model) = build(plain), build(plain)
+    (model(batches()[0]).sum() + engine.aux_loss()).backward()
+    engine.after_backward()
+    engine.after_step()
+    idle_engine.after_step()
+    assert idle_engine.metrics() == {}
+    assert list(engine.metrics()) == ["moe0", "moe1"]
+    assert idle_model.first.router.weight.grad is None
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_compiled_layer_counts_in_evaluation(backend):
     torch._dynamo.reset()
-    engine, model = build(plain)
+    _, model = build(plain)
     model.eval()
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     with torch.no_grad():
         for x in batches():
             compiled(x)
-    assert engine._take(model.first, "eval").tokens == 27
+    assert model.first.sums.take_evaluated()["tokens"] == 27
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # Dynamo's own look at what it resumes with
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # Dynamo itself reads it when it resumes
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_a_layer_that_breaks_the_graph_counts_and_injects_too(backend):
-    """The Ledger then stands at the start of a graph of its own."""
+def test_a_layer_that_breaks_the_graph_counts_once(backend):
+    """The graph after the break begins with the Ledger."""
 
     def trial(compiled):
         torch.manual_seed(0)
@@ -266,19 +266,18 @@ def test_the_output_may_be_changed_in_place():
 
 def test_two_forwards_may_come_before_two_backwards():
     engine, model = build(plain)
-    one, two = batches()[:2]
-    first = model(one).square().mean() + engine.aux_loss()
-    second = model(two).square().mean() + engine.aux_loss()
-    for loss in (first, second):
+    two_batches = batches()[:2]
+    losses = [model(x).square().mean() + engine.aux_loss() for x in two_batches]
+    for loss in losses:
         loss.backward()
         engine.after_backward()
-    got = [p.grad.clone() for p in model.parameters()], [layer.sums.step.grad.clone() for layer in engine.layers]
+    found = [p.grad.clone() for p in model.parameters()], [layer.sums.step.grad.clone() for layer in engine.layers]
     engine, model = build(plain)
-    for x in (one, two):
+    for x in two_batches:
         (model(x).square().mean() + engine.aux_loss()).backward()
         engine.after_backward()
     torch.testing.assert_close(
-        got, ([p.grad for p in model.parameters()], [layer.sums.step.grad for layer in engine.layers])
+        found, ([p.grad for p in model.parameters()], [layer.sums.step.grad for layer in engine.layers])
     )
 
 
@@ -306,7 +305,7 @@ def test_counts_and_states_are_exact_whatever_the_default_precision():
     assert {b.dtype for b in layer.biases.buffers()} == {torch.float32}
 
 
-def test_a_copy_that_nobody_attached_is_an_error():
+def test_a_copy_that_was_not_attached_is_an_error():
     engine, model = build(plain)
     other = copy.deepcopy(model)
     (other(batches()[0]).sum() + engine.aux_loss()).backward()
@@ -331,16 +330,15 @@ def _process(rank, folder):
         (parallel(x).square().mean() + engine.aux_loss()).backward()
         engine.after_backward()
         engine.after_step()
-    tokens = engine._take(model.first, "train").tokens
+    tokens = model.first.sums.take_since_log()["tokens"].item()
     model.eval()(torch.randn(3 + rank, 6))
-    seen = engine._take(model.first, "eval").tokens
-    states = [b for b in model.first.biases.buffers()]
-    torch.save([tokens, seen, *states], f"{folder}/{rank}")
+    evaluated = model.first.sums.take_evaluated()["tokens"].item()
+    torch.save([tokens, evaluated, *model.first.biases.buffers()], f"{folder}/{rank}")
     torch.distributed.destroy_process_group()
 
 
 def test_two_processes_sum_their_counts_and_keep_equal_states(tmp_path):
     torch.multiprocessing.spawn(_process, args=(str(tmp_path),), nprocs=2)
-    one, two = (torch.load(tmp_path / str(rank), weights_only=True) for rank in range(2))
-    assert one[:2] == two[:2] == [(4 + 5 + 6) + (5 + 6 + 7), 3 + 4]
-    torch.testing.assert_close(one[2:], two[2:], rtol=0, atol=0)
+    first, second = (torch.load(tmp_path / str(rank), weights_only=True) for rank in range(2))
+    assert first[:2] == second[:2] == [(4 + 5 + 6) + (5 + 6 + 7), 3 + 4]
+    torch.testing.assert_close(first[2:], second[2:], rtol=0, atol=0)

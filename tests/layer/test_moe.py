@@ -1,12 +1,13 @@
-"""The layer against a plain reference, in every shape and precision it promises."""
+"""The layer against a plain reference, in every shape and precision it supports."""
 
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from moe_engine import Engine, UsageError
+from moe_engine import Engine, PluginError
 from moe_engine.layer import fused_cpu
+from support import refused
 
 ROUTERS = ["topk", "sigmoid_topk", "hierarchical"]
 
@@ -37,18 +38,17 @@ def test_gradients_are_those_of_finite_differences(router, top_k):
     settings = ["hierarchical.groups=1"] if router == "hierarchical" else []
     layer = Engine(router, settings, experts=4, top_k=top_k).moe(3, 5).double().eval()
     x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
-    rows = layer.router.weight
 
-    def run(x, w_in, rows_):
-        return torch.func.functional_call(layer, {"experts.w_in": w_in, "router.weight": rows_}, (x,))
+    def run(x, w_in, gate_weight):
+        return torch.func.functional_call(layer, {"experts.w_in": w_in, "router.weight": gate_weight}, (x,))
 
-    inputs = (x, layer.experts.w_in.detach().clone().requires_grad_(), rows.detach().clone().requires_grad_())
+    inputs = (x, *(weight.detach().clone().requires_grad_() for weight in (layer.experts.w_in, layer.router.weight)))
     assert torch.autograd.gradcheck(run, inputs, eps=1e-7, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(6,), (1, 6), (2, 3, 4, 6), (0, 6), (2, 0, 6)])
 @pytest.mark.parametrize("router", ROUTERS)
-def test_any_leading_shape_also_without_tokens(router, shape):
+def test_any_leading_shape_even_without_tokens(router, shape):
     engine = Engine([router, "saturation", "switch_aux"], experts=4, top_k=2)
     layer = engine.moe(6, 8, out=3)
     x = torch.randn(shape, requires_grad=True)
@@ -63,7 +63,7 @@ def test_any_leading_shape_also_without_tokens(router, shape):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_precision_of_the_output_is_that_of_the_input_and_routing_is_fp32(dtype):
+def test_the_output_has_the_dtype_of_the_input_and_routing_is_fp32(dtype):
     layer = Engine("topk,saturation", experts=4).moe(6, 8).to(dtype)
     y = layer(torch.randn(5, 6, dtype=dtype))
     routing = layer.route(layer.tokens(torch.randn(5, 6, dtype=dtype)))
@@ -73,7 +73,7 @@ def test_precision_of_the_output_is_that_of_the_input_and_routing_is_fp32(dtype)
     assert layer.biases[0]["saturation"].s.dtype == torch.promote_types(torch.float32, dtype)
 
 
-def test_autocast_gives_the_autocast_type_and_fp32_gates():
+def test_autocast_gives_its_dtype_and_fp32_gates():
     engine = Engine("topk,switch_aux,z_loss", experts=4)
     layer = engine.moe(6, 8)
     x = torch.randn(5, 6)
@@ -89,21 +89,21 @@ def test_autocast_gives_the_autocast_type_and_fp32_gates():
 
 @pytest.mark.parametrize("router", ROUTERS)
 def test_padding_changes_nothing(router):
-    """Pads of any content, even NaN, reach no output, gradient, loss, load or state."""
+    """The content of padding, even NaN, reaches no output, gradient, loss, load or state."""
     names = [router, "saturation", "loss_free", "switch_aux", "z_loss", "gate_variance"]
 
-    def trial(pads, capacity=1.0):
+    def trial(padding, capacity=1.0):
         torch.manual_seed(0)
         engine = Engine(names, experts=4, top_k=2, capacity=capacity)
         layer = engine.moe(6, 8)
         real = torch.randn(1, 5, 6)
-        x = torch.cat([pads, real], dim=1) if pads is not None else real
+        x = torch.cat([padding, real], dim=1) if padding is not None else real
         mask = torch.arange(x.shape[1])[None] >= x.shape[1] - 5
-        y = layer(x, mask if pads is not None else None)
+        y = layer(x, mask if padding is not None else None)
         (y[mask].square().sum() + engine.aux_loss()).backward()
         engine.after_backward()
         engine.after_step()
-        sums = {name: value for name, value in engine._take(layer, "train").sums.items()}
+        sums = layer.sums.take_since_log()
         grads = [p.grad for p in layer.parameters()]
         return y[mask], grads, sums, [b.clone() for b in layer.biases.buffers()], y[~mask]
 
@@ -114,7 +114,7 @@ def test_padding_changes_nothing(router):
         assert padded[4].abs().sum() == 0
 
 
-def test_only_padding_is_no_data():
+def test_a_batch_of_padding_only_counts_as_no_data():
     engine = Engine("topk,saturation,loss_free,switch_aux,z_loss,gate_variance", experts=4)
     layer = engine.moe(6, 8)
     before = {name: b.clone() for name, b in layer.state_dict().items()}
@@ -146,13 +146,13 @@ def test_eval_changes_no_state():
 
 
 @pytest.mark.parametrize("router", ROUTERS)
-def test_equal_scores_send_tokens_everywhere(router):
-    """An all-zero router, in which every score ties, must not send all tokens to the same experts."""
+def test_equal_scores_spread_tokens_over_all_experts(router):
+    """With an all-zero router every score ties; tokens must not all go to the same experts."""
     layer = Engine(router, experts=8, top_k=2).moe(6, 8)
     with torch.no_grad():
         for name, parameter in layer.router.named_parameters():
             parameter.zero_()
-            assert "rows" in name
+            assert "weight" in name
     for content in (0.0, 7.0):
         load = layer.route(layer.tokens(torch.full((64, 6), content))).load
         assert load.min() >= 8
@@ -178,24 +178,28 @@ def test_a_wrong_shape_or_mask_is_named():
 
 
 @pytest.mark.parametrize(
-    ("spec", "sentence"),
+    ("spec", "code", "words"),
     [
-        ({"dim": 6}, "dim=6 and hidden=0 is empty"),
-        ({"dim": 6, "hidden": 4, "shared": -1}, "shared of a layer is a whole number from 0, not -1"),
-        ({"dim": 6, "hidden": 4, "experts": "8"}, "experts of a layer is a whole number from 0, not '8'"),
-        ({"dim": 6, "modules": [nn.Linear(5, 5), nn.Linear(5, 5)]}, "layer 'moe0' with router 'topk' can't be built"),
-        ({"dim": 6, "hidden": 4, "name": "taken"}, "there is a layer 'taken' already"),
+        ({"dim": 6}, "empty-layer", ["dim=6", "hidden=0"]),
+        ({"dim": 6, "hidden": 4, "shared": -1}, "bad-layer-spec", ["shared", "whole number", "-1"]),
+        ({"dim": 6, "hidden": 4, "experts": "8"}, "bad-layer-spec", ["experts", "whole number", "'8'"]),
+        ({"dim": 6, "hidden": 4, "name": "taken"}, "duplicate-layer", ["'taken'"]),
     ],
 )
-def test_sizes_that_make_no_layer_are_refused(spec, sentence):
+def test_a_layer_that_can_not_be_built_is_refused(spec, code, words):
     engine = Engine("topk")
     taken = engine.moe(6, 4, name="taken") if "name" in spec else None
-    with pytest.raises(UsageError, match=sentence):
+    with refused(code, *words):
         engine.moe(**spec)
     assert taken is None or taken.name == "taken"
 
 
-def test_labels_that_are_no_class_are_not_counted():
+def test_modules_of_the_wrong_width_are_refused():
+    with refused("layer-not-built", "layer 'moe0'", "router 'topk'", kind=PluginError):
+        Engine("topk").moe(6, modules=[nn.Linear(5, 5), nn.Linear(5, 5)])
+
+
+def test_labels_outside_the_classes_are_not_counted():
     engine = Engine("topk", experts=4, top_k=1)
     layer = engine.moe(4, 8, classes=3).eval()
     labels = torch.tensor([0, 2, -100, 7, -1])
@@ -203,7 +207,7 @@ def test_labels_that_are_no_class_are_not_counted():
     assert engine.metrics("eval")["moe0"]["class_expert"].sum(1).tolist() == [1, 0, 1]
 
 
-def test_a_forward_without_a_token_dilutes_no_mean():
+def test_a_forward_without_tokens_does_not_dilute_a_mean():
     engine = Engine("topk,switch_aux", experts=4)
     layer = engine.moe(6, 8)
     x = torch.randn(9, 6)
@@ -216,15 +220,15 @@ def test_a_forward_without_a_token_dilutes_no_mean():
     assert engine.metrics()["moe0"]["loss.switch_aux"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_moving_a_layer_keeps_what_it_has_seen():
+def test_converting_a_layer_keeps_what_it_has_counted():
     engine = Engine("topk", experts=4)
     layer = engine.moe(6, 8).eval()
     layer(torch.randn(301, 6))
     layer.to(torch.bfloat16)
-    assert engine._take(layer, "eval").tokens == 301
+    assert layer.sums.take_evaluated()["tokens"] == 301
 
 
-def test_a_router_may_read_token_ids_and_sees_zeros_at_padding():
+def test_a_router_may_read_token_ids_which_are_0_at_padding():
     layer = Engine("topk", experts=4).moe(6, 8, vocab=100)
     ids, mask = torch.tensor([[5, 99, 7]]), torch.tensor([[True, False, True]])
     assert layer.tokens(torch.randn(1, 3, 6), mask, ids).ids.tolist() == [5, 0, 7]
@@ -232,17 +236,21 @@ def test_a_router_may_read_token_ids_and_sees_zeros_at_padding():
 
 
 @pytest.mark.parametrize(
-    ("precision", "work", "limit"),
+    ("precision", "multiplied_in", "limit"),
     [
         ("fp32", torch.float32, 2e-6),
         ("bf16", torch.bfloat16, 1e-2),
         ("bf16", torch.float32, 1e-2),
         ("autocast", torch.bfloat16, 1e-2),
-        ("autocast", torch.float32, 5e-2),  # eager does not round what it multiplies, and ReLU's kink is near for some
+        (
+            "autocast",
+            torch.float32,
+            5e-2,
+        ),  # eager does not round its factors; some units are near ReLU's kink
     ],
 )
-def test_compiles_whole_and_no_more_than_twice(precision, work, limit, monkeypatch):
-    monkeypatch.setitem(fused_cpu.MATMUL_DTYPES, torch.bfloat16, work)
+def test_compiles_whole_and_no_more_than_twice(precision, multiplied_in, limit, monkeypatch):
+    monkeypatch.setitem(fused_cpu.MATMUL_DTYPES, torch.bfloat16, multiplied_in)
     torch._dynamo.reset()
     torch.manual_seed(0)
     counter = CompileCounterWithBackend("aot_eager")
@@ -261,6 +269,6 @@ def test_compiles_whole_and_no_more_than_twice(precision, work, limit, monkeypat
             engine.after_backward()
             found.append([y.detach(), *(p.grad for p in layer.parameters())])
         engine.after_step()
-        for one, other in zip(*found, strict=True):
-            assert (one - other).double().norm() < limit * other.double().norm()
+        for compiled_value, eager_value in zip(*found, strict=True):
+            assert (compiled_value - eager_value).double().norm() < limit * eager_value.double().norm()
     assert counter.frame_count == 2
