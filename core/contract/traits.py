@@ -83,7 +83,7 @@ class Traits:
             raise UsageError(f"Traits: balanced is a number or None, not {balanced!r}", code="bad-trait")
         if not isinstance(orphans, bool):
             raise UsageError(f"Traits: orphans is True or False, not {orphans!r}", code="bad-trait")
-        self.__attrs_init__(  # type: ignore[attr-defined]
+        self.__attrs_init__(
             None if provides is None else _words("provides", provides, ROUTER_TRAITS),
             _words("requires", requires, ROUTER_TRAITS),
             _words("effects", effects, EFFECTS),

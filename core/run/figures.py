@@ -98,9 +98,8 @@ def _interval(axes: Any, number: Mapping[str, Any] | None, factor: float, height
     if number is None:
         return
     mean, half = factor * number["mean"], factor * (number["half"] or 0)
-    axes.scatter(
-        [factor * value for value in number["values"]], [height] * len(number["values"]), s=12, color=color, alpha=0.45
-    )
+    values = [value for value in number["values"] if value is not None]  # a seed may lack it
+    axes.scatter([factor * value for value in values], [height] * len(values), s=12, color=color, alpha=0.45)
     axes.errorbar(mean, height, xerr=half, fmt="o", color=color, markersize=5, capsize=3)
     if line:  # the reference of the others
         axes.axvline(mean, color=color, linewidth=0.8, linestyle="--", alpha=0.6, zorder=0)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..contract.growth import Growth
+from ..contract.setup import Bound
 from ..contract.stats import Stats, plain
 from .bench import Bench, Data, Trial, data
 from .biases import balanced, skewed
@@ -69,15 +70,18 @@ def handles_every_load(bench: Bench) -> str | None:
 def stats_are_not_modified(bench: Bench) -> None:
     """It does not modify the sums that it reads, nor the layer."""
     trial, read = bench.trial(), list[tuple[Stats, dict[str, Tensor]]]()
-    take = trial.engine._take
+    bind = trial.engine.plugins.bind
 
-    def recorded(*arguments: Any) -> Stats | None:
-        stats = take(*arguments)
-        if stats is not None:
-            read.append((stats, {name: value.clone() for name, value in stats.sums.items()}))
-        return stats
+    def recording(bound: Bound) -> Bound:
+        def call(**offer: Any) -> Any:
+            if "stats" in offer:
+                sums: dict[str, Tensor] = offer["stats"].sums
+                read.append((offer["stats"], {name: value.clone() for name, value in sums.items()}))
+            return bound.function(**offer)
 
-    trial.engine._take = recorded  # type: ignore[method-assign, assignment]
+        return bound._replace(function=call)
+
+    trial.engine.plugins.bind = lambda *given: tuple(map(recording, bind(*given)))  # type: ignore[method-assign]
     _train_and_evaluate(trial, data())
     before = trial.state()
     for split in SPLITS:

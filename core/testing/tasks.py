@@ -81,7 +81,7 @@ def same_seed_gives_same_data(bench: Bench) -> None:
     second = _task(bench, _engine(bench))
     for column, other in zip((*first.train, *first.test), (*second.train, *second.test), strict=True):
         equal = same_bits(column, other)
-        demand(equal, "a column differs the second time; draw from moe_engine.seeds.generator(spec.seed, ...)")
+        demand(equal, "a column differs the second time; draw from moe_engine.generator(spec.seed, ...)")
 
 
 @claim("moe_task")

@@ -337,12 +337,12 @@ def test_a_run_without_loads_is_refused(tmp_path, capsys, layer, sentence):
 def test_the_terminal_shows_tables_reasons_and_warnings(capsys, tmp_path):
     picture = tmp_path / "heat.svg"
     files = [str(EXAMPLES / name) for name in ("transformer_6_experts.csv", "cifar10_10_experts.csv")]
-    assert main(["routing-stats", *files, "--picture", str(picture)]) == 0
+    assert main(["routing-stats", *files, "--figure", str(picture)]) == 0
     out = capsys.readouterr().out
     for words in (
         *("0.08895", "0.9978", "466.4", "total variation", "expert 0: 15.58% to 18.52%", "healthy, 4 of 5"),
-        *("dead experts, 1 of 5: add a balancing", "warning: ", "it is taken for 1; --top-k", "they are shares"),
-        f"picture: {picture}",
+        *("dead experts, 1 of 5: add a balancing", "warning: ", "assuming 1 (set it with --top-k)", "taken as shares"),
+        f"figure: {picture}",
     ):
         assert words in out
     drawn = picture.read_text()
@@ -352,7 +352,7 @@ def test_the_terminal_shows_tables_reasons_and_warnings(capsys, tmp_path):
 def test_a_picture_of_many_rows_and_dead_layers_is_drawn(tmp_path, capsys):
     rows = "".join(f"{layer},{layer % 7},0\n" for layer in range(400))
     (tmp_path / "counts.csv").write_text("layer,e0,e1\n" + rows)
-    assert main(["routing-stats", str(tmp_path / "counts.csv"), "--picture", str(tmp_path / "heat.png")]) == 0
+    assert main(["routing-stats", str(tmp_path / "counts.csv"), "--figure", str(tmp_path / "heat.png")]) == 0
     assert (tmp_path / "heat.png").read_bytes().startswith(b"\x89PNG")
     assert "no data, 58 of 400" in capsys.readouterr().out
 
@@ -435,11 +435,11 @@ def test_a_bad_row_is_named_by_its_line(refusal, content, sentence):
         (("--top-k", "3"), "--top-k is 3, but FILE has 2 experts in layer 0, train"),
         (("--sum", "domain"), "no file has a column domain; there is e0, e1, layer and split"),
         (("--split", "text"), "no file has a column text; there is e0, e1, layer and split"),
-        (("--plugins", "topk"), "'topk' is a router, not a metric; counts can only be measured"),
+        (("--plugins", "topk"), "--plugins takes metrics, but 'topk' is a router"),
         (("--plugins", "nothing"), "there is no plugin 'nothing'"),
-        (("--picture", "heat.txt"), "the picture's name heat.txt must end in .png, .svg or .pdf"),
+        (("--figure", "heat.txt"), "figure heat.txt must end in .png, .svg or .pdf"),
         (
-            ("--picture", "nowhere/heat.png"),
+            ("--figure", "nowhere/heat.png"),
             "nowhere/heat.png can't be written: No such file or directory; name another",
         ),
     ],

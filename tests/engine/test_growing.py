@@ -163,7 +163,7 @@ def _process(rank, folder):
         for _ in range(2):
             rig.step(parallel)
         sizes.append(rig.layer.spec.experts)
-    tokens = rig.engine._take(rig.layer, "train").tokens
+    tokens = rig.layer.sums.take_since_log()["tokens"].item()
     torch.save([said, sizes, tokens, rig.model.state_dict()], f"{folder}/{rank}")
     torch.distributed.destroy_process_group()
 

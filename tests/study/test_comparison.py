@@ -168,7 +168,7 @@ def test_a_comparison_of_refused_rows_alone_is_bad_input(capsys):
     got = compare("--routers", "hierarchical", "--seeds", "1", "--set", "hierarchical.groups=5", code=2)
     assert [row["status"] for row in got["rows"]] == ["finished", "refused"]
     err = capsys.readouterr().err
-    assert err.startswith("moe-engine: nothing could be compared; the first reason: groups_kept=1 of 5 groups")
+    assert err.startswith("moe-engine: no plugin could be compared; the first reason: groups_kept=1 of 5 groups")
 
 
 @attrs.define(eq=False)
@@ -203,7 +203,7 @@ def test_a_comparison_of_failed_rows_alone_is_a_failure(capsys, install):
 
     install("router", "odd", OddRouter)
     compare("--routers", "odd", "--seeds", "1", code=1)
-    assert "nothing could be compared; the first reason: router 'odd'" in capsys.readouterr().err
+    assert "no plugin could be compared; the first reason: router 'odd'" in capsys.readouterr().err
 
 
 def test_ctrl_c_keeps_finished_runs():
@@ -223,7 +223,7 @@ def test_ctrl_c_keeps_finished_runs():
     kept = set(os.listdir("out/cells"))
     assert 2 <= len(kept) < 6
     again = subprocess.run(whole, capture_output=True, check=True, text=True)
-    assert f"{len(kept)}/6  {6 - len(kept)} runs to do, {len(kept)} are there already" == again.stderr.splitlines()[0]
+    assert f"{len(kept)}/6  {6 - len(kept)} runs to do, {len(kept)} already done" == again.stderr.splitlines()[0]
     assert kept < set(os.listdir("out/cells"))
 
 

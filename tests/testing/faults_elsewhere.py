@@ -299,7 +299,7 @@ class LosesALabel(Points):
         return train, (x, y[:-1])
 
 
-@fault("same_seed_gives_same_data", message="draw from moe_engine.seeds.generator(spec.seed, ...)")
+@fault("same_seed_gives_same_data", message="draw from moe_engine.generator(spec.seed, ...)")
 class DrawsAnew(Points):
     """Different points each time."""
 

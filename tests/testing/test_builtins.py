@@ -21,7 +21,7 @@ SLOW = {  # claims that take more than half a second of most plugins: they compi
         "resumed_run_grows_alike",
         "max_experts_is_respected",
     ),
-    *("written_files_are_listed", "report_can_be_rewritten", "model_learns"),
+    *("orphans_are_declared", "written_files_are_listed", "report_can_be_rewritten", "model_learns"),
 }
 
 

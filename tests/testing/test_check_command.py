@@ -39,7 +39,7 @@ def constant(install):
 def test_each_claim_is_one_line(capsys):
     assert main(["check", "topk"]) == 0
     head, *lines, last = capsys.readouterr().out.splitlines()
-    assert head.startswith("topk: router of moe-engine ")
+    assert head.startswith("topk: router (moe-engine ")
     assert (
         lines[0] == "  ok      A layer with it can be built and takes a training step in which every tensor is finite"
     )
@@ -53,7 +53,7 @@ def test_a_claim_that_fails_is_named_and_the_exit_code_is_1(constant, capsys):
     assert main(["check", "constant", "topk"]) == 1
     out = capsys.readouterr().out
     assert "  FAILED  router 'constant' breaks 'The task's gradient reaches the logits of every level" in out
-    assert "topk: router of moe-engine" in out
+    assert "topk: router (moe-engine" in out
     assert out.splitlines()[-1] == "8 claims: 5 ok, 1 failed, 2 skipped"
 
 
