@@ -75,7 +75,7 @@ def _fill(nav, title, pages):
         if isinstance(section, dict):
             for name, entries in section.items():
                 if name == title:
-                    entries += pages
+                    entries.extend(pages)
                 elif isinstance(entries, list):
                     _fill(entries, title, pages)
 
@@ -180,7 +180,7 @@ def reference_page():
     parts = [
         "# Python API",
         "For whoever writes a plugin or embeds the engine: every public name of `moe_engine`, taken from the code. "
-        "Each is imported as `from moe_engine import NAME`. [Stability](stability.md) says what is promised about them.",
+        "Each is imported as `from moe_engine import NAME`. [Stability](stability.md) says what is promised.",
         "Shapes are suffixes: T tokens, D model, H hidden, E experts, K chosen a token, N assignments, n units of a "
         "level.",
     ]
@@ -193,7 +193,7 @@ def reference_page():
 
 
 def _entry(name, obj):
-    text = NOTES.get(name) or _docstring(obj)
+    text = NOTES.get(name) or _listed(_docstring(obj))
     parts = [f"### `{name}` {{ #{name} }}", f"```python\n{_signature(name, obj)}\n```", text]
     if isinstance(obj, type):
         parts += [_member(obj, member, value) for member, value in vars(obj).items() if not member.startswith("_")]
@@ -206,7 +206,22 @@ def _member(cls, name, value):
         return ""
     shown = f".{name}" if isinstance(value, property) else "." + _signature(name, function).replace("\n", " ")
     shown = re.sub(r"\( +|,? +\)", lambda match: match[0].strip(" ,"), re.sub(r" +", " ", shown))
-    return f"#### `{shown}` {{ .member #{cls.__name__}.{name} }}\n\n{_docstring(function)}"
+    return f"#### `{shown}` {{ .member #{cls.__name__}.{name} }}\n\n{_listed(_docstring(function))}"
+
+
+# "name: " or "name, other [T, n]: " where a sentence begins: what a docstring says of an argument or attribute
+NAMED = re.compile(r"(?:(?<=\.\s)|^)(?=[a-z]\w*(?: \\\[[^]]*\])?(?:, [a-z]\w*(?: \\\[[^]]*\])?)*:\s)")
+
+
+def _listed(text):
+    """Arguments and attributes as a list, an item each."""
+    blocks = []
+    for block in text.split("\n\n"):
+        first, *named = [block] if block.startswith("```") else NAMED.split(block.replace("\\_", "_"))
+        items = [re.sub(r"^(.*?):\s", r"- **`\1`**: ", item.strip(), count=1, flags=re.S) for item in named]
+        items = [re.sub(r"`(.*?)`\*\*", lambda name: name[0].replace("\\", ""), item, count=1) for item in items]
+        blocks += [part for part in (first.strip("\n"), "\n".join(items)) if part]
+    return "\n\n".join(blocks)
 
 
 def _signature(name, obj):

@@ -1,6 +1,7 @@
 """What docs/ shows is true of the code; the tutorial has a test of its own."""
 
 import html
+import importlib
 import importlib.util
 import inspect
 import math
@@ -112,6 +113,16 @@ def test_the_python_on_the_embedding_page_runs(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count("Grown(step=") == 1
     assert session["model"][1].spec.experts == 6
     assert (tmp_path / "state.safetensors").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_callbacks_on_the_embedding_page_exist():
+    (block,) = (text for text in blocks(DOCS / "embedding.md", "python") if text.startswith("from moe_engine.integ"))
+    modules = re.findall(r"from (moe_engine\.integrations\.\w+) import MoECallback", block)
+    assert len(modules) == 2
+    for module in modules:
+        pytest.importorskip(module.rpartition(".")[2])
+        assert importlib.import_module(module).MoECallback
 
 
 def test_every_command_has_a_section_with_its_options(generated):
