@@ -53,6 +53,12 @@ REFERENCE = {
     "Saving": ("Checkpoints in one file, nothing pickled.", "save load"),
     "Errors": ("What moe-engine raises on purpose. Each carries a stable `.code`.", "UsageError PluginError RunError"),
 }
+# of classes that the core shares, the members that are public; of all others, every one with a docstring
+MEMBERS = {
+    "Engine": "moe attach layers aux_loss after_backward after_step due grow metrics implementing check state_dict "
+    "load_state_dict",
+    "MoE": "tokens route state_of step_load parts",
+}
 # of names whose docstring is another library's
 NOTES = {
     "ACTIVATIONS": "The activations of stacked experts by name: a function of the hidden rows [N, H].",
@@ -196,7 +202,8 @@ def _entry(name, obj):
     text = NOTES.get(name) or _listed(_docstring(obj))
     parts = [f"### `{name}` {{ #{name} }}", f"```python\n{_signature(name, obj)}\n```", text]
     if isinstance(obj, type):
-        parts += [_member(obj, member, value) for member, value in vars(obj).items() if not member.startswith("_")]
+        chosen = MEMBERS.get(name, "").split() or [member for member in vars(obj) if not member.startswith("_")]
+        parts += [_member(obj, member, inspect.getattr_static(obj, member)) for member in chosen]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -214,14 +221,22 @@ NAMED = re.compile(r"(?:(?<=\.\s)|^)(?=[a-z]\w*(?: \\\[[^]]*\])?(?:, [a-z]\w*(?:
 
 
 def _listed(text):
-    """Arguments and attributes as a list, an item each."""
+    """Arguments and attributes as a list, an item each; what is raised as a paragraph."""
     blocks = []
     for block in text.split("\n\n"):
-        first, *named = [block] if block.startswith("```") else NAMED.split(block.replace("\\_", "_"))
-        items = [re.sub(r"^(.*?):\s", r"- **`\1`**: ", item.strip(), count=1, flags=re.S) for item in named]
-        items = [re.sub(r"`(.*?)`\*\*", lambda name: name[0].replace("\\", ""), item, count=1) for item in items]
-        blocks += [part for part in (first.strip("\n"), "\n".join(items)) if part]
-    return "\n\n".join(blocks)
+        if block.startswith("```"):
+            blocks.append(block)
+            continue
+        body, *raises = re.split(r"(?:^|\s)(?=Raises [A-Z])", block.replace("\\_", "_"), maxsplit=1)
+        first, *named = NAMED.split(body)
+        blocks += [first.strip(), "\n".join(_item(text) for text in named), *raises]
+    return "\n\n".join(block for block in blocks if block)
+
+
+def _item(text):
+    names, _, meaning = text.strip().partition(": ")
+    names = names.replace("\\", "")
+    return f"- **`{names}`**: {meaning}"
 
 
 def _signature(name, obj):
@@ -231,20 +246,31 @@ def _signature(name, obj):
     if getattr(obj, "_is_protocol", False) or name in NOTES:
         return name
     signature = inspect.signature(obj)
-    listed = [_plain(str(p)) for p in signature.parameters.values() if p.name != "self"]
-    kinds = [p.kind for p in signature.parameters.values() if p.name != "self"]
+    parameters = [param for param in signature.parameters.values() if param.name != "self"]
+    kinds = [param.kind for param in parameters]
+    listed = [_parameter(param) for param in parameters]
     if inspect.Parameter.KEYWORD_ONLY in kinds and inspect.Parameter.VAR_POSITIONAL not in kinds:
         listed.insert(kinds.index(inspect.Parameter.KEYWORD_ONLY), "*")
     returns = signature.return_annotation
-    end = "" if returns in (None, signature.empty) else f" -> {_plain(inspect.formatannotation(returns))}"
+    end = "" if returns in (None, signature.empty) else f" -> {_annotation(returns)}"
     line = f"{name}({', '.join(listed)}){end}"
     return line if len(line) <= 100 else f"{name}(\n    " + ",\n    ".join(listed) + f",\n){end}"
 
 
-def _plain(annotation):
-    """Without the modules that names come from."""
-    text = re.sub(r"\b(?:[A-Za-z_]\w*\.)+(?=[A-Za-z_])", "", annotation)
-    return text.replace("NOTHING", "{}").replace("'", '"' if "Literal" in text else "")
+def _parameter(param):
+    stars = {param.VAR_POSITIONAL: "*", param.VAR_KEYWORD: "**"}.get(param.kind, "")
+    typed = "" if param.annotation is param.empty else f": {_annotation(param.annotation)}"
+    if param.default is param.empty:
+        return f"{stars}{param.name}{typed}"
+    default = "..." if "NOTHING" in repr(param.default) else repr(param.default).replace("'", '"')
+    return f"{param.name}{typed} = {default}" if typed else f"{param.name}={default}"
+
+
+def _annotation(annotation):
+    """Without the modules that names come from, and without the quotes of forward references."""
+    text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    text = re.sub(r"\b(?:[A-Za-z_]\w*\.)+(?=[A-Za-z_])", "", text)
+    return text.replace("'", '"') if "Literal" in text else text.replace("'", "")
 
 
 # -- error codes ------------------------------------------------------------------------------------

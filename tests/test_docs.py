@@ -143,6 +143,25 @@ def test_every_public_name_is_in_the_reference_once(generated):
     assert all(page.count(f"### `{name}` {{ #{name} }}") == 1 for name in names)
 
 
+def test_a_signature_in_the_reference_is_how_it_is_called(generated):
+    """With keyword-only arguments, defaults and return types, and without module paths."""
+    assert generated._signature("consecutive", moe_engine.consecutive) == (
+        "consecutive(memory: dict[str, float], layer: Layer, holds: bool) -> float"
+    )
+    assert 'activation: str = "relu"' in generated._signature("Spec", moe_engine.Spec)
+    assert "*,\n" in generated._signature("moe", Engine.moe)
+
+
+def test_the_start_page_counts_the_plugins_right(generated):
+    """Of each kind that it names."""
+    text = (DOCS / "index.md").read_text("utf-8")
+    counts = {title.lower(): len(plugins) for title, plugins in generated.built_in().items()}
+    shown = ("routers", "biases", "losses", "growth", "initializers", "experts")
+    words = ("routers", "biases", "losses", "growth triggers", "initializers", "expert banks")
+    for title, word in zip(shown, words, strict=True):
+        assert f"{counts[title]} {word}" in text
+
+
 def test_every_error_code_is_on_its_page(generated):
     """Made from the `raise` statements of core/ and plugins/."""
     page = generated.errors_page()

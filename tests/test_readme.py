@@ -1,5 +1,6 @@
 """What README.md shows, runs."""
 
+import json
 import re
 import shlex
 import tomllib
@@ -98,7 +99,7 @@ def test_every_command_and_flag_on_the_page_exists(line):
 
 
 def test_every_plugin_on_the_page_is_installed(capsys):
-    main(["plugins"])
-    listed = {line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]}
+    main(["plugins", "--json"])
+    listed = {plugin["name"] for plugin in json.loads(capsys.readouterr().out)}
     table = README[README.index("## Built in") : README.index("## A plugin on one page")]
     assert set(re.findall(r"`(\w+)`", table)) == listed

@@ -41,8 +41,8 @@ def reader(new_venv, tmp_path_factory):
 
 def test_the_readers_router_is_listed(reader):
     """With the distribution that it came from."""
-    row = next(line for line in reader.printed[1].splitlines() if line.startswith("my_router "))
-    assert row.split() == ["my_router", "router", "moe-engine-my-router", "0.1.0"]
+    row = next(line for line in reader.printed[1].splitlines() if line.split()[:1] == ["my_router"])
+    assert {"moe-engine-my-router", "0.1.0"} <= set(re.split(r"[\s\[\]]+", row))
 
 
 def test_the_algorithm_alone_prints_its_load_and_gates(reader):
