@@ -9,6 +9,7 @@ import click
 from mkdocs.structure.files import File
 
 import moe_engine
+from moe_engine import tasks
 from moe_engine.cli import group as command_line
 from moe_engine.contract.hookspecs import HOOKS
 from moe_engine.contract.options import options_of
@@ -35,7 +36,7 @@ REFERENCE = {
     ),
     "Tensors of parts": (
         "How parts draw, score and multiply.",
-        "uniform ones zeros linear_logits grouped_linear grouped_conv own_values row_counts",
+        "uniform ones zeros linear_logits grouped_linear grouped_conv own_values row_counts DenseMLP",
     ),
     "Plugins: hooks, options and traits": ("What turns a class into a plugin.", "hookimpl option Traits"),
     "Metrics": ("What metrics read and return.", "Stats Finding Effects mean_of_pairs"),
@@ -47,11 +48,18 @@ REFERENCE = {
     "Tasks": ("The data, the model and the measure of a run.", "Task TaskSpec"),
     "Numerics": (
         "Sums and statistics that are right in every precision.",
-        "at_least_fp32 centred_log count_by cv2 entropy_of",
+        "at_least_fp32 centred_log count_by cv2 entropy_of generator",
     ),
     "Processes": ("Sums and means over the ranks of a distributed run.", "all_reduce_sum mean_over_ranks"),
     "Saving": ("Checkpoints in one file, nothing pickled.", "save load"),
-    "Errors": ("What moe-engine raises on purpose. Each carries a stable `.code`.", "UsageError PluginError RunError"),
+    "Reports": (
+        "Draw a finished run, and write files that a crash can't damage.",
+        "run_figures expert_loads write_atomically",
+    ),
+    "Errors": (
+        "What moe-engine raises on purpose. Each carries a stable `.code`.",
+        "UsageError PluginError RunError nearest",
+    ),
 }
 # of classes that the core shares, the members that are public; of all others, every one with a docstring
 MEMBERS = {
@@ -195,6 +203,11 @@ def reference_page():
         rows = [f"| [`{name}`](#{name}) | {_prose(NOTES.get(name) or _first(obj))} |" for name, obj in objects.items()]
         parts += [f"## {title}", purpose, "\n".join(["| name | what it is |", "|---|---|", *rows])]
         parts += [_entry(name, obj) for name, obj in objects.items()]
+    parts += [
+        "## `moe_engine.tasks`",
+        "For plugins that are tasks: data sets, image models and the tasks made of them.",
+    ]
+    parts += [_entry(name, getattr(tasks, name)) for name in tasks.__all__]
     return "\n\n".join(parts) + "\n"
 
 
