@@ -299,7 +299,8 @@ def errors_page():
         [
             "# Error codes",
             "For whoever handles errors in a program. Every `UsageError`, `PluginError` and `RunError` carries a "
-            "`.code`, which is stable; the sentence may be reworded at any time. Words in braces are filled in.",
+            "`.code`, which is stable; the sentence may be reworded at any time. Braces are filled in; sentences "
+            "that are made elsewhere are left out.",
             "\n".join(["| code | raised as | sentence |", "|---|---|---|", *rows]),
         ]
     )
@@ -313,6 +314,8 @@ def error_codes():
             code = _code(node)
             if code and node.args:
                 found.setdefault((code, ast.unparse(node.func)), set()).add(_sentence(node.args[0]))
+    for sentences in found.values():
+        sentences -= {sentence for sentence in sentences if re.fullmatch(r"\{[^}]*\}", sentence)}  # made elsewhere
     return found
 
 
@@ -330,6 +333,8 @@ def _sentence(node):
         return str(node.value)
     if isinstance(node, ast.BinOp):
         return _sentence(node.left) + _sentence(node.right)
+    if isinstance(node, ast.FormattedValue) and isinstance(node.value, ast.Name | ast.Attribute):
+        return f"{{{ast.unparse(node.value).rpartition('.')[2]}}}"
     return "{…}"
 
 
