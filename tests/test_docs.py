@@ -1,6 +1,7 @@
 """What docs/ shows is true of the code; the tutorial has a test of its own."""
 
 import html
+import importlib
 import importlib.util
 import inspect
 import math
@@ -8,19 +9,24 @@ import re
 import shlex
 from pathlib import Path
 
+import attrs
 import click
 import pytest
 import torch
 
-from moe_engine import Engine
+import moe_engine
+from moe_engine import Engine, Traits
 from moe_engine.cli import group
 from moe_engine.contract.hookspecs import HOOKS
 from moe_engine.contract.options import options_of
-from moe_engine.registry.discovery import find
+from moe_engine.contract.traits import DECLARED, EFFECTS, ROUTER_TRAITS, USUAL
+from moe_engine.registry.discovery import KINDS, find
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
-READERS = {"my_router"}  # what a reader is told to write
+HOOKS_PAGE = (DOCS / "hooks.md").read_text("utf-8")
+NAV = (DOCS.parent / "mkdocs.yml").read_text("utf-8")
+READERS = {"my_router"}  # plugins that the tutorial has a reader write
 
 
 def blocks(page, language):
@@ -65,8 +71,108 @@ def test_every_hook_has_a_page(generated):
     assert [f"hooks/{name}.md" for name in HOOKS] == list(pages)
     whole = "\n".join(text.partition("# ")[2] for text in pages.values())
     text = (DOCS / "hooks.md").read_text("utf-8")
-    whole = whole.replace("](../", "](")  # links, from a folder deeper
+    whole = whole.replace("](../hooks.md#", "](#").replace("](../", "](")  # links, from a folder deeper
+    text = text.partition("\n## Traits\n")[0]
     assert "".join(re.split(r"^## (?=`moe_)", text, flags=re.M)[1:]).split() == whole.split()
+
+
+@pytest.mark.parametrize(
+    ("title", "known"),
+    [
+        ("### What a router provides", ROUTER_TRAITS),
+        ("### Effects", EFFECTS),
+        ("## Traits", [field.name for field in attrs.fields(Traits)]),
+        ("### Other names that the core reads", [name for name in DECLARED if name != "traits"]),
+    ],
+)
+def test_the_tables_of_traits_are_those_of_the_code(title, known):
+    """Each word once, in the code's order."""
+    section = re.split(r"^###? ", HOOKS_PAGE.partition(f"\n{title}\n")[2], maxsplit=1, flags=re.M)[0]
+    assert re.findall(r"^\| `(\w+)", section, re.M) == list(known)
+
+
+def test_the_usual_traits_of_a_router_are_told():
+    """A router that declares none provides the first five."""
+    assert list(ROUTER_TRAITS)[: len(USUAL)] == list(USUAL)
+    assert len(USUAL) == 5 and HOOKS_PAGE.count("the first five") == 2
+
+
+def test_the_entry_point_groups_are_told():
+    """All of them, by their names in the metadata."""
+    groups = re.search(r"^Entry-point groups: (.*?)\. ", HOOKS_PAGE, re.M)[1]
+    assert {name.rpartition(".")[2] for name in re.findall(r"`([\w.]+)`", groups)} == set(KINDS)
+
+
+def test_the_python_on_the_embedding_page_runs(tmp_path, monkeypatch, capsys):
+    """Block after block in one session, as a reader would; the callbacks have tests of their own."""
+    monkeypatch.chdir(tmp_path)
+    session = {}
+    for block in blocks(DOCS / "embedding.md", "python"):
+        if not block.startswith("from moe_engine.integrations"):
+            exec(block, session)
+    assert capsys.readouterr().out.count("Grown(step=") == 1
+    assert session["model"][1].spec.experts == 6
+    assert (tmp_path / "state.safetensors").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_callbacks_on_the_embedding_page_exist():
+    (block,) = (text for text in blocks(DOCS / "embedding.md", "python") if text.startswith("from moe_engine.integ"))
+    modules = re.findall(r"from (moe_engine\.integrations\.\w+) import MoECallback", block)
+    assert len(modules) == 2
+    for module in modules:
+        pytest.importorskip(module.rpartition(".")[2])
+        assert importlib.import_module(module).MoECallback
+
+
+def test_every_command_has_a_section_with_its_options(generated):
+    """The page has a row and a section for each; on the site each section has a table of options."""
+    text = (DOCS / "commands.md").read_text("utf-8")
+    assert set(re.findall(r"^## `moe-engine ([\w-]+)`", text, re.M)) == set(group.commands)
+    assert set(re.findall(r"^\| \[`([\w-]+)`\]", text, re.M)) == set(group.commands)
+    page = generated.with_options(text)
+    options = {option.opts[0] for command in group.commands.values() for option in command.params}
+    assert all(option in page for option in options if option.startswith("--"))
+
+
+def test_every_public_name_is_in_the_reference_once(generated):
+    """With its signature and the whole docstring."""
+    names = [name for _, group_names in generated.REFERENCE.values() for name in group_names.split()]
+    assert sorted(names) == moe_engine.__all__
+    page = generated.reference_page()
+    assert all(page.count(f"### `{name}` {{ #{name} }}") == 1 for name in names)
+
+
+def test_a_signature_in_the_reference_is_how_it_is_called(generated):
+    """With keyword-only arguments, defaults and return types, and without module paths."""
+    assert generated._signature("consecutive", moe_engine.consecutive) == (
+        "consecutive(memory: dict[str, float], layer: Layer, holds: bool) -> float"
+    )
+    assert 'activation: str = "relu"' in generated._signature("Spec", moe_engine.Spec)
+    assert "*,\n" in generated._signature("moe", Engine.moe)
+
+
+def test_the_start_page_counts_the_plugins_right(generated):
+    """Of each kind that it names."""
+    text = (DOCS / "index.md").read_text("utf-8")
+    counts = {title.lower(): len(plugins) for title, plugins in generated.built_in().items()}
+    shown = ("routers", "biases", "losses", "growth", "initializers", "experts")
+    words = ("routers", "biases", "losses", "growth triggers", "initializers", "expert banks")
+    for title, word in zip(shown, words, strict=True):
+        assert f"{counts[title]} {word}" in text
+
+
+def test_every_error_code_is_on_its_page(generated):
+    """Made from the `raise` statements of core/ and plugins/."""
+    page = generated.errors_page()
+    assert all(re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", code) for code, _ in generated.error_codes())
+    assert all(f"| `{code}` | {kind} |" in page for code, kind in generated.error_codes())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_nav_has_every_page(page):
+    """A page that no menu leads to is lost."""
+    assert f": {page.name}\n" in NAV or f"[{page.name}]" in NAV
 
 
 def test_every_built_in_plugin_has_a_page_with_its_formula_and_options(generated):

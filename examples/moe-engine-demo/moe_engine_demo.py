@@ -10,8 +10,8 @@ class Cosine:
     """The K experts whose rows point most nearly where the token points.
 
     s_i = cos(x, w_i) / temperature; p = softmax(s); S = top-K of s plus the selection biases; gate g_i = p_i, i in S.
-    The lengths of x and w have no say, so that no expert wins by a long row; the price is that |s| is at most
-    1 / temperature, which bounds how sure the router can be.
+    The lengths of x and w have no influence, so no expert wins by a long row. The price: |s| is at most
+    1 / temperature, which limits how confident the router can be.
 
     Source: Chi et al., 2022 (X-MoE), without its low-dimensional projection and with a fixed temperature.
     """
