@@ -100,7 +100,7 @@ print([name for name in ("torchvision", "torchmetrics", "matplotlib") if name in
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("name", PUBLIC["moe_engine"] | PUBLIC["moe_engine.tasks"])
+@pytest.mark.parametrize("name", sorted(PUBLIC["moe_engine"] | PUBLIC["moe_engine.tasks"]))
 def test_a_public_helper_is_documented(name):
     home = moe_engine if name in PUBLIC["moe_engine"] else moe_engine.tasks
     assert not callable(getattr(home, name)) or getattr(home, name).__doc__
