@@ -71,19 +71,17 @@ def find() -> dict[str, list[Found]]:
     if (pretended := _pretended.get()) is not None:
         return pretended
     found: dict[str, list[Found]] = {}
-    homes: set[str] = set()
     hidden = disabled()
-    for home in metadata.distributions():
-        name = home.name or "unknown"
-        if (key := name.lower().replace("-", "_").replace(".", "_")) in homes:
-            continue  # an older copy further down the path
-        homes.add(key)
-        for point in home.entry_points:
-            if point.group.startswith(PREFIX) and point.name not in hidden:
-                group = point.group.removeprefix(PREFIX)
-                found.setdefault(point.name, []).append(
-                    Found(point.name, KINDS.get(group, group), name, home.version, point)
-                )
+    homes: dict[int, tuple[str, str]] = {}  # reading name and version parses a file, so it is done once
+    installed = metadata.entry_points()  # of each distribution the first copy on the path
+    for group in sorted(name for name in installed.groups if name.startswith(PREFIX)):
+        kind = KINDS.get(group.removeprefix(PREFIX), group.removeprefix(PREFIX))
+        for point in installed.select(group=group):
+            if point.name not in hidden:
+                home = point.dist
+                if id(home) not in homes:
+                    homes[id(home)] = (home.name, home.version) if home else ("unknown", "0")
+                found.setdefault(point.name, []).append(Found(point.name, kind, *homes[id(home)], point))
     return {name: sorted(found[name], key=lambda offer: (offer.distribution, offer.kind)) for name in sorted(found)}
 
 
