@@ -65,14 +65,14 @@ def _opened(path):
         with safetensors.safe_open(path, framework="pt") as file:
             yield file
     except (OSError, safetensors.SafetensorError) as error:
-        raise UsageError(f"upcycle: {path} is not a readable safetensors file: {error}", "unreadable-file") from error
+        raise UsageError(f"upcycle: {path} can't be read as safetensors: {error}", code="unreadable-file") from error
 
 
 def _tensor(file, path, name, shape):
     if name not in file.keys():  # noqa: SIM118 (not a Mapping)
-        raise UsageError(f"upcycle: {path} has no tensor '{name}'; {nearest(name, file.keys())}", "unknown-tensor")
+        raise UsageError(f"upcycle: {path} has no tensor '{name}'; {nearest(name, file.keys())}", code="unknown-tensor")
     tensor = file.get_tensor(name)
     if tuple(tensor.shape) != shape or not tensor.is_floating_point():
         found, wanted = f"{list(tensor.shape)} of {tensor.dtype}", f"{list(shape)} of floats, [out, in]"
-        raise UsageError(f"upcycle: tensor '{name}' of {path} is {found}; the layer needs {wanted}", "wrong-tensor")
+        raise UsageError(f"upcycle: '{name}' of {path} is {found}; the layer needs {wanted}", code="wrong-tensor")
     return tensor

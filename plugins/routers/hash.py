@@ -58,7 +58,7 @@ class HashRouter(Router):
         if len(plan.origins) < table_VK.shape[1]:
             why = f"hash gives each token {table_VK.shape[1]} different experts, so at least as many must remain"
             raise UsageError(why, code="too-few-experts")
-        for position in plan.newcomers:
+        for position in plan.added:
             parent = plan.kept.get(plan.origins[position])
             taken_VK = table_VK >= 0 if parent is None else table_VK == parent
             step = len(plan.origins) if parent is None else 2  # no fewer than K: two entries of a row stay two experts

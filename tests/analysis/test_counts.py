@@ -92,7 +92,7 @@ def test_a_published_share_that_four_choices_cannot_give_is_named(stats):
 def test_verdict_threshold_and_advice_are_the_metrics_own(stats):
     rows = stats(EXAMPLES / "transformer_6_experts.csv")["rows"]
     assert [row["verdict"]["name"] for row in rows] == ["healthy"] * 4
-    assert rows[3]["verdict"]["why"] == "cv of the load is 0.11 (limit 0.3), all 6 experts are active"
+    assert rows[3]["verdict"]["why"] == "the cv of the load is 0.11 (limit 0.3), and all 6 experts are active"
     strict = stats(EXAMPLES / "transformer_6_experts.csv", "--set", "health.imbalance=0.1")["rows"]
     assert [row["verdict"]["name"] for row in strict] == ["healthy"] * 3 + ["imbalanced"]
     (flat,) = stats(EXAMPLES / "cifar10_10_experts.csv", "--top-k", "4")["rows"]
@@ -341,7 +341,12 @@ def test_the_terminal_shows_tables_reasons_and_warnings(capsys, tmp_path):
     out = capsys.readouterr().out
     for words in (
         *("0.08895", "0.9978", "466.4", "total variation", "expert 0: 15.58% to 18.52%", "healthy, 4 of 5"),
-        *("dead experts, 1 of 5: add a balancing", "warning: ", "assuming 1 (set it with --top-k)", "taken as shares"),
+        *(
+            "dead experts, 1 of 5: add or strengthen",
+            "warning: ",
+            "assuming 1 (set it with --top-k)",
+            "taken as shares",
+        ),
         f"figure: {picture}",
     ):
         assert words in out

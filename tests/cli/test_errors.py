@@ -15,10 +15,10 @@ from urllib.error import URLError
 
 import numpy as np
 import pytest
-from sentences import check, sentence_of
 
 from moe_engine.cli import main
 from moe_engine.registry.discovery import find
+from sentences import check, sentence_of
 
 QUICK = ("run", "--epochs", "1", "--no-plugin", "plots,html", "--quiet")
 
@@ -55,7 +55,7 @@ PINNED = {
         "a layer has one router, but 'topk' and 'sigmoid_topk' are all routers; choose one",
     ),
     "no router": (["run", "--no-plugin", "topk"], "no router is left; name one with --plugins"),
-    "top_k": (["run", "--experts", "4", "--top-k", "5"], "top_k is 5, but a token can choose 1 to 4 of 4 experts"),
+    "top_k": (["run", "--experts", "4", "--top-k", "5"], "top_k=5: with 4 experts it must be 1 to 4"),
     "missing run": (["compare", "absent"], "there is no run folder absent"),
     "resume": (["resume", "absent"], "there is no run folder absent"),
     "kind": (["new-plugin", "rooter", "mine"], "unknown kind of plugin 'rooter'; did you mean 'router'?"),

@@ -24,12 +24,14 @@ def raised():
 
 
 def test_every_error_has_a_code():
-    """A literal in kebab-case, or one of two."""
+    """A literal in kebab-case, one of two, or an argument of a helper."""
     found = list(raised())
     assert len(found) > 150
     bare = []
     for path, line, call in found:
         codes = [keyword.value for keyword in call.keywords if keyword.arg == "code"]
+        if any(isinstance(code, ast.Name) and code.id == "code" for code in codes):
+            continue  # of a helper, whose callers give it
         words = [node.value for code in codes for node in ast.walk(code) if isinstance(node, ast.Constant)]
         words = [word for word in words if isinstance(word, str)]
         if not words or not all(re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+){1,4}", word) for word in words):

@@ -12,7 +12,7 @@ from rig import Rig
 from support import refused
 
 
-def test_moments_of_a_newcomer():
+def test_moments_of_a_new_expert():
     """Copied with a copy; else 0, and the mean of squares where no bias is corrected for."""
     for initializer, copied in (("clone", True), ("split", True), ("random", False), ("zero_output", False)):
         rig = Rig(f"topk,{initializer}").train(10)
@@ -55,7 +55,7 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("initializer", ["random", "split"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizers_go_on(name, initializer):
-    """Kept state is kept, a newcomer's is finite, and all rows learn."""
+    """Kept state is kept, a new expert's is finite, and all rows learn."""
     rig = Rig(f"topk,{initializer}", optimizer=lambda model, _: OPTIMIZERS[name](model.parameters())).train(4)
     before = copy.deepcopy(rig.optimizer.state_dict()["state"])
     order = list(rig.optimizer.state)
@@ -97,7 +97,7 @@ def test_a_state_without_the_parameters_shape_is_refused_by_name():
         rig.train(2).grow(0)
 
 
-def test_a_newcomer_of_adam_steps_further_than_the_others_at_first():
+def test_a_new_expert_of_adam_steps_further_than_the_others_at_first():
     """Both moments at 0 beside an old step counter: lr (1 - beta1) / sqrt(1 - beta2) = 3.162 lr."""
     rig = Rig("topk,random", optimizer=lambda model, lr: torch.optim.Adam(model.parameters(), 1e-3)).train(1500)
     rig.grow(0)

@@ -50,11 +50,11 @@ def test_a_layer_used_twice_counts_twice_and_grows_once():
 def test_what_a_state_dict_holds_are_copies():
     rig, other = Rig().train(2), Rig().train(1)
     state = rig.engine.state_dict()
-    window = state["layers"]["moe"]["window"].clone()
+    window = state["layers"]["moe"]["since_log"].clone()
     other.engine.load_state_dict(state)
     rig.train(1)
     other.train(2)
-    assert torch.equal(state["layers"]["moe"]["window"], window)
+    assert torch.equal(state["layers"]["moe"]["since_log"], window)
     odd = Rig("topk,saturation,random")
     with refused("state-of-other-layer", "moe"):
         odd.engine.load_state_dict(state)

@@ -32,7 +32,7 @@ def test_the_change_is_that_of_the_layers_output():
     assert record.change == pytest.approx(float((after - before).norm() / before.norm()), rel=1e-5)
 
 
-def test_the_same_seed_draws_the_same_newcomer_and_random_states_stay():
+def test_the_same_seed_draws_the_same_new_expert_and_random_states_stay():
     one, two = Rig().train(3), Rig().train(3)
     torch.rand(7)
     state = torch.get_rng_state()
@@ -109,7 +109,7 @@ def test_exactness_is_held_against_a_measurement(install):
 
 
 def test_an_exact_growth_is_let_through(install):
-    """Gates that do not compete (ReLU, Wang et al., 2024) and a newcomer that answers zero."""
+    """Gates that do not compete (ReLU, Wang et al., 2024) and a new expert that answers zero."""
     from moe_engine import LinearRouter, assign
 
     class Relu(LinearRouter):
@@ -172,7 +172,7 @@ def test_two_processes_grow_alike_or_not_at_all(tmp_path):
     torch.multiprocessing.spawn(_process, args=(str(tmp_path),), nprocs=2)
     one, two = (torch.load(tmp_path / str(rank), weights_only=True) for rank in range(2))
     assert "a live DistributedDataParallel holds this layer" in one[0][0]
-    assert "build it anew" in two[0][0]
+    assert "rebuild it after the growth" in two[0][0]
     assert "was not done, because it failed in another process" in one[0][1]
     assert "ZeroDivisionError" in two[0][1]
     assert all(said[2].endswith("was not done, because processes want different things") for said in (one[0], two[0]))

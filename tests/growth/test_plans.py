@@ -37,16 +37,16 @@ def test_what_makes_no_sense_is_refused_and_changes_nothing(parents, more, code,
 
 
 @pytest.mark.parametrize(
-    ("parents", "drop", "origins", "newcomers"),
+    ("parents", "drop", "origins", "added"),
     [
         ((1,), (), (0, 1, 2, 3, 1), (4,)),
-        ((3, None), (0,), (3, 1, 2, 3, None), (0, 4)),  # the first newcomer replaces what is dropped
+        ((3, None), (0,), (3, 1, 2, 3, None), (0, 4)),  # the first new expert replaces what is dropped
         ((), (1, 2), (0, 3), ()),
     ],
 )
-def test_the_plan_says_where_each_expert_comes_from(parents, drop, origins, newcomers):
+def test_the_plan_says_where_each_expert_comes_from(parents, drop, origins, added):
     (plan,) = plans_of(Engine("topk", experts=4).moe(6, 5), Growth("moe0", parents, drop=drop)).values()
-    assert (plan.origins, plan.newcomers) == (origins, newcomers)
+    assert (plan.origins, plan.added) == (origins, added)
 
 
 def test_a_group_comes_with_the_experts_of_its_parent():

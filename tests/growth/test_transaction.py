@@ -42,25 +42,25 @@ def test_old_experts_and_their_moments_stay_bit_for_bit(router, initializer):
     rig.train(5)
 
 
-def test_newcomers_of_each_source_are_what_they_say():
-    def newcomer(initializer, settings=()):
+def test_new_experts_of_each_source_are_what_they_say():
+    def new_expert(initializer, settings=()):
         rig = Rig(f"topk,{initializer}").train(3)
         before = copy.deepcopy(rig.layer)
         rig.grow(1)
         return before.requires_grad_(False), rig.layer.requires_grad_(False)
 
-    before, after = newcomer("random")
+    before, after = new_expert("random")
     assert after.experts.w_in[4].abs().max() <= 6**-0.5
     assert not torch.equal(after.experts.w_in[4], before.experts.w_in[1])
-    before, after = newcomer("zero_output")
+    before, after = new_expert("zero_output")
     assert not after.experts.w_out[4].any()
     assert not after.experts.b_out[4].any()
     assert after.experts.w_in[4].any()
-    before, after = newcomer("clone")
+    before, after = new_expert("clone")
     assert torch.equal(after.router.weight[4], before.router.weight[1])
     noise = after.experts.w_in[4] - before.experts.w_in[1]
     assert float(noise.std() / before.experts.w_in[1].std()) == pytest.approx(0.01, rel=0.5)
-    before, after = newcomer("split")
+    before, after = new_expert("split")
     for name in ("w_in", "w_out", "b_in", "b_out"):
         old, new = getattr(before.experts, name), getattr(after.experts, name)
         assert not torch.equal(new[1], old[1])
@@ -224,7 +224,7 @@ def test_an_error_at_any_line_leaves_everything_as_it_was(plugins, stride, no_se
     while (fault := trial(at, (RuntimeError, KeyboardInterrupt)[at % 2])).where:
         places.add(fault.where[0])
         at += stride if at > 120 else 1  # what is in the loops over tensors comes again and again
-    assert {"stage", "commit", "put", "staged_state", "reindex", "_staged_tensor", "_newcomers"} <= places
+    assert {"stage", "commit", "put", "staged_state", "reindex", "_staged_tensor", "_new_experts"} <= places
 
 
 @pytest.mark.parametrize("plugins", ["topk,random", "topk,saturation,random"])
@@ -313,7 +313,7 @@ def test_layers_that_can_not_grow_say_why():
     with refused("groups-cannot-grow", "groups=1"):
         rig.grow(0, optimizers=(), probe=None)
     rig = Rig("hierarchical", experts=4)
-    with pytest.raises(UsageError, match="at least 2 experts each must remain"):
+    with refused("too-few-experts", "2 experts each"):
         rig.grow(drop=(0,))
     with refused("growth-needs-parent", "group"):
         rig.grow(None, of="group")

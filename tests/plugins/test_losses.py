@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from moe_engine import Engine, Finding, LinearRouter, Traits, UsageError, assign, hookimpl
+from moe_engine import Engine, Finding, LinearRouter, Spec, Traits, UsageError, assign, hookimpl
 from moe_engine.contract.setup import Setup
 
 E = 4
@@ -123,7 +123,7 @@ def remark(plugins, settings=(), **spec):
     """What the first plugin typed says of the mix."""
     engine = Engine(plugins, settings, **spec)
     first = plugins.split(",")[0]
-    setup = Setup(engine.plugins.active, engine._spec(**{"dim": 0, "hidden": 0, **spec}))
+    setup = Setup(engine.plugins.active, Spec(**{"dim": 0, "hidden": 0, **spec}))
     return engine.plugins.active[first].moe_check(setup)
 
 

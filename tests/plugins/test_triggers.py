@@ -42,7 +42,7 @@ def test_every_layer_grows_until_it_is_full():
 
 def test_new_experts_descend_from_the_busiest_expert():
     engine, (layer,) = engine_of("schedule", ["schedule.every=1"], sizes=(4,))
-    layer.load_since_growth = torch.tensor([1.0, 2.0, 9.0, 3.0])
+    layer.sums.load_since_growth = torch.tensor([1.0, 2.0, 9.0, 3.0])
     engine.step = 1
     (growth,) = engine.due(1.0)
     assert growth.parents == (2,)

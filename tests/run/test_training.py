@@ -307,7 +307,7 @@ def test_a_remark_on_the_mix_is_said_and_kept_in_the_summary(tmp_path):
     said = []
     config = RunConfig(plugins=("sigmoid_topk", "loss_free", "switch_aux"), no_plugin=("plots", "html"), epochs=1)
     run = Training(config, {}, tmp_path / "run", say=said.append).run()
-    assert any(remark.startswith("loss_free: switch_aux pulls at the gradients") for remark in said)
+    assert any(remark.startswith("loss_free: switch_aux adds a balancing gradient") for remark in said)
     assert [one["name"] for one in run.summary["findings"] if one["metric"] == "remark.loss_free"] == ["two remedies"]
 
 

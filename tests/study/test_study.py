@@ -203,7 +203,7 @@ def test_results_are_judged_again_without_a_run(out, ran, capsys):
     capsys.readouterr()
     stored = Path("out/study.json").read_bytes()
     study("--check", code=1)
-    assert "1 of 1 criteria failed, the first: all are better than chance" in capsys.readouterr().err
+    assert "1 of 1 criteria failed; the first: all are better than chance" in capsys.readouterr().err
     assert ran == []
     assert stored == Path("out/study.json").read_bytes()
 
