@@ -76,8 +76,8 @@ if TYPE_CHECKING:
     from .processes import mean_over_ranks as mean_over_ranks
     from .run.checkpoints import load as load
     from .run.checkpoints import save as save
-    from .run.reporting import expert_loads as expert_loads
-    from .run.reporting import run_figures as run_figures
+    from .run.report_inputs import expert_loads as expert_loads
+    from .run.report_inputs import run_figures as run_figures
     from .run.training import adam as adam
     from .seeds import generator as generator
 
@@ -131,7 +131,7 @@ _HOMES = {
     "pretrained.watching": ("watch",),
     "processes": ("all_reduce_sum", "mean_over_ranks"),
     "run.checkpoints": ("load", "save"),
-    "run.reporting": ("expert_loads", "run_figures"),
+    "run.report_inputs": ("expert_loads", "run_figures"),
     "run.training": ("adam",),
     "seeds": ("generator",),
 }

@@ -4,7 +4,6 @@ Suffixes: R rows, N numbers, S series, E experts.
 """
 
 import math
-import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UsageError, listed
+from .count_columns import Columns
 from .count_files import Chunk, CountFile, open_counts
 
-EXPERT = re.compile(r"(?:expert|e)[ _]?([0-9]{1,6})")  # a column of the wide form
 TOP_K = ("choices_per_token", "top_k")
 TIMES = ("step", "epoch", "batch")  # columns that are summed over instead of being labels
 LARGEST, EXPERTS, SERIES, CELLS = 1e15, 100_000, 10_000, 20_000_000  # anything larger is taken for a mistake
@@ -85,38 +84,6 @@ def read_counts(
     return sums.series(), sums.names
 
 
-@attrs.frozen
-class _Columns:
-    """The columns of a file. at: number by name. keys: those that tell series apart. experts: of the wide form."""
-
-    at: dict[str, int]
-    keys: list[str]
-    experts: list[str]
-
-    @classmethod
-    def of(cls, file: str, names: Sequence[str], over: set[str]) -> "_Columns":
-        """The columns by their names in the header. Raises UsageError."""
-        lower = [name.lower() for name in names]
-        if twice := [name for name in lower if lower.count(name) > 1]:
-            raise UsageError(f"{file}: two columns are called '{twice[0]}'; rename one", code="duplicate-column")
-        found = {int(match[1]): name for name in lower if (match := EXPERT.fullmatch(name))}
-        if found and {"expert", "count"} <= set(lower):
-            message = f"{file} has a column per expert, and also the columns expert and count; keep one form"
-            raise UsageError(message, code="two-forms")
-        if not found and not {"expert", "count"} <= set(lower):
-            raise UsageError(
-                f"{file} has no counts: it needs columns expert0, expert1, ... or e0, e1, ... or both expert and "
-                f"count, and has {listed(lower)[:120]}",
-                code="no-count-columns",
-            )
-        if gaps := [number for number in range(len(found)) if number not in found]:
-            message = f"{file}: there is no column for expert {gaps[0]}; number them from 0 on, without a gap"
-            raise UsageError(message, code="missing-expert-column")
-        taken = {*over, "tokens", *(found.values() or ("expert", "count"))}
-        at = {name: number for number, name in enumerate(lower)}
-        return cls(at, [name for name in lower if name not in taken], [found[number] for number in sorted(found)])
-
-
 class _Sums:
     """Sums rows by series."""
 
@@ -132,7 +99,7 @@ class _Sums:
 
     def add(self, chunk: Chunk) -> None:
         """Add rows. Raises UsageError for the first bad one."""
-        columns = _Columns.of(self.file.name, chunk.names, self.over)
+        columns = Columns.of(self.file.name, chunk.names, self.over)
         self.names, self.keys = set(columns.at), columns.keys
         if {*map(len, chunk.rows)} != {len(chunk.names)}:
             where, row = next(

@@ -16,7 +16,7 @@ from ..errors import UsageError
 from ..registry.discovery import KINDS, Found, find, load, pick
 from ..registry.manager import broken
 from .flags import json_flag
-from .summaries import summary_of
+from .plugin_lines import summary_of
 
 WIDTH = 80
 BUILT_IN = "moe-engine"  # the distribution that the list need not name

@@ -10,8 +10,8 @@ from ..contract.routing import Routing
 from ..contract.setup import Bound
 from ..contract.stats import Effects, Finding, Metrics, Stats, merge_metrics
 from ..errors import PluginError, UsageError
-from ..layer.effects import effects_of, without_gradient
 from ..layer.moe import MoE
+from ..layer.probe_effects import effects_of, without_gradient
 from ..layer.probing import observe
 from ..registry.manager import Plugins
 

@@ -15,11 +15,11 @@ from ..contract.routing import Level, Routing, Slots, Spec, Tokens, assign
 from ..contract.setup import Bound
 from ..errors import UsageError
 from ..optimizer_state import forget_old_shapes
+from .build_checks import check_plan, check_terms, drawn, output_of
 from .capacity import within_capacity
 from .dense import shared_expert
 from .dispatch import dispatch
 from .ledger import Ledger, invalidate
-from .rehearsal import check_plan, check_terms, drawn, output_of
 from .sums import LayerSums, flat, layouts_of, measured, sums_of, unflat
 
 

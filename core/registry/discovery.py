@@ -153,5 +153,5 @@ def _check_hook(origin: str, cls: type, name: str) -> None:
 
 
 def defaults() -> dict[str, Any]:
-    """The plugins and the task of a run unless it names others: defaults.toml."""
-    return tomllib.loads(resources.files(__package__).joinpath("defaults.toml").read_text("utf-8"))
+    """The plugins and the task of a run unless it names others: default_plugins.toml."""
+    return tomllib.loads(resources.files(__package__).joinpath("default_plugins.toml").read_text("utf-8"))

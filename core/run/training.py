@@ -29,8 +29,9 @@ from .config import RunConfig, config_toml
 from .device import StepTimer, deterministic, find_device, resolve_matmul
 from .folder import new_folder, read_run, record_file
 from .loop_state import LoopState
-from .records import Listener, RecordFile, summarize, versions
+from .records import Listener, RecordFile
 from .scores import Scorer, ScoreSums
+from .summary import summarize, versions
 from .traces import FILE, record
 
 

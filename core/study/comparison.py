@@ -11,7 +11,7 @@ from ..contract.options import Settings
 from ..errors import UsageError, listed, nearest
 from ..registry import discovery
 from ..registry.discovery import KINDS, WATCHING
-from ..run.records import versions
+from ..run.summary import versions
 from .grid import FINISHED, Record, Show
 from .results import Row, judged, rows_of, run_planned
 from .spec import Choice, Study, StudyPart

@@ -25,7 +25,7 @@ from ..processes import one_thread
 from ..registry import discovery
 from ..registry.discovery import defaults
 from ..run.config import RunConfig, merge_options
-from ..run.records import versions
+from ..run.summary import versions
 from ..run.training import Training
 
 Record = dict[str, Any]

@@ -8,7 +8,7 @@ from typing import Any
 import attrs
 import joblib
 
-from ..run.records import versions
+from ..run.summary import versions
 from ..run.training import Training
 from .criteria import judge
 from .grid import FINISHED, Record, Show, StudyVariant, run_grid

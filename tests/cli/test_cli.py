@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from moe_engine.cli import COMMANDS, main, progress
+from moe_engine.cli.plugin_lines import summary_of
 from moe_engine.cli.plugins import HEADINGS
-from moe_engine.cli.summaries import summary_of
 from moe_engine.registry.discovery import KINDS, Found, find
 
 QUICK = ["--task", "blobs", "--set", "blobs.images=500", "--set", "blobs.test_images=100", "--epochs", "1"]

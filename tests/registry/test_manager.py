@@ -61,7 +61,7 @@ def test_core_imports_no_plugin_and_plugins_import_no_plugin():
 
 
 def test_core_names_no_plugin():
-    """Not even in a string: what is usual is data, in defaults.toml."""
+    """Not even in a string: what is usual is data, in default_plugins.toml."""
     # these are words of the core too: of records, activations, roles, digests, numbers in a table
     names = set(find()) - {"split", "relu", "gradient", "hash", "random", "entropy", "mutual_information"}
     for path in (ROOT / "core").rglob("*.py"):

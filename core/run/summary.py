@@ -1,0 +1,96 @@
+"""summary.json: what a finished run amounts to, the worst findings first."""
+
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+import attrs
+import torch
+
+from ..contract.stats import Finding, Metrics, plain
+from ..engine.engine import Engine
+from ..layer.moe import MoE
+from .config import RunConfig
+
+BALANCE = ("active", "load", "cv", "gini", "entropy", "max_min", "maxvio", "dropped")  # of each layer
+
+
+def versions() -> dict[str, str]:
+    """The versions of what a run was computed with."""
+    names = ("moe-engine", "torch", "numpy")
+    return {"python": sys.version.split()[0], **{name: metadata.version(name) for name in names}}
+
+
+def summarize(
+    config: RunConfig,
+    engine: Engine,
+    *,
+    step: int,
+    seconds: float,
+    means: Mapping[str, float],
+    layers: Mapping[str, Metrics],
+    perplexity: bool,
+) -> dict[str, Any]:
+    """The content of summary.json. means, layers: of the last evaluation. perplexity: report exp(loss)."""
+    findings = _findings(engine, step, layers)
+    verdicts = [finding["name"] for finding in findings if finding["metric"] == "verdict"]
+    return {
+        "task": config.task,
+        "plugins": engine.plugins.records(),
+        "versions": versions(),
+        "seed": config.seed,
+        "device": torch.device(config.device).type,
+        "steps": step,
+        "seconds": seconds,
+        "loss": plain(means["loss"]),
+        "accuracy": plain(means.get("accuracy")),
+        "perplexity": plain(float(torch.tensor(means["loss"]).exp())) if perplexity else None,
+        "measures": {name: plain(value) for name, value in means.items() if name not in ("loss", "accuracy")},
+        "verdict": verdicts[0] if verdicts else None,
+        "findings": findings,
+        "layers": [_layer_summary(layer, layers.get(layer.name, {})) for layer in engine.layers],
+        "growths": [plain(attrs.asdict(grown)) for grown in engine.growths],
+    }
+
+
+def _findings(engine: Engine, step: int, layers: Mapping[str, Metrics]) -> list[dict[str, Any]]:
+    """Verdicts first, then the rest; the most severe of each first."""
+    findings = [
+        (finding.severity, {"layer": layer, "metric": name, **plain(finding)})
+        for layer, metrics in layers.items()
+        for name, finding in metrics.items()
+        if isinstance(finding, Finding)
+    ]
+    findings += [
+        (remark.severity, {"layer": "all layers", "metric": f"remark.{name}", **plain(remark)})
+        for name, remark in engine.plugins.remarks.items()
+    ]
+    findings += [(finding["severity"], finding) for finding in _idle_triggers(engine, step)]
+    findings.sort(key=lambda pair: (pair[1]["metric"] != "verdict", -pair[0]))
+    return [finding for _, finding in findings]
+
+
+def _idle_triggers(engine: Engine, step: int) -> list[dict[str, Any]]:
+    """A finding for each trigger that caused no growth."""
+    acted = {grown.why.partition(":")[0] for grown in engine.growths}
+    idle = [bound.plugin for bound in engine.triggers.bounds if bound.plugin not in acted]
+    return [
+        {
+            "layer": "all layers",
+            "metric": f"inert.{name}",
+            "name": "no effect",
+            "severity": 1,
+            "why": f"{name} triggered no growth in {step} steps",
+            "advice": f"run longer, or let it act earlier: moe-engine plugins {name} lists its options",
+        }
+        for name in idle
+    ]
+
+
+def _layer_summary(layer: MoE, metrics: Metrics) -> dict[str, Any]:
+    """The metrics that every layer has, null where no plugin returns them, then every other number."""
+    measured = {name: plain(metrics.get(name)) for name in BALANCE}
+    others = {name: plain(value) for name, value in metrics.items() if name not in BALANCE}
+    numbers = {name: value for name, value in others.items() if value is None or isinstance(value, int | float)}
+    return {"name": layer.name, "experts": layer.spec.experts, "top_k": layer.spec.top_k, **measured, **numbers}
