@@ -32,7 +32,7 @@ from ..registry.manager import Plugins
 from . import measuring
 from .builder import LayerBuild, layer_name, spec_of
 from .controllers import apply_controllers
-from .growing import Growing, grow, rehearse_growth
+from .growing import Growing, check_growable, grow
 
 IN_DENSE = (*WATCHING, "experts")  # the kinds of plugins that act in a dense model
 
@@ -105,7 +105,7 @@ class Engine:
         if self.dense:
             return build.twin()  # type: ignore[return-value]  # a model calls both alike
         layer = build.layer()
-        rehearse_growth(self.plugins, self.triggers, layer, self.seed)
+        check_growable(self.plugins, self.triggers, layer, self.seed)
         self._layers.append(weakref.ref(layer))
         return layer
 

@@ -81,7 +81,7 @@ def grow(
     return record
 
 
-def rehearse_growth(plugins: Plugins, triggers: Triggers, layer: MoE, seed: int) -> None:
+def check_growable(plugins: Plugins, triggers: Triggers, layer: MoE, seed: int) -> None:
     """If a trigger is chosen, stage a growth of a new layer, so that what can't grow fails now. Raises UsageError."""
     asking = [traits_of(plugins.active[bound.plugin]) for bound in triggers.bounds]
     for parent in {None if traits.orphans else 0 for traits in asking}:
