@@ -22,6 +22,24 @@ def _seeded():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _metadata_read_once():
+    """What is installed changes with sys.path alone while tests run, and reading it takes as long as a small test."""
+    read, known = metadata.entry_points, {}
+
+    def entry_points(**selection):
+        if selection:
+            return read(**selection)
+        path = tuple(sys.path)
+        if path not in known:
+            known[path] = read()
+        return known[path]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metadata, "entry_points", entry_points)
+        yield
+
+
 @pytest.fixture
 def install(monkeypatch):
     """install(kind, name, cls): make a plugin class look like one of an installed distribution "elsewhere 1.0"."""

@@ -67,7 +67,7 @@ def on_a_terminal(width, *words):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
-@pytest.mark.parametrize("width", [80, 160])
+@pytest.mark.parametrize("width", [80, pytest.param(160, marks=pytest.mark.long)])
 def test_a_terminal_gets_a_live_bar(width):
     """With loss, accuracy, cv, maxvio and active experts, which the plain lines would repeat."""
     lines = on_a_terminal(width, "run", *QUICK, "--out", "run", "--log-every", "4", "--no-plugin", "plots,html")

@@ -158,7 +158,7 @@ def test_a_default_is_held_against_the_limits_too():
         build(Impossible, "loss 'impossible'", {})
 
 
-ALL = "there is any_rate, count, flag, maybe_count, maybe_flag, maybe_word, names, rate and word"
+ALL = "choose from any_rate, count, flag, maybe_count, maybe_flag, maybe_word, names, rate and word"
 SUGGESTED = [
     ("nams", "did you mean 'names'?"),
     ("rate_", "did you mean 'rate' or 'any_rate'?"),

@@ -197,11 +197,11 @@ class Fault:
 
 
 @pytest.mark.parametrize("plugins", ["hierarchical,saturation,loss_free,split", "topk,saturation,random"])
-@pytest.mark.parametrize("stride", [7, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.parametrize("stride", [23, pytest.param(1, marks=pytest.mark.long)])
 def test_an_error_at_any_line_leaves_everything_as_it_was(plugins, stride, no_search):
     """Every line that growth.py, transaction.py, optimizers.py and parts.py execute in a growth fails once.
 
-    With a stride of 7 the first 120 do, and then every seventh.
+    With a stride of 23 the first 120 do, and then every 23rd.
     """
     modules = (growth, transaction, optimizers, sys.modules[Part.__module__])
 
@@ -370,12 +370,12 @@ def test_a_compiled_layer_goes_on_past_every_limit_of_recompilation(backend):
     rig = Rig(f"topk,{LOSSES},clone", experts=2)
     with torch._dynamo.config.patch(recompile_limit=2):
         compiled = torch.compile(rig.model, fullgraph=True, backend=backend)
-        for _ in range(4):
+        for _ in range(3):
             rig.step(compiled)
             rig.grow(0)
             torch.testing.assert_close(compiled(rig.x), rig.model(rig.x))
             rig.engine.after_backward()
-    assert rig.layer.spec.experts == 6
+    assert rig.layer.spec.experts == 5
 
 
 @pytest.mark.parametrize("router", ROUTERS)
