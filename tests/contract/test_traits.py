@@ -290,7 +290,7 @@ def test_one_word_stands_for_a_tuple_of_one():
         ({"needs": ("probs",)}, "'needs' is now traits = Traits(requires=...)"),
         ({"need": ("probs",)}, "the core does not know the class attribute 'need'; did you mean 'traits'?"),
         ({"orphan": True}, "the core does not know the class attribute 'orphan'; did you mean 'traits'?"),
-        ({"trait": Traits(requires="load")}, "the core does not know the class attribute 'trait'; did you mean 'traits'?"),
+        ({"trait": Traits(requires="load")}, "does not know the class attribute 'trait'; did you mean 'traits'?"),
         ({"facts": Traits(requires="load")}, "its traits are called 'facts'; call them 'traits'"),
         ({"traits": {"requires": "load"}}, "'traits' is {'requires': 'load'}, not Traits(...)"),
         ({"traits": Traits(provides="load")}, "only a router provides traits"),
