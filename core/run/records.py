@@ -1,4 +1,4 @@
-"""What a run writes down: the records of metrics.jsonl, and summary.json."""
+"""What a run records: the lines of metrics.jsonl, and summary.json."""
 
 import os
 import sys
@@ -22,7 +22,7 @@ Listener = Callable[[dict[str, Any]], None]
 
 @attrs.frozen(eq=False)
 class RecordFile:
-    """metrics.jsonl: a JSON object a line. listener: gets each record as it is written."""
+    """metrics.jsonl: one JSON object per line. listener: receives each record as it is written."""
 
     file: IO[bytes]
     listener: Listener
@@ -52,12 +52,12 @@ class RecordFile:
         return self.file.seek(0, os.SEEK_END)
 
     def truncate(self, size: int) -> None:
-        """Drop what was written after the first `size` bytes."""
+        """Discard everything after the first `size` bytes."""
         self.file.truncate(size)
 
 
 def versions() -> dict[str, str]:
-    """The versions of what a run was computed with."""
+    """The versions of the software that a run used."""
     names = ("moe-engine", "torch", "numpy")
     return {"python": sys.version.split()[0], **{name: metadata.version(name) for name in names}}
 
@@ -72,7 +72,7 @@ def summarize(
     layers: Mapping[str, Metrics],
     perplexity: bool,
 ) -> dict[str, Any]:
-    """The content of summary.json. means, layers: of the last evaluation. perplexity: report exp(loss)."""
+    """The content of summary.json. means, layers: from the last evaluation. perplexity: report exp(loss)."""
     findings = _findings(engine, step, layers)
     verdicts = [finding["name"] for finding in findings if finding["metric"] == "verdict"]
     return {
@@ -95,7 +95,7 @@ def summarize(
 
 
 def _findings(engine: Engine, step: int, layers: Mapping[str, Metrics]) -> list[dict[str, Any]]:
-    """Verdicts first, then the rest; the most severe of each first."""
+    """Verdicts first, then other findings; each sorted by severity, the worst first."""
     findings = [
         (finding.severity, {"layer": layer, "metric": name, **plain(finding)})
         for layer, metrics in layers.items()

@@ -1,4 +1,4 @@
-"""A claim: one sentence that holds for every plugin that implements some hook, and its test."""
+"""A claim: a sentence that holds for every plugin with a certain hook, and its test."""
 
 import unittest
 from collections.abc import Callable
