@@ -89,7 +89,7 @@ class CountFile:
                     yield f"{layer!r}, {split!r}", {"layer": layer, "split": split, "counts": counts}
 
     def _record_chunks(self, records: Iterator[tuple[Any, Any]]) -> Iterator[Chunk]:
-        """Rows from records with equal names; a list of `counts` becomes columns, with one chunk per length."""
+        """Rows from records with equal names; a list of `counts` becomes columns, the same number in each chunk."""
         names: list[str] = []
         held: dict[int, tuple[list[Any], list[list[Any]]]] = {}
         for where, record in records:
