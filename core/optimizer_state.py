@@ -66,7 +66,7 @@ def refuse_odd_state(optimizer: Optimizer) -> None:
             other_rank = isinstance(value, Tensor) and value.dim() and value.dim() != parameter.dim()
             if other_rank or isinstance(value, list):
                 raise UsageError(
-                    f"{type(optimizer).__name__} keeps '{key}', which no rule can grow; use Adam, AdamW or SGD",
+                    f"{type(optimizer).__name__} keeps '{key}', which can't grow; use Adam, AdamW or SGD",
                     code="unsupported-optimizer",
                 )
 
@@ -79,7 +79,7 @@ def _kept_whole(optimizer: Optimizer, name: str, key: str, state: Tensor, parame
         return False
     raise UsageError(
         f"{type(optimizer).__name__} keeps '{key}' of shape {list(state.shape)} for '{name}' "
-        f"{list(parameter.shape)}, which no rule can grow; use Adam, AdamW or SGD",
+        f"{list(parameter.shape)}, which can't grow; use Adam, AdamW or SGD",
         code="unsupported-optimizer",
     )
 

@@ -57,7 +57,7 @@ def agreed(what: str, device: torch.device) -> Iterator[None]:
         if error is None and not int(vote[0]):
             raise RunError(f"{what} was not done, because it failed in another process", code="other-process-failed")
         if error is None and int(vote[1]) != -int(vote[2]):
-            message = f"{what} was not done, because processes want different things"
+            message = f"{what} was not done, because processes disagree"
             raise RunError(message, code="processes-disagree")
     if error is not None:
         raise error

@@ -70,9 +70,9 @@ def _bad_spec(message: str) -> UsageError:
 class Tokens:
     """The tokens of one forward, flattened. Padding tokens are all zeros in x.
 
-    x [T, D]. shape: the leading shape, (B, S) or (T,). mask [T] bool: True is a real token; None: all are real.
-    ids [T]: token ids, or None. labels [T]: class or domain, or None. count: the number of real tokens, an integer
-    scalar.
+    x [T, D]: the input. shape: the leading shape, (B, S) or (T,). mask [T]: bool, True is a real token; None if all
+    are real. ids [T]: token ids, or None. labels [T]: class or domain, or None. count: the number of real tokens, an
+    integer scalar.
     """
 
     x: Tensor

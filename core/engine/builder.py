@@ -110,7 +110,7 @@ class LayerBuild:
             return ModuleBank(self.modules[: spec.experts], spec.out_dim)
         banks: dict[str, Experts] = dict(self._ask("moe_experts", Experts | None, spec=spec))
         if len(banks) > 1:
-            message = f"a layer has one bank of experts, but {listed(map(repr, banks))} bring one; choose one"
+            message = f"a layer has one bank of experts, but {listed(map(repr, banks))} provide one; choose one"
             raise UsageError(message, code="several-banks")
         return next(iter(banks.values()), None)
 
@@ -123,7 +123,7 @@ class LayerBuild:
         acting = {plugin for by_plugin in biases for plugin in by_plugin}
         for bound in self.chosen.bind("moe_bias", self.plugins):
             if bound.plugin not in acting:
-                message = f"bias '{bound.plugin}' acts on nothing: the router has no level that it can shift"
+                message = f"bias '{bound.plugin}' has no effect: it does not act on any level of the router"
                 raise UsageError(message, code="acts-on-nothing")
 
 

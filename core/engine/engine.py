@@ -172,7 +172,7 @@ class Engine:
         """
         counted = [layer for layer in self.layers if layer.sums.of_step() is not None]
         if any(layer.losses for layer in counted) and not self._anchored:
-            raise RuntimeError("engine.aux_loss() is part of no loss: use (loss + engine.aux_loss()).backward()")
+            raise RuntimeError("engine.aux_loss() was not added to a loss: use (loss + engine.aux_loss()).backward()")
         if self._anchored and self.layers and not counted:
             raise RuntimeError("engine.aux_loss() is part of a loss, but no layer is: call engine.attach(model)")
         if not self._closed:
@@ -275,7 +275,7 @@ class Engine:
         """Restore a `state_dict`; load the model first, which sets the number of experts. Raises UsageError."""
         layers = {layer.name: layer for layer in self.layers}
         if layers.keys() != state["layers"].keys():
-            message = f"the state is of layers {listed(state['layers'])}, but there are {listed(layers)}"
+            message = f"the state is for layers {listed(state['layers'])}, but the engine has {listed(layers)}"
             raise UsageError(message, code="state-of-other-layers")
         for name, sums in state["layers"].items():
             layers[name].sums.check_held(sums, name, layers[name].spec.experts)
@@ -294,7 +294,7 @@ def _refuse_idle(plugins: Plugins, names: Sequence[str]) -> None:
     """A dense model has no router: refuse plugins that would have no effect."""
     idle = [name for name, found in plugins.found.items() if name in names and found.kind not in IN_DENSE]
     if idle:
-        message = f"a dense model has no router: {listed(map(repr, idle))} acts on nothing"
+        message = f"a dense model has no router: {listed(map(repr, idle))} would have no effect"
         raise UsageError(message, code="acts-on-nothing")
 
 

@@ -117,7 +117,7 @@ class LayerSums(nn.Module):
         for name, size in zip(HELD, sizes, strict=True):
             value = held[name]
             if value is not None and value.numel() != size:
-                message = f"the state of layer '{layer}' is of other plugins or experts; load the model before it"
+                message = f"the state of layer '{layer}' was saved with other plugins or experts; load the model first"
                 raise UsageError(message, code="state-of-other-layer")
 
     def load_held(self, held: Mapping[str, Tensor | None]) -> None:
@@ -164,7 +164,7 @@ def flat(sums: Mapping[str, Tensor], layout: Layout) -> Tensor:
     """Sums by name as one vector. Raises ValueError if the names are not those of the layout."""
     if sums.keys() != layout.keys():
         changed = sorted(sums.keys() ^ layout.keys())
-        raise ValueError(f"measured names must be the same in every forward; {changed} came or went")
+        raise ValueError(f"measured names must be the same in every forward; {changed} changed")
     return torch.cat([value.reshape(-1) for value in sums.values()]).float()
 
 

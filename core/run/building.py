@@ -60,6 +60,6 @@ def _check_initializers(config: RunConfig, engine: Engine) -> None:
     idle = [name for name in chosen if engine.plugins.found[name].kind == "initializer"]
     if idle and not engine.plugins.bind("moe_growth"):
         raise UsageError(
-            f"initializer '{idle[0]}' acts on nothing: no plugin makes the layers grow; add a growth plugin",
+            f"initializer '{idle[0]}' has no effect: no plugin makes the layers grow; add a growth plugin",
             code="idle-initializer",
         )

@@ -112,7 +112,7 @@ def cost_is_bounded(bench: Bench) -> None:
     with one_thread():
         for _ in range(8):  # alternate; the shortest time counts
             for index, trial in enumerate(trials):
-                start = time.process_time()  # unlike wall time, it leaves out what else the machine does
+                start = time.process_time()  # unlike wall time, it excludes other work on the machine
                 trial.step(data(4, 64, dim=64))
                 best[index] = min(best[index], time.process_time() - start)
             if best[1] < MAX_SLOWDOWN / 2 * best[0]:

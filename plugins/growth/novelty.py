@@ -6,9 +6,9 @@ from moe_engine import Growth, Part, Traits, consecutive, hookimpl, option
 
 @attrs.define(eq=False)
 class Novelty:
-    """Grow when too many tokens suit no expert.
+    """Grow when too many tokens fit no expert.
 
-    A token is novel if no expert got it or, where the router has probabilities, if the largest is below `confidence`
+    A token is novel if no expert received it or, if the router has probabilities, if the largest is below `confidence`
     / E. n and d are running means of the share of novel tokens and of their sum. If n > share for `patience` steps
     in a row, the layer grows by an expert without a parent, whose router row is d / |d| times the mean length of the
     other rows (1 if they are 0). Without novel tokens nothing grows.
