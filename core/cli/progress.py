@@ -57,7 +57,7 @@ class Progress:
             self.say(f"step {record['step']:>6}  {split}  {_facts(record)}")
 
     def say(self, remark: str) -> None:
-        """Print a remark, above the bar where there is one."""
+        """Print a remark, above the progress bar if there is one."""
         if not self.quiet:
             _print(self.bar.console if self.bar is not None else self.console, remark)
 

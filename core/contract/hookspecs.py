@@ -80,9 +80,8 @@ def moe_aux_loss(routing: "Routing", layer: "Layer", state: "Part | None") -> "T
 def moe_measure(routing: "Routing", layer: "Layer", state: "Part | None") -> "Mapping[str, Tensor]":  # type: ignore[empty-body]
     """Return tensors by name, to be summed over forwards and processes.
 
-    Called in each forward: in training through the ledger, so that a recomputed forward counts once; in evaluation
-    as the forward runs. Names and shapes must be the same in every forward. The sums come back as
-    `stats["PLUGIN.NAME"]`.
+    Called in each forward. In training the tensors pass through the ledger, so a recomputed forward counts once. Names
+    and shapes must be the same in every forward. The sums are available as `stats["PLUGIN.NAME"]`.
     """
 
 

@@ -281,7 +281,7 @@ def combine(out_NO: Tensor, token_N: Tensor, weight_N: Tensor, tokens: int) -> T
 
 
 def mean_grad(parameter: Tensor, keep: int | None = None) -> Tensor:
-    """Mean |gradient| over all dimensions but `keep`, in fp32; 0 where there is no gradient."""
+    """Mean |gradient| over all dimensions except `keep`, in fp32; 0 if there is no gradient."""
     grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
     size = grad.detach().float().abs()
     return size.mean() if keep is None else size.movedim(keep, 0).reshape(size.shape[keep], -1).mean(1)

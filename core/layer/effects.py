@@ -59,7 +59,7 @@ def _gates_are_constant(gate_N: Tensor, logits: Tensor) -> bool:
 
     The task's gradient alone can't tell: while all experts are equal, it also cancels out.
     """
-    weighted_N = gate_N * torch.arange(gate_N.shape[0], device=gate_N.device).cos()  # so that nothing cancels out
+    weighted_N = gate_N * torch.arange(gate_N.shape[0], device=gate_N.device).cos()  # so nothing cancels
     return _norm(_gradients(weighted_N.sum(), [logits])) <= LEAST_SHARE * _norm([weighted_N.detach()])
 
 

@@ -180,7 +180,7 @@ class MoE(nn.Module):
 
     def training_sums(self, routing: Routing, terms: Mapping[str, Tensor]) -> Tensor:
         """What a training forward with these loss terms adds to the step's sums, flat."""
-        real = routing.tokens.count > 0  # a forward without a token is no data
+        real = routing.tokens.count > 0  # a forward without a real token counts as no forward
         sums = {**self.measure(routing), "forwards": real, **self.bias_sums(routing)}
         sums.update({f"loss.{name}": value.detach() for name, value in terms.items()})
         return flat(sums, self.sums.step_layout)

@@ -98,7 +98,7 @@ def write_tree(path: Path, tree: Any) -> None:
 
 
 def read_tree(path: Path, kind: str = "checkpoint") -> Any:
-    """The tree that `write_tree` wrote; kind: what an error calls the file.
+    """The tree that `write_tree` wrote. kind: the kind of file, for error messages.
 
     Raises UsageError for a file that is missing, damaged or of another kind.
     """

@@ -39,7 +39,7 @@ class ScoreSums:
             self.terms.append(terms)
 
     def means(self) -> dict[str, float]:
-        """Means over samples; NAME is over "count.NAME" samples where there is such a sum. "correct" is "accuracy"."""
+        """Means over samples, or over "count.NAME" samples if there is such a sum. "correct" becomes "accuracy"."""
         totals = {
             name: float(torch.stack([sums[name] for sums in self.sums]).cpu().double().sum()) for name in self.sums[0]
         }

@@ -78,7 +78,7 @@ class Forward:
         return Tokens(torch.empty(count, 0), tuple(self.shape), self.mask, self.ids, self.labels)
 
     def routing(self, spec: Spec) -> Routing:
-        """The decision as it was recorded."""
+        """The recorded decision."""
         levels = tuple(Level(name, value, value) for name, value in self.logits.items())
         plan = Assignments(self.token, self.expert, self.gate, self.rank, self.selected, self.selected)
         return Routing(self.tokens, levels, None, plan, spec.experts, spec.top_k)

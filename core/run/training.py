@@ -121,7 +121,7 @@ class Training:
 
     def run(self) -> Run:
         """Train, evaluate and write the folder. Raises RunError, Stopped or UsageError."""
-        seed = generator(self.config.seed, "training").initial_seed()  # what plugins and models draw from
+        seed = generator(self.config.seed, "training").initial_seed()  # of the global generators
         with own_random_state(seed), deterministic(self.device):
             return self._run()
 
