@@ -242,7 +242,7 @@ def draw_usage(
     experts: int,
     top: float = 0.0,
 ) -> Any:
-    """Draw the heatmap of `usage` from what `lives` returned; returns the image. top: least upper end of the colours."""
+    """Draw the heatmap of `usage` from what `lives` returned; returns the image. top: least end of the colours."""
     relative_ES = np.full((experts, len(loads)), np.nan)
     for at, (_, load) in enumerate(loads):
         relative_ES[list(load), at] = np.array(list(load.values())) * len(load)

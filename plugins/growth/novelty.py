@@ -44,7 +44,7 @@ class Novelty:
             state = history.state(layer)
             ready = history.cooled_down(self.cooldown) and layer.spec.experts < self.max_experts
             if consecutive(memory, layer, ready and float(state.share) > self.share) >= self.patience:
-                why = f"{float(state.share):.0%} of the tokens suit no expert"
+                why = f"{float(state.share):.0%} of the tokens fit no expert"
                 rows = _towards(state.direction, layer.router)
                 wanted.append(Growth(layer.name, parents=(None,), rows=rows, why=why))
         return wanted
