@@ -11,14 +11,14 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 .PHONY: help demo test test-long lint docs bench results clean
 
 help:
-	@echo "make demo       install moe-engine, train on the embedded digits, write a report"
+	@echo "make demo       install moe-engine, train on the bundled digits, write a report"
 	@echo "make test       install what the tests need, run them on two processes (WORKERS=8: on eight)"
 	@echo "make test-long  the tests that take minutes (DATA=folder: of MNIST, Fashion-MNIST and CIFAR-10)"
 	@echo "make lint       ruff, mypy and the structure of core/"
-	@echo "make docs       the documentation as a site, in build/site"
-	@echo "make results    judge the committed results of the studies again, without a run"
-	@echo "make bench      speed and memory beside floors and other libraries; 15 minutes"
-	@echo "make clean      remove the virtual environment and what tools left"
+	@echo "make docs       build the documentation site, in build/site"
+	@echo "make results    re-evaluate the criteria of the studies on the committed results"
+	@echo "make bench      speed and memory, compared with lower bounds and other libraries; 15 minutes"
+	@echo "make clean      remove the virtual environment and files left by tools"
 
 demo: $(DEMO)
 	$(BIN)/moe-engine run --plugins saturation,switch_aux

@@ -4,8 +4,8 @@
 class MoeEngineError(Exception):
     """What moe-engine raises on purpose.
 
-    message: one sentence: what, where, what to do. It may be reworded at any time. code: the stable name of
-    this error, as "unknown-plugin"; empty where a plugin gave none.
+    message: one sentence that says what is wrong, where, and what to do; the wording may change at any time. code:
+    the stable name of this error, such as "unknown-plugin"; empty if a plugin gave none.
     """
 
     def __init__(self, message: str, code: str = "") -> None:
@@ -26,7 +26,7 @@ class RunError(MoeEngineError):
 
 
 def listed(names: object) -> str:
-    """Names for a sentence: "a, b and c"."""
+    """Join names for a sentence: "a, b and c"."""
     words = [str(name) for name in names]  # type: ignore[attr-defined]
     return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)
 

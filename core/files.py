@@ -12,7 +12,7 @@ from .errors import UsageError
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader, or a crash, sees the old file or the new one, never a partial one."""
+    """Write a file atomically: readers, and a crash, see the old file or the new one, never a partial one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:

@@ -1,4 +1,4 @@
-"""Optimizer state under growth: which optimizers hold a layer, and where a new expert's state starts."""
+"""Optimizer state under growth: which optimizers hold a layer, and a new expert's initial state."""
 
 import gc
 import warnings
@@ -15,10 +15,10 @@ from .errors import UsageError
 
 Moments = Literal["fresh", "copy"]
 
-# Where the state of a weight without history starts. Adam's squares start at 0 with an old step counter, which makes a
-# new expert's first steps 3 to 6.5 times lr: it is drawn at random and has nothing to lose. The mean over experts
-# remembers the large gradients of the start for a thousand steps; measured, it leaves new experts behind. Optimizers
-# without bias correction (RMSprop, Adagrad, Adafactor) would take a far longer step from 0.
+# The initial state of a weight without history. Adam's squared averages start at 0 although the step counter is old, so
+# a new expert's first steps are 3 to 6.5 times lr; it is drawn at random and has nothing to lose. The mean over experts
+# would remember the large gradients of early training for a thousand steps; measured, it leaves new experts behind.
+# Optimizers without bias correction (RMSprop, Adagrad, Adafactor) would take far longer steps from 0.
 FRESH: dict[str, Literal["zero", "mean", "weight"]] = {
     **dict.fromkeys(("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "grad_avg", "prev"), "zero"),
     **dict.fromkeys(("square_avg", "acc_delta", "sum", "exp_inf"), "mean"),
@@ -39,8 +39,8 @@ def staged_state(
 ) -> dict[str, Any]:
     """An optimizer's state of a parameter after its rows are replaced by those of `origins`.
 
-    value: the parameter's new value. moments: position of each new expert -> where its state starts.
-    Raises UsageError for a state that is not shaped like the parameter.
+    value: the parameter's new value. moments: position of each new expert -> its initial state. Raises UsageError
+    for a state that is not shaped like the parameter.
     """
     staged = {}
     for key, state in optimizer.state[parameter].items():
@@ -60,13 +60,13 @@ def staged_state(
 
 
 def refuse_odd_state(optimizer: Optimizer) -> None:
-    """Raise UsageError for an optimizer that keeps several parameters' state under one of them, as LBFGS does."""
+    """Raise UsageError for an optimizer that stores the state of several parameters in one, as LBFGS does."""
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
             other_rank = isinstance(value, Tensor) and value.dim() and value.dim() != parameter.dim()
             if other_rank or isinstance(value, list):
                 raise UsageError(
-                    f"{type(optimizer).__name__} keeps '{key}', which no rule can grow; use Adam, AdamW or SGD",
+                    f"{type(optimizer).__name__} keeps '{key}', which can't grow; use Adam, AdamW or SGD",
                     code="unsupported-optimizer",
                 )
 
@@ -79,7 +79,7 @@ def _kept_whole(optimizer: Optimizer, name: str, key: str, state: Tensor, parame
         return False
     raise UsageError(
         f"{type(optimizer).__name__} keeps '{key}' of shape {list(state.shape)} for '{name}' "
-        f"{list(parameter.shape)}, which no rule can grow; use Adam, AdamW or SGD",
+        f"{list(parameter.shape)}, which can't grow; use Adam, AdamW or SGD",
         code="unsupported-optimizer",
     )
 
@@ -100,7 +100,7 @@ def _fresh(optimizer: Optimizer, name: str, key: str, state: Tensor, axis: int, 
 
 
 def reindex(tensor: Tensor, axis: int, origins: Sequence[int | None]) -> Tensor:
-    """Rows of a tensor along an axis, by where each comes from; None gives a placeholder row."""
+    """A tensor's rows along an axis, selected by their origins; None gives a placeholder row."""
     index = torch.tensor([origin or 0 for origin in origins], device=tensor.device)
     return tensor.index_select(axis, index)
 
@@ -116,7 +116,7 @@ def refuse_holders(layer: Any, optimizers: Sequence[Optimizer], followers: Seque
     """
     if not _forgotten(layer, optimizers, followers):
         return
-    gc.collect()  # a dead one may still be waiting in a cycle
+    gc.collect()  # a dead one may still be part of a reference cycle
     for holder in _forgotten(layer, optimizers, followers):
         kind = type(holder).__name__
         if isinstance(holder, Optimizer):
@@ -128,7 +128,7 @@ def refuse_holders(layer: Any, optimizers: Sequence[Optimizer], followers: Seque
 
 
 def _forgotten(layer: Any, optimizers: Sequence[Optimizer], followers: Sequence[nn.Module]) -> list[Any]:
-    """Live objects that hold the layer's parameters, or a copy of it, and were not passed to the growth."""
+    """Live objects that hold the layer's parameters, or a copy of the layer, and were not passed to the growth."""
     passed = {id(holder) for holder in (*optimizers, *followers)}
     passed |= {id(optimizer.param_groups) for optimizer in optimizers}  # a wrapper shares them with what it wraps
     parameters = {id(parameter) for parameter in layer.parameters()}
@@ -173,7 +173,7 @@ def forget_old_shapes(parameters: Iterable[Tensor]) -> None:
 
 
 def restore(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """`load_state_dict`, with every state in the memory layout of its weight.
+    """`load_state_dict` that gives each state the memory layout of its weight.
 
     A checkpoint does not keep strides, and fused optimizers read a weight and its state in memory order.
     """

@@ -1,4 +1,4 @@
-"""Ranks: the processes that train one model together. Sums, means and votes over them; and one thread per process."""
+"""Sums, means and votes over ranks, the processes that train one model; and one thread per process."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ def all_reduce_sum(sums: Tensor) -> Tensor:
 
 
 def mean_scalar_over_ranks(value: Tensor | float, device: torch.device) -> float:
-    """The mean of a number over all ranks; device: the one that the ranks communicate through."""
+    """The mean of a number over all ranks. device: the device that the ranks communicate through."""
     local = float(torch.as_tensor(value).detach())
     if not distributed():
         return local
@@ -33,8 +33,8 @@ def mean_scalar_over_ranks(value: Tensor | float, device: torch.device) -> float
 def mean_over_ranks(value: Tensor) -> Tensor:
     """The mean of a tensor over all ranks, with the gradient of this rank's part.
 
-    Take it before a nonlinearity: gradients averaged over ranks, as DistributedDataParallel does, are then the
-    gradients of the function of the mean.
+    Use it before a nonlinearity. Averaging the gradients over ranks, as DistributedDataParallel does, then gives the
+    gradient of the nonlinear function of the mean.
     """
     if not distributed():
         return value
@@ -44,7 +44,7 @@ def mean_over_ranks(value: Tensor) -> Tensor:
 
 @contextmanager
 def agreed(what: str, device: torch.device) -> Iterator[None]:
-    """Make the body succeed on every rank or raise on every rank; what: must be the same on all of them."""
+    """Make the body succeed on every rank or raise on every rank. what: must be the same on all ranks."""
     error: BaseException | None = None
     try:
         yield
@@ -57,7 +57,7 @@ def agreed(what: str, device: torch.device) -> Iterator[None]:
         if error is None and not int(vote[0]):
             raise RunError(f"{what} was not done, because it failed in another process", code="other-process-failed")
         if error is None and int(vote[1]) != -int(vote[2]):
-            message = f"{what} was not done, because processes want different things"
+            message = f"{what} was not done, because processes disagree"
             raise RunError(message, code="processes-disagree")
     if error is not None:
         raise error
@@ -65,7 +65,7 @@ def agreed(what: str, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Limit PyTorch to one thread inside: on a busy machine, threads wait for each other."""
+    """Limit PyTorch to one thread in the body: on a busy machine, threads wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

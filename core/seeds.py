@@ -1,4 +1,4 @@
-"""Random draws: a generator for each purpose, and the state of the process-wide ones."""
+"""Random draws: a generator for each purpose, and the state of the global ones."""
 
 import random
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ def generator(seed: int, name: str) -> torch.Generator:
 
 @contextmanager
 def own_random_state(seed: int) -> Iterator[None]:
-    """Seed the process-wide generators of torch, random and numpy; restore their old states at the end."""
+    """Seed the global generators of torch, random and numpy; restore their old states at the end."""
     before = random_state()
     torch.manual_seed(seed)
     random.seed(seed)

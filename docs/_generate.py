@@ -22,7 +22,7 @@ HOOKS_PAGE, COMMANDS_PAGE = "hooks.md", "commands.md"
 # every public name of `moe_engine` by purpose; a test compares this with `moe_engine.__all__`
 REFERENCE = {
     "Engine and layers": (
-        "Build layers, drive the training step, put metrics on models of other libraries.",
+        "Build layers, control the training step, compute metrics for models of other libraries.",
         "Engine MoE Spec Layer LayerBuilder adam evaluating watch",
     ),
     "Records of routing": (
@@ -38,20 +38,20 @@ REFERENCE = {
         "How parts draw, score and multiply.",
         "uniform ones zeros linear_logits grouped_linear grouped_conv own_values row_counts DenseMLP",
     ),
-    "Plugins: hooks, options and traits": ("What turns a class into a plugin.", "hookimpl option Traits"),
+    "Plugins: hooks, options and traits": ("Turn a class into a plugin.", "hookimpl option Traits"),
     "Metrics": ("What metrics read and return.", "Stats Finding Effects mean_of_pairs"),
-    "Controllers": ("What biases and states see of one optimizer step.", "Step ema_update_"),
+    "Controllers": ("What biases and states read after an optimizer step.", "Step ema_update_"),
     "Growth": (
         "Ask for experts, make their weights, read what happened.",
         "Growth NewExpert Grown History consecutive grow_at_peaks",
     ),
-    "Tasks": ("The data, the model and the measure of a run.", "Task TaskSpec"),
+    "Tasks": ("The data, the model and the score of a run.", "Task TaskSpec"),
     "Numerics": (
-        "Sums and statistics that are right in every precision.",
+        "Sums and statistics that are correct in every precision.",
         "at_least_fp32 centred_log count_by cv2 entropy_of generator",
     ),
     "Processes": ("Sums and means over the ranks of a distributed run.", "all_reduce_sum mean_over_ranks"),
-    "Saving": ("Checkpoints in one file, nothing pickled.", "save load"),
+    "Saving": ("Checkpoints in one file, without pickle.", "save load"),
     "Reports": (
         "Draw a finished run, and write files that a crash can't damage.",
         "run_figures expert_loads write_atomically",
@@ -78,7 +78,7 @@ NOTES = {
 
 
 def on_config(config):
-    """Give generated pages their places in the navigation."""
+    """Add generated pages to the navigation."""
     _fill(config.nav, "Hooks", hook_pages())
     _fill(config.nav, "Plugins", [{title: [_path(p) for p in plugins]} for title, plugins in built_in().items()])
     return config
@@ -103,7 +103,7 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, **_):
-    """End the overview of hooks where their own pages begin; show each command's options."""
+    """Cut the overview of hooks before the sections that have pages; show each command's options."""
     if page.file.src_uri == COMMANDS_PAGE:
         return with_options(markdown)
     if page.file.src_uri == HOOKS_PAGE:
@@ -119,7 +119,7 @@ def on_page_markdown(markdown, page, **_):
 def hook_pages():
     """{path: text}, cut from docs/hooks.md."""
     text = (ROOT / "docs" / HOOKS_PAGE).read_text("utf-8").partition("\n## Traits\n")[0]
-    text = re.sub(r"\]\((?=\w+\.md)", "](../", text)  # these pages lie one folder deeper
+    text = re.sub(r"\]\((?=\w+\.md)", "](../", text)  # these pages are one folder deeper
     text = re.sub(r"\]\(#", f"](../{HOOKS_PAGE}#", text)
     sections = re.split(r"^## (?=`moe_)", text, flags=re.M)[1:]
     named = {re.match(r"`(moe_\w+)", section)[1]: section for section in sections}
@@ -141,8 +141,8 @@ def plugin_pages():
     pages = {_path(plugin): _plugin_page(plugin) for plugins in built_in().values() for plugin in plugins}
     lines = [
         "# Plugins",
-        "For whoever chooses a strategy: everything that is built in. Each page gives the formula, the source, the "
-        "options and the whole code, taken from the plugin itself. `moe-engine plugins` lists yours too.",
+        "All built-in plugins. Each page gives the formula, the source, the options and the whole code, taken from the "
+        "plugin itself. `moe-engine plugins` lists yours too.",
     ]
     for title, plugins in built_in().items():
         rows = [f"| [`{plugin.name}`]({plugin.name}.md) | {_prose(_first(load(plugin)))} |" for plugin in plugins]
@@ -193,9 +193,9 @@ def reference_page():
     """Every public name of `moe_engine` with its signature and docstring, by purpose."""
     parts = [
         "# Python API",
-        "For whoever writes a plugin or embeds the engine: every public name of `moe_engine`, taken from the code. "
-        "Each is imported as `from moe_engine import NAME`. [Stability](stability.md) says what is promised.",
-        "Shapes are suffixes: T tokens, D model, H hidden, E experts, K chosen a token, N assignments, n units of a "
+        "Every public name of `moe_engine`, taken from the code, for plugins and for your own training code. Import "
+        "each as `from moe_engine import NAME`. [Stability](stability.md) says what will not change.",
+        "Shapes are suffixes: T tokens, D model, H hidden, E experts, K chosen per token, N assignments, n units of a "
         "level.",
     ]
     for title, (purpose, names) in REFERENCE.items():
@@ -234,7 +234,7 @@ NAMED = re.compile(r"(?:(?<=\.\s)|^)(?=[a-z]\w*(?: \\\[[^]]*\])?(?:, [a-z]\w*(?:
 
 
 def _listed(text):
-    """Arguments and attributes as a list, an item each; what is raised as a paragraph."""
+    """Arguments and attributes as a list, errors as a paragraph."""
     blocks = []
     for block in text.split("\n\n"):
         if block.startswith("```"):
@@ -253,7 +253,7 @@ def _item(text):
 
 
 def _signature(name, obj):
-    """As it is called, on one line if it fits."""
+    """The signature as it is called, on one line if it fits."""
     if isinstance(obj, dict):
         return f"{name}: {', '.join(map(repr, obj))}"
     if getattr(obj, "_is_protocol", False) or name in NOTES:
@@ -290,7 +290,7 @@ def _annotation(annotation):
 
 
 def errors_page():
-    """Every code of an error, with the sentences that carry it."""
+    """Every error code, with its sentences."""
     rows = [
         f"| `{code}` | {kind} | {'<br>'.join(_prose(text) for text in sorted(texts))} |"
         for (code, kind), texts in sorted(error_codes().items())
@@ -298,9 +298,9 @@ def errors_page():
     return "\n\n".join(
         [
             "# Error codes",
-            "For whoever handles errors in a program. Every `UsageError`, `PluginError` and `RunError` carries a "
-            "`.code`, which is stable; the sentence may be reworded at any time. Braces are filled in; sentences "
-            "that are made elsewhere are left out.",
+            "Handle errors in a program by their codes. Every `UsageError`, `PluginError` and `RunError` has a stable "
+            "`.code`; the sentence may be reworded at any time. Braces are filled in; sentences that are composed "
+            "elsewhere are left out.",
             "\n".join(["| code | raised as | sentence |", "|---|---|---|", *rows]),
         ]
     )
@@ -369,7 +369,7 @@ def _first(obj):
 
 
 def _docstring(obj):
-    """A docstring as Markdown; a paragraph that is indented is code."""
+    """A docstring as Markdown; an indented paragraph is code."""
     blocks = []
     for paragraph in (inspect.getdoc(obj) or "").split("\n\n"):
         lines = paragraph.splitlines()
@@ -381,8 +381,8 @@ def _docstring(obj):
 
 
 def _prose(text):
-    """A docstring as Markdown: its formulas hold characters that Markdown would take for its own."""
-    pieces = re.split(r"(`[^`]*`)", text)  # what stands in backticks is code already
+    """A docstring as Markdown, with characters escaped that Markdown would interpret."""
+    pieces = re.split(r"(`[^`]*`)", text)  # text in backticks is code already
     return "".join(piece if piece.startswith("`") else _escaped(piece) for piece in pieces)
 
 

@@ -1,4 +1,4 @@
-"""The structure of core/, checked: rooms in order, no circle, classes and functions of a readable size.
+"""Check the structure of core/: rooms in order, no import cycles, classes and functions of a readable size.
 
 python tools/structure.py prints every finding and exits 1 if there is one. `make lint` runs it; a test does, too.
 python tools/structure.py --map writes the map of core/ into CONTRIBUTING.md, from the modules' docstrings.
@@ -20,12 +20,12 @@ ROOMS = (
     *("tasks", "run", "analysis", "pretrained", "study", "integrations", "testing", "cli", "__main__"),
 )
 ENGINE_PROPER = ROOMS[: ROOMS.index("engine") + 1]
-MOST_MODULES = 6  # beside the sub-packages of core/
+MOST_MODULES = 6  # modules directly in core/
 LONGEST_CLASS, LONGEST_BODY = 250, 45  # lines; a body is without signature, decorators and docstring
 
 
 def modules() -> dict[str, Path]:
-    """Every module of core/ by its dotted name, a package by its own."""
+    """Every module of core/ by its dotted name."""
     found = {}
     for path in sorted(CORE.rglob("*.py")):
         name = ".".join(path.relative_to(CORE).with_suffix("").parts)

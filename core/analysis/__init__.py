@@ -1,1 +1,1 @@
-"""Routing analysed after the fact: counts, traces, replay, FLOPs."""
+"""Analysis of routing after a run: counts, traces, replay, FLOPs."""

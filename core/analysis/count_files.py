@@ -1,4 +1,4 @@
-"""Rows of routing counts out of CSV, JSON and JSONL. Nothing here imports torch."""
+"""Read rows of routing counts from CSV, JSON and JSONL. Nothing here imports torch."""
 
 import csv
 import io
@@ -18,7 +18,7 @@ CHUNK = 2_000  # rows held at once; few enough to stay in the processor's cache
 
 @attrs.define(eq=False)
 class Chunk:
-    """Some rows. names: of their columns. where: the place of each row in the file. rows: their cells."""
+    """Some rows of a file. names: the columns. where: each row's line or record number. rows: their cells."""
 
     names: list[str]
     where: Sequence[Any]
@@ -27,7 +27,7 @@ class Chunk:
 
 @attrs.define(eq=False)
 class CountFile:
-    """A file that is being read. typed: cells are JSON values, not text. unit: of `where`, "line" or "record"."""
+    """An open file. typed: cells are JSON values, not text. unit: the unit of `where`, "line" or "record"."""
 
     name: str
     typed: bool
@@ -39,7 +39,7 @@ class CountFile:
         return UsageError(f"{self.name}, {self.unit} {where}: {what}", code=code)
 
     def chunks(self) -> Iterator[Chunk]:
-        """The rows in chunks. Raises UsageError where they are not CSV or JSON."""
+        """The rows in chunks. Raises UsageError for a row that is not CSV or JSON."""
         if not self.typed:
             return self._csv_chunks()
         return self._record_chunks(self._jsonl_records() if self.unit == "line" else self._json_records())
@@ -89,7 +89,7 @@ class CountFile:
                     yield f"{layer!r}, {split!r}", {"layer": layer, "split": split, "counts": counts}
 
     def _record_chunks(self, records: Iterator[tuple[Any, Any]]) -> Iterator[Chunk]:
-        """Rows of records with equal names; a list of `counts` becomes columns, and its length picks the chunk."""
+        """Rows from records with equal names; a list of `counts` becomes columns, the same number in each chunk."""
         names: list[str] = []
         held: dict[int, tuple[list[Any], list[list[Any]]]] = {}
         for where, record in records:

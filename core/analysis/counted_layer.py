@@ -1,4 +1,4 @@
-"""A layer known only by its decisions: a foreign block, a recorded layer, or counts from a file."""
+"""A layer of which only the decisions are known: a foreign block, a recorded layer, or counts."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,21 +17,21 @@ NO_DATA = Finding("no data", 1, "no real token has come through since the last c
 
 
 class NotRecorded(Exception):
-    """A plugin asked for a part of a layer of which only the decisions are known."""
+    """A plugin asked for a part of the layer that is not recorded."""
 
 
 class CountedLayer:
-    """Stands in for an MoE layer where there is none: metrics find its `name` and its `spec`.
+    """Stands in for an MoE layer of which only the decisions are known: metrics can read its `name` and `spec`.
 
-    spec: its dim, hidden, experts, top_k and causal are known. A plugin that asks for more (the router, the experts'
-    weights, a state of its own) is left out and listed in `unanswered`.
+    spec: only dim, hidden, experts, top_k and causal are known. A plugin that asks for more (the router, the experts'
+    weights, its state) is left out and listed in `unanswered`.
     """
 
     def __init__(self, plugins: Plugins, name: str, spec: Spec) -> None:
         self.name, self.spec = name, spec
         self._measures, self._metrics = plugins.bind("moe_measure"), plugins.bind("moe_metrics")
         self._memory: dict[str, dict[str, Any]] = {bound.plugin: {} for bound in self._metrics}
-        # plugins that need something unknown here: a state, or what they turn out to ask for
+        # plugins that need something unknown here: those with a state, and those that turn out to ask for more
         self._unanswered = {bound.plugin for bound in plugins.bind("moe_state")}
         self._sums: dict[str, Tensor] = {}
 
@@ -53,7 +53,7 @@ class CountedLayer:
         return iter(())
 
     def state_of(self, plugin: str) -> None:
-        """No plugin has a state here."""
+        """None, because no plugin has a state here."""
 
     def step_load(self, routing: Routing) -> Tensor:
         return routing.load
@@ -81,7 +81,7 @@ class CountedLayer:
             self._sums[name] = self._sums[name] + wide if name in self._sums else wide
 
     def metrics(self) -> Metrics:
-        """Every metric since the last call; without a real token only the verdict "no data"."""
+        """All metrics since the last call; without a real token only the verdict "no data"."""
         stats, self._sums = Stats(self.spec, self._sums), {}
         if "tokens" not in stats.sums or not stats.tokens:
             return {"verdict": NO_DATA}
@@ -101,7 +101,7 @@ class CountedLayer:
 
     @property
     def unanswered(self) -> list[str]:
-        """The plugins that asked for something unknown here, and return no metrics."""
+        """The plugins that asked for something unknown here, whose metrics are therefore missing."""
         return sorted(self._unanswered)
 
     def _answering(self, bounds: tuple[Bound, ...]) -> list[Bound]:

@@ -1,4 +1,4 @@
-"""Routing counts, added up by layer and split from the rows of a file. Nothing here imports torch.
+"""Routing counts by layer and split, summed from the rows of a file. Nothing here imports torch.
 
 Suffixes: R rows, N numbers, S series, E experts.
 """
@@ -18,7 +18,7 @@ from .count_files import Chunk, CountFile, open_counts
 
 TOP_K = ("choices_per_token", "top_k")
 TIMES = ("step", "epoch", "batch")  # columns that are summed over instead of being labels
-LARGEST, EXPERTS, SERIES, CELLS = 1e15, 100_000, 10_000, 20_000_000  # anything larger is taken for a mistake
+LARGEST, EXPERTS, SERIES, CELLS = 1e15, 100_000, 10_000, 20_000_000  # anything larger must be a mistake
 
 Array = NDArray[Any]
 Cells = Mapping[str, Sequence[Any]]  # columns by name
@@ -29,7 +29,7 @@ class Series:
     """The counts of one layer and split under one set of labels.
 
     count_E: assignments of each expert, or shares of them. tokens, top_k: None if not given.
-    absent: the experts that no row named. source: where the counts come from, if not from a file of counts.
+    absent: the experts without a row. source: where the counts come from, if not from a file of counts.
     """
 
     file: str
@@ -72,8 +72,8 @@ def read_counts(
 ) -> tuple[list[Series], set[str]]:
     """The series in a file ("-": standard input) in the order of its rows, and the names of its columns.
 
-    over: columns to sum over, besides TIMES. split: the column of the split. experts: E, if rows name experts one by
-    one. Raises UsageError, which names the row.
+    over: columns to sum over, besides TIMES. split: the column of the split. experts: E, for the long form, in which
+    each row names an expert. Raises UsageError, which names the row.
     """
     file = open_counts(path)
     sums = _Sums(file, {*over, *TIMES}, split, experts)

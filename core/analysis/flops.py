@@ -1,4 +1,4 @@
-"""Forward FLOPs: of a layer for one token, in closed form; of a whole model for one sample, counted by torch.
+"""Forward FLOPs: of a layer per token, in closed form; of a whole model per sample, counted by torch.
 
 A multiply-add is 2. Only matmuls are counted, as by torch's FlopCounterMode. Biases, activations, softmax, sorting
 and the weighting of outputs are left out; they are of lower order (H, E or D, against H D and E D).
@@ -21,7 +21,7 @@ from ..layer.probing import evaluating, uncounted
 
 @attrs.frozen
 class Parameters:
-    """Numbers of learned parameters. active: without the E - K experts of each layer that a token does not go to."""
+    """Numbers of learned parameters. active: without the E - K experts of each layer that a token does not use."""
 
     active: int
     total: int
@@ -29,7 +29,7 @@ class Parameters:
 
 @attrs.frozen
 class Flops:
-    """Forward FLOPs of a token or a sample. active: of the experts that it goes to; total: as if it went to all."""
+    """Forward FLOPs per token or sample. active: with the experts it is sent to; total: with all experts."""
 
     active: float
     total: float
@@ -73,7 +73,7 @@ def model_flops(model: nn.Module, work: Mapping[str, Mapping[str, float]]) -> Fl
 def forward_flops(model: nn.Module, run: Callable[[], object], samples: int = 1) -> Flops:
     """Whole-model forward FLOPs per sample, counted by torch in eval mode.
 
-    run: a forward of the model on `samples` samples. The total is that of each token going to all E experts of a
+    run: a forward of the model on `samples` samples. The total assumes that each token goes to all E experts of a
     layer. Runs eagerly, because the custom matmuls of a compiled graph would count as 0.
     """
     layers = [module for module in model.modules() if isinstance(module, MoE)]
@@ -86,7 +86,7 @@ def forward_flops(model: nn.Module, run: Callable[[], object], samples: int = 1)
 
 
 def parameters_of(model: nn.Module) -> Parameters:
-    """The number of a model's parameters, and of those that act on a token."""
+    """The number of a model's parameters, and of those that a token uses."""
     total = sum(parameter.numel() for parameter in model.parameters())
     layers = [module for module in model.modules() if isinstance(module, MoE)]
     idle = sum((layer.spec.experts - layer.spec.top_k) * _expert_parameters(layer) for layer in layers)
@@ -94,7 +94,7 @@ def parameters_of(model: nn.Module) -> Parameters:
 
 
 def _idle_rows(routing: Routing) -> float:
-    """The number of further rows that experts would work on if each token went to all of them."""
+    """The number of additional rows if each token went to all experts."""
     return float(routing.tokens.count * routing.experts - routing.work)
 
 

@@ -1,4 +1,4 @@
-"""Replay: other routers, biases and capacities on the logits of a routing trace.
+"""Replay: apply other routers, biases and capacities to the logits of a routing trace.
 
 Suffixes: T tokens, E experts.
 """
@@ -33,7 +33,7 @@ class Refused(Exception):
 
 @attrs.frozen
 class ReplayVariant:
-    """A mix that decides on the recorded logits.
+    """A combination of router, bias, capacity and top_k to apply to the recorded logits.
 
     router, bias: plugins. bias may also be "none", or "recorded": the recorded values. capacity: as in `Spec`.
     top_k: None for the recorded number.
@@ -117,9 +117,9 @@ def recorded(trace: Trace) -> list[dict[str, Any]]:
 def replay(
     trace: Trace, variant: ReplayVariant, settings: Settings | None = None, batch: int | None = None
 ) -> list[dict[str, Any]]:
-    """A row per layer and one with their means; or one row whose `refused` says why it can't be replayed.
+    """One row per layer and one with their means; or one row whose `refused` says why it can't be replayed.
 
-    The router is in eval mode, where it draws nothing; capacity acts as in training. A bias first learns in one pass
+    The router is in eval mode, without noise; capacity applies as in training. A bias first learns in one pass
     over the trace, one step per forward; the metrics are those of its final values. batch: split forwards into steps
     of at most that many rows (samples, or sequences); capacity applies to each step. Rows hold `NUMBERS`, the load
     and the verdict. agreement: mean over tokens of |S ∩ S'| / max(|S|, |S'|), where S and S' are the experts chosen
@@ -158,7 +158,7 @@ def _replayed(recorded: LayerTrace, variant: ReplayVariant, settings: Settings, 
 
 
 def _built(recorded: LayerTrace, variant: ReplayVariant, settings: Settings) -> tuple[Engine, MoE]:
-    """A layer with this router and bias, and the smallest possible experts. Raises Refused or UsageError."""
+    """A layer with this router and bias, and experts of minimal size. Raises Refused or UsageError."""
     plugins = [variant.router, *([variant.bias] if variant.bias not in (RECORDED, NONE) else [])]
     used: Settings = {name: dict(settings[name]) for name in plugins if name in settings}
     if variant.router == recorded.router:
@@ -196,7 +196,7 @@ def _check_levels(layer: MoE, recorded: LayerTrace, router: str) -> None:
 
 
 def _give_state(layer: MoE, recorded: LayerTrace, router: str) -> None:
-    """Restore the recorded router's state. Another router may only have learned weights that make the logits."""
+    """Restore the recorded router's state. Other routers must have no learned weights beyond those for the logits."""
     known = recorded.state if router == recorded.router else {}
     learned = {name for name, _ in layer.router.named_parameters()}
     rows = {name for name, axis in layer.router.axes.items() if axis.role == "logit_row"}

@@ -1,4 +1,4 @@
-"""Metrics of routing counts: of each layer and split, and of how two splits of a layer differ."""
+"""Metrics of routing counts, for each layer and split, and for the difference between two splits."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -25,8 +25,8 @@ TAIL = 0.9  # of a run's steps: the log points after that represent its training
 def row_of(plugins: Plugins, series: Series) -> tuple[dict[str, Any], list[str]]:
     """Every metric of a series, and the plugins that can't work on counts alone.
 
-    K is 1 if it is not given. The number of tokens follows from the total if it is not given; for shares it is taken
-    as infinite, so no imbalance is attributed to chance.
+    K is 1 unless given. The number of tokens follows from the total unless given; for shares it counts as infinite,
+    so no imbalance is attributed to chance.
     """
     top_k = series.top_k or 1
     tokens = series.tokens or (series.total / top_k if series.whole else math.inf)
@@ -76,7 +76,7 @@ def _change(before: Series, after: Series, cv_before: float | None, cv: float | 
 
 
 def contradictions(series: Sequence[Series]) -> list[str]:
-    """Sentences on what is impossible if each token makes the same number of choices."""
+    """A sentence for each contradiction in counts for which every token makes the same number of choices."""
     within = [f"{layer.file}: {layer.title()}: {problem}" for layer in series for problem in _within(layer)]
     return [*within, *_between(series)]
 

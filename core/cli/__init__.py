@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except click.exceptions.Exit as error:
         return error.exit_code
     except BrokenPipeError:
-        sys.stderr.close()  # whoever read our output is gone, so a message would reach no reader
+        sys.stderr.close()  # the reader of our output is gone, so a message is pointless
         return FAILED
     except (Exception, KeyboardInterrupt) as error:
         sentence, code = _ending(error)
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _ending(error: BaseException) -> tuple[str, int | None]:
-    """The sentence and the exit code of an exception; the code is None for a bug."""
+    """The message and exit code for an exception; the code is None for a bug."""
     if isinstance(error, click.ClickException):
         return error.format_message(), USAGE
     if isinstance(error, click.Abort | KeyboardInterrupt):

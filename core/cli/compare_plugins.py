@@ -104,7 +104,7 @@ def compare_plugins(
 
 
 def _checked(lists: Mapping[str, Sequence[str] | None], flags: Mapping[str, Any]) -> RunConfig:
-    """The configuration that all rows share. Raises UsageError, also where nothing is left to compare."""
+    """The configuration that all rows share. Raises UsageError, also if nothing is left to compare."""
     if not any(lists.values()):
         sentence = "there is nothing to compare; name plugins with --routers, --biases, --losses or --growth"
         raise UsageError(sentence, code="nothing-to-compare")
@@ -116,7 +116,7 @@ def _checked(lists: Mapping[str, Sequence[str] | None], flags: Mapping[str, Any]
 
 
 def _options(settings: Sequence[str]) -> Settings:
-    """The plugins' options, each checked now: an unknown one is reported before anything is written."""
+    """The plugins' options, checked now so that an unknown one is reported before anything is written."""
     options, installed = parse_settings(settings), find()
     for name, table in options.items():
         found = pick(name, installed)

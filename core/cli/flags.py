@@ -25,7 +25,7 @@ def names(_: Any, __: Any, value: str | None) -> tuple[str, ...] | None:
 def flag(name: str) -> Decorator:
     """The flag of one option of `RunConfig`, with its type, choices, help and default.
 
-    A flag that is not given is None: `run.config.merge_options` then takes the config file's value, or the default.
+    A flag that is not given is None: `run.config.merge_options` then uses the config file's value, or the default.
     """
     option, kind, spelled = OPTIONS[name], _type(name), "--" + name.replace("_", "-")
     if kind is bool:

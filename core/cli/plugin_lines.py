@@ -1,4 +1,4 @@
-"""One line on each installed plugin, read from its source without importing it."""
+"""A one-line summary of each installed plugin, read from its source without importing it."""
 
 import ast
 import sys
@@ -33,7 +33,7 @@ def _parsed(name: str) -> ast.Module | None:
 
 
 def _spec(name: str) -> ModuleSpec | None:
-    """The place of a module. importlib.util.find_spec would import the packages that it lies in; this does not."""
+    """The location of a module, without importing its parent packages as importlib.util.find_spec would."""
     path: list[str] | None = None
     spec: ModuleSpec | None = None
     parts = name.split(".")

@@ -1,4 +1,4 @@
-"""Live progress of a run or a grid, and the tables of results; all fit the width of the terminal."""
+"""Live progress of a run or a grid, and tables of results that fit the terminal."""
 
 import time
 from collections.abc import Iterable, Sequence
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from ..contract.run import Run
     from ..run.training import Training
 
-FACTS = 76  # columns that progress takes beside its bar; a bar gets what is left of the terminal
+FACTS = 76  # columns for the text next to the progress bar, which fills the rest of the terminal
 GAP = 2  # columns between two columns of a table
 FOLDED = 30  # the least width to which a table's last column is folded
 UNTITLED = ("metric", "report", "task", "initializer")  # kinds that the first line names only where they were typed
 
 
 class Progress:
-    """A context in which `show` takes each record of a run. All goes to standard error."""
+    """A context for showing a run's records as they arrive; all output goes to standard error."""
 
     def __init__(self, training: "Training", quiet: bool) -> None:
         self.training, self.quiet = training, quiet
@@ -57,7 +57,7 @@ class Progress:
             self.say(f"step {record['step']:>6}  {split}  {_facts(record)}")
 
     def say(self, remark: str) -> None:
-        """Print a remark, above the bar where there is one."""
+        """Print a remark, above the progress bar if there is one."""
         if not self.quiet:
             _print(self.bar.console if self.bar is not None else self.console, remark)
 
@@ -79,7 +79,7 @@ class Progress:
 
 
 class _Bar(rich.progress.Progress):
-    """A bar that reads the step from the training, so that the training loop need not report it."""
+    """A bar that reads the step from the training, so the training loop need not report it."""
 
     def __init__(self, training: "Training", console: Console) -> None:
         self.training = training
@@ -107,7 +107,7 @@ def _columns(console: Console) -> tuple[rich.progress.ProgressColumn, ...]:
 
 
 class Cells:
-    """A context in which `show` takes each cell of a grid. All goes to standard error."""
+    """A context for showing a grid's cells as they finish; all output goes to standard error."""
 
     def __init__(self, quiet: bool) -> None:
         self.quiet = quiet
@@ -164,7 +164,7 @@ def _quality(record: dict[str, Any], accuracy: str = "accuracy") -> list[str]:
 def _facts(record: dict[str, Any] | None, test: dict[str, Any] | None = None) -> str:
     """Loss, accuracy, cv, maxvio and active experts of a record, averaged over layers.
 
-    The accuracy is that of `test`, the latest evaluation, where there is one.
+    The accuracy is that of `test`, the latest evaluation, if there is one.
     """
     record = record or test
     if record is None:
@@ -212,8 +212,8 @@ def cell(value: Any) -> str:
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], keys: int = 1) -> None:
     """Print a table on standard output.
 
-    On a terminal that is too narrow the columns are split into several tables, each with the first `keys`
-    columns, which name the rows. In a file there is one table, a line for each row, for grep.
+    If the terminal is too narrow, the columns are split into several tables, each with the first `keys` columns,
+    which name the rows. In a file there is one table with one line per row, for grep.
     """
     terminal = Console()
     console = terminal if terminal.is_terminal else Console(width=10_000)
@@ -233,7 +233,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], keys: int = 1) 
 def blocks(widths: Sequence[int], keys: int, width: int) -> list[list[int]]:
     """The columns of each table that fits `width`: the keys, and as many of the others as there is room for.
 
-    The last column, which may hold a sentence, is folded rather than put into a table by itself.
+    The last column, which may hold a sentence, is folded instead of being put into a separate table.
     """
     widths = [*widths[:-1], min(widths[-1], FOLDED)]
     named = [*range(min(keys, len(widths)))]

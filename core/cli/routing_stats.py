@@ -196,7 +196,7 @@ def _findings(rows: Sequence[dict[str, Any]], titles: Sequence[str]) -> Iterator
 
 
 def _notes(report: dict[str, Any], series: Sequence["Series"]) -> Iterator[str]:
-    """Contradictions, assumptions, sources, and metrics that counts cannot give."""
+    """Notes: contradictions, assumptions, sources, and metrics that counts cannot provide."""
     yield from (f"warning: {warning}" for warning in report["warnings"])
     if any(counts.top_k is None for counts in series):
         yield "top_k is not given; assuming 1 (set it with --top-k)"

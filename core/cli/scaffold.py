@@ -87,7 +87,7 @@ def project(kind: str, name: str, out: Path | None) -> Project:
 
 
 def _check_name(package: Project, name: str) -> None:
-    """Raise UsageError for a name that no plugin can have, or another one has."""
+    """Raise UsageError for a name that is invalid or already taken."""
     if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", package.name):
         sentence = f"'{name}' is not a valid plugin name; use lower-case letters, digits and underscores"
         raise UsageError(f"{sentence}, as in my_{package.kind}", code="bad-plugin-name")

@@ -143,7 +143,7 @@ def _run(
 
 @contextmanager
 def _cluster(backend: str, jobs: int | None) -> Iterator[None]:
-    """A dask client: of the scheduler that the environment names, or of a local cluster."""
+    """A dask client for the scheduler that the environment names, or for a local cluster."""
     if backend != "dask":
         yield
         return

@@ -1,4 +1,4 @@
-"""The records of growth: what is asked for, what a new expert is made of, and what happened."""
+"""Records of growth: the request, the plan, a new expert's weights, and the result."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -21,10 +21,10 @@ class Growth:
     """A change of a layer's experts: add, remove, or replace some.
 
     layer: its name. parents: one entry per new expert: the expert that it descends from, or None. drop: experts to
-    remove; new experts take their places first, so that one parent and one drop replace an expert. of: "expert", or
-    the level of a hierarchical router whose units these are: a group comes and goes with its experts.
-    require_exact: refuse a growth that changes what the layer computes. rows: by "part.tensor", each new expert's
-    row, which replaces the initializer's. why: for the report. Raises UsageError.
+    remove; new experts fill their positions first, so one parent and one drop replace an expert. of: "expert", or
+    the router level whose units are meant, such as "group"; a group is added or removed with all its experts.
+    require_exact: refuse the growth if it changes the layer's output. rows: each new expert's row by "part.tensor",
+    instead of the initializer's. why: the reason that the report shows. Raises UsageError.
     """
 
     layer: str
@@ -40,8 +40,8 @@ class Growth:
 class NewExpert:
     """A new expert's rows by "part.tensor". parent_values: its parent's new rows, if that changes too.
 
-    moments: how the optimizer's state of its rows starts: "fresh" (0 in Adam; see `optimizer_state.FRESH`) or
-    "copy" (its parent's).
+    moments: the initial optimizer state of its rows: "fresh" (0 in Adam; see `optimizer_state.FRESH`) or "copy"
+    (its parent's).
     """
 
     values: Mapping[str, Tensor]
@@ -51,10 +51,10 @@ class NewExpert:
 
 @attrs.frozen
 class Plan:
-    """Where each unit of a population comes from.
+    """The origin of each unit of a population.
 
-    origins: for each new position the old position whose row it keeps; for a new unit its parent's, or None.
-    added: the positions of new units. homes: for new experts of a group that is new as well, that group.
+    origins: for each new position, the old position whose row it keeps; for a new unit, its parent's or None.
+    added: the positions of new units. homes: the groups of new experts, if those groups are new too.
     """
 
     origins: tuple[int | None, ...]
@@ -63,7 +63,7 @@ class Plan:
 
     @property
     def kept(self) -> dict[int, int]:
-        """Old position -> new position of all that stay."""
+        """Old position -> new position of the units that stay."""
         return {old: new for new, old in enumerate(self.origins) if new not in self.added and old is not None}
 
 
@@ -71,9 +71,9 @@ class Plan:
 class Grown:
     """The record of one growth.
 
-    rows: for each expert now, its number before; None for a new one. parents: the parent of each new expert.
-    change: |y' - y| / |y| of the layer's output y on the probe batch; loss_before, loss_after: the task's loss
-    there; None without a probe.
+    rows: for each present expert, its index before; None for a new one. parents: the parent of each new expert.
+    change: |y' - y| / |y| of the layer's output y on the probe batch. loss_before, loss_after: the task's loss on
+    it. These three are None without a probe.
     """
 
     step: int

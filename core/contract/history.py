@@ -1,4 +1,4 @@
-"""What triggers of growth see of a run, and what several of them share."""
+"""What growth triggers see of a run, and helpers that they share."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,8 +15,8 @@ from .protocols import Layer
 class History:
     """A run so far, after an optimizer step; the same in every process.
 
-    step: optimizer steps. loss: the task's, of this step. eval_loss: of an evaluation since the last step, or None.
-    growths: what has grown, oldest first. asked: the plugin that is asked.
+    step: optimizer steps so far. loss: the task loss of this step. eval_loss: the loss of an evaluation since the
+    last step, or None. growths: all growths, oldest first. asked: the plugin being asked.
     """
 
     step: int
@@ -28,7 +28,7 @@ class History:
 
     @property
     def since_growth(self) -> int:
-        """Steps since the last growth, whichever trigger asked for it, or since the start."""
+        """Steps since the last growth, whichever trigger caused it, or since the start."""
         return self.step - max((one.step for one in self.growths), default=0)
 
     def cooled_down(self, cooldown: int) -> bool:
@@ -44,21 +44,21 @@ class History:
         return layer.state_of(self.asked)
 
     def busiest(self, layer: Layer) -> int:
-        """The expert with the largest load since the layer last grew; 0 without any load yet."""
+        """The expert with the largest load since the layer last grew; 0 if there is no load yet."""
         return int(self.load(layer).argmax())
 
 
 def consecutive(memory: dict[str, float], layer: Layer, holds: bool) -> float:
-    """How many times in a row a condition has held for a layer; counted in the trigger's memory by the layer's name."""
+    """The number of calls in a row for which a condition has held; counted in the trigger's memory by layer name."""
     memory[layer.name] = memory.get(layer.name, 0) + 1 if holds else 0
     return memory[layer.name]
 
 
 def grow_at_peaks(trigger: Any, history: History, memory: dict[str, float], what: str) -> list[Growth]:
-    """One new expert per layer for the expert with the largest value, once that stays above the trigger's threshold.
+    """Grow each layer at the expert with the largest value, once that has stayed above the trigger's threshold.
 
-    trigger: has the options threshold, patience, cooldown and max_experts; its state in a layer has `value` [E],
-    relative to the mean. what: the name of that value, for the reason.
+    trigger: needs the options threshold, patience, cooldown and max_experts, and a state whose `value` [E] is
+    relative to the mean. what: a name for that value, for the reason in the report.
     """
     wanted = []
     for layer in history.layers:

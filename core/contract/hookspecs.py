@@ -1,8 +1,8 @@
-"""The hooks: everything that a plugin may implement, and nothing else.
+"""The hooks: everything that a plugin may implement.
 
-A plugin is a class under `@attrs.define(eq=False)`. Its fields made with `option(...)` are its options, its
+A plugin is a class decorated with `@attrs.define(eq=False)`. Its fields made with `option(...)` are its options, its
 docstring is its help, its methods marked `@hookimpl` implement hooks, and its class attribute `traits` states
-facts about it. An implementation names only the arguments that it needs. Plugins act in the order in which they
+facts about it. An implementation names only the arguments that it needs. Plugins run in the order in which they
 were typed. Hooks are called when a layer is built and around a step; only `moe_aux_loss` and `moe_measure` are
 called in a forward, as plain bound methods.
 
@@ -80,9 +80,8 @@ def moe_aux_loss(routing: "Routing", layer: "Layer", state: "Part | None") -> "T
 def moe_measure(routing: "Routing", layer: "Layer", state: "Part | None") -> "Mapping[str, Tensor]":  # type: ignore[empty-body]
     """Return tensors by name, to be summed over forwards and processes.
 
-    Called in each forward: in training through the ledger, so that a recomputed forward counts once; in evaluation
-    as the forward runs. Names and shapes must be the same in every forward. The sums come back as
-    `stats["PLUGIN.NAME"]`.
+    Called in each forward. In training the tensors pass through the ledger, so a recomputed forward counts once. Names
+    and shapes must be the same in every forward. The sums are available as `stats["PLUGIN.NAME"]`.
     """
 
 
@@ -97,8 +96,8 @@ def moe_metrics(  # type: ignore[empty-body]
     """Return metrics, arrays or findings by name, for one layer at a log point.
 
     `stats` holds the sums since the last log point (training) or over a data set (evaluation), always of at least
-    one token: a layer without data is skipped. `effects` says how much each loss term and each bias moves the
-    router, `probe` holds the layer's routing of a fixed held-out batch; both are computed only if an implementation
+    one token: a layer without data is skipped. `effects` says how strongly each loss term and each bias moves the
+    router, `probe` is the layer's routing of a fixed held-out batch; both are computed only if an implementation
     names them, and are None if there is no such batch. `memory` belongs to this plugin, layer and split (training
     or evaluation): tensors and plain values by name, empty at first and after the layer grew, saved in checkpoints.
     Two plugins that return the same name are an error.
@@ -109,11 +108,11 @@ def moe_metrics(  # type: ignore[empty-body]
 def moe_growth(history: "History", memory: "dict[str, float]") -> "Growth | Sequence[Growth] | None":
     """Return the growth that should happen now, several growths (of different layers), or None.
 
-    Called after each optimizer step; a trigger keeps its own interval. `history` has step, loss, eval_loss, layers,
-    growths, since_growth, load(layer), busiest(layer) and state(layer), which is this plugin's state in that layer.
-    `memory` belongs to this plugin: numbers by name, empty at first, saved in checkpoints; what a trigger keeps
-    anywhere else is lost when a run resumes. All triggers are asked; the first growth in the order typed is made.
-    With several processes, all must return the same: what `history` gives is the same in each.
+    Called after each optimizer step; a trigger decides how often to act. `history` has step, loss, eval_loss,
+    layers, growths, since_growth, load(layer), busiest(layer) and state(layer), this plugin's state in that layer.
+    `memory` belongs to this plugin: numbers by name, empty at first, saved in checkpoints; state kept anywhere else
+    is lost when a run resumes. All triggers are called, and the first growth in the order typed is carried out.
+    All processes must return the same; `history` is the same in each of them.
     """
 
 
@@ -129,11 +128,11 @@ def moe_new_expert(
 ) -> "NewExpert | None":
     """Return the weights of an expert that is being added, or None.
 
-    All tensors are one expert's rows by "part.tensor", copies on the CPU: `parent` those of the expert that it
-    descends from, if any, as earlier new experts of the same growth left them; `fresh` newly drawn ones. `roles`
-    says what each tensor is (in, output, logit_row, logit_bias, state), `index` which expert it will be. `inputs`
-    [n, D] are the tokens of a held-out batch that go to the parent, without a parent those that no expert received,
-    None without such a batch. Draw from `generator` only. The first result in the order typed is used.
+    Rows are one expert's tensors by "part.tensor", copied to the CPU. `parent`: the rows of the expert that the new
+    one descends from, if any, including changes by earlier new experts of this growth. `fresh`: newly drawn rows.
+    `roles`: the role of each tensor (in, output, logit_row, logit_bias, state). `index`: the new expert's index.
+    `inputs` [n, D]: the tokens of a held-out batch routed to the parent, or without a parent those that no expert
+    received; None without such a batch. Draw from `generator` only. The first result in the order typed is used.
     """
 
 
@@ -141,7 +140,7 @@ def moe_new_expert(
 def moe_report(run: "Run") -> "list[str]":  # type: ignore[empty-body]
     """Write a report on a finished run into its folder; return the names of the files.
 
-    `run` gives folder, summary, records and plugins as they are on disk: a report can be written again at any time.
+    `run` gives folder, summary, records and plugins as stored on disk, so a report can be written again at any time.
     Import plotting libraries here, not at the top of the file.
     """
 
@@ -156,11 +155,11 @@ def moe_task(spec: "TaskSpec") -> "Task":  # type: ignore[empty-body]
 
 @hookspec
 def moe_check(setup: "Setup") -> "str | Finding | None":
-    """Return one sentence why this mix of plugins and settings makes no sense, a remark on it, or None.
+    """Return a sentence on why this combination makes no sense, a remark on it, or None.
 
-    Called before anything is built. `setup` gives plugins (by name), spec, task and sizes, and finds rivals:
-    `others(self, hook=..., effect=...)`. A sentence refuses the mix, and all of them are shown together; a `Finding`
-    is shown when a run begins, and kept in its summary.
+    Called before anything is built. `setup` gives plugins (by name), spec, task and sizes, and finds conflicting
+    plugins: `others(self, hook=..., effect=...)`. A sentence refuses the combination, and all sentences are shown
+    together; a `Finding` is shown when a run begins and kept in its summary.
     """
 
 

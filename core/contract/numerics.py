@@ -18,13 +18,13 @@ def at_least_fp32(values: Tensor) -> Tensor:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Operations inside run in the precision of their operands. Free where autocast is off anyway."""
+    """Run the body in the precision of its operands. Costs nothing if autocast is off anyway."""
     kind = device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def rows_of(index_N: Tensor, size: int) -> Tensor:
-    """[size] whole numbers: how often each index occurs."""
+    """[size] integers: how often each index occurs."""
     return torch.zeros(size, dtype=torch.long, device=index_N.device).index_add(0, index_N, torch.ones_like(index_N))
 
 

@@ -1,6 +1,6 @@
-"""A plugin's options: attrs fields on one side, `--set plugin.option=value` and TOML on the other.
+"""A plugin's options: attrs fields, set by `--set plugin.option=value` or TOML.
 
-Nothing is guessed: the word "false" is not True, 1.7 is not a whole number, nan is not a number.
+Conversions are strict: the word "false" is not True, 1.7 is not a whole number, nan is not a number.
 """
 
 import math
@@ -29,8 +29,8 @@ def option(
 ) -> Any:
     """One option of a plugin: an attrs field with a default, a help text and limits.
 
-    `min` and `max` are inclusive; `choices` lists every allowed value. A type of `X | None` also
-    takes the word "none", to which no limits apply.
+    `min` and `max` are inclusive; `choices` lists every allowed value. An option of type `X | None` also
+    accepts the word "none", to which no limits apply.
     """
     checks: list[Any] = []
     if min is not None:
@@ -67,7 +67,7 @@ def options_of(cls: type) -> dict[str, Option]:
 
 
 def values_of(plugin: Any) -> dict[str, Any]:
-    """The options of a plugin as they are set, by name."""
+    """The values of a plugin's options, by name."""
     return {field.name: getattr(plugin, field.name) for field in _fields(type(plugin))}
 
 

@@ -1,7 +1,7 @@
-"""Parts of a layer: modules whose tensors declare where their expert axis is.
+"""Parts of a layer: modules whose tensors declare their expert axis.
 
-Growth, removal, the optimizer's state in both, and loading a checkpoint with another number of experts all follow
-from that declaration. Never define a part with attrs: one validated field on an nn.Module hides all its parameters.
+From that declaration the engine can add and remove experts, with their optimizer state, and load a checkpoint with
+another number of experts. Never define a part with attrs: one validated field on an nn.Module hides all parameters.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,9 +28,9 @@ Role = Literal["in", "output", "logit_row", "logit_bias", "state"]
 class Axis:
     """A tensor's declaration of its expert axis.
 
-    axis: the dimension. of: the population along it, "expert" or the name of a router's level. role: what the
-    tensor does. fresh: draws a new unit's row from (shape, generator). new: how a new unit's row of a buffer
-    starts: "parent", "mean", "zero" or a number. values: the population whose units the tensor's integers name.
+    axis: the dimension. of: the population along it, "expert" or the name of a router's level. role: the tensor's
+    function. fresh: draws a new unit's row from (shape, generator). new: the initial value of a new unit's row in a
+    buffer: "parent", "mean", "zero" or a number. values: the population whose units the tensor's integers index.
     """
 
     axis: int = 0
@@ -42,9 +42,9 @@ class Axis:
 
 
 class Part(nn.Module):
-    """A piece of a layer with its tensors. Floating-point buffers stay in fp32 or better through `.to()`.
+    """One part of a layer, with its tensors. `.to()` keeps floating-point buffers in fp32 or better.
 
-    Read sizes off the tensors and never store them: growth changes them.
+    Read sizes from the tensors and never store them: growth changes them.
     wants_expert_grad: `after_step` needs `step.expert_grad`.
     """
 
@@ -57,7 +57,7 @@ class Part(nn.Module):
     def expert_param(
         self, name: str, shape: tuple[int, ...], *, fresh: Fresh, role: Role, axis: int = 0, of: str = "expert"
     ) -> None:
-        """Register a parameter with an expert axis, drawn by fresh(shape), as the row of a new unit will be.
+        """Register a parameter with an expert axis. fresh(shape) draws it, and later each new unit's row.
 
         Raises ValueError for an unknown role.
         """
@@ -83,22 +83,22 @@ class Part(nn.Module):
         self.axes[name] = Axis(axis, of, "state", None, new, values)
 
     def adjust_rows(self, staged: dict[str, Tensor], plans: Mapping[str, "Plan"]) -> None:
-        """Change staged tensors in place where rows are coupled; called inside a growth, before it is committed.
+        """Change staged tensors in place if rows are coupled; called during a growth, before it is committed.
 
-        staged: this part's tensors by name, as they will be. plans: where the units of each population that
-        changes come from; empty when a checkpoint of another size is loaded. Integers that name a
-        removed unit are -1. Raises UsageError if such a growth makes no sense.
+        staged: this part's new tensors by name. plans: the origin of each unit, by population; empty when a
+        checkpoint of another size is loaded. Integers that index a removed unit are -1. Raises UsageError if
+        the part can't grow this way.
         """
 
     def put(self, name: str, value: Tensor) -> None:
-        """Set a declared tensor to a value of any size; a parameter stays the same object."""
+        """Set a declared tensor to a value of any size. A parameter remains the same object."""
         if name not in self._parameters:
             self._buffers[name] = value
             return
         parameter = self._parameters[name]
         assert parameter is not None
-        # A detour through another dtype: only then does autograd forget the accumulator of the old shape,
-        # which a loss that is still referenced keeps alive.
+        # A detour through another dtype makes autograd drop its gradient accumulator of the old shape, which a
+        # loss that is still referenced keeps alive.
         other = torch.float32 if value.dtype == torch.float16 else torch.float16
         parameter.data = torch.empty(0, dtype=other, device=value.device)
         parameter.data = value
@@ -106,7 +106,7 @@ class Part(nn.Module):
             parameter.grad = None
 
     def after_step(self, step: "Step") -> None:
-        """Move state; called once per optimizer step that was not skipped, under no_grad."""
+        """Update the state; called once per optimizer step that was not skipped, under no_grad."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Part":
         before = dict(self.named_buffers(recurse=False))
@@ -132,7 +132,7 @@ class Part(nn.Module):
 class Router(Part):
     """Scores tokens and decides where they go.
 
-    keeps_function: effects of initializers (keys of `EFFECTS`) with which growth leaves the layer's output as it was.
+    keeps_function: effects of initializers (keys of `EFFECTS`) with which growth leaves the layer's output unchanged.
     """
 
     keeps_function: tuple[str, ...] = ()
@@ -143,7 +143,7 @@ class Router(Part):
         raise NotImplementedError
 
     def score(self, tokens: Tokens) -> tuple[Tensor, ...]:
-        """Raw logits, one [T, n] a level, in fp32 or better. Called with autocast off."""
+        """Raw logits, one [T, n] per level, in fp32 or better. Called with autocast off."""
         raise NotImplementedError
 
     def select(self, tokens: Tokens, levels: tuple[Level, ...]) -> tuple[Tensor | None, Assignments]:
@@ -178,7 +178,7 @@ class LinearRouter(Router):
 
 
 class GroupLimitedRouter(LinearRouter):
-    """A linear router whose tokens choose inside the best `groups_kept` of `groups` equal groups of experts."""
+    """A linear router whose tokens choose within the best `groups_kept` of `groups` equal groups of experts."""
 
     def __init__(self, spec: Any, groups: int, groups_kept: int) -> None:
         super().__init__(spec)
@@ -189,7 +189,7 @@ class GroupLimitedRouter(LinearRouter):
         return (LevelSpec("expert", self.weight.shape[0], self.top_k, limited=self.groups > 1),)
 
     def limited(self, scores_TE: Tensor) -> Tensor:
-        """scores_TE, with -inf outside of each token's best groups."""
+        """scores_TE, with -inf outside each token's best groups."""
         if self.groups == 1:
             return scores_TE
         return keep_best_groups(scores_TE, self.groups, self.groups_kept, self.top_k)
@@ -214,7 +214,7 @@ class Bias(Part):
         raise NotImplementedError
 
     def measure(self, level: Level, tokens: Tokens) -> Mapping[str, Tensor]:
-        """Tensors by name to be summed over the step's forwards; they come back as `step.own`."""
+        """Tensors by name, which are summed over the step's forwards; `step.own` holds the sums."""
         return {}
 
     def signal(self, grad_TD: Tensor, token_N: Tensor, unit_N: Tensor, weight_N: Tensor) -> Tensor:
@@ -228,9 +228,9 @@ def ema_update_(mean: Tensor, value: Tensor, decay: float) -> None:
 
 
 class RunningLoad(Part):
-    """A state for triggers: `value` [E], the running mean over steps of each expert's load over the mean load.
+    """A state for triggers: `value` [E], the running mean over steps of each expert's load relative to the mean.
 
-    It starts at 1, for new experts too, and does not move in a step without data.
+    It starts at 1, for new experts too, and a step without data does not change it.
     """
 
     def __init__(self, size: int, decay: float) -> None:
@@ -254,14 +254,14 @@ class Experts(Part):
     def combined(self, x_TD: Tensor, token_N: Tensor, weight_N: Tensor, counts_E: Tensor) -> Tensor:
         """[T, out] in fp32 or better: for each token the sum over its rows of weight times its expert's output.
 
-        token_N, weight_N: of rows sorted by expert; those past the counts' sum do not enter, whatever their weight.
+        token_N, weight_N: of rows sorted by expert; rows past the counts' sum are ignored, whatever their weight.
         """
         enters_N = torch.arange(len(token_N), device=token_N.device) < counts_E.sum()
         weight_N = torch.where(enters_N, weight_N, 0)
         return combine(self(x_TD.index_select(0, token_N), counts_E), token_N, weight_N, len(x_TD))
 
     def outputs(self, x_SD: Tensor) -> Tensor:
-        """[E, S, out]: every expert on the same few tokens."""
+        """[E, S, out]: the outputs of every expert for the same few tokens."""
         name, axis = next(iter(self.axes.items()))
         experts, tokens = getattr(self, name).shape[axis.axis], x_SD.shape[0]
         counts_E = torch.full((experts,), tokens, device=x_SD.device)
@@ -281,7 +281,7 @@ def combine(out_NO: Tensor, token_N: Tensor, weight_N: Tensor, tokens: int) -> T
 
 
 def mean_grad(parameter: Tensor, keep: int | None = None) -> Tensor:
-    """Mean |gradient| over all dimensions but `keep`, in fp32; 0 where there is no gradient."""
+    """Mean |gradient| over all dimensions except `keep`, in fp32; 0 if there is no gradient."""
     grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
     size = grad.detach().float().abs()
     return size.mean() if keep is None else size.movedim(keep, 0).reshape(size.shape[keep], -1).mean(1)
@@ -297,12 +297,12 @@ def _uniform(bound: float, shape: tuple[int, ...], generator: torch.Generator | 
 
 
 def zeros(shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
-    """A `fresh` that draws nothing: zeros."""
+    """A `fresh` that returns zeros."""
     return torch.zeros(shape)
 
 
 def ones(shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
-    """A `fresh` that draws nothing: ones, as a gain starts."""
+    """A `fresh` that returns ones, the initial value of gains."""
     return torch.ones(shape)
 
 

@@ -1,6 +1,6 @@
-"""What plugins may use of objects that later rooms make: a layer, and what builds one.
+"""Protocols for objects that plugins receive: a layer, and the builder of layers.
 
-`moe_engine.MoE` is a `Layer`, and so is the stand-in for a layer that is known only through its counts;
+`moe_engine.MoE` is a `Layer`, and so is the stand-in for a layer of which only the counts are known;
 `moe_engine.Engine` is a `LayerBuilder`.
 """
 
@@ -17,7 +17,7 @@ from .routing import Routing, Spec
 class Layer(Protocol):
     """What a hook may read of a layer.
 
-    name: by which growths, metrics and settings address it. spec: its sizes. router, experts: the parts.
+    name: the name that growths, metrics and settings use. spec: its sizes. router, experts: the parts.
     load_since_growth [E]: assignments to each expert since the layer last grew, or None.
     """
 
@@ -36,17 +36,17 @@ class Layer(Protocol):
     def load_since_growth(self) -> Tensor | None: ...
 
     def parts(self) -> Iterator[tuple[str, Part]]:
-        """Every part by its place: "router", "experts", "biases.0.NAME", "states.NAME"."""
+        """Every part by its path: "router", "experts", "biases.0.NAME", "states.NAME"."""
 
     def state_of(self, plugin: str) -> Any:
-        """The plugin's own state in this layer, or None."""
+        """The plugin's state in this layer, or None."""
 
     def step_load(self, routing: Routing) -> Tensor:
-        """[E]: a forward's load plus what this process's backward passes of this step have counted so far."""
+        """[E]: a forward's load plus the load that this process's backward passes of this step have counted so far."""
 
 
 class LayerBuilder(Protocol):
-    """What a task needs of the engine to build its model. dense: each layer is replaced by one MLP."""
+    """What a task needs from the engine to build its model. dense: each layer is replaced by one MLP."""
 
     dense: bool
 

@@ -1,6 +1,6 @@
-"""The records of a routing decision, and the few operations that every router needs.
+"""Records of a routing decision, and the operations that every router needs.
 
-Raw logits, biased logits, scores, selected and kept assignments are five things with five names.
+Raw logits, biased logits, scores, selected assignments and kept assignments are five different things.
 Suffixes: T tokens, E experts, K chosen per token, N assignments, n units of a level.
 """
 
@@ -18,13 +18,13 @@ from .numerics import at_least_fp32, count_by
 
 @attrs.frozen
 class Spec:
-    """The sizes and switches of a layer; sizes not known yet (before a model is built) are 0. Raises UsageError.
+    """The sizes and settings of a layer; sizes not known yet (before a model is built) are 0. Raises UsageError.
 
     dim: D of the input. hidden: H of an expert. out: D of the output, 0 = dim. experts: E. top_k: K.
-    activation: relu, gelu or swiglu. bias: experts have bias vectors. shared: number of shared
-    experts, through which every token goes. capacity: an expert keeps at most ceil(capacity*T*K/E)
-    of T real tokens in training; None drops nothing. vocab: number of token ids, where the layer is
-    given ids. classes: number of labels, where it is given labels. causal: a token must not see later ones.
+    activation: relu, gelu or swiglu. bias: experts have bias vectors. shared: number of shared experts, which
+    process every token. capacity: in training an expert keeps at most ceil(capacity*T*K/E) of T real tokens; None
+    drops nothing. vocab: number of token ids, if the layer is given ids. classes: number of labels, if it is given
+    labels. causal: a token must not see later ones.
     allow_no_gradient: accept, with a remark, that the task gives the router no gradient.
     """
 
@@ -70,8 +70,8 @@ def _bad_spec(message: str) -> UsageError:
 class Tokens:
     """The tokens of one forward, flattened. Padding tokens are all zeros in x.
 
-    x [T, D]; shape: the leading shape, (B, S) or (T,); mask [T] bool, True = a real token, None = all
-    real; ids [T] token ids or None; labels [T] class or domain or None. count: number of real tokens, an
+    x [T, D]: the input. shape: the leading shape, (B, S) or (T,). mask [T]: bool, True is a real token; None if all
+    are real. ids [T]: token ids, or None. labels [T]: class or domain, or None. count: the number of real tokens, an
     integer scalar.
     """
 
@@ -95,15 +95,15 @@ class Tokens:
         return torch.where(self.mask.view(-1, *[1] * (values.dim() - 1)), values, 0)
 
     def mean(self, values: Tensor) -> Tensor:
-        """The mean over real tokens of values [T] or [T, n]; 0, still attached to the graph, without any."""
+        """The mean over real tokens of values [T] or [T, n]; without real tokens 0, still attached to the graph."""
         return self.real(values).sum(0) / self.count.clamp(min=1)
 
 
 class LevelSpec(NamedTuple):
     """One level of a router.
 
-    size: its number of units. top_k: how many of them a token chooses; 0: it chooses none. limited: a token may
-    choose only units of some groups.
+    size: the number of units. top_k: the number that a token chooses; 0 if it does not choose at this level.
+    limited: a token may choose only from some groups of units.
     """
 
     name: str
@@ -116,7 +116,7 @@ class LevelSpec(NamedTuple):
 class Level:
     """The scores of one level of a router. logits [T, n]: raw. biased [T, n]: with the biases that gates see.
 
-    bias [n]: the sum of the biases that only selection sees, or None. scores [T, n]: what selection ranked by,
+    bias [n]: the sum of the selection-only biases, or None. scores [T, n]: the scores that selection ranked,
     without that bias; None before selection.
     """
 
@@ -127,28 +127,28 @@ class Level:
     scores: Tensor | None = None
 
     def select_by(self, scores: Tensor) -> Tensor:
-        """What to take the top-K of: scores [T, n] plus the selection bias; ties are broken differently for each token.
+        """The values to take the top-K of: scores [T, n] plus the selection bias, with ties broken per token.
 
-        The tie-break is below 3e-7 * n * (1 + |score|). Without it equal scores, as of an all-zero
-        router or of exact clones, send every token to the same units, and to other ones on a GPU.
+        The tie-break is below 3e-7 * n * (1 + |score|). Without it, equal scores (from an all-zero router or exact
+        clones) would send every token to the same units, and to different ones on a GPU.
         """
         self.scores = scores.detach()
         scores = self.scores if self.bias is None else self.scores + self.bias
         tokens, units = scores.shape
         turn_n = torch.arange(units, dtype=scores.dtype, device=scores.device)
         turn_Tn = turn_n.expand(tokens // units + 2, units).flatten().unfold(0, units, 1)[:tokens]
-        size = scores.abs().clamp_(max=1e30).add_(1)  # -inf may mask a unit, and stays what it is
+        size = scores.abs().clamp_(max=1e30).add_(1)  # -inf, which may mask a unit, stays -inf
         return torch.addcmul(scores, size, turn_Tn, value=-(2**-22))
 
 
 @attrs.define(eq=False)
 class Assignments:
-    """Which token goes to which expert. All [N].
+    """Which token goes to which expert. All tensors are [N].
 
-    token, expert: indices. weight: the gate, attached to the graph. rank: 0 for a token's first choice.
-    selected: a real choice of a real token. kept: selected and within capacity. chances: of a router
-    that draws noise, returns the probability [T, E] that a token would choose each expert if its
-    noise were drawn again, attached to the graph.
+    token, expert: indices. weight: the gate, attached to the graph. rank: 0 for a token's first choice. selected: an
+    actual choice of a real token. kept: selected and within capacity. chances: for a router with noise, a function
+    that returns the probability [T, E] that a token would choose each expert if its noise were redrawn, attached
+    to the graph.
     """
 
     token: Tensor
@@ -168,7 +168,7 @@ class Assignments:
 def assign(
     weight_TK: Tensor, expert_TK: Tensor, tokens: Tokens, chances: Callable[[], Tensor] | None = None
 ) -> Assignments:
-    """The assignments of a router that chooses K experts for each token, best first: weight_TK, expert_TK."""
+    """The assignments if every token chooses K experts, best first: weight_TK, expert_TK."""
     count, top_k = expert_TK.shape
     device = expert_TK.device
     place = torch.arange(count * top_k, device=device)
@@ -178,12 +178,12 @@ def assign(
 
 
 def assign_where(weight_TE: Tensor, chosen_TE: Tensor, tokens: Tokens) -> Assignments:
-    """The assignments of a router whose tokens choose any number of experts: those where chosen_TE [T, E] is True."""
+    """The assignments if tokens choose any number of experts: those where chosen_TE [T, E] is True."""
     if tokens.mask is not None:
         chosen_TE = chosen_TE & tokens.mask[:, None]
     order_TE = weight_TE.detach().masked_fill(~chosen_TE, -torch.inf).argsort(dim=-1, descending=True, stable=True)
     rank_TE = order_TE.argsort(dim=-1)
-    if torch.compiler.is_compiling():  # there no shape may depend on a value: every pair, most of them not selected
+    if torch.compiler.is_compiling():  # shapes must not depend on values: keep every pair, most not selected
         pair_TE = torch.ones_like(chosen_TE).cumsum(0) - 1, torch.ones_like(chosen_TE).cumsum(1) - 1
         token, expert = (pair.flatten() for pair in pair_TE)
     else:
@@ -196,8 +196,8 @@ def assign_where(weight_TE: Tensor, chosen_TE: Tensor, tokens: Tokens) -> Assign
 class Slots:
     """Mixtures of tokens instead of choices: expert e works on n slots of each group of tokens.
 
-    dispatch, combine [G, S, E, n] for G groups of S tokens: a slot is the sum of its group's tokens by
-    dispatch weight, a token's output the sum of all slots' outputs by combine weight. 0 at padding.
+    dispatch, combine [G, S, E, n] for G groups of S tokens: a slot is the sum of its group's tokens, weighted by
+    dispatch; a token's output is the sum of all slots' outputs, weighted by combine. Both are 0 at padding.
     """
 
     dispatch: Tensor
@@ -205,7 +205,7 @@ class Slots:
 
     @property
     def each(self) -> int:
-        """Number of slots of a group; each of its tokens is mixed into all of them."""
+        """Number of slots per group; each token of the group is mixed into all of them."""
         return self.dispatch.shape[2] * self.dispatch.shape[3]
 
 
@@ -214,8 +214,8 @@ class Routing:
     """One decision: where the tokens of one forward go, and why.
 
     levels: from coarse to fine; empty for a router without logits. probs [T, E]: each token's
-    distribution over experts, or None. slots: of a router that mixes tokens, whose plan has no assignments.
-    load [E]: assignments of real tokens to each expert, before capacity drops any; a constant for autograd.
+    distribution over experts, or None. slots: set by a router that mixes tokens; its plan has no assignments.
+    load [E]: assignments of real tokens to each expert, before capacity drops any; has no gradient.
     """
 
     tokens: Tokens
@@ -232,12 +232,12 @@ class Routing:
 
     @property
     def smooth_load(self) -> Tensor | None:
-        """[E]: the load to be expected if the router's noise were drawn anew, attached to the graph; None without."""
+        """[E]: the expected load over the router's noise, attached to the graph; None for a router without noise."""
         return None if self.plan.chances is None else self.tokens.real(self.plan.chances()).sum(0)
 
     @property
     def work(self) -> Tensor:
-        """Number of tokens or slots that experts work on. Padding, and groups of padding only, do not count."""
+        """Number of tokens or slots that experts process, without padding and groups that are all padding."""
         if self.slots is None:
             return self.plan.kept.sum()
         return (self.slots.dispatch.detach().sum((1, 2, 3)) > 0).sum() * self.slots.each
@@ -259,7 +259,7 @@ class Routing:
         return zeros.index_put((self.plan.token, self.plan.expert), value_N, accumulate=True)
 
     def gates(self) -> Tensor:
-        """[T, E]: the gate of each expert's output, 0 if not chosen. Attached to the graph."""
+        """[T, E]: each expert's gate, 0 if it was not chosen. Attached to the graph."""
         return self._scattered(torch.where(self.plan.kept, self.plan.weight, 0))
 
     def chosen(self) -> Tensor:
@@ -275,9 +275,8 @@ class Routing:
 def keep_best_groups(scores_TE: Tensor, groups: int, kept: int, top_k: int) -> Tensor:
     """Group-limited selection: -inf outside the `kept` best of `groups` equal groups of experts.
 
-    A group's score is the sum of its top K/kept scores (DeepSeek-V3, 2024, in whose setting that is 2;
-    transformers sums 2 whatever K/kept is). The mask is -inf, not 0, which would beat negative scores.
-    Check with `groups_problem` first.
+    A group's score is the sum of its top K/kept scores (DeepSeek-V3, 2024, where K/kept is 2; transformers always
+    sums 2). The mask is -inf rather than 0, which would beat negative scores. Check with `groups_problem` first.
     """
     count, experts = scores_TE.shape
     grouped = scores_TE.view(count, groups, experts // groups)
@@ -287,7 +286,7 @@ def keep_best_groups(scores_TE: Tensor, groups: int, kept: int, top_k: int) -> T
 
 
 def causal_problem(spec: Any, router: str, allowed: bool) -> str | None:
-    """Why a router whose choices depend on other tokens can't be in a causal layer, or None if it is allowed to."""
+    """Why a router whose choices depend on other tokens can't be used in a causal layer, or None if it can."""
     if not spec.causal or allowed:
         return None
     return (
@@ -297,7 +296,7 @@ def causal_problem(spec: Any, router: str, allowed: bool) -> str | None:
 
 
 def groups_problem(spec: Any, groups: int, kept: int, equal: bool = True) -> str | None:
-    """Why a token can't choose K experts in the best `kept` of these groups, or None. equal: of one size."""
+    """Why a token can't choose K experts in the best `kept` of these groups, or None. equal: all of one size."""
     if equal and spec.experts % groups:
         return f"groups={groups} does not divide {spec.experts} experts"
     if kept > groups:

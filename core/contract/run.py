@@ -8,10 +8,10 @@ import attrs
 
 @attrs.frozen
 class Run:
-    """A finished run as it is on disk: what reports and `compare` read.
+    """A finished run as stored on disk: what reports and `compare` read.
 
     summary: summary.json. records: the lines of metrics.jsonl. config: config.toml, parsed. plugins:
-    name, distribution and version of each that took part.
+    name, distribution and version of each plugin of the run.
     """
 
     folder: Path

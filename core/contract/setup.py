@@ -37,13 +37,13 @@ class Setup:
 
     @property
     def balance_losses(self) -> dict[str, float]:
-        """The weight of each loss that acts on the load, by name; those of weight 0 are left out."""
+        """The weight of each loss that acts on the load, by name, without losses of weight 0."""
         losses = {name: one for name, one in self.plugins.items() if hasattr(one, "moe_aux_loss")}
         weights = {name: weight_of(one) for name, one in losses.items() if "load" in traits_of(one).requires}
         return {name: weight for name, weight in weights.items() if weight > 0}
 
     def others(self, asking: Any, *, hook: str = "", effect: str = "") -> list[str]:
-        """The plugins other than the one that asks which implement a hook, or whose traits have an effect."""
+        """The names of other plugins that implement a hook, or whose traits have an effect."""
         return [
             name
             for name, one in self.plugins.items()

@@ -14,7 +14,7 @@ from .routing import Spec
 
 @attrs.frozen
 class Finding:
-    """A metric's statement in words. severity: 0 fine, 1 worth a look, 2 broken.
+    """A metric in words. severity: 0 fine, 1 worth a look, 2 broken.
 
     The finding called `verdict` is a layer's verdict; a run's is that of its worst layer.
     """
@@ -33,8 +33,8 @@ class Stats:
     """Sums over forwards of one layer, in float64 on the CPU.
 
     tokens [1]: real tokens. load [E]: their assignments. dropped [E]: assignments over capacity. slots [2]: slots
-    that experts worked on, and pairs of a token and a slot that it was mixed into. prob [E]: summed probabilities.
-    load.LEVEL [n]: load of a router's level. loss.TERM [1]: summed values of a loss term, over `forwards` [1].
+    that experts processed, and pairs of a token and a slot that it was mixed into. prob [E]: summed probabilities.
+    load.LEVEL [n]: the load of a router level. loss.TERM [1]: the sum of a loss term over `forwards` [1].
     PLUGIN.NAME: what a plugin's `moe_measure` returned.
     """
 
@@ -49,7 +49,7 @@ class Stats:
 
     @property
     def tokens(self) -> float:
-        """Number of real tokens; 0 is no data."""
+        """Number of real tokens; 0 means there is no data."""
         return float(self.sums["tokens"].sum())
 
     @property
@@ -63,7 +63,7 @@ class Stats:
         return self.sums["dropped"]
 
     def work(self) -> dict[str, float]:
-        """rows: tokens or slots that experts work on, per token. slots: how many a token is mixed into, if any."""
+        """rows: tokens or slots that experts process, per token. slots: how many each token is mixed into, if any."""
         if "slots" not in self.sums:
             return {"rows": float((self.load - self.dropped).sum()) / self.tokens}
         rows, pairs = (self.sums["slots"] / self.tokens).tolist()
@@ -83,10 +83,10 @@ class Stats:
 class Step:
     """One optimizer step as a bias or a state sees it: sums over micro-batches and processes.
 
-    load [n]: of the bias's level. own: what its `measure` returned, summed (for a state: its plugin's
-    `moe_measure`). signal [n]: what its `signal` returned, summed, or None. expert_grad [n]: mean |gradient| per
-    unit's experts, unscaled, or None if the part does not want it. competes_in [n]: the group within which each unit
-    competes, or None.
+    load [n]: the load of the bias's level. own: the sums of what its `measure` returned (for a state: its plugin's
+    `moe_measure`). signal [n]: the sum of what its `signal` returned, or None. expert_grad [n]: mean |gradient| of
+    each unit's experts, unscaled, or None if the part does not ask for it. competes_in [n]: the group within which
+    each unit competes, or None.
     """
 
     load: Tensor
@@ -96,7 +96,7 @@ class Step:
     competes_in: Tensor | None = None
 
     def relative(self, values: Tensor) -> Tensor:
-        """values [n] over the mean of those they compete with."""
+        """values [n], each divided by the mean of the values that it competes with."""
         if self.competes_in is None:
             return values / values.mean().clamp(min=1e-30)
         groups = int(self.competes_in.max()) + 1
@@ -111,7 +111,7 @@ def mean_of_pairs(values_EE: Tensor) -> Tensor:
 
 
 def plain(value: Any) -> Any:
-    """A metric's value as JSON can hold it: a number that is not finite becomes None."""
+    """A metric's value for JSON: a number that is not finite becomes None."""
     if isinstance(value, Finding):
         return attrs.asdict(value)
     if isinstance(value, Tensor):
@@ -129,11 +129,11 @@ def plain(value: Any) -> Any:
 
 @attrs.frozen
 class Effects:
-    """How much each term moves one layer's router, on the probe batch.
+    """How strongly each term moves one layer's router, on the probe batch.
 
-    task: norm of the task loss's gradient at the raw logits. losses: the same of each weighted loss
-    term that acts there, and not on weights alone. biases: by plugin, the share of choices that differ without it.
-    spreads: by plugin, the largest bias less the smallest, at the level where they differ most.
+    task: norm of the task loss's gradient at the raw logits. losses: the same for each weighted loss
+    term, except those that act on weights alone. biases: by plugin, the share of choices that differ without it.
+    spreads: by plugin, the largest bias minus the smallest, at the level where they differ most.
     """
 
     task: float

@@ -17,7 +17,7 @@ Batch = tuple[Tensor, ...]
 
 @attrs.frozen
 class TaskSpec:
-    """What a task gets. data_dir: where its files are, or are downloaded to. seed: of the run."""
+    """The settings a task receives. data_dir: the folder of its files and downloads. seed: the run's."""
 
     data_dir: str = "data"
     seed: int = 0
@@ -27,13 +27,13 @@ class TaskSpec:
 class Task:
     """The data, model and measures of one run.
 
-    train, test: columns of equal length; a batch is some of their rows. model: builds the model, whose layers come
-    from the engine. score: of a batch, "loss", the mean loss attached to the graph, and sums over the batch by
-    name: "correct" if there is an accuracy; NAME with "count.NAME" if NAME is a sum over some rows only. Everything
-    is measured on `test`. perplexity: report exp(loss). ordered: train on the rows in their order, as a stream,
-    instead of shuffled. augment: changes a batch for training, on its device; it draws from torch's global
-    generator, which the run seeds. measures: builds torchmetrics for the test set; they get score's "predicted"
-    and "true", which it adds when the model is in eval mode.
+    train, test: columns of equal length; a batch is a selection of rows. model: builds the model with layers from
+    the engine. score: scores a batch; returns the mean "loss", attached to the graph, and sums over the batch by
+    name: "correct" if there is an accuracy; NAME and "count.NAME" if NAME is a sum over only some rows. Evaluation
+    uses `test`. perplexity: report exp(loss). ordered: train on the rows in order, as a stream, instead of
+    shuffled. augment: transforms a training batch on its device; it draws from torch's global generator, which the
+    run seeds. measures: builds torchmetrics for the test set; they receive "predicted" and "true", which score
+    adds in eval mode.
     """
 
     train: Batch

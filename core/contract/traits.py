@@ -1,12 +1,11 @@
-"""What a plugin declares about itself besides its hooks: facts that other plugins and the core go by.
+"""What a plugin declares about itself besides its hooks: facts for other plugins and the core.
 
     @attrs.define(eq=False)
     class MyBias:
         traits = Traits(requires=("logits", "load"), effects=("equal_load",))
 
-Besides hooks, options and `traits`, the core reads two names off a plugin: the option `weight`, the coefficient
-of an auxiliary loss, and the static method `trial_options`, which configures a plugin for the conformance tests
-if its defaults can't run.
+The core also reads two other names: the option `weight`, the coefficient of an auxiliary loss, and the static
+method `trial_options`, which configures a plugin for the conformance tests if its defaults can't run.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -29,13 +28,13 @@ ROUTER_TRAITS = {
 }
 USUAL = ("logits", "probs", "load", "top_k", "choices")  # what a router provides unless it says otherwise
 
-# what a strategy does that another one may be at odds with, or count on
+# effects that may conflict with another plugin, or that another plugin relies on
 EFFECTS = {
     "equal_load": "makes all loads equal",
     "copies_router_row": "starts a new expert with its parent's router row",
     "copies_expert": "starts a new expert as an exact copy of its parent",
     "silent_start": "starts a new expert with an output of 0",
-    "parts_copies": "sends exact copies of an expert different tokens",
+    "parts_copies": "sends different tokens to exact copies of an expert",
     "token_entropy": "moves the entropy of the choice",
     "mean_probs_cv2": "penalises the variance of the mean probabilities",
 }
@@ -49,16 +48,16 @@ RENAMED = {
     "orphans": "traits = Traits(orphans=True)",
     "parts_copies": 'traits = Traits(effects=("parts_copies",))',
 }
-DECLARED = ("traits", "weight", "trial_options")  # what the core reads off a plugin besides hooks and options
+DECLARED = ("traits", "weight", "trial_options")  # names that the core reads from a plugin besides hooks and options
 
 
 @attrs.frozen(init=False)
 class Traits:
-    """Facts about a strategy, the class attribute `traits` of its plugin. Raises UsageError for unknown ones.
+    """Facts about a plugin, in its class attribute `traits`. Raises UsageError for unknown ones.
 
-    provides: of a router, keys of `ROUTER_TRAITS`; None is `USUAL`. requires: what the chosen router must
-    provide. effects: keys of `EFFECTS`. balanced: a loss's value at perfect balance, None if it has no fixed
-    one. orphans: a trigger asks for new experts without a parent. One word may stand for a tuple of one.
+    provides: keys of `ROUTER_TRAITS`, for a router; None means `USUAL`. requires: what the chosen router must
+    provide. effects: keys of `EFFECTS`. balanced: a loss's value at perfect balance, None if it is not fixed.
+    orphans: the trigger asks for new experts without a parent. A single word counts as a tuple of one.
     """
 
     provides: tuple[str, ...] | None
@@ -127,7 +126,7 @@ def trial_options_of(cls: type) -> Callable[[Path, int, int], Mapping[str, Any]]
 
 
 def problem_of(cls: type, hooks: Iterable[str]) -> str | None:
-    """What is wrong with what a plugin class declares about itself, or None. hooks: those that it implements."""
+    """What is wrong with a plugin class's declarations, or None. hooks: the hooks that it implements."""
     names = [name for base in cls.__mro__[:-1] for name in vars(base)]
     for name in names:
         if name in RENAMED and name not in _options(cls):
@@ -135,14 +134,14 @@ def problem_of(cls: type, hooks: Iterable[str]) -> str | None:
         near = get_close_matches(name, (*DECLARED, *RENAMED), n=1, cutoff=0.8)
         if near and name not in DECLARED and not callable(getattr(cls, name, None)) and name not in _options(cls):
             known = "traits" if near[0] in RENAMED else near[0]
-            return f"the class attribute '{name}' means nothing to the core; did you mean '{known}'?"
+            return f"the core does not know the class attribute '{name}'; did you mean '{known}'?"
         if name != "traits" and isinstance(getattr(cls, name, None), Traits):
             return f"its traits are called '{name}'; call them 'traits'"
     traits = traits_of(cls)
     if not isinstance(traits, Traits):
         return f"'traits' is {traits!r}, not Traits(...)"
     if traits.provides is not None and "moe_router" not in hooks:
-        return "only a router provides traits; say requires=... for what it needs of one"
+        return "only a router provides traits; use requires=... for what the plugin needs from a router"
     return None
 
 

@@ -1,4 +1,4 @@
-"""Building a layer: ask the plugins for its parts, check what they return, put it together."""
+"""Building a layer: ask the plugins for its parts, check them and assemble the layer."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -17,12 +17,12 @@ from ..layer.experts import ModuleBank, StackedMLP
 from ..layer.moe import MoE
 from ..registry.manager import Plugins
 
-# the hooks that act on one layer, so that its settings can change them
+# the hooks that act on one layer, whose options can therefore be set per layer
 LAYER_HOOKS = ("router", "bias", "experts", "state", "aux_loss", "measure", "new_expert", "metrics")
 
 
 def spec_of(sizes: Mapping[str, Any]) -> Spec:
-    """The spec of these sizes. Raises UsageError."""
+    """The spec with these sizes. Raises UsageError."""
     try:
         return Spec(**sizes)
     except TypeError as error:
@@ -31,10 +31,10 @@ def spec_of(sizes: Mapping[str, Any]) -> Spec:
 
 @attrs.define(eq=False)
 class LayerBuild:
-    """One layer to be built: `layer()`, or `twin()`, the MLP that replaces it in a dense model.
+    """Builds one layer: `layer()`, or `twin()`, the MLP that replaces it in a dense model.
 
-    chosen: the engine's plugins. settings: plugin options of this layer alone. modules: experts, one each, or None
-    for those that a plugin brings, or a stacked MLP. Raises UsageError for a mix that makes no sense.
+    chosen: the engine's plugins. settings: plugin options for this layer alone. modules: one module per expert, or
+    None for a plugin's bank or stacked MLPs. Raises UsageError for a combination that makes no sense.
     """
 
     chosen: Plugins
@@ -57,15 +57,15 @@ class LayerBuild:
         self.chosen.check(Setup(self.plugins, spec))
 
     def layer(self) -> MoE:
-        """The layer. Raises PluginError where a plugin fails."""
+        """The layer. Raises PluginError if a plugin fails."""
         return self._blaming(self._layer)
 
     def twin(self) -> nn.Module:
-        """One MLP as wide as the experts that a token is sent to; of experts that a plugin brings, one."""
+        """One MLP as wide as the experts that a token is sent to; one expert if a plugin provides the bank."""
         return self._blaming(lambda: dense_twin(self.spec, self._bank))
 
     def _blaming(self, build: Any) -> Any:
-        """build(), with the plugin named out of which an exception comes."""
+        """build(); an exception is re-raised with the name of the plugin that it came from."""
         try:
             return build()
         except UsageError:
@@ -105,12 +105,12 @@ class LayerBuild:
         return [(plugin, part) for plugin, part in answers if part is not None]
 
     def _bank(self, spec: Spec) -> Experts | None:
-        """The bank of the modules given, or that a plugin brings; None for a stacked MLP."""
+        """The bank of the given modules or from a plugin; None for stacked MLPs."""
         if self.modules is not None:
             return ModuleBank(self.modules[: spec.experts], spec.out_dim)
         banks: dict[str, Experts] = dict(self._ask("moe_experts", Experts | None, spec=spec))
         if len(banks) > 1:
-            message = f"a layer has one bank of experts, but {listed(map(repr, banks))} bring one; choose one"
+            message = f"a layer has one bank of experts, but {listed(map(repr, banks))} provide one; choose one"
             raise UsageError(message, code="several-banks")
         return next(iter(banks.values()), None)
 
@@ -123,7 +123,7 @@ class LayerBuild:
         acting = {plugin for by_plugin in biases for plugin in by_plugin}
         for bound in self.chosen.bind("moe_bias", self.plugins):
             if bound.plugin not in acting:
-                message = f"bias '{bound.plugin}' acts on nothing: the router has no level that it can shift"
+                message = f"bias '{bound.plugin}' has no effect: it does not act on any level of the router"
                 raise UsageError(message, code="acts-on-nothing")
 
 
@@ -135,7 +135,7 @@ def _check_keeps_function(plugin: str, router: Router) -> None:
 
 
 def layer_name(wanted: str | None, layers: Iterable[MoE], count: int) -> str:
-    """The name of a new layer, which no other one has; "moeN" unless one is wanted. Raises UsageError."""
+    """A unique name for a new layer, "moeN" unless one is given. Raises UsageError."""
     name = wanted or f"moe{count}"
     if any(layer.name == name for layer in layers):
         message = f"there is a layer '{name}' already; give this one another name"

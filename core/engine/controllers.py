@@ -1,4 +1,4 @@
-"""What happens after an optimizer step: a layer's biases and states move by the sums of the step."""
+"""After an optimizer step: update a layer's biases and states from the step's sums."""
 
 from collections.abc import Mapping
 
@@ -12,9 +12,9 @@ from ..layer.sums import numel, unflat
 
 
 def apply_controllers(layer: MoE, flat: Tensor, with_load: bool) -> None:
-    """Let one layer's biases and states act on the sums of a step, as `LayerSums.take_step` returns them.
+    """Update one layer's biases and states from the sums of a step, as `LayerSums.take_step` returns them.
 
-    with_load: keep the load since the layer last grew, too.
+    with_load: also accumulate the load since the layer last grew.
     """
     sums = layer.sums
     raw = unflat(flat, sums.step_layout)

@@ -1,8 +1,8 @@
-"""The engine: it builds layers from plugins and owns the order of events around a training step.
+"""The engine: builds layers from plugins and controls what happens around a training step.
 
-Sequence: forward; (task_loss + engine.aux_loss()).backward(); engine.after_backward() for each
-micro-batch; then unscale, clip, optimizer.step(); engine.after_step(skipped=False) once. Growth comes
-after that: optimizer.zero_grad(), then engine.grow() for each growth that engine.due() returns.
+Sequence: for each micro-batch forward, (task_loss + engine.aux_loss()).backward() and engine.after_backward(); then
+unscale, clip, optimizer.step(), and engine.after_step(skipped=False) once. Growth follows: optimizer.zero_grad(),
+then engine.grow() for each growth that engine.due() returns.
 """
 
 import copy
@@ -38,15 +38,15 @@ IN_DENSE = (*WATCHING, "experts")  # the kinds of plugins that act in a dense mo
 
 
 class Engine:
-    """Chosen plugins, and the layers built from them.
+    """The chosen plugins, and the layers built from them.
 
-    plugins: names in the order typed, comma-separated or as a list. settings: "plugin.option=value"
-    texts, or nested dicts. without: names of default plugins to leave out. task: name of a task
-    plugin. seed: fixes what new experts draw. dense: replace each layer by one MLP of the width that is active
-    for a token; of experts that a plugin brings, one, for top_k=1 only. spec: defaults of every layer
-    (experts, top_k, capacity, ...). Raises UsageError.
+    plugins: names in order, comma-separated or as a list. settings: "plugin.option=value" texts, or nested dicts.
+    without: default plugins to leave out. task: name of a task plugin. seed: of the random draws for new experts.
+    dense: replace each layer by one MLP as wide as the experts that a token is sent to; if a plugin provides the
+    bank, by one of its experts, and only for top_k=1. spec: defaults of every layer (experts, top_k, capacity, ...).
+    Raises UsageError.
 
-    step: optimizer steps so far. growths: what has grown, oldest first.
+    step: optimizer steps so far. growths: all growths so far, oldest first.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Engine:
         self.remembered: measuring.Memory = {}  # what metrics keep
         self.triggers = Triggers(self.plugins.bind("moe_growth"))
         self._layers: list[weakref.ref[MoE]] = []
-        self._anchored = False  # aux_loss() took part in a backward of this step
+        self._anchored = False  # aux_loss() was part of a backward of this step
         self._closed = True  # after_backward() followed the last backward
 
     def implementing(self, hook: str) -> list[str]:
@@ -77,7 +77,7 @@ class Engine:
         return [bound.plugin for bound in self.plugins.bind(hook)]
 
     def check(self, task: TaskSpec) -> None:
-        """Ask every plugin whether this mix makes sense, before anything is built. Raises UsageError."""
+        """Ask every plugin whether this combination makes sense, before anything is built. Raises UsageError."""
         self.plugins.check(Setup(self.plugins.active, spec_of({**self.defaults, "dim": 0, "hidden": 0}), task))
 
     # -- layers ----------------------------------------------------------------------------------
@@ -92,10 +92,10 @@ class Engine:
         name: str | None = None,
         **spec: Any,
     ) -> MoE:
-        """Build a layer: [..., dim] -> [..., dim or out]. Raises UsageError for a mix that makes no sense.
+        """Build a layer: [..., dim] -> [..., dim or out]. Raises UsageError if the plugins don't go together.
 
-        hidden: H of the stacked experts. modules: any modules as experts instead, one each. settings:
-        plugin options of this layer alone. spec: see `Spec`.
+        hidden: H of the stacked experts. modules: use these modules as experts instead, one each. settings: plugin
+        options for this layer alone. spec: see `Spec`.
         """
         if modules is not None:
             spec["experts"] = len(modules)
@@ -110,7 +110,7 @@ class Engine:
         return layer
 
     def attach(self, model: nn.Module) -> "Engine":
-        """Own every MoE layer in `model`, also a deep-copied one, and no other; name each by its place."""
+        """Take over every MoE layer in `model`, deep-copied ones too, and drop all others; name each by its path."""
         found = [(name, module) for name, module in model.named_modules() if isinstance(module, MoE)]
         mine = self.layers
         for name, layer in found:
@@ -121,7 +121,7 @@ class Engine:
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Engine":
-        """A copy with the same plugins; it owns the copies of the layers that are made along with it, or none."""
+        """A copy with the same plugins; it owns the copies of layers that are deep-copied together with it."""
         twin = copy.copy(self)
         memo[id(self)] = twin
         twin.plugins = copy.deepcopy(self.plugins, memo)
@@ -143,7 +143,7 @@ class Engine:
     def aux_loss(self) -> Tensor:
         """The weighted auxiliary loss of the forwards since the last call, averaged over layers.
 
-        Add it to the task loss. Its backward lets the layers inject their gradients, scaled as the whole loss is.
+        Add it to the task loss. In its backward the layers inject their gradients, scaled like the whole loss.
         """
         layers = self.layers
         value = torch.stack([layer.sums.aux_value for layer in layers]).mean() if layers else torch.zeros(())
@@ -165,20 +165,20 @@ class Engine:
 
     @torch.no_grad()
     def after_step(self, skipped: bool = False) -> None:
-        """Call once after optimizer.step(): every controller acts here, and nowhere else.
+        """Call once after optimizer.step(). All biases and states are updated here, and nowhere else.
 
-        skipped: the optimizer did not step (GradScaler found inf): the step's sums are thrown away.
-        Raises RuntimeError if `aux_loss()` took part in no backward, or `after_backward()` was not called.
+        skipped: the optimizer did not step (GradScaler found inf), so the step's sums are discarded.
+        Raises RuntimeError if `aux_loss()` was not part of a backward, or `after_backward()` was not called.
         """
         counted = [layer for layer in self.layers if layer.sums.of_step() is not None]
         if any(layer.losses for layer in counted) and not self._anchored:
-            raise RuntimeError("engine.aux_loss() is part of no loss: use (loss + engine.aux_loss()).backward()")
+            raise RuntimeError("engine.aux_loss() was not added to a loss: use (loss + engine.aux_loss()).backward()")
         if self._anchored and self.layers and not counted:
             raise RuntimeError("engine.aux_loss() is part of a loss, but no layer is: call engine.attach(model)")
         if not self._closed:
             raise RuntimeError("call engine.after_backward() after each backward, before engine.after_step()")
         self._anchored = False
-        # all processes must reduce the same layers, also those that one of them did not use
+        # all processes must reduce the same layers, including those that one of them did not use
         for layer in self.layers if distributed() else counted:
             sums = all_reduce_sum(layer.sums.take_step())
             if not skipped:
@@ -186,7 +186,7 @@ class Engine:
         self.step += not skipped
 
     def last_terms(self) -> dict[str, Tensor]:
-        """The loss terms of the last step by name and layer, [1] each, as they were, finite or not."""
+        """The loss terms of the last step by name and layer, [1] each, whether finite or not."""
         return {
             f"'{term}' of layer '{layer.name}'": v for layer in self.layers for term, v in layer.sums.last_terms.items()
         }
@@ -194,10 +194,10 @@ class Engine:
     # -- growth ----------------------------------------------------------------------------------
 
     def due(self, loss: Tensor | float, eval_loss: Tensor | float | None = None) -> list[Growth]:
-        """What the triggers want to grow now, for `grow`; ask once after each `after_step`.
+        """The growths that the triggers want now, for `grow`; call once after each `after_step`.
 
-        loss: the task's of this step. eval_loss: of an evaluation, where there was one since the last
-        call. Both are averaged over processes, so that all decide alike.
+        loss: the task loss of this step. eval_loss: the loss of an evaluation since the last call, if any. Both are
+        averaged over processes, so all make the same decision.
         """
         if not self.triggers.bounds or not self.layers:
             return []
@@ -215,14 +215,14 @@ class Engine:
         followers: nn.Module | Iterable[nn.Module] = (),
         probe: Callable[[], Tensor] | None = None,
     ) -> Grown:
-        """Grow, remove or replace experts of a layer, its optimizers' state with them: all of it or nothing.
+        """Add, remove or replace experts of a layer and their optimizer state: all of it or nothing.
 
-        Parameters stay the same objects, so that optimizers, schedulers and lists of them stay true.
-        optimizers: every one that holds the layer's parameters. followers: models with a copy of the
-        layer, as an average of the weights, which grow alike; and a DistributedDataParallel, which is
-        to be built anew afterwards. probe: as in `metrics`; on it the change of the layer and of the loss
-        are measured. Where there are several processes, all must call it. Raises UsageError if it
-        makes no sense, or would leave a living holder of the parameters behind.
+        Parameters stay the same objects, so optimizers, schedulers and lists of parameters remain valid.
+        optimizers: every optimizer that holds the layer's parameters. followers: models with a copy of the layer,
+        such as a weight average, which grow too; and a DistributedDataParallel, which must be rebuilt afterwards.
+        probe: as in `metrics`; the change of the layer's output and of the loss is measured on it. All processes
+        must call it. Raises UsageError if the growth makes no sense, or if a live holder of the parameters was not
+        passed.
         """
         optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
         followers = [followers] if isinstance(followers, nn.Module) else list(followers)
@@ -234,11 +234,11 @@ class Engine:
     # -- measuring -------------------------------------------------------------------------------
 
     def metrics(self, split: str = "train", probe: Callable[[], Tensor] | None = None) -> dict[str, Metrics]:
-        """What every metric plugin says of each layer, since the last call for this split.
+        """The metrics of each layer since the last call for this split.
 
-        split: "train" (steps) or "eval" (forwards in eval mode). probe: runs the model on a fixed
-        held-out batch in eval mode and returns the task loss; without it `effects` and `probe` are
-        None. A layer without data is left out. Where there are several processes, all must call it.
+        split: "train" (steps) or "eval" (forwards in eval mode). probe: runs the model on a fixed held-out batch in
+        eval mode and returns the task loss; without it, `effects` and `probe` are None. A layer without data is left
+        out. All processes must call it.
         """
         if split not in ("train", "eval"):
             raise ValueError(f"split is 'train' or 'eval', not {split!r}")
@@ -248,34 +248,34 @@ class Engine:
         return measuring.measure(self.layers, bounds, self.remembered, split, probed)
 
     def probe(self, run: Callable[[], Tensor]) -> dict[MoE, tuple[Routing, Effects]]:
-        """Routing and effects of each layer on one batch; nothing is counted and no gradient is kept.
+        """Routing and effects of each layer on one batch; counts and gradients are left alone.
 
         run: the model's forward on that batch in eval mode; returns the task loss.
         """
         return measuring.probed(self.layers, self.plugins, run)
 
     def check_learning(self, run: Callable[[], Tensor]) -> None:
-        """Raise UsageError if the task gives some level of a router no gradient: it would never learn.
+        """Raise UsageError if a level of some router gets no gradient from the task, so it could never learn.
 
-        run: as for `probe`. A gate that is renormalised to a constant is the common reason. Layers that are
-        allowed it (`Spec.allow_no_gradient`) are named in the remarks instead.
+        run: as for `probe`. The usual cause is a gate that is renormalised to a constant. Layers with
+        `Spec.allow_no_gradient` are named in the remarks instead.
         """
         measuring.check_learning(self.layers, self.plugins, run)
 
     # -- saving ----------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the weights that a resumed run needs: steps, growths, triggers' memories, sums so far."""
+        """All that a resumed run needs besides the weights: steps, growths, triggers' memories, sums so far."""
         sums = {layer.name: layer.sums.held() for layer in self.layers}
         growths = [attrs.asdict(grown) for grown in self.growths]
         memories = {"memory": self.triggers.memory, "remembered": self.remembered}
         return {"step": self.step, "growths": growths, "layers": sums, **copy.deepcopy(memories)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a `state_dict`; load the model before, which sets the number of experts. Raises UsageError."""
+        """Restore a `state_dict`; load the model first, which sets the number of experts. Raises UsageError."""
         layers = {layer.name: layer for layer in self.layers}
         if layers.keys() != state["layers"].keys():
-            message = f"the state is of layers {listed(state['layers'])}, but there are {listed(layers)}"
+            message = f"the state is for layers {listed(state['layers'])}, but the engine has {listed(layers)}"
             raise UsageError(message, code="state-of-other-layers")
         for name, sums in state["layers"].items():
             layers[name].sums.check_held(sums, name, layers[name].spec.experts)
@@ -291,10 +291,10 @@ def _names(plugins: str | Iterable[str]) -> list[str]:
 
 
 def _refuse_idle(plugins: Plugins, names: Sequence[str]) -> None:
-    """A dense model has no router: refuse plugins that would act on nothing."""
+    """A dense model has no router: refuse plugins that would have no effect."""
     idle = [name for name, found in plugins.found.items() if name in names and found.kind not in IN_DENSE]
     if idle:
-        message = f"a dense model has no router: {listed(map(repr, idle))} acts on nothing"
+        message = f"a dense model has no router: {listed(map(repr, idle))} would have no effect"
         raise UsageError(message, code="acts-on-nothing")
 
 

@@ -1,4 +1,4 @@
-"""One growth from beginning to end: checks, the transaction, and the measured change of the function."""
+"""One growth from start to end: checks, the transaction, and the measured change of the output."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ EXACT = 1e-5  # the largest relative change of a layer's output that still count
 
 @attrs.frozen
 class Growing:
-    """What a growth needs of an engine. growths: gets the record. in_step: a backward was, `after_step` was not."""
+    """What a growth needs from an engine. growths: receives the record. in_step: between backward and after_step."""
 
     plugins: Plugins
     layers: Sequence[MoE]
@@ -47,7 +47,7 @@ def grow(
     followers: Sequence[nn.Module],
     probe: Probe | None,
 ) -> Grown:
-    """Grow a layer, its copies and the optimizers' state, as `Engine.grow` says. Raises UsageError."""
+    """Grow a layer, its copies and the optimizers' state; see `Engine.grow`. Raises UsageError."""
     if not isinstance(growth, Growth):
         raise UsageError(f"grow() takes a Growth, not {growth!r}", code="bad-growth")
     device = engine.layers[0].sums.step.device if engine.layers else torch.device("cpu")
@@ -72,7 +72,7 @@ def grow(
                 message = f"growth of layer '{layer.name}' changed its output by {change}; it was rolled back"
                 raise UsageError(message, code="growth-not-exact")
             if "torch._dynamo" in sys.modules:
-                torch.compiler.reset()  # after eight sizes a compiled model would silently run eagerly
+                torch.compiler.reset()  # after eight sizes a compiled model would silently fall back to eager
         losses = [None if look is None else look.loss for look in (before, after)]
         record = recorded(engine.step, growth, staged, size, change, *losses)
         engine.growths.append(record)
@@ -82,7 +82,7 @@ def grow(
 
 
 def check_growable(plugins: Plugins, triggers: Triggers, layer: MoE, seed: int) -> None:
-    """If a trigger is chosen, stage a growth of a new layer, so that what can't grow fails now. Raises UsageError."""
+    """If a trigger is chosen, stage a growth of a new layer: one that can't grow fails now, with UsageError."""
     asking = [traits_of(plugins.active[bound.plugin]) for bound in triggers.bounds]
     for parent in {None if traits.orphans else 0 for traits in asking}:
         growth, random = Growth(layer.name, (parent,)), generator(seed, "rehearsal")
@@ -90,7 +90,7 @@ def check_growable(plugins: Plugins, triggers: Triggers, layer: MoE, seed: int) 
 
 
 def initializers(plugins: Plugins, layer: MoE, seen: Routing | None = None) -> Ask:
-    """How a layer's new experts are made, with the layer's settings. seen: its routing of the probe batch."""
+    """A function that makes a layer's new experts, with its settings. seen: its routing of the probe batch."""
     bounds = plugins.bind("moe_new_expert", plugins.override(layer.settings))
 
     def ask(of: str, origin: int | None, offer: Mapping[str, Any]) -> tuple[str, NewExpert]:
@@ -133,7 +133,7 @@ def _named(engine: Growing, name: str) -> MoE:
 
 
 def _copies(model: nn.Module, layer: MoE) -> list[MoE]:
-    """The copy of a layer in a follower, as in an average of the weights; none in a model that wraps the layer."""
+    """The copy of a layer in a follower such as a weight average; none in a model that wraps the layer itself."""
     layers = [module for module in model.modules() if isinstance(module, MoE) and module.copy_id == layer.copy_id]
     if layer in layers:
         return []
@@ -161,7 +161,7 @@ def _check_moment(engine: Growing, layer: MoE, growth: Growth, probe: Probe | No
 
 
 def _check_staged(plugins: Plugins, layer: MoE, growth: Growth, staged: Staged) -> None:
-    """Ask the plugins about the layer as it will be; if the growth must be exact, refuse one that can't be."""
+    """Ask the plugins about the grown layer; refuse a growth that must be exact but can't be."""
     sizes = {**layer.sizes, **{of: len(plan.origins) for of, plan in staged.plans.items()}}
     spec = attrs.evolve(layer.spec, experts=sizes["expert"])
     plugins.check(Setup(plugins.override(layer.settings), spec, sizes=sizes))
@@ -176,12 +176,12 @@ def _effects(plugins: Plugins, staged: Staged) -> tuple[str, ...]:
     return traits_of(plugins.active[staged.initializer]).effects if staged.initializer else ()
 
 
-# -- the change of the function ------------------------------------------------------------------------
+# -- the change of the output --------------------------------------------------------------------------
 
 
 @attrs.frozen
 class _Look:
-    """A layer on the probe batch: the task's loss, the layer's routing and tokens, its output on them."""
+    """A layer on the probe batch: the task loss, the layer's routing and tokens, and its output for them."""
 
     loss: float
     routing: Routing | None
@@ -190,7 +190,7 @@ class _Look:
 
 
 def _look(engine: Growing, layer: MoE, probe: Probe | None, same: _Look | None = None) -> _Look | None:
-    """A look at the layer; with `same`, on the very tokens of that look."""
+    """Run the layer on the probe batch; with `same`, on the tokens of that earlier look."""
     if probe is None:
         return None
     loss, routings = observed(engine.layers, engine.plugins, probe)

@@ -1,4 +1,4 @@
-"""What the metrics say of layers, and probes: forwards on a held-out batch that are not counted."""
+"""Metrics of layers, and probes: uncounted forwards on a held-out batch."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -23,7 +23,7 @@ Memory = dict[str, dict[str, dict[str, Any]]]  # what metrics keep, by layer, pl
 def measure(
     layers: Sequence[MoE], bounds: Sequence[Bound], memory: Memory, split: str, probed: Probed
 ) -> dict[str, Metrics]:
-    """What each metric says of each layer since the last call for this split; a layer without data is left out."""
+    """The metrics of each layer since the last call for this split; a layer without data is left out."""
     answers: dict[str, Metrics] = {}
     for layer in layers:
         stats = _taken(layer, split)
@@ -40,7 +40,7 @@ def measure(
 
 
 def _taken(layer: MoE, split: str) -> Stats | None:
-    """The sums of one split so far, which begin again at zero; None where there are none."""
+    """Take the sums of one split so far, which restart at zero; None if there are none."""
     sums = layer.sums.take_evaluated() if split == "eval" else layer.sums.take_since_log()
     if sums is None:
         return None
@@ -54,7 +54,7 @@ def _taken(layer: MoE, split: str) -> Stats | None:
 
 
 def _memory(memory: Memory, layer: MoE, bound: Bound, split: str) -> dict[str, Any]:
-    """What a metric keeps of a layer from one log point to the next; nothing for one that does not ask."""
+    """A metric's memory of a layer between log points; empty if the metric does not ask for it."""
     if "memory" not in bound.arguments:
         return {}
     kept: dict[str, Any] = memory.setdefault(layer.name, {}).setdefault(bound.plugin, {}).setdefault(split, {})
@@ -62,7 +62,7 @@ def _memory(memory: Memory, layer: MoE, bound: Bound, split: str) -> dict[str, A
 
 
 def observed(layers: Sequence[MoE], plugins: Plugins, run: Probe) -> tuple[Tensor, dict[MoE, Routing]]:
-    """(task loss, routing of each layer) of a forward that is not counted. Raises PluginError, naming the plugin."""
+    """(task loss, routing of each layer) of an uncounted forward. Raises PluginError, naming the plugin."""
     try:
         return observe(layers, run)
     except (Exception, SystemExit) as error:
@@ -79,7 +79,7 @@ def probed(layers: Sequence[MoE], plugins: Plugins, run: Probe) -> dict[MoE, tup
 
 
 def check_learning(layers: Sequence[MoE], plugins: Plugins, run: Probe) -> None:
-    """Raise UsageError if the task gives some level of a router no gradient; where that is allowed, remark on it."""
+    """Raise UsageError if a router level gets no gradient from the task; if that is allowed, add a remark."""
     found = list(without_gradient(*observed(layers, plugins, run)))
     for layer, why in found:
         if not layer.spec.allow_no_gradient:

@@ -1,4 +1,4 @@
-"""Where each unit comes from in a growth, worked out from the layer's sizes."""
+"""Plans: the origin of each unit in a growth, derived from the layer's sizes."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from ..layer.moe import MoE
 
 
 def plans_of(layer: MoE, growth: Growth) -> dict[str, Plan]:
-    """The plan of each population that a growth changes. Raises UsageError if it makes no sense."""
+    """The plan of each population that a growth changes. Raises UsageError for an impossible growth."""
     if growth.of not in layer.sizes:
         message = f"layer '{layer.name}' has no '{growth.of}' that could grow; it has {listed(layer.sizes)}"
         raise UsageError(message, code="unknown-population")

@@ -1,7 +1,7 @@
-"""Growth as a transaction: experts and their optimizer state change together, or nothing does.
+"""Growth as a transaction: experts and their optimizer state change together or not at all.
 
-Stage, then commit. Staging reads the live layer and writes new tensors; committing moves pointers, and any failure
-before the end moves them back.
+Stage, then commit. Staging reads the live layer and creates new tensors; committing swaps pointers, and any failure
+before the end swaps them back.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,13 +25,13 @@ from .plans import plans_of
 Rows = dict[str, Tensor]  # one expert's rows, by "part.tensor"
 Declared = tuple[str, Part, str, Axis]  # a tensor with an expert axis: "part.tensor", part, its name there, the axis
 
-# Makes a new expert: (the initializer's name, the new expert) from a population, a parent in it, the hook's arguments.
+# Makes a new expert: from a population, a parent in it and the hook's arguments, (initializer's name, new expert).
 Ask = Callable[[str, int | None, Mapping[str, Any]], tuple[str, NewExpert]]
 
 
 @attrs.frozen
 class Staged:
-    """Everything that a commit moves: tensors of parts, and optimizer states."""
+    """Everything that a commit replaces: tensors of parts, and optimizer states."""
 
     plans: Mapping[str, Plan]
     initializer: str | None
@@ -50,9 +50,9 @@ def stage(
     generator: torch.Generator,
     optimizers: Sequence[Optimizer] = (),
 ) -> Staged:
-    """Everything that the growth creates; the live layer stays as it is. Raises UsageError.
+    """Create everything that the growth needs; the live layer does not change. Raises UsageError.
 
-    copies: layers that get the same new experts, as in an average of the weights.
+    copies: layers that get the same new experts, for example in a weight average.
     """
     declared = list(_declared(layer))
     _refuse_unable(layer, declared)
@@ -134,7 +134,7 @@ def _new_experts(
     ask: Ask,
     generator: torch.Generator,
 ) -> tuple[str | None, list[NewExpert]]:
-    """Ask the initializer for each new expert, with copies of its parent's rows, on the CPU, wherever the layer is."""
+    """Ask the initializer for each new expert, with copies of its parent's rows on the CPU."""
     initializer, born = None, []
     roles = {where: axis.role for where, (_, axis) in weights.items()}
     for position in plan.added:
@@ -189,7 +189,7 @@ def _staged_parts(
     born: Mapping[str, Sequence[NewExpert]],
     changed: Mapping[tuple[str, int], Rows],
 ) -> Iterator[tuple[Part, Rows]]:
-    """Each part that changes, with its tensors by name as they will be; originals: the parts of the live layer."""
+    """Each part that changes, with its new tensors by name. originals: the parts of the live layer."""
     for where, part in layer.parts():
         staged = {}
         for name, axis in part.axes.items():
@@ -230,7 +230,7 @@ def _staged_tensor(
 
 
 def _new_row(where: str, tensor: Tensor, axis: Axis) -> Tensor:
-    """The first row of a new unit in a buffer, whatever its parent."""
+    """A new unit's initial row in a buffer."""
     row = tensor.select(axis.axis, 0)
     if isinstance(axis.new, int | float):
         return torch.full_like(row, axis.new)
@@ -243,7 +243,7 @@ def _new_row(where: str, tensor: Tensor, axis: Axis) -> Tensor:
 
 
 def _renamed(out: Tensor, axis: Axis, named: Plan, plan: Plan | None) -> Tensor:
-    """A tensor whose integers name units, after those have moved; -1 where the unit is to be removed."""
+    """A tensor of unit indices, renumbered; -1 for units that are removed."""
     new_name = torch.full((1 + max(max(named.kept, default=0), int(out.max())),), -1, device=out.device)
     for old, new in named.kept.items():
         new_name[old] = new
@@ -253,11 +253,11 @@ def _renamed(out: Tensor, axis: Axis, named: Plan, plan: Plan | None) -> Tensor:
     return out
 
 
-# -- commit, or not at all -----------------------------------------------------------------------------
+# -- commit or roll back -------------------------------------------------------------------------------
 
 
 def commit(staged: Staged, layers: Iterable[MoE]) -> None:
-    """Move the pointers, and let the layers adopt their new sizes."""
+    """Swap the pointers, and let the layers adopt their new sizes."""
     for part, name, value in staged.tensors:
         part.put(name, value)
     for optimizer, parameter, state in staged.states:
@@ -281,7 +281,7 @@ def all_or_nothing(layers: Sequence[MoE], optimizers: Sequence[Optimizer], grown
 
 
 def _pointers(layers: Sequence[MoE], optimizers: Sequence[Optimizer]) -> Callable[[], None]:
-    """Note every pointer that a commit may move; returns a function that moves them back."""
+    """Remember every pointer that a commit may change; returns a function that restores them."""
     tables = [
         (table, dict(table))
         for layer in layers

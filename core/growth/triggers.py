@@ -1,4 +1,4 @@
-"""The chosen triggers: asked after each step, with the memory that each of them keeps."""
+"""The chosen triggers, called after each step, and the memory that each keeps."""
 
 import math
 from collections.abc import Sequence
@@ -13,19 +13,19 @@ from ..errors import UsageError
 
 @attrs.define(eq=False)
 class Triggers:
-    """The chosen triggers. memory: what each keeps, by plugin. asked: the step for which they were asked last."""
+    """The chosen triggers. memory: each plugin's memory. asked: the step for which they were last called."""
 
     bounds: Sequence[Bound]
     memory: dict[str, dict[str, float]] = attrs.field(factory=dict)
     asked: int = 0
 
     def ask(self, history: History) -> list[Growth]:
-        """The growths that the first trigger to want any wants; none twice for one step, as after a skipped one."""
+        """The first trigger's growths, if any; none if this step was already asked, as after a skipped step."""
         finite = all(loss is None or math.isfinite(loss) for loss in (history.loss, history.eval_loss))
         if self.asked == history.step or not finite:
             return []
         self.asked = history.step
-        wanted = [self._growths(bound, history) for bound in self.bounds]  # all are asked: each counts every step
+        wanted = [self._growths(bound, history) for bound in self.bounds]  # call all: each counts every step
         return next((growths for growths in wanted if growths), [])
 
     def _growths(self, bound: Bound, history: History) -> list[Growth]:

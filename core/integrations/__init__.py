@@ -15,7 +15,7 @@ from ..engine.engine import Engine
 
 
 class EngineLoop:
-    """The engine's part of a training loop: the auxiliary loss, the end of a step, growth, and metrics to log.
+    """The engine's work in a training loop: the auxiliary loss, the end of a step, growth, and metrics to log.
 
     probe: as in `Engine.metrics`.
     """
@@ -39,7 +39,7 @@ class EngineLoop:
     def after_step(
         self, optimizers: Iterable[Optimizer], followers: Iterable[nn.Module] = (), skipped: bool = False
     ) -> None:
-        """End a step: controllers act, and layers grow as the triggers ask."""
+        """End a step: update biases and states, and grow layers if a trigger asks for it."""
         self.engine.after_step(skipped)
         losses, self._losses = self._losses, []
         if skipped or not losses:

@@ -14,7 +14,7 @@ from . import EngineLoop
 class MoECallback(Callback):
     """Adds the auxiliary loss to the loss of `training_step`, ends each step, grows, logs and saves.
 
-    engine: the one that built the module's layers. probe: a forward on a fixed batch, as in `Engine.metrics`.
+    engine: the engine that built the module's layers. probe: a forward on a fixed batch, as in `Engine.metrics`.
     monitor: the logged value that triggers with on=eval watch. Works with automatic optimization. Metrics are logged
     every `log_every_n_steps` steps as moe/LAYER/NAME, and after validation as eval_moe/LAYER/NAME. A checkpoint holds
     the engine's state, and loads into any number of experts. Growth under DistributedDataParallel is refused: the

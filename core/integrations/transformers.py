@@ -18,7 +18,7 @@ FILE = "moe_engine.safetensors"  # in each of the trainer's checkpoints
 class MoECallback(TrainerCallback):
     """Adds the auxiliary loss to the model's `loss`, ends each step, grows, logs and saves.
 
-    engine: the one that built the model's layers. probe: a forward on a fixed batch, as in `Engine.metrics`. The model
+    engine: the engine that built the layers. probe: a forward on a fixed batch, as in `Engine.metrics`. The model
     returns its loss as `outputs.loss`, `outputs["loss"]` or `outputs[0]`, as the Trainer requires. Metrics go into
     `trainer.state.log_history`, and into the logs of the callbacks after this one, as moe/LAYER/NAME, those of an
     evaluation as eval_moe/LAYER/NAME. The Trainer's reporters come before this callback; to change that, reorder

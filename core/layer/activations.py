@@ -1,6 +1,6 @@
 """Activations of the experts' MLPs, with manual gradients.
 
-ACTIVATIONS are for autograd. MANUAL_ACTIVATIONS are the same functions for the fused kernel, which runs without it.
+ACTIVATIONS are for autograd. MANUAL_ACTIVATIONS are the same functions for the fused kernel, which does not use it.
 """
 
 from collections.abc import Callable
@@ -24,9 +24,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "gelu"
 class ManualActivation:
     """An activation and its gradient without autograd.
 
-    forward(a): h [n, H] of the preactivations a [n, W]. It may overwrite a; the kernel saves what a holds afterwards
-    (for ReLU that is h). recompute(saved): h again. backward(saved, d): the gradient [n, W] with respect to a, given
-    that with respect to h, d [n, H], which it may overwrite.
+    forward(a): h [n, H] from the preactivations a [n, W]. It may overwrite a; the kernel saves the resulting a (for
+    ReLU that is h). recompute(saved): h again. backward(saved, d): the gradient [n, W] with respect to a, given the
+    gradient d [n, H] with respect to h, which it may overwrite.
     """
 
     forward: Callable[[Tensor], Tensor]

@@ -1,4 +1,4 @@
-"""A layer's first forward, on four drawn tokens: a mix of plugins that makes no sense fails here, by name."""
+"""A layer's first forward, on four random tokens: a faulty plugin fails here, by name."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ from .dispatch import dispatch
 
 
 def drawn(spec: Spec, like: Tensor) -> dict[str, Tensor | None]:
-    """A forward's arguments: four tokens, with ids and labels where the layer is given such."""
+    """A forward's arguments: four random tokens, with ids and labels if the layer takes them."""
     zeros = torch.zeros(4, dtype=torch.long, device=like.device)
     x = torch.randn(4, spec.dim).to(like)
     return {"x": x, "ids": zeros if spec.vocab else None, "labels": zeros if spec.classes else None}
@@ -21,7 +21,7 @@ def drawn(spec: Spec, like: Tensor) -> dict[str, Tensor | None]:
 
 @torch.no_grad()
 def output_of(experts: Experts, routing: Routing, out: int) -> Tensor:
-    """[T, out]: the experts' output, which leaves running statistics of their modules alone."""
+    """[T, out]: the experts' output; running statistics of their modules do not change."""
     training = [module for module in experts.modules() if module.training]
     experts.eval()
     y_TO = dispatch(experts, routing, out)

@@ -13,9 +13,9 @@ def within_capacity(plan: Assignments, spec: Spec, tokens: Tokens) -> Assignment
     """Keep at most ceil(capacity * T * K / E) assignments of each expert, T counting real tokens.
 
     Expert capacity of GShard (Lepikhin et al., 2021) and Switch Transformer (Fedus et al., 2022). First choices take
-    precedence over second ones, then earlier tokens over later ones. In a causal layer only the order of tokens counts:
-    whether a token is dropped must not depend on later tokens. Gates are not renormalised after a drop. The limit is
-    computed in integers: in floating point 1.1 * 100 / 10 is above 11, and its ceiling 12.
+    precedence over second ones, then earlier tokens over later ones. In a causal layer only the order of tokens
+    counts, because whether a token is dropped must not depend on later tokens. Gates are not renormalised after a
+    drop. The limit is computed in integers: in floating point 1.1 * 100 / 10 is above 11, and its ceiling is 12.
     """
     factor = Fraction(str(spec.capacity)).limit_denominator(10**6)  # times T * K it still fits int64
     limit = -(-(tokens.count * spec.top_k * factor.numerator) // (spec.experts * factor.denominator))

@@ -1,4 +1,4 @@
-"""Dense layers: the shared expert, and the twin that replaces an MoE layer in a dense model."""
+"""Dense layers: the shared expert, and the MLP that replaces an MoE layer in a dense model."""
 
 from collections.abc import Callable
 
@@ -22,7 +22,7 @@ class Dense(nn.Module):
         self, x: Tensor, mask: Tensor | None = None, ids: Tensor | None = None, labels: Tensor | None = None
     ) -> Tensor:
         if mask is not None:
-            x = torch.where(mask[..., None], x, 0)  # even NaN at padding must not reach any output or gradient
+            x = torch.where(mask[..., None], x, 0)  # not even NaN at padding may reach an output or a gradient
         y = self.transform(x)
         return y if mask is None else torch.where(mask[..., None], y, 0)
 
@@ -70,11 +70,11 @@ class DenseTwin(DenseMLP):
 
 
 def dense_twin(spec: Spec, bank: Callable[[Spec], Experts | None] = lambda spec: None) -> Dense:
-    """The dense layer that spends as much compute on a token as this layer's experts do.
+    """The dense layer with as much compute per token as this layer's experts.
 
-    bank: builds the layer's bank from a spec, or returns None for a StackedMLP. The twin of a StackedMLP is an MLP as
-    wide as top_k experts and the shared ones together; that of another bank is one of its experts, for every token.
-    Raises UsageError if another bank's token uses several experts, because their widths can't be added.
+    bank: builds the layer's bank from a spec, or returns None for a StackedMLP. A StackedMLP is replaced by an MLP as
+    wide as top_k experts and the shared ones together; any other bank by one of its experts. Raises UsageError if a
+    token uses several experts of such a bank, because their widths can't be added.
     """
     if (single := bank(attrs.evolve(spec, experts=1, top_k=1))) is None:
         return DenseTwin(spec, spec.hidden * (spec.top_k + spec.shared))

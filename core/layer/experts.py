@@ -49,7 +49,7 @@ class StackedMLP(Experts):
         w_out: Tensor,
         b_out: Tensor | None,
     ) -> Tensor:
-        """[N, out]: each row through its own expert; autograd differentiates it any number of times."""
+        """[N, out]: each row through its expert; autograd can differentiate it any number of times."""
         hidden_NH = ACTIVATIONS[self.activation](grouped_linear(x_ND, w_in, b_in, counts))
         return grouped_linear(hidden_NH, w_out, b_out, counts)
 
@@ -105,5 +105,5 @@ class ModuleBank(Experts):
 
 
 def _mean_of(means: list[Tensor]) -> Tensor:
-    """The mean of scalars; 0 if there are none, as for a module without parameters."""
+    """The mean of scalars; 0 if there are none, for example for a module without parameters."""
     return torch.stack(means).mean() if means else torch.zeros(())

@@ -16,9 +16,9 @@ from .fused_cpu import matmul_dtype
 
 
 def row_counts(counts_E: Tensor) -> list[int] | Tensor:
-    """counts_E in the form that `grouped_linear` takes: a list, or the tensor under torch.compile and on a GPU.
+    """counts_E in the form for `grouped_linear`: a list, or the tensor under torch.compile and on a GPU.
 
-    Reading values from a GPU waits for it; there only matmuls that torch's grouped one does not support do so.
+    Reading values from a GPU waits for it; only matmuls that torch's grouped matmul does not support do that.
     """
     return counts_E if torch.compiler.is_compiling() or counts_E.is_cuda else counts_E.tolist()
 
@@ -26,7 +26,7 @@ def row_counts(counts_E: Tensor) -> list[int] | Tensor:
 def grouped_linear(x_ND: Tensor, w_EDH: Tensor, b_EH: Tensor | None, counts: list[int] | Tensor) -> Tensor:
     """[N, H]: x W + b with each row's own expert; rows past the counts' sum give 0.
 
-    x [N, D] sorted by expert, W [E, D, H], b [E, H] or None, counts from `row_counts`. Under autocast in its dtype.
+    x [N, D] sorted by expert, W [E, D, H], b [E, H] or None, counts from `row_counts`. Autocast's dtype applies.
     """
     if torch.is_autocast_enabled(x_ND.device.type):
         dtype = torch.get_autocast_dtype(x_ND.device.type)
@@ -92,7 +92,7 @@ def _grouped_outer(x_ND: Tensor, g_NH: Tensor, counts_E: Tensor) -> Tensor:
 
 
 def _torch_supports(*operands: Tensor) -> bool:
-    """Whether torch's F.grouped_mm takes them: on a GPU, in bf16, with rows that begin at multiples of 16 bytes."""
+    """Whether torch's F.grouped_mm supports them: on a GPU, in bf16, with rows aligned to 16 bytes."""
     return all(each.is_cuda and each.dtype == torch.bfloat16 and not each.shape[-1] % 8 for each in operands)
 
 
@@ -102,7 +102,7 @@ def _ends(counts_E: Tensor) -> Tensor:
 
 
 def _torch_grouped_mm(x_ND: Tensor, w_EDH: Tensor, counts_E: Tensor) -> Tensor:
-    """F.grouped_mm, which leaves rows past the counts' sum undefined, with 0 there; it reads no value from the GPU."""
+    """F.grouped_mm, with 0 in the rows past the counts' sum, which it leaves undefined; does not wait for the GPU."""
     ends_E = _ends(counts_E)
     inside_N = torch.arange(len(x_ND), device=x_ND.device) < ends_E[-1]
     return torch.where(inside_N[:, None], F.grouped_mm(x_ND, w_EDH, offs=ends_E), 0)

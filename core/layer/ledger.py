@@ -1,15 +1,15 @@
 """Carry a layer's sums, signals and auxiliary loss through backward.
 
-Under activation checkpointing a forward runs twice, but its backward once. What must happen once per forward therefore
-happens in backward, in a Function that passes the layer's output through unchanged:
+Under activation checkpointing a forward runs twice, but its backward once. Therefore everything that must happen once
+per forward happens in backward, in a Function that passes the layer's output through unchanged:
 
-- the layer's sums (tokens, load, measurements, loss values) arrive as the "gradient" of a leaf of zeros, `step`, in
-  which autograd adds up all forwards of a step;
-- the biases' signals, which need the gradient at the layer's output, follow them in the same leaf;
+- the layer's sums (tokens, load, measurements, loss values) are the "gradient" of a leaf of zeros, `step`, in which
+  autograd adds up all forwards of a step;
+- the biases' signals, which need the gradient at the layer's output, come after them in the same leaf;
 - the auxiliary loss gets its gradient here, so it reaches the router without being part of the task loss.
 
-This holds eager and compiled, under every form of checkpointing. Limits: torch.autograd.grad leaves out the auxiliary
-loss; two backwards of one forward count twice.
+This works in eager and compiled mode, under every form of checkpointing. Limits: torch.autograd.grad leaves out the
+auxiliary loss; two backwards of one forward count twice.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ STALE = "the layer changed its number of experts between this forward and its ba
 
 
 def invalidate(step: Tensor) -> None:
-    """Make every backward that still reaches this leaf raise RuntimeError: the layer's shapes have changed since."""
+    """Make later backwards that reach this leaf raise RuntimeError, because the layer's shapes have changed."""
 
     def raise_stale(_: Tensor) -> None:
         raise RuntimeError(STALE)
@@ -56,8 +56,8 @@ class Ledger(Function):
     ) -> Tensor:
         ctx.save_for_backward(sums, scale, token_N, expert_N, weight_N)
         ctx.signals, ctx.size = signals, step.shape[0]
-        # A copy, not a view: AOTAutograd replays an output that aliases an input outside the graph, which would lose
-        # the whole Function; and the view of a custom Function must not be written to in place.
+        # A copy, not a view: AOTAutograd replays an output that aliases an input outside the graph, which would drop
+        # the whole Function; also, a view from a custom Function must not be modified in place.
         return y_TD.clone()
 
     @staticmethod
@@ -68,8 +68,8 @@ class Ledger(Function):
         if sums.shape[0] != ctx.size:
             raise RuntimeError(STALE)
         if torch.compiler.is_compiling():
-            # `scale` is filled between forward and backward. A partitioner may move whatever depends on it alone
-            # into the forward, where it is stale: adding 0 times the incoming gradient prevents that.
+            # `scale` is filled between forward and backward. A partitioner may move anything that depends only on
+            # `scale` into the forward, where it is stale; adding 0 times the incoming gradient prevents that.
             scale = scale + 0 * grad_TD.flatten()[:1].nan_to_num(0, 0, 0).sum()
         return grad_TD, sums, None, scale if ctx.needs_input_grad[3] else None, None, None, None, None, None
 
@@ -77,8 +77,8 @@ class Ledger(Function):
 class Anchor(Function):
     """The value that `engine.aux_loss()` returns. Its backward runs before the layers' and fills their scales.
 
-    Whatever the user multiplies the loss by, 1/M for accumulation or AMP's loss scale, thereby scales the auxiliary
-    gradients too. leaf: any leaf that requires a gradient. on_backward: called first in backward. scales: the layers'.
+    So any factor on the loss, such as 1/M for accumulation or AMP's loss scale, also scales the auxiliary gradients.
+    leaf: any leaf that requires a gradient. on_backward: called first in backward. scales: the layers' scales.
     """
 
     @staticmethod

@@ -26,9 +26,9 @@ from .sums import LayerSums, flat, layouts_of, measured, sums_of, unflat
 class MoE(nn.Module):
     """A Mixture-of-Experts layer. `Engine.moe()` builds it; its parts come from plugins.
 
-    Called with x [..., D] and, each of x's leading shape or None: mask (bool, True = a real token), ids (token
-    ids), labels (class or domain). Returns [..., out], which is 0 at padding and for a token whose every
-    assignment capacity dropped. It is a `Layer`, as hooks see it.
+    Called with x [..., D] and, each with x's leading shape or None: mask (bool, True is a real token), ids (token
+    ids), labels (class or domain). Returns [..., out], which is 0 at padding and for tokens of which capacity
+    dropped every assignment. Hooks see it as a `Layer`.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class MoE(nn.Module):
             return self.decide(tokens, self.router.score(tokens), without)
 
     def decide(self, tokens: Tokens, logits: Sequence[Tensor], without: str | None = None) -> Routing:
-        """The part of `route` after the scores: logits, one [T, n] a level."""
+        """The part of `route` after the scores. logits: one [T, n] per level."""
         levels = []
         for level, raw_Tn, biases in zip(self.router.levels, logits, self.biases, strict=True):
             biased_Tn, selection_n = raw_Tn, None
@@ -147,7 +147,7 @@ class MoE(nn.Module):
         return self.weights[term.partition(".")[0]]
 
     def state_of(self, plugin: str) -> Any:
-        """The plugin's own state in this layer, or None."""
+        """The plugin's state in this layer, or None."""
         return self.states[plugin] if plugin in self.states else None  # noqa: SIM401 (no ModuleDict.get)
 
     def bias_sums(self, routing: Routing) -> dict[str, Tensor]:
@@ -160,7 +160,7 @@ class MoE(nn.Module):
         }
 
     def _attach_ledger(self, y_TO: Tensor, routing: Routing) -> Tensor:
-        """A training forward's output, passed through the ledger: see there."""
+        """Pass a training forward's output through the ledger; see there."""
         with without_autocast(y_TO.device):
             terms = self.aux_terms(routing)
             sums = self.training_sums(routing, terms)
@@ -180,13 +180,13 @@ class MoE(nn.Module):
 
     def training_sums(self, routing: Routing, terms: Mapping[str, Tensor]) -> Tensor:
         """What a training forward with these loss terms adds to the step's sums, flat."""
-        real = routing.tokens.count > 0  # a forward without a token is no data
+        real = routing.tokens.count > 0  # a forward without a real token counts as no forward
         sums = {**self.measure(routing), "forwards": real, **self.bias_sums(routing)}
         sums.update({f"loss.{name}": value.detach() for name, value in terms.items()})
         return flat(sums, self.sums.step_layout)
 
     def signals(self, grad_TD: Tensor, token_N: Tensor, expert_N: Tensor, weight_N: Tensor) -> Tensor:
-        """The signals of all biases that want one, end to end; called in backward."""
+        """The signals of all biases that ask for one, concatenated; called in backward."""
         signals = []
         for index, biases in enumerate(self.biases):
             unit_of = self.router.unit_of_expert(self.router.levels[index].name)
@@ -197,9 +197,9 @@ class MoE(nn.Module):
         return torch.cat(signals)
 
     def step_load(self, routing: Routing) -> Tensor:
-        """[E]: a forward's load plus what this process's backward passes of this step have counted so far.
+        """[E]: a forward's load plus the load that this process's backward passes of this step have counted so far.
 
-        A forward that is recomputed in its own backward gets the same result again.
+        A forward that is recomputed in its backward gets the same result again.
         """
         so_far = self.sums.of_step() if hasattr(self, "sums") else None  # there are none in the first rehearsal
         return routing.load if so_far is None else routing.load + unflat(so_far, self.sums.step_layout)["load"]
@@ -210,7 +210,7 @@ class MoE(nn.Module):
         return self.sums.load_since_growth
 
     def _rehearse(self, first: bool = False) -> LayerSums:
-        """Run four tokens through, and make the sums of what is counted. first: not of a layer that is in use."""
+        """Run four tokens through and set up the sums. first: the layer is not in use yet."""
         like = next((p for p in self.parameters() if p.is_floating_point()), torch.empty(0))
         with torch.enable_grad(), torch.random.fork_rng(devices=[]):
             routing = self.route(self.tokens(**drawn(self.spec, like)))  # type: ignore[arg-type]
@@ -236,7 +236,7 @@ class MoE(nn.Module):
     # -- parts and sizes ---------------------------------------------------------------------------
 
     def parts(self) -> Iterator[tuple[str, Part]]:
-        """Every part by its place: "router", "experts", "biases.0.NAME", "states.NAME"."""
+        """Every part by its path: "router", "experts", "biases.0.NAME", "states.NAME"."""
         for where, module in self.named_modules():
             if isinstance(module, Part):
                 yield where, module
@@ -246,11 +246,11 @@ class MoE(nn.Module):
         return [dict(level.items()) for level in self.biases]  # type: ignore[operator]
 
     def parts_of_plugins(self) -> dict[str, Part]:
-        """The plugins' own states in this layer."""
+        """The plugins' states in this layer."""
         return dict(self.states.items())  # type: ignore[arg-type]
 
     def _sizes(self, given: Mapping[str, Tensor] | None = None) -> dict[str, int]:
-        """The size of each population, on which all parts must agree; given: tensors that replace some of theirs."""
+        """The size of each population, on which all parts must agree. given: tensors that replace some of theirs."""
         found: dict[str, tuple[int, str]] = {}
         for where, part in self.parts():
             for name, axis in part.axes.items():
@@ -263,7 +263,7 @@ class MoE(nn.Module):
         return {"expert": self.spec.experts, **{of: size for of, (size, _) in found.items()}}
 
     def refit(self) -> None:
-        """Adopt the sizes that the parts' tensors have now. What was counted so far is dropped."""
+        """Adopt the present sizes of the parts' tensors, and drop all counts so far."""
         self.sizes = self._sizes()
         self.spec = attrs.evolve(self.spec, experts=self.sizes["expert"])
         last_terms = self.sums.last_terms
@@ -276,7 +276,7 @@ class MoE(nn.Module):
 
 
 def new_copy_id() -> str:
-    """An id that a layer shares with the copies made of it from now on, so that growth finds them."""
+    """An id that a layer shares with later copies of it, by which growth finds them."""
     return uuid.uuid4().hex
 
 
@@ -293,7 +293,7 @@ def _check_arguments(layer: str, dim: int, x: Tensor, others: Mapping[str, Tenso
 
 
 def _before_load(layer: MoE, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
-    """Before anything changes, refuse a state that is not of this layer at any number of experts: UsageError."""
+    """Raise UsageError, before anything changes, for a state that fits this layer at no number of experts."""
     given = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     sizes = layer._sizes(given)
     if sizes == layer.sizes:

@@ -10,11 +10,11 @@ from ..contract.stats import Effects
 from .moe import MoE
 from .probing import evaluating
 
-LEAST_SHARE = 1e-5  # of the gates' gradient must reach the logits; less is rounding error
+LEAST_SHARE = 1e-5  # of the gates' gradient that must reach the logits; less is rounding error
 
 
 def effects_of(layer: MoE, routing: Routing, loss: Tensor, layers: int) -> Effects:
-    """The effects of task, losses and biases on one of a model's `layers` layers.
+    """The effects of the task, losses and biases on one of a model's `layers` layers.
 
     routing: the layer's, with its graph. loss: the scalar task loss of the same forward.
     """
@@ -37,7 +37,7 @@ def _effects(layer: MoE, routing: Routing, loss: Tensor, layers: int) -> Effects
 
 
 def without_gradient(loss: Tensor, routings: Mapping[MoE, Routing]) -> Iterator[tuple[MoE, str]]:
-    """(layer, finding) for each level of a router that gets no gradient from the loss, though the gates get one."""
+    """(layer, finding) for each router level that gets no gradient from the loss although the gates get one."""
     for layer, routing in routings.items():
         gate_N = routing.plan.weight
         at_gates = _norm([g * gate_N.detach() for g in _gradients(loss, [gate_N])]) if gate_N.requires_grad else 1.0
@@ -55,11 +55,11 @@ def without_gradient(loss: Tensor, routings: Mapping[MoE, Routing]) -> Iterator[
 
 
 def _gates_are_constant(gate_N: Tensor, logits: Tensor) -> bool:
-    """Whether the gates do not depend on the logits.
+    """True if the gates do not depend on the logits.
 
-    The task's gradient alone does not show it: while all experts are still equal, it cancels out as well.
+    The task's gradient alone can't tell: while all experts are equal, it also cancels out.
     """
-    weighted_N = gate_N * torch.arange(gate_N.shape[0], device=gate_N.device).cos()  # so that nothing cancels out
+    weighted_N = gate_N * torch.arange(gate_N.shape[0], device=gate_N.device).cos()  # so nothing cancels
     return _norm(_gradients(weighted_N.sum(), [logits])) <= LEAST_SHARE * _norm([weighted_N.detach()])
 
 
@@ -72,7 +72,7 @@ def _share_moved(layer: MoE, routing: Routing, plugin: str) -> float:
 
 
 def _gradients(value: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """The gradients of a scalar at those inputs that it depends on."""
+    """The gradients of a scalar with respect to those inputs that it depends on."""
     if not inputs or not value.requires_grad:
         return []
     grads = torch.autograd.grad(value, inputs, retain_graph=True, allow_unused=True)

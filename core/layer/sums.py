@@ -1,4 +1,4 @@
-"""What one layer counts: in a step, since the last log point, in evaluation, and since it last grew."""
+"""One layer's sums: of a step, since the last log point, in evaluation, and since it last grew."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -12,21 +12,21 @@ from ..contract.setup import Bound
 from ..errors import UsageError
 from ..processes import all_reduce_sum
 
-Layout = dict[str, torch.Size]  # what a flat vector of sums holds, in order
-HELD = ("since_log", "load_since_growth", "evaluated")  # what a state keeps
+Layout = dict[str, torch.Size]  # names and shapes of the sums in a flat vector, in order
+HELD = ("since_log", "load_since_growth", "evaluated")  # the sums that a state_dict contains
 
 
 class LayerSums(nn.Module):
-    """One layer's sums, flat, in fp32 or better whatever the layer is cast to.
+    """One layer's sums as flat vectors, in fp32 or better whatever the layer's dtype.
 
-    layout: names and shapes of what every forward counts. step_layout: of what a training forward counts, which is
-    more. signal_sizes: length of each bias's signal, by (index of the level, plugin).
+    layout: names and shapes of the sums of every forward. step_layout: those of a training forward, which has more.
+    signal_sizes: length of each bias's signal, by (index of the level, plugin).
 
-    step: a leaf of zeros, whose gradient is the sums of this step's backward passes by step_layout, then the
-    signals. aux_value: the auxiliary loss of the forwards since it was last asked for. aux_scale: what its
-    gradient is scaled by. since_log: sums of the steps since the last log point, by step_layout. evaluated: of
-    forwards in eval mode, by layout. load_since_growth [E]: where a trigger needs it. last_terms: the loss terms
-    of the last step by name.
+    step: a leaf of zeros, whose gradient holds the sums of this step's backward passes by step_layout, then the
+    signals. aux_value: the auxiliary loss of the forwards since it was last read. aux_scale: the factor of its
+    gradient. since_log: the sums of the steps since the last log point, by step_layout. evaluated: those of forwards
+    in eval mode, by layout. load_since_growth [E]: only if a trigger needs it. last_terms: the loss terms of the
+    last step by name.
     """
 
     step: Tensor
@@ -49,7 +49,7 @@ class LayerSums(nn.Module):
         self.register_buffer("step", torch.zeros(size, requires_grad=True, **fp32), persistent=False)
         self.register_buffer("aux_value", torch.zeros((), **fp32), persistent=False)
         self.register_buffer("aux_scale", torch.zeros((), **fp32), persistent=False)
-        # no buffer, because DDP would overwrite it with the first process's; fp32 would stop counting at 2^24
+        # not a buffer, because DDP would overwrite it with the first process's; fp32 would stop counting at 2^24
         wide = torch.float32 if device.type == "mps" else torch.float64
         self.evaluated = torch.zeros(numel(self.layout), dtype=wide, device=device)
 
@@ -67,13 +67,13 @@ class LayerSums(nn.Module):
         return None if self.step.grad is None else self.step.grad.detach()
 
     def take_step(self) -> Tensor:
-        """The sums of this step, which begin again; zeros if there was no backward pass."""
+        """Take the sums of this step, which restart at zero; zeros if there was no backward pass."""
         sums = self.of_step()
         self.step.grad = None
         return torch.zeros_like(self.step) if sums is None else sums
 
     def add_step(self, flat: Tensor, with_load: bool) -> None:
-        """Add a step's sums by step_layout to those since the last log point; with_load: its load since growth too."""
+        """Add a step's sums to those since the last log point. with_load: add the load to that since growth too."""
         if self.since_log is None:
             self.since_log = torch.zeros(len(flat), dtype=self.evaluated.dtype, device=flat.device)
         self.since_log += flat
@@ -82,53 +82,53 @@ class LayerSums(nn.Module):
             self.load_since_growth = load_E if self.load_since_growth is None else self.load_since_growth + load_E
 
     def signals(self, flat: Tensor) -> dict[tuple[int, str], Tensor]:
-        """The biases' signals out of a step's sums."""
+        """The biases' signals from a step's sums."""
         flat = flat[numel(self.step_layout) :]
         parts = flat.split(list(self.signal_sizes.values())) if self.signal_sizes else ()
         return dict(zip(self.signal_sizes, parts, strict=True))
 
-    # -- what was counted ------------------------------------------------------------------------
+    # -- reading and clearing --------------------------------------------------------------------
 
     def add_evaluated(self, sums: Mapping[str, Tensor]) -> None:
-        """Add what a forward in eval mode counted."""
+        """Add the sums of a forward in eval mode."""
         self.evaluated.add_(flat(sums, self.layout).to(self.evaluated.dtype))
 
     def take_evaluated(self) -> dict[str, Tensor]:
-        """The sums of forwards in eval mode over all processes, by name, which begin again at zero."""
+        """Take the sums of forwards in eval mode over all processes, by name; they restart at zero."""
         taken = all_reduce_sum(self.evaluated.clone())
         self.evaluated.zero_()
         return unflat(taken, self.layout)
 
     def take_since_log(self) -> dict[str, Tensor] | None:
-        """The sums of the steps since the last call by name, None if there were none."""
+        """Take the sums of the steps since the last call, by name; None if there were none."""
         taken, self.since_log = self.since_log, None
         return None if taken is None else unflat(taken, self.step_layout)
 
     # -- saving ----------------------------------------------------------------------------------
 
     def held(self) -> dict[str, Tensor | None]:
-        """What was counted and not yet taken, as copies."""
+        """Copies of the sums that were not taken yet."""
         values = {name: getattr(self, name) for name in HELD}
         return {name: None if value is None else value.clone() for name, value in values.items()}
 
     def check_held(self, held: Mapping[str, Tensor | None], layer: str, experts: int) -> None:
-        """Raise UsageError if `held` is of another layer, or of this one with other plugins or experts."""
+        """Raise UsageError if `held` comes from another layer, or from this one with other plugins or experts."""
         sizes = (numel(self.step_layout), experts, numel(self.layout))
         for name, size in zip(HELD, sizes, strict=True):
             value = held[name]
             if value is not None and value.numel() != size:
-                message = f"the state of layer '{layer}' is of other plugins or experts; load the model before it"
+                message = f"the state of layer '{layer}' was saved with other plugins or experts; load the model first"
                 raise UsageError(message, code="state-of-other-layer")
 
     def load_held(self, held: Mapping[str, Tensor | None]) -> None:
-        """Continue from what `held` returned."""
+        """Restore what `held` returned."""
         for name in HELD:
             value = held[name]
             setattr(self, name, None if value is None else value.to(self.evaluated, copy=True))
 
 
 def sums_of(routing: Routing) -> dict[str, Tensor]:
-    """What is counted of every forward: tokens, load, dropped; prob and slots where the router has them."""
+    """The sums of one forward: tokens, load, dropped; prob and slots if the router has them."""
     tokens = routing.tokens
     sums = {"tokens": tokens.count.view(1), "load": routing.load, "dropped": routing.dropped}
     if routing.probs is not None:
@@ -139,7 +139,7 @@ def sums_of(routing: Routing) -> dict[str, Tensor]:
 
 
 def measured(routing: Routing, measures: Iterable[Bound], layer: Layer) -> dict[str, Tensor]:
-    """What plugins measure of one forward, as "PLUGIN.NAME"."""
+    """The plugins' measurements of one forward, as "PLUGIN.NAME"."""
     sums: dict[str, Tensor] = {}
     for bound in measures:
         answer = bound({"routing": routing, "layer": layer, "state": layer.state_of(bound.plugin)})
@@ -153,7 +153,7 @@ def measured(routing: Routing, measures: Iterable[Bound], layer: Layer) -> dict[
 def layouts_of(
     counted: Mapping[str, Tensor], of_biases: Mapping[str, Tensor], terms: Iterable[str]
 ) -> tuple[Layout, Layout]:
-    """(layout, step_layout) of a layer whose forwards count this, whose biases measure that, with these loss terms."""
+    """(layout, step_layout) of a layer with these sums, biases' measurements and loss terms."""
     layout = {name: value.shape for name, value in counted.items()}
     scalar = torch.Size([1])
     losses = {f"loss.{name}": scalar for name in terms}
@@ -164,12 +164,12 @@ def flat(sums: Mapping[str, Tensor], layout: Layout) -> Tensor:
     """Sums by name as one vector. Raises ValueError if the names are not those of the layout."""
     if sums.keys() != layout.keys():
         changed = sorted(sums.keys() ^ layout.keys())
-        raise ValueError(f"measured names must be the same in every forward; {changed} came or went")
+        raise ValueError(f"measured names must be the same in every forward; {changed} changed")
     return torch.cat([value.reshape(-1) for value in sums.values()]).float()
 
 
 def unflat(vector: Tensor, layout: Layout) -> dict[str, Tensor]:
-    """Sums by name out of the flat vector of a layout."""
+    """Sums by name from the flat vector of a layout."""
     sums, start = {}, 0
     for name, shape in layout.items():
         sums[name] = vector[start : start + shape.numel()].view(shape)

@@ -1,4 +1,4 @@
-"""Metrics on transformers' MoE blocks, which are not changed. transformers is not imported here."""
+"""Metrics for the MoE blocks of transformers models, without changing them or importing transformers."""
 
 import inspect
 import warnings
@@ -41,7 +41,7 @@ BLOCKS = {  # by class name; all pass the hidden states, the chosen experts and 
 
 @attrs.define(eq=False)
 class Call:
-    """The arguments of the model's running forward. mask, ids: as given, or None. shape: [B, S] of its tokens."""
+    """The arguments of the model's present forward. mask, ids: as given, or None. shape: [B, S] of its tokens."""
 
     mask: Tensor | None = None
     ids: Tensor | None = None
@@ -49,7 +49,7 @@ class Call:
 
 
 class Watcher:
-    """Counts the choices of each MoE block of a model until `close()`; `watch` returns one.
+    """Counts the choices of each MoE block of a model until `close()`; returned by `watch`.
 
     plugins: the metrics to compute. record: keep a routing trace, for `write_routing`. Raises UsageError for a
     model without a known block.
@@ -88,10 +88,10 @@ class Watcher:
     # -- for the user ----------------------------------------------------------------------------
 
     def metrics(self) -> dict[str, Metrics]:
-        """Every metric of each block since the last call, by the block's name in the model.
+        """All metrics of each block since the last call, by the block's name in the model.
 
-        Forwards in training and in eval mode both count. A block that saw no real token has the verdict "no data".
-        With several processes, each counts the tokens that it sees.
+        Forwards count both in training and in eval mode. A block that saw no real token has the verdict "no data".
+        With several processes, each counts its own tokens.
         """
         return {name: layer.metrics() for name, layer in self._layers.items()}
 
@@ -140,22 +140,22 @@ class Watcher:
 
 
 def watch(engine: Engine, model: nn.Module, record: bool = False) -> Watcher:
-    """Compute the engine's metrics and verdict on the MoE blocks of a transformers model, without changing it.
+    """Compute the engine's metrics and verdict for the MoE blocks of a transformers model, without changing it.
 
         with watch(engine, model) as watcher:
             model(input_ids, attention_mask=mask)
             print(watcher.metrics())
 
     model: a Mixtral, OLMoE, Qwen2-MoE, Qwen3-MoE, DeepSeek-V2 or DeepSeek-V3 of transformers, or a module that
-    contains one. Call it as a whole: padding is known from the `attention_mask` [B, S] of its forward; without one
-    all tokens count. A forward repeated by activation checkpointing counts once. record: also keep a routing trace,
-    for `watcher.write_routing(path)`. Raises UsageError for a model without such a block.
+    contains one. Call the whole model: the `attention_mask` [B, S] of its forward tells which tokens are padding;
+    without a mask all tokens count. A forward repeated by activation checkpointing counts once. record: also keep a
+    routing trace, for `watcher.write_routing(path)`. Raises UsageError for a model without such a block.
     """
     return Watcher(engine.plugins, model, record)
 
 
 def routing_of(block: Any, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, call: Call, spec: Spec) -> Routing:
-    """A block's decision: its choices and gates as passed to its experts, its logits computed again the same way.
+    """A block's decision: the choices and gates passed to its experts, and its logits, recomputed as the block does.
 
     x_TD: the block's input. expert_TK, gate_TK: the chosen experts and their weights.
     """

@@ -1,4 +1,4 @@
-"""Finding plugins in the metadata of distributions, and loading one: nothing here imports torch."""
+"""Find plugins in the metadata of distributions, and load one. Nothing here imports torch."""
 
 import inspect
 import os
@@ -44,7 +44,7 @@ class Found:
 
     @property
     def title(self) -> str:
-        """How errors name it."""
+        """Its name in error messages."""
         return f"{self.kind} '{self.name}'"
 
 
@@ -58,7 +58,7 @@ _pretended: ContextVar[dict[str, list[Found]] | None] = ContextVar("pretended", 
 
 @contextmanager
 def pretend(found: dict[str, list[Found]]) -> Iterator[None]:
-    """Inside, `find` returns this: how to try a plugin that no distribution offers."""
+    """Make `find` return these plugins in the body, to try a plugin that no distribution offers."""
     before = _pretended.set(found)
     try:
         yield

@@ -1,6 +1,6 @@
-"""The plugins of one engine: loaded one by one, checked, configured, ordered, bound.
+"""The plugins of one engine: load, check, configure, order and bind them.
 
-Nothing here imports torch, and only plugins that were asked for are imported.
+Nothing here imports torch, and only the chosen plugins are imported.
 """
 
 import copy
@@ -24,9 +24,8 @@ if TYPE_CHECKING:
 class Plugins:
     """The plugins of one engine: chosen, loaded, configured, in the order typed.
 
-    names: as typed. without: names to leave out, of the chosen and of the defaults. settings: option
-    values by plugin and option. task: the task plugin's name, where there is a task. Raises
-    UsageError for whatever is wrong with any of them.
+    names: as typed. without: chosen or default plugins to leave out. settings: option values by plugin and option.
+    task: the task plugin's name, if there is a task. Raises UsageError if anything is wrong with one of them.
     """
 
     def __init__(
@@ -122,7 +121,7 @@ class Plugins:
         )
 
     def check(self, setup: Setup) -> None:
-        """Ask every plugin whether this mix makes sense; all objections are one UsageError. Remarks are kept."""
+        """Ask every plugin whether this combination makes sense. Raises one UsageError for all objections."""
         from ..contract.stats import Finding
 
         objections = self._unmet(setup.plugins)
@@ -136,7 +135,7 @@ class Plugins:
             raise UsageError("; ".join(objections), code="mix-refused")
 
     def _unmet(self, plugins: Mapping[str, Any]) -> list[str]:
-        """What chosen plugins require and the router does not provide, as sentences."""
+        """A sentence for each trait that a chosen plugin requires and the router does not provide."""
         (router,) = (bound.plugin for bound in self.bind("moe_router", plugins))
         provided = provided_by(plugins[router])
         return [
@@ -149,7 +148,7 @@ class Plugins:
         ]
 
     def ask(self, bound: Bound, kind: Any, offer: Mapping[str, Any]) -> Any:
-        """What a plugin returns, an instance of `kind`. Raises PluginError, naming plugin and hook."""
+        """Call a plugin's hook, which must return a `kind`. Raises PluginError, naming plugin and hook."""
         found, hook = self.found[bound.plugin], bound.function.__name__
         origin = f"{found.title} ({found.distribution} {found.version})"
         try:
@@ -176,7 +175,7 @@ class Plugins:
         ]
 
     def culprit(self, error: BaseException) -> str | None:
-        """Which plugin an exception came out of ("loss 'x' (dist 1.0) in moe_aux_loss"), or None."""
+        """The plugin that raised an exception, as "loss 'x' (dist 1.0) in moe_aux_loss", or None."""
         names = {type(plugin): name for name, plugin in self.active.items()}
         files = {inspect.getfile(cls): name for cls, name in names.items()}
         blamed, sure, trace = None, False, error.__traceback__

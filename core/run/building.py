@@ -1,4 +1,4 @@
-"""The engine, task and model of a run, built and checked. Nothing is written here."""
+"""Build and check the engine, task and model of a run. Nothing is written here."""
 
 import torch
 from torch import nn
@@ -30,7 +30,7 @@ def build_task(config: RunConfig, engine: Engine) -> Task:
 
 
 def build_model(config: RunConfig, engine: Engine, task: Task, device: torch.device) -> nn.Module:
-    """The task's model on the device, its weights drawn from the run's seed, its layers attached to the engine.
+    """The task's model on the device, with weights drawn from the run's seed and layers attached to the engine.
 
     Raises UsageError if it can't be built, or if the run's plugins have nothing to act on in it.
     """
@@ -55,11 +55,11 @@ def _task_spec(config: RunConfig) -> TaskSpec:
 
 
 def _check_initializers(config: RunConfig, engine: Engine) -> None:
-    """Raise UsageError for an initializer where nothing can grow."""
+    """Raise UsageError if an initializer was chosen but nothing can grow."""
     chosen = [name for name in config.plugins if name not in config.no_plugin]
     idle = [name for name in chosen if engine.plugins.found[name].kind == "initializer"]
     if idle and not engine.plugins.bind("moe_growth"):
         raise UsageError(
-            f"initializer '{idle[0]}' acts on nothing: no plugin makes the layers grow; add a growth plugin",
+            f"initializer '{idle[0]}' has no effect: no plugin makes the layers grow; add a growth plugin",
             code="idle-initializer",
         )

@@ -1,4 +1,4 @@
-"""Checkpoints: anything with a state_dict, in one safetensors file with a checksum. Nothing is pickled.
+"""Checkpoints: anything with a state_dict, in one safetensors file with a checksum, without pickle.
 
 A state is a tree of dicts, lists and plain values with tensors as leaves. The tensors are stored as the file's
 tensors; the rest of the tree, with the tensors' names as placeholders, is JSON in the file's metadata.
@@ -21,7 +21,7 @@ from ..errors import UsageError, listed
 from ..files import write_atomically
 from ..optimizer_state import restore, wrong_shape
 
-SPECIAL = "$"  # the key of a JSON object that stands for a value JSON can't express
+SPECIAL = "$"  # the key of a JSON object that represents a value JSON can't express
 
 
 class Stateful(Protocol):
@@ -35,7 +35,7 @@ class Stateful(Protocol):
 
 
 def save(path: str | Path, **objects: Stateful) -> None:
-    """Write the states of objects, each under its keyword, into one file, atomically.
+    """Write the states of several objects, each under its keyword, into one file, atomically.
 
         save("state.safetensors", model=model, optimizer=optimizer, engine=engine)
 
@@ -51,7 +51,7 @@ def save(path: str | Path, **objects: Stateful) -> None:
 def load(path: str | Path, **objects: Stateful) -> None:
     """Restore the states that `save` wrote under these keywords; layers may have any number of experts.
 
-    The model is loaded first, which gives the optimizers the right shapes. Raises UsageError, before anything
+    The model is loaded first, so the optimizers have the right shapes. Raises UsageError, before anything
     changes, for a file that is missing or damaged, and for a keyword that is not in it.
     """
     tree = read_tree(Path(path))
@@ -71,7 +71,7 @@ def load(path: str | Path, **objects: Stateful) -> None:
 
 
 def _check_shapes(path: str | Path, name: str, optimizer: torch.optim.Optimizer, state: Any) -> None:
-    """Raise UsageError for a state of other shapes: a fused optimizer would kill the process at its next step."""
+    """Raise UsageError for a state of other shapes, with which a fused optimizer would kill the process."""
     if not isinstance(state, Mapping) or not {"param_groups", "state"} <= state.keys():
         raise UsageError(f"{path}: '{name}' is not the state of an optimizer", code="foreign-state")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -98,7 +98,7 @@ def write_tree(path: Path, tree: Any) -> None:
 
 
 def read_tree(path: Path, kind: str = "checkpoint") -> Any:
-    """The tree that `write_tree` wrote; kind: what an error calls the file.
+    """The tree that `write_tree` wrote. kind: the kind of file, for error messages.
 
     Raises UsageError for a file that is missing, damaged or of another kind.
     """
@@ -176,7 +176,7 @@ def _unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 class Checkpoints:
-    """A run's checkpoints folder: the last two, and best.safetensors, the one of the lowest test loss."""
+    """A run's checkpoints folder: the last two, and best.safetensors, the one with the lowest test loss."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -194,9 +194,9 @@ class Checkpoints:
         write_tree(self.folder / "best.safetensors", tree)
 
     def newest(self, say: Callable[[str], None]) -> Any:
-        """The tree of the newest intact checkpoint, or None; `say` gets a remark on each damaged one.
+        """The tree of the newest intact checkpoint, or None; `say` receives a remark on each damaged one.
 
-        A damaged one is renamed, so it does not count as one of the last two.
+        Damaged checkpoints are renamed, so they do not count among the last two.
         """
         for path in reversed(self._files()):
             try:

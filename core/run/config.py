@@ -15,7 +15,7 @@ from ..registry.discovery import defaults
 
 @attrs.define(eq=False)
 class RunConfig:
-    """The options of a run other than the plugins': the flags of `moe-engine run` and [run] of a config file.
+    """The options of a run itself: the flags of `moe-engine run`, and [run] in a config file.
 
     A flag's help is the text given here, word for word.
     """
@@ -85,7 +85,7 @@ def read_config(file: Path | None) -> tuple[dict[str, Any], Settings]:
 
 
 def merge_options(file: Mapping[str, Any], flags: Mapping[str, Any]) -> RunConfig:
-    """The run's configuration: a flag overrides the file, which overrides the default. None: a flag not given."""
+    """The run's configuration: flags override the file, which overrides the defaults. None: a flag not given."""
     given = {**file, **{name: value for name, value in flags.items() if value is not None}}
     config: RunConfig = build(RunConfig, "run", given)
     return config

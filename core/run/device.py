@@ -1,4 +1,4 @@
-"""Where and how a run computes: its device, precision, deterministic algorithms, and the time of its steps."""
+"""A run's device, precision, deterministic algorithms and step times."""
 
 import statistics
 import time
@@ -37,7 +37,7 @@ def resolve_matmul(config: RunConfig, device: torch.device) -> str:
 
 @contextmanager
 def precision(config: RunConfig, device: torch.device) -> Iterator[None]:
-    """Forwards inside run in the run's precision: fp32, or bf16 under autocast."""
+    """Run forwards in the body in the run's precision: fp32, or bf16 under autocast."""
     if config.precision == "fp32":
         yield
         return
@@ -58,7 +58,7 @@ def deterministic(device: torch.device) -> Iterator[None]:
 
 
 class StepTimer:
-    """Measures training steps: on a CPU the thread's time, so that other work on the machine does not count."""
+    """Measures training steps; on a CPU in thread time, which excludes other work on the machine."""
 
     def __init__(self, device: torch.device) -> None:
         self.on_cpu = device.type == "cpu"
@@ -66,7 +66,7 @@ class StepTimer:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Measure what happens inside; a GPU is waited for."""
+        """Measure the body; synchronizes with a GPU."""
         clock = time.thread_time if self.on_cpu else time.perf_counter
         started = clock()
         yield

@@ -48,7 +48,7 @@ def of_run(run: "Run") -> dict[str, Figure]:
 
 
 def overlaid(runs: Sequence["Run"]) -> Figure:
-    """The test curves of several runs, one colour a run."""
+    """The test curves of several runs, one colour per run."""
     figure = curves(runs, ["loss", "accuracy", "cv", "maxvio"])
     assert figure is not None  # every run has a loss
     return figure
@@ -134,9 +134,9 @@ def growths(run: "Run", layer: str | None = None) -> list[dict[str, Any]]:
 
 
 def lives(run: "Run", layer: str) -> tuple[list[tuple[int, dict[int, float]]], dict[int, int], dict[int, int]]:
-    """(step and load share by identity at each log point, step of birth, step of removal) of a layer's experts.
+    """(step and load share by identity at each log point, step of creation, step of removal) of a layer's experts.
 
-    An expert's index may change when others are removed; its identity, the order of birth, does not.
+    An expert's index may change when others are removed; its identity, the order of creation, does not.
     """
     alive: list[int] = []
     loads: list[tuple[int, dict[int, float]]] = []
@@ -222,7 +222,7 @@ def _with_load(run: "Run", layer: str) -> list[dict[str, Any]]:
 
 
 def usage(run: "Run", layer: str) -> Figure | None:
-    """A heatmap of each expert's load over training; 1 = an even share. Births and removals are marked."""
+    """A heatmap of each expert's load over training; 1 = an even share. New and removed experts are marked."""
     loads, born, dead = lives(run, layer)
     if not loads:
         return None
@@ -289,7 +289,7 @@ def shares(load_RE: Sequence[Sequence[float]], names: Sequence[str]) -> Figure:
 
 
 def classes(run: "Run", layer: str) -> Figure | None:
-    """The share of each class's assignments that each expert got, on the test set."""
+    """A heatmap of each expert's share of each class's assignments, on the test set."""
     tables = series(run, "eval", "class_expert", layer)[1]
     if not tables:
         return None

@@ -33,7 +33,7 @@ def new_folder(out: Path | None, task: str) -> Path:
 
 
 def old_folder(folder: Path) -> tuple[RunConfig, Settings]:
-    """The configuration of a run that was begun in this folder. Raises UsageError."""
+    """The configuration of a run that was started in this folder. Raises UsageError."""
     if not folder.is_dir():
         raise UsageError(f"there is no run folder {folder}", code="unknown-run")
     if not (folder / "config.toml").exists():
@@ -44,7 +44,7 @@ def old_folder(folder: Path) -> tuple[RunConfig, Settings]:
 
 @contextmanager
 def record_file(folder: Path) -> Iterator[IO[bytes]]:
-    """Open metrics.jsonl for reading and appending by this process alone. Raises UsageError."""
+    """Open metrics.jsonl for reading and appending, exclusively for this process. Raises UsageError."""
     path = folder / "metrics.jsonl"
     try:
         path.touch()

@@ -1,4 +1,4 @@
-"""What a run's training loop remembers, apart from the model, the optimizer and the engine."""
+"""The state of a run's training loop, apart from the model, the optimizer and the engine."""
 
 import math
 from collections.abc import Mapping
@@ -15,11 +15,11 @@ PLAIN = ("step", "epoch", "batch", "best", "epoch_order", "eval_loss")
 
 @attrs.define(eq=False)
 class LoopState:
-    """Where the loop stands.
+    """The position and sums of the training loop.
 
-    step: optimizer steps done. epoch: from 1 on. batch: batches of this epoch that are done. best: the lowest test
-    loss. order: draws each epoch's order of rows. epoch_order: the state of `order` when this epoch began. scores:
-    of the steps since the last log point. eval_loss: of an evaluation that no trigger has seen yet.
+    step: optimizer steps done. epoch: counted from 1. batch: batches done in this epoch. best: the lowest test loss.
+    order: the generator of each epoch's row order. epoch_order: the state of `order` when this epoch began. scores:
+    those of the steps since the last log point. eval_loss: the loss of an evaluation that no trigger has seen yet.
     """
 
     order: torch.Generator
@@ -44,7 +44,7 @@ class LoopState:
         return {**state, "sums": self.scores.sums, "terms": self.scores.terms}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state_dict` was taken."""
+        """Restore what `state_dict` returned."""
         for name in PLAIN:
             setattr(self, name, state[name])
         self.scores = ScoreSums(list(state["sums"]), list(state["terms"]))

@@ -14,7 +14,7 @@ Listener = Callable[[dict[str, Any]], None]
 
 @attrs.frozen(eq=False)
 class RecordFile:
-    """metrics.jsonl: a JSON object a line. listener: gets each record as it is written."""
+    """metrics.jsonl: one JSON object per line. listener: receives each record as it is written."""
 
     file: IO[bytes]
     listener: Listener
@@ -44,5 +44,5 @@ class RecordFile:
         return self.file.seek(0, os.SEEK_END)
 
     def truncate(self, size: int) -> None:
-        """Drop what was written after the first `size` bytes."""
+        """Discard everything after the first `size` bytes."""
         self.file.truncate(size)

@@ -1,4 +1,4 @@
-"""What reports read of a run: its figures, and each expert's share of the load over time."""
+"""What reports read from a run: its figures, and each expert's share of the load over time."""
 
 from typing import TYPE_CHECKING
 
@@ -7,7 +7,7 @@ if TYPE_CHECKING:
 
 
 def run_figures(run: "Run", kind: str = "svg") -> dict[str, bytes]:
-    """Draw every figure of a finished run; returns the content of a file for each, by name.
+    """Draw every figure of a finished run; returns the file contents by figure name.
 
     Names: "loss" and "accuracy"; "balance", "usage", "classes" and "effects", each followed by a space and a
     layer's name. Figures without data are left out. kind: "svg" and "pdf" are transparent, "png" is white.

@@ -1,4 +1,4 @@
-"""Scores of batches: computed in the run's precision, kept as sums on the device, averaged over samples."""
+"""Scores of batches: computed in the run's precision, summed on the device, averaged over samples."""
 
 from collections.abc import Iterator, Mapping
 
@@ -18,10 +18,10 @@ EVAL_BATCH = 512
 
 @attrs.define(eq=False)
 class ScoreSums:
-    """The scores of some batches, and the loss terms of the training steps among them.
+    """The scores of some batches, and the loss terms if they were training steps.
 
-    sums: of each batch, by name; "loss" is the mean loss times "count", the number of samples. terms: of each
-    step, the values of each loss term by name.
+    sums: each batch's sums by name; "loss" is the mean loss times "count", the number of samples. terms: each step's
+    loss terms by name.
     """
 
     sums: list[Mapping[str, Tensor]] = attrs.field(factory=list)
@@ -31,7 +31,7 @@ class ScoreSums:
         return len(self.sums)
 
     def add(self, score: Mapping[str, Tensor], batch: Batch, terms: Mapping[str, Tensor] | None = None) -> None:
-        """Add one batch's score; with `terms`, that of a training step. Nothing waits for the device."""
+        """Add one batch's score; with `terms`, that of a training step. Does not wait for the device."""
         count = batch[0].shape[0]
         sums = {name: value.detach() for name, value in score.items()}
         self.sums.append({**sums, "loss": sums["loss"] * count, "count": torch.tensor(float(count))})
@@ -39,7 +39,7 @@ class ScoreSums:
             self.terms.append(terms)
 
     def means(self) -> dict[str, float]:
-        """Means over samples; NAME is over "count.NAME" samples where there is such a sum. "correct" is "accuracy"."""
+        """Means over samples, or over "count.NAME" samples if there is such a sum. "correct" becomes "accuracy"."""
         totals = {
             name: float(torch.stack([sums[name] for sums in self.sums]).cpu().double().sum()) for name in self.sums[0]
         }
@@ -68,7 +68,7 @@ class ScoreSums:
 
 @attrs.frozen(eq=False)
 class Scorer:
-    """A task's model on its device, and the batches that it is trained and measured on."""
+    """A task's model on its device, and its training and test batches."""
 
     config: RunConfig
     task: Task

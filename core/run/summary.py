@@ -17,7 +17,7 @@ BALANCE = ("active", "load", "cv", "gini", "entropy", "max_min", "maxvio", "drop
 
 
 def versions() -> dict[str, str]:
-    """The versions of what a run was computed with."""
+    """The versions of the software that a run used."""
     names = ("moe-engine", "torch", "numpy")
     return {"python": sys.version.split()[0], **{name: metadata.version(name) for name in names}}
 
@@ -32,7 +32,7 @@ def summarize(
     layers: Mapping[str, Metrics],
     perplexity: bool,
 ) -> dict[str, Any]:
-    """The content of summary.json. means, layers: of the last evaluation. perplexity: report exp(loss)."""
+    """The content of summary.json. means, layers: from the last evaluation. perplexity: report exp(loss)."""
     findings = _findings(engine, step, layers)
     verdicts = [finding["name"] for finding in findings if finding["metric"] == "verdict"]
     return {
@@ -55,7 +55,7 @@ def summarize(
 
 
 def _findings(engine: Engine, step: int, layers: Mapping[str, Metrics]) -> list[dict[str, Any]]:
-    """Verdicts first, then the rest; the most severe of each first."""
+    """Verdicts first, then other findings; each sorted by severity, the worst first."""
     findings = [
         (finding.severity, {"layer": layer, "metric": name, **plain(finding)})
         for layer, metrics in layers.items()

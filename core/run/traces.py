@@ -78,7 +78,7 @@ class Forward:
         return Tokens(torch.empty(count, 0), tuple(self.shape), self.mask, self.ids, self.labels)
 
     def routing(self, spec: Spec) -> Routing:
-        """The decision as it was recorded."""
+        """The recorded decision."""
         levels = tuple(Level(name, value, value) for name, value in self.logits.items())
         plan = Assignments(self.token, self.expert, self.gate, self.rank, self.selected, self.selected)
         return Routing(self.tokens, levels, None, plan, spec.experts, spec.top_k)
@@ -108,7 +108,7 @@ class LayerTrace:
 
 @attrs.define(eq=False)
 class Trace:
-    """The decisions of a model's layers, up to `limit` tokens a layer.
+    """The decisions of a model's layers, up to `limit` tokens per layer.
 
     about: where it was recorded. cut: there were more tokens.
     """
@@ -134,7 +134,7 @@ class Trace:
         return max(sum(math.prod(forward.shape) for forward in layer.forwards) for layer in self.layers)
 
     def add(self, layer: LayerTrace, routing: Routing) -> bool:
-        """Keep one forward's decision, or its first rows; returns whether there was room for all of it."""
+        """Keep one forward's decision, or its first rows; returns True if all of it fits."""
         held = sum(math.prod(forward.shape) for forward in layer.forwards)
         rows, each = routing.tokens.shape[0], math.prod(routing.tokens.shape[1:])
         fitting = min(rows, (self.limit - held) // max(each, 1))
@@ -185,9 +185,9 @@ def read_trace(path: Path) -> Trace:
 
 
 def _check(layer: LayerTrace, forward: Forward) -> None:
-    """Use every part of a decision as it will be used later, and raise whatever that raises.
+    """Use every part of a decision as later code will, so that an invalid one raises here.
 
-    A file with a valid checksum may still hold any tree.
+    A file with a valid checksum may still hold the wrong content.
     """
     count, routing = math.prod(forward.shape), forward.routing(layer.spec)
     for column in (forward.mask, forward.ids, forward.labels, *forward.logits.values()):
@@ -213,7 +213,7 @@ def _on_cpu(value: Any) -> Any:
 def record(engine: Engine, forwards: Iterable[Callable[[], object]], about: dict[str, Any]) -> Trace:
     """Record the decisions of the engine's layers in some forwards of the model; metrics do not count them.
 
-    Recording stops when no layer has room for more. Call it in eval mode: capacity and noise belong to training.
+    Recording stops when no layer has room for more. Call it in eval mode, without capacity limits and noise.
     """
     trace = Trace([begin(engine, layer) for layer in engine.layers], about)
     for forward in forwards:

@@ -36,7 +36,7 @@ from .traces import FILE, record
 
 
 def adam(model: nn.Module, lr: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
-    """AdamW, which without decay is Adam; fused where it can be: one pass over each stacked weight and its moments."""
+    """AdamW, which without decay is Adam; fused if possible: one pass over each stacked weight and its moments."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda", "mps") for p in parameters)
     return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=fused)
@@ -49,16 +49,16 @@ def learning_rate(config: RunConfig, step: int, total_steps: int) -> float:
 
 
 class Stopped(Exception):
-    """The run was asked to stop; a checkpoint is written."""
+    """The run was told to stop, and has written a checkpoint."""
 
 
 @attrs.define(eq=False)
 class Training:
-    """One run from its configuration to its folder. Building it checks everything and writes nothing.
+    """One run, from its configuration to its folder. Building it checks everything and writes nothing.
 
-    out: the run's folder; with `resumed`, the folder of a run that was begun, which continues from its newest
-    checkpoint. listener: gets each record of metrics.jsonl as it is written. say: gets remarks. stop: set it to end
-    at the next step. timed: measure each step, for `step_seconds`; on a GPU each step is then waited for.
+    out: the run's folder; with `resumed`, the folder of an earlier run, which continues from its newest checkpoint.
+    listener: receives each record of metrics.jsonl as it is written. say: receives remarks. stop: set it to stop
+    after the present step. timed: measure each step, for `step_seconds`, which synchronizes a GPU at every step.
     """
 
     config: RunConfig
@@ -100,13 +100,13 @@ class Training:
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Number of optimizer steps in the whole run."""
         steps_per_epoch = -(-self.task.train[0].shape[0] // self.config.batch_size)
         return min(steps_per_epoch * self.config.epochs, self.config.steps or sys.maxsize)
 
     @property
     def step_seconds(self) -> float | None:
-        """The median time of a step: forward, backward, optimizer, controllers. None if it was not `timed`."""
+        """The median time of a step (forward, backward, optimizer, biases and states); None unless `timed`."""
         return self._timer.median()
 
     def score(self, count: int) -> Mapping[str, Tensor]:
@@ -122,7 +122,7 @@ class Training:
 
     def run(self) -> Run:
         """Train, evaluate and write the folder. Raises RunError, Stopped or UsageError."""
-        seed = generator(self.config.seed, "training").initial_seed()  # what plugins and models draw from
+        seed = generator(self.config.seed, "training").initial_seed()  # of the global generators
         with own_random_state(seed), deterministic(self.device):
             return self._run()
 
@@ -195,7 +195,7 @@ class Training:
         return score["loss"].detach()
 
     def _grow(self, loss: Tensor) -> None:
-        """Do what the triggers ask for; a log point before it keeps each record to one number of experts."""
+        """Grow as the triggers ask. A log point comes first, so each record has one number of experts."""
         growths = self.engine.due(loss, self._loop.eval_loss)
         self._loop.eval_loss = None
         if not growths:
@@ -242,7 +242,7 @@ class Training:
         write_atomically(self.folder / "model.safetensors", safetensors.torch.save(tensors))
 
     def _record_routing(self) -> None:
-        """Save what the layers choose on the test set."""
+        """Save the layers' routing of the test set."""
         about = {"task": self.config.task, "step": self.step, "split": "test", "versions": versions()}
         forwards = (partial(self._scorer.score, batch) for batch in self._scorer.test_batches())
         trace = record(self.engine, forwards, about)
@@ -260,7 +260,7 @@ class Training:
         self._checkpoints.write(self.step, self._state())
 
     def _state(self) -> dict[str, Any]:
-        """All that the run needs to continue as if it had never stopped."""
+        """The complete state of the run, from which it continues with identical results."""
         return {
             "versions": versions(),
             "plugins": self.engine.plugins.records(),
@@ -301,7 +301,7 @@ class Training:
 
 
 def _check_resumable(folder: Path, tree: Mapping[str, Any], config_text: str, recorded: int) -> None:
-    """Raise UsageError if the configuration or the `recorded` bytes of records no longer fit the checkpoint `tree`."""
+    """Raise UsageError if the configuration or the `recorded` bytes of records do not match the checkpoint `tree`."""
     if tree["config"] != config_text:
         raise UsageError(
             f"{folder / 'config.toml'} was changed since the run began; undo the change, or start a new run with: "

@@ -1,4 +1,4 @@
-"""Comparisons of plugins: studies whose one axis is plugins."""
+"""Comparisons of plugins: studies with plugins as their only axis."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +24,7 @@ COST = ("train_dropped", "flops.active", "flops.total", "step_seconds", "step_ra
 
 @attrs.frozen
 class Comparison:
-    """A study of plugins. kinds: "dense", "base" or the plugin's kind, by row. shared: plugins of all but the dense."""
+    """A study of plugins. kinds: each row's "dense", "base" or plugin kind. shared: plugins of all rows but "dense"."""
 
     study: Study
     kinds: Mapping[str, str]
@@ -52,8 +52,8 @@ def comparison_of(
 ) -> Comparison:
     """The dense model, the base alone (unless only routers are compared), then each plugin added to the base.
 
-    compared: plugins by entry-point group. base: plugins that all but the dense model share. settings: each
-    plugin's go to the rows that have it. flags: of the runs. Raises UsageError.
+    compared: plugins by entry-point group. base: plugins that all rows but the dense model share. settings: plugin
+    options, applied to the rows that have the plugin. flags: the runs' flags. Raises UsageError.
     """
     kinds = _kinds_of_base(base)
     names = {name for group in compared.values() for name in group}
@@ -105,11 +105,11 @@ def compare(
     jobs: int | None = None,
     show: Show = lambda done, total, record: None,
 ) -> dict[str, Any]:
-    """Run what is missing of a comparison; returns the content of comparison.json.
+    """Run the missing cells of a comparison; returns the content of comparison.json.
 
-    That is what a study's results hold, and "task", "seeds", "run" (flags), "shared", "legend" and "quality": the
-    quantity by which rows are ranked. Rows also have a "kind" and stand in the order of kinds, the best of a kind
-    first. jobs: None is one a core. Raises UsageError and RunError.
+    It has the keys of a study's results plus "task", "seeds", "run" (flags), "shared", "legend" and "quality", the
+    quantity by which rows are ranked. Rows also have a "kind"; they are sorted by kind, the best of each kind first.
+    jobs: None means one per core. Raises UsageError and RunError.
     """
     study = comparison.study
     planned = list(study.variants(comparison.flags))
@@ -138,7 +138,7 @@ def compare(
 
 
 def _add_derived(records: Iterable[Record]) -> None:
-    """Give finished records `step_ratio`, over the dense model's mean, and `train_dropped`, the mean over layers."""
+    """Add to finished records `step_ratio`, over the dense model's mean, and `train_dropped`, a mean over layers."""
     finished = [record for record in records if record["status"] == FINISHED]
     times = [record["step_seconds"] for record in finished if record["variant"] == DENSE]
     for record in finished:
@@ -154,7 +154,7 @@ def _rank(row: Row, quality: str, kinds: list[str]) -> tuple[float, ...]:
 
 
 def _legend(seeds: int, capacity: bool) -> str:
-    """What the numbers mean."""
+    """The legend of the table."""
     several = f"Means over {seeds} seeds ± half of their 95 % interval (Student's t)"
     return (
         f"{several if seeds > 1 else 'One seed: no intervals'}, on the test set"

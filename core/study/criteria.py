@@ -29,7 +29,7 @@ OVER = {
 
 @attrs.frozen
 class Judgement:
-    """A criterion applied to the rows. value, half: of the worst variant; variant: that one, or one not measured."""
+    """A judged criterion. value, half: of the worst variant. variant: its name, or that of an unmeasured one."""
 
     claim: str
     verdict: str
@@ -40,7 +40,7 @@ class Judgement:
 
 
 def judge(criterion: Criterion, rows: Sequence[Row]) -> Judgement:
-    """Apply a criterion to a study's rows; it passes if every row that `where` names meets it."""
+    """Judge a criterion on a study's rows; it passes if every row that `where` names meets it."""
     limit_kind, limit = next((kind, value) for kind in LIMITS if (value := getattr(criterion, kind)) is not None)
     sign, meets = LIMITS[limit_kind]
     limit_text = f"{_quantity_text(criterion)} {sign} {limit:g}"

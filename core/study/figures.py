@@ -1,4 +1,4 @@
-"""The figures that a study's file asks for."""
+"""The figures that a study's file defines."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ MOST_PANELS = 12
 
 
 def figures_of(study: Study, results: Mapping[str, Any], records: Sequence[Record]) -> dict[str, bytes]:
-    """PNG files by name. A figure without any number is left out."""
+    """PNG files by name. Figures without data are left out."""
     files = {}
     for spec in study.figure:
         rows = [row for row in results["rows"] if matches(row, spec.where) and row["seeds"]]

@@ -35,10 +35,10 @@ FINISHED, REFUSED, FAILED = "finished", "refused", "failed"
 
 @attrs.frozen
 class StudyVariant:
-    """One of the configurations compared.
+    """One of the compared configurations.
 
-    plugins: in the order typed. settings: their options. flags: of the run, by name. seeds: instead of the grid's.
-    keep: also keep the weights of its runs (`weights_of`).
+    plugins: in the order typed. settings: their options. flags: the run's flags by name. seeds: replaces the grid's
+    number of seeds. keep: also keep the weights of its runs (`weights_of`).
     """
 
     name: str
@@ -58,9 +58,9 @@ class StudyVariant:
 class Cell:
     """One variant with one seed.
 
-    inputs: all that decides its numbers: configuration, settings, versions, and the code of its plugins' files,
-    without comments and docstrings. key: a hash of them, without options at their defaults, so a new option changes
-    no key; a cell whose finished record is stored under its key is not run again.
+    inputs: all that determines its results: configuration, settings, versions, and the code of its plugins' files
+    without comments and docstrings. key: a hash of the inputs, without options at their defaults, so a new option
+    does not change it; a cell is not run again if a finished record is stored under its key.
     """
 
     variant: str
@@ -72,7 +72,7 @@ class Cell:
 
 
 def cells_of(variant: StudyVariant, seeds: Iterable[int]) -> list[Cell]:
-    """A variant's cells, one a seed."""
+    """A variant's cells, one per seed."""
     cells = []
     plugins = _plugins((*variant.plugins, *_usual(), variant.config(0).task))
     for seed in seeds:
@@ -92,14 +92,14 @@ def run_grid(
     show: Show = lambda done, total, record: None,
     backend: str = "loky",
 ) -> list[Record]:
-    """The records of all cells, by seed and then in the variants' order; cells finished in `out` are not run again.
+    """The records of all cells, sorted by seed, then variant; cells finished in `out` are not run again.
 
     A record has "variant", "seed", "status", "reason" and the cell's inputs. A finished one also has "summary" and
     "records" (the run's), "dropped" (share over capacity in the last window of training, by layer), "flops" (of the
     layers, "active" and "total"), "model" (the same and parameters, of the whole model) and "step_seconds". A cell
     that was refused (bad input) or failed is tried again the next time. jobs: processes, of one thread each; 1 is
-    this process. backend: joblib's; "dask" takes the workers of the current distributed.Client. show: called with
-    the number of cells done, the total, and the new record; with None at first. Raises UsageError for a folder that
+    this process. backend: joblib's; "dask" uses the workers of the current distributed.Client. show: called with the
+    number of cells done, the total, and the new record, which is None at first. Raises UsageError for a folder that
     cannot be used, RunError if a process was killed.
     """
     cells = [cell for variant in variants for cell in cells_of(variant, variant.seeds or seeds)]
@@ -190,7 +190,7 @@ def _result(cell: Cell, scratch: Path) -> Record:
 
 
 def _size(training: Training) -> dict[str, float]:
-    """Of the whole model: forward FLOPs for one test sample, and parameters; active ones and all."""
+    """The whole model's forward FLOPs per test sample and its parameters, active and total."""
     flops = forward_flops(training.model, lambda: training.score(1))
     parameters = parameters_of(training.model)
     return {
@@ -250,7 +250,7 @@ def _usual() -> tuple[str, ...]:
 
 
 def _plugins(names: Iterable[str]) -> dict[str, Any]:
-    """What decides how plugins act: distribution, version and a hash of the file's code, by name."""
+    """What identifies each plugin's behaviour, by name: distribution, version and a hash of the file's code."""
     installed = discovery.find()
     return {
         name: [
@@ -261,7 +261,7 @@ def _plugins(names: Iterable[str]) -> dict[str, Any]:
 
 
 def _digest(module: str) -> str | None:
-    """A hash of the code in a module's file: an edited plugin is another plugin, whatever its version."""
+    """A hash of the code in a module's file: an edited plugin counts as another, even at the same version."""
     try:
         found = util.find_spec(module)
         if not found or not found.origin:

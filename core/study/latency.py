@@ -1,4 +1,4 @@
-"""Inference time of trained models: one thread, the models in turns."""
+"""Inference time of trained models, measured in turns on one thread."""
 
 import json
 import random
@@ -19,14 +19,14 @@ from ..run.training import Training
 from .grid import FINISHED, Record, weights_of
 from .spec import Planned
 
-WARM_UPS, SINGLES, BATCHES = 5, 40, 5  # forwards that do not count; of one sample; of a batch
+WARM_UPS, SINGLES, BATCHES = 5, 40, 5  # forwards to warm up; of one sample; of a batch
 BATCH = 64  # samples
 
 
 def time_inference(planned: Sequence[Planned], records: Sequence[Record], out: Path) -> None:
     """Add "latency" to the records of the parts that ask for it, measured or read from `out`.
 
-    median, p95: seconds for one sample, over 40 forwards after 5 to warm up. throughput: samples a second in batches
+    median, p95: seconds for one sample, over 40 forwards after 5 to warm up. throughput: samples per second in batches
     of 64, from the median of 5. The models take turns in random order, so other load on the machine affects all alike.
     """
     asked = {variant.name for part, _, variant in planned if part.latency}
@@ -79,7 +79,7 @@ def _measured(forwards: dict[str, Forward]) -> dict[str, dict[str, float]]:
 
 
 def _times(forwards: dict[str, Forward], count: int, warm_ups: int, turns: int) -> dict[str, list[float]]:
-    """Seconds of each turn by model, after `warm_ups` turns that do not count."""
+    """Seconds of each turn by model, after `warm_ups` turns to warm up."""
     times: dict[str, list[float]] = {key: [] for key in forwards}
     order = random.Random(0)
     for _ in range(warm_ups + turns):

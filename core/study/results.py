@@ -1,4 +1,4 @@
-"""Run a study or a comparison: cells, rows of numbers, judged results."""
+"""Run a study or a comparison: its cells, rows of results, and judged criteria."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,10 +29,10 @@ def run_study(
     show: Show = lambda done, total, record: None,
     backend: str = "loky",
 ) -> tuple[dict[str, Any], list[Record]]:
-    """Run what is missing of a study; returns (the content of study.json, the records of the cells).
+    """Run the missing cells of a study; returns (the content of study.json, the records of the cells).
 
-    flags: of the runs; they override the study's. seeds: how many for every part, instead of its own. jobs: None is
-    one a core. Raises UsageError, also for missing data, and RunError.
+    flags: the runs' flags, which override the study's. seeds: the number of seeds for every part, instead of its own.
+    jobs: None means one per core. Raises UsageError, also for missing data, and RunError.
     """
     if seeds is not None:
         study = attrs.evolve(study, seeds=seeds, part=tuple(attrs.evolve(part, seeds=None) for part in study.part))
@@ -54,7 +54,7 @@ def run_planned(
 
 
 def judged(study: Study, results: Mapping[str, Any]) -> dict[str, Any]:
-    """Results ("rows" and "versions") with the texts of the study and its criteria, judged now."""
+    """Results ("rows" and "versions") plus the study's texts and its criteria, judged now."""
     return {
         **{name: getattr(study, name) for name in ("name", "title", "question", "source")},
         "notes": list(study.notes),
@@ -67,10 +67,10 @@ def judged(study: Study, results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rows_of(study: Study, planned: Sequence[Planned], records: Iterable[Record]) -> list[Row]:
-    """A row for each variant, with its place ("part", "at") and what came of its seeds.
+    """A row for each variant, with its position ("part", "at") and the results of its seeds.
 
-    "seeds" are the finished ones; "status" and "reason" tell why others are missing; "verdicts" counts each verdict;
-    "numbers" holds for each quantity its mean, half of its 95 % interval (None for one seed) and its value by seed.
+    "seeds" are the finished ones; "status" and "reason" say why others are missing; "verdicts" counts each verdict;
+    "numbers" has each quantity's mean, half of its 95 % interval (None for one seed) and its value for each seed.
     """
     by_variant: dict[str, list[Record]] = {variant.name: [] for _, _, variant in planned}
     for record in records:

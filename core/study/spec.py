@@ -17,7 +17,7 @@ FIGURES = ("numbers", "usage", "over_time", "classes", "against")
 
 @attrs.frozen
 class Choice:
-    """What a choice on an axis adds to a run: plugins, flags of the run by name, options by plugin."""
+    """What a choice on an axis adds to a run: plugins, run flags by name, options by plugin."""
 
     plugins: tuple[str, ...] = ()
     run: dict[str, Any] = attrs.field(factory=dict)
@@ -31,7 +31,7 @@ class Choice:
 
 @attrs.frozen
 class StudyPart:
-    """A table of a study: the product of the choices of its axes.
+    """A table of a study: all combinations of the choices on its axes.
 
     name: empty if the study has no other part. cross: the choices by axis; an empty list means all. columns:
     quantities. seeds: how many, instead of the study's. add: what this part adds to the base. latency: also time the
@@ -102,7 +102,7 @@ class FigureSpec:
 
 @attrs.frozen
 class Quick:
-    """What --quick changes: fewer choices by axis, shorter runs. No criterion is judged."""
+    """What --quick changes: fewer choices per axis, shorter runs. Criteria are not judged."""
 
     cross: dict[str, tuple[str, ...]] = attrs.field(factory=dict)
     parts: tuple[str, ...] = ()
@@ -112,7 +112,7 @@ class Quick:
 
 @attrs.frozen
 class Study:
-    """A whole study. notes: what is wrong with the publication, a sentence each. base: what all variants share."""
+    """A whole study. notes: errors in the publication, one sentence each. base: what all variants share."""
 
     name: str
     title: str
@@ -173,7 +173,7 @@ def matches(row: Mapping[str, Any], where: Mapping[str, tuple[str, ...]]) -> boo
 
 
 def _fewer(cross: Mapping[str, tuple[str, ...]], only: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
-    """The choices that are also among `only`, for the axes that it names."""
+    """The choices, restricted to those in `only` on the axes that it names."""
     return {
         axis: tuple(name for name in (names or only.get(axis, ())) if name in only.get(axis, (name,)))
         for axis, names in cross.items()

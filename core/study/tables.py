@@ -7,7 +7,7 @@ from .grid import FINISHED, REFUSED
 
 
 class Format(NamedTuple):
-    """How a quantity is shown: its title, the factor to the title's unit, digits after the point."""
+    """A quantity's format: title, factor to the title's unit, digits after the point."""
 
     title: str
     factor: float = 1
@@ -47,7 +47,7 @@ Table = tuple[list[str], list[list[str]]]  # column titles, lines of cells
 
 
 def format_of(quantity: str) -> Format:
-    """How a quantity is shown, its scope and fold in the title."""
+    """A quantity's format, with its scope and fold in the title."""
     scope, _, rest = quantity.partition(".")
     scoped = scope in SCOPES or (scope[:4] in ("step", "eval") and scope[4:].isdigit())
     name, _, fold = (rest if scoped else quantity).partition(":")
@@ -71,7 +71,7 @@ def tables_of(results: Mapping[str, Any]) -> list[tuple[str, list[str], list[lis
 
 
 def _column(quantity: str, rows: Sequence[Mapping[str, Any]]) -> Format:
-    """How a column is shown; the FLOPs of small layers in thousands, which in millions would look alike."""
+    """A column's format; FLOPs of small layers are shown in thousands, because they would look alike in millions."""
     usual = format_of(quantity)
     means = [row["numbers"][quantity]["mean"] for row in rows if quantity in row["numbers"]]
     if usual.title.startswith("MFLOPs") and means and max(means) < 1e5:
@@ -113,12 +113,12 @@ def criteria_table(results: Mapping[str, Any]) -> Table:
 
 
 def legend_of(results: Mapping[str, Any]) -> str:
-    """What the numbers in the tables mean."""
+    """The legend of the tables."""
     return str(results.get("legend", LEGEND))
 
 
 def remarks(results: Mapping[str, Any]) -> list[str]:
-    """A sentence for each row of which a run is missing, with the reason."""
+    """A sentence for each row that lacks a run, with the reason."""
     return [_remark(row) for row in results["rows"] if row["reason"]]
 
 

@@ -2,7 +2,7 @@
 
     from moe_engine.tasks import image_task, load_mnist, model_option
 
-Importing it loads torch, but neither torchvision nor torchmetrics.
+Importing this package loads torch, but not torchvision or torchmetrics.
 """
 
 from .datasets import blob_images, join_datasets, load_cifar10, load_fashion_mnist, load_mnist

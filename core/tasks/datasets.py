@@ -59,7 +59,7 @@ def load_mnist(data_dir: str) -> tuple[Split, Split]:
 def load_fashion_mnist(data_dir: str) -> tuple[Split, Split]:
     """Load Fashion-MNIST: 60,000 and 10,000 images of clothes of 28 x 28 pixels (Xiao et al., 2017).
 
-    As `load_mnist` in all else.
+    Otherwise like `load_mnist`.
     """
     from torchvision.datasets import FashionMNIST
 
@@ -127,8 +127,8 @@ def blob_images(
 def join_datasets(sets: Iterable[tuple[Split, Split]], classes: int) -> tuple[Split, Split]:
     """Join the (train, test) of several data sets of `classes` classes each; labels of set n are offset by n classes.
 
-    Training rows stay set after set. Test rows are shuffled in one fixed order, because a forward over the rows of a
-    single set would look like collapse.
+    Training rows stay ordered by set. Test rows are shuffled in one fixed order, because a forward over the rows of
+    a single set would look like collapse.
     """
     train, test = (
         (torch.cat([images for images, _ in split]), torch.cat([classes * n + y for n, (_, y) in enumerate(split)]))
@@ -156,7 +156,7 @@ def _mnist_like(dataset: Callable[..., Any], name: str, sums: Mapping[str, str],
 
 
 def _download(fetch: Callable[[], Any], name: str, folder: Path, source: str) -> None:
-    """Call `fetch`, which downloads the source into `folder`; a failure becomes a UsageError that says what to do."""
+    """Call `fetch` to download the source into `folder`; a failure becomes a UsageError that says what to do."""
     try:
         fetch()
     except (OSError, RuntimeError, ValueError) as error:
@@ -203,7 +203,7 @@ def _rows(images: Bytes, labels: Bytes) -> Bytes:
 
 
 def _verified(batches: Sequence[Bytes], source: Path) -> tuple[Split, Split]:
-    """(train, test) of the bytes of the six official files, which must have the official checksums."""
+    """(train, test) from the bytes of the six official files, which must have the official checksums."""
     for batch, (name, expected) in zip(batches, CIFAR_MD5.items(), strict=True):
         if md5(batch.tobytes(), usedforsecurity=False).hexdigest() != expected:
             raise UsageError(f"{name} of {source} is damaged; delete {source} and run again", code="damaged-data")

@@ -14,7 +14,7 @@ from ..errors import UsageError, listed
 
 
 class Pieces(NamedTuple):
-    """stem: images [B, C, S, S] -> tokens [B, D]. moe: None if the head works without. residual: x + MoE(x)."""
+    """stem: images [B, C, S, S] -> tokens [B, D]. moe: None if the model has no MoE layer. residual: x + MoE(x)."""
 
     stem: nn.Module
     moe: nn.Module | None
@@ -24,7 +24,7 @@ class Pieces(NamedTuple):
 
 @attrs.frozen
 class Sizes:
-    """Of images: channels, side in pixels, classes. dim: width of the layer's tokens; hidden: width of its experts."""
+    """Images: channels, side in pixels, classes. dim: width of the layer's tokens; hidden: width of its experts."""
 
     channels: int
     side: int
@@ -115,7 +115,7 @@ def _cnn(engine: LayerBuilder, sizes: Sizes) -> Pieces:
 
 
 def _densenet(engine: LayerBuilder, sizes: Sizes, growth: int, blocks: tuple[int, ...]) -> Pieces:
-    """DenseNet's features -> linear -> MoE to class logits; in a dense run DenseNet's own linear classifier.
+    """DenseNet's features -> linear -> MoE to class logits; in a dense run, DenseNet's linear classifier.
 
     The first convolution is 3 x 3 with stride 1, because images are small; the pooling after it stays.
     Source: Huang et al., 2017 (DenseNet).
@@ -147,7 +147,7 @@ def _densenet_slim(engine: LayerBuilder, sizes: Sizes) -> Pieces:
 
 
 def _last(engine: LayerBuilder, sizes: Sizes, dim: int) -> nn.Module:
-    """A layer that returns class logits, and so has biases."""
+    """A layer that returns class logits, and therefore has biases."""
     return engine.moe(dim, sizes.hidden, out=sizes.classes, classes=sizes.classes, bias=True)
 
 

@@ -30,8 +30,8 @@ def image_task(
     """A task that classifies square images, with cross-entropy, accuracy, precision, recall and F1.
 
     train, test: (images uint8 [N, S * S], [N, S, S] or [N, C, S, S]; labels long [N]). dim: width of the model's
-    tokens; hidden: of an expert. Pixels 0..scale are mapped to [0, 1], or to [-1, 1] if centred. model: a name that
-    `model_option` offers. If `Task.augment` mixes images, labels may be shares of classes [B, classes].
+    tokens; hidden: width of an expert. Pixels 0..scale are mapped to [0, 1], or to [-1, 1] if centred. model: a name
+    that `model_option` offers. If `Task.augment` mixes images, labels may be shares of classes [B, classes].
     """
     return Task(
         train,

@@ -31,9 +31,9 @@ Call = Callable[..., Tensor]  # calls a layer: (layer, *arguments) -> output
 
 @attrs.frozen(eq=False)
 class Data:
-    """A batch of tokens, with everything that a layer may be given and a target for its output.
+    """A batch of tokens, with everything that a layer may take and a target for its output.
 
-    x, target [..., D]; ids, labels, mask [...]. bare: the layer is given neither ids nor labels.
+    x, target [..., D]; ids, labels, mask [...]. bare: the layer gets neither ids nor labels.
     """
 
     x: Tensor
@@ -56,7 +56,7 @@ class Data:
         return torch.where(self.mask, error, 0).sum() / self.mask.sum().clamp(min=1)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Data":
-        """The same change, for example an indexing of tokens, applied to every tensor."""
+        """Apply the same change to every tensor, for example an indexing of tokens."""
         mask = None if self.mask is None else change(self.mask)
         x, ids, labels, target = map(change, (self.x, self.ids, self.labels, self.target))
         return Data(x, ids, labels, target, mask, self.bare)
@@ -103,7 +103,7 @@ class Trial:
         return y
 
     def route(self, batch: Data, seed: int = 0) -> Routing:
-        """The layer's routing of a batch; no sum counts it."""
+        """The layer's routing of a batch, uncounted."""
         torch.manual_seed(seed)
         return self.layer.route(self.layer.tokens(*batch.arguments))
 
@@ -153,7 +153,7 @@ class Trial:
         return {name: value for name, value in self.state().items() if name not in weights}
 
     def demand_unchanged(self, before: Tensors, when: str, tolerance: float = 0.0) -> None:
-        """Demand that the state is what it was; `before` is an earlier `state()` or a part of one."""
+        """Demand that the state has not changed; `before` is an earlier `state()` or a part of one."""
         now = self.state()
         for name, old in before.items():
             demand(distance(old, now[name]) <= tolerance, f"{name} changed {when}")
@@ -173,20 +173,20 @@ class Trial:
 
 @attrs.define(eq=False)
 class Bench:
-    """Builds layers with the plugin under test, for one claim. folder: an empty one, for files."""
+    """Builds layers with the plugin under test, for one claim. folder: an empty folder for files."""
 
     plugin: PluginUnderTest
     folder: Path
 
     def default_trial(self, **spec: Any) -> Trial:
-        """The same small layer with the default plugins alone."""
+        """The same small layer with only the default plugins."""
         return self._layer(Engine(without=self.plugin.observers), 0, _sizes(spec))
 
     def trial(self, seed: int = 0, options: Mapping[str, Any] | None = None, **spec: Any) -> Trial:
-        """A small layer with the plugin and the first router that goes with it.
+        """A small layer with the plugin and the first router that works with it.
 
-        options: of the plugin, by name. spec: sizes that differ from the usual ones. Raises UsageError if every router
-        refuses the mix.
+        options: the plugin's, by name. spec: sizes that differ from the usual ones. Raises UsageError if the plugin
+        works with no router.
         """
         refusals, sizes = list[UsageError](), _sizes(spec)
         for router in self.plugin.routers:
@@ -197,7 +197,7 @@ class Bench:
         raise refusals[0]
 
     def trial_or_refusal(self, **spec: Any) -> Trial | str:
-        """A layer of this spec, or the sentence that refuses it."""
+        """A layer with this spec, or the sentence that refuses it."""
         try:
             return self.trial(**spec)
         except PluginError:
@@ -219,7 +219,7 @@ class Bench:
         return Trial(engine, layer, adam(layer, 0.01))
 
     def _engine(self, router: str, sizes: Mapping[str, Any], options: Mapping[str, Any]) -> Engine:
-        """An engine with the plugin, without default plugins that would only cost time."""
+        """An engine with the plugin, without default plugins that only cost time."""
         plugin = self.plugin
         trial_options = trial_options_of(plugin.cls)
         given = dict(trial_options(self.folder, sizes["dim"], sizes["hidden"])) if trial_options else {}

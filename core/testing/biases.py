@@ -39,7 +39,7 @@ def _biases(bench: Bench, trial: Trial) -> list[Tensor]:
 
 @claim("moe_bias")
 def equal_load_leaves_the_bias_alone(bench: Bench) -> None:
-    """Under equal loads, gates and gradients, the differences between the biases of units stay as they are."""
+    """Under equal loads, gates and gradients, the differences between the units' biases do not change."""
     trial, batch = _symmetric(bench)
     before = _biases(bench, trial)
     trial.set_logits(*trial.logits(balanced))

@@ -29,10 +29,10 @@ class Check:
         return f"{self.plugin.name}: {self.claim.name}"
 
     def __call__(self) -> str | None:
-        """Run the test; the caller's random state stays as it was.
+        """Run the test without changing the caller's random state.
 
-        Returns None, or a remark, for example that the plugin refuses this mix. Raises Broken if the claim does not
-        hold, NotApplicable if it does not apply to this plugin.
+        Returns None or a remark, for example that the plugin refuses this combination. Raises Broken if the claim
+        does not hold, NotApplicable if it does not apply to this plugin.
         """
         where, claims = f"{self.plugin.title} breaks '{self.claim.says}'", (self.claim.name,)
         with self.plugin.present(), own_random_state(0), warnings.catch_warnings(), TemporaryDirectory() as folder:
@@ -51,8 +51,8 @@ class Check:
 class Result:
     """The outcome of one check.
 
-    outcome: "ok", "FAILED" or "skipped". why: the failure, the reason for skipping, or a remark. error: the failure as
-    an exception.
+    outcome: "ok", "FAILED" or "skipped". why: the failure, the reason for skipping, or a remark. error: the failure
+    as an exception.
     """
 
     claim: Claim
@@ -75,7 +75,7 @@ def checks(plugin: Any, settings: Iterable[str] | Settings = (), data_dir: str =
 
 
 def results(checks: Iterable[Check]) -> Iterator[Result]:
-    """Run checks in order and yield a result for each. If no layer can be built, skip the rest: all would say so."""
+    """Run checks in order and yield a result for each. If no layer can be built, the rest is skipped."""
     built = True
     for check in checks:
         if not built:

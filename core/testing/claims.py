@@ -1,4 +1,4 @@
-"""A claim: one sentence that holds for every plugin that implements some hook, and its test."""
+"""A claim: a sentence that holds for every plugin with a certain hook, and its test."""
 
 import unittest
 from collections.abc import Callable
@@ -6,11 +6,11 @@ from typing import Any
 
 import attrs
 
-Test = Callable[[Any], str | None]  # called with a Bench; raises Broken, or returns a remark such as a refused mix
+Test = Callable[[Any], str | None]  # called with a Bench; raises Broken, or may return a remark such as a refusal
 
 
 class Broken(AssertionError):
-    """A claim does not hold. The message names the plugin and the claim, and says what was seen and what to do.
+    """A claim does not hold. The message names the plugin and the claim, what was observed, and what to do.
 
     claims: the names of the claims that failed.
     """

@@ -1,4 +1,4 @@
-"""Comparing tensors: bit for bit, up to a tolerance, or at least finite."""
+"""Comparing tensors: bit for bit, up to a tolerance, or for finiteness."""
 
 from collections.abc import Mapping
 
@@ -22,7 +22,7 @@ def _bits(values: Tensor) -> Tensor:
 def demand_close(
     expected: Mapping[str, Tensor], found: Mapping[str, Tensor], message: str, tolerance: float = 1e-5
 ) -> None:
-    """Demand equal names, shapes and, up to the tolerance, values; the message follows what differs."""
+    """Demand equal names and shapes, and equal values up to the tolerance; the message follows the difference."""
     for name, wanted in expected.items():
         demand(name in found, f"{name} is missing {message}")
         got = found[name]
@@ -33,7 +33,7 @@ def demand_close(
 
 
 def distance(expected: Tensor, found: Tensor) -> float:
-    """The largest difference, over the largest |value| or 1; NaN and infinity are only close to themselves."""
+    """The largest difference relative to the larger of max |value| and 1; NaN and infinity equal only themselves."""
     first, second = expected.detach().double(), found.detach().double()
     if not first.numel():
         return 0.0

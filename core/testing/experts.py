@@ -22,7 +22,7 @@ def _expected(experts: torch.nn.Module, x_ND: Tensor, counts: list[int]) -> Tens
 
 @claim("moe_experts")
 def forward_agrees_with_outputs(bench: Bench) -> None:
-    """forward and outputs agree on each row's expert, also if some experts have no rows; rows past the last are 0."""
+    """forward and outputs agree for each row, even if some experts have no rows; rows past the last are 0."""
     experts = bench.trial().layer.experts.eval()
     x_ND = data(20).x
     with torch.no_grad():
@@ -40,7 +40,7 @@ def forward_agrees_with_outputs(bench: Bench) -> None:
 
 @claim("moe_experts")
 def rows_are_independent(bench: Bench) -> None:
-    """The output of one row does not depend on another row."""
+    """A row's output does not depend on other rows."""
     experts, counts = bench.trial().layer.experts.eval(), torch.tensor(COUNTS[0])
     x_ND, changed_ND = data(20).x, data(20).x.clone()
     changed_ND[5] += 1

@@ -30,7 +30,7 @@ class Birth:
 
 
 def _trained(bench: Bench) -> Trial:
-    """A layer after a few steps, whose state has moved from its initial values."""
+    """A layer after a few steps, whose state is no longer at its initial values."""
     trial = bench.trial()
     for _ in range(3):
         trial.step()
@@ -39,9 +39,9 @@ def _trained(bench: Bench) -> Trial:
 
 
 def _births(trial: Trial, seed: int = 0, **growth: Any) -> list[Birth]:
-    """Stage a growth, which leaves the live layer alone, and record each call of the initializer.
+    """Stage a growth, which does not change the live layer, and record each call of the initializer.
 
-    seed: of torch's global generator, from which an initializer must not draw.
+    seed: seeds torch's global generator, from which an initializer must not draw.
     """
     births: list[Birth] = []
     batch = data().to(next(trial.layer.parameters()).dtype)
@@ -65,7 +65,7 @@ def _copy(rows: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
 
 @claim("moe_new_expert")
 def new_expert_is_complete(bench: Bench) -> None:
-    """A new expert has every row, finite and of the right shape and dtype, with a parent and without."""
+    """With or without a parent, a new expert has every row, each finite and of the right shape and dtype."""
     growths: list[dict[str, Any]] = [{"parents": (0,)}, {"parents": (None,)}, {"parents": (1,), "drop": (0,)}]
     for dtype in (torch.float32, torch.float64):
         for growth in growths:
@@ -81,7 +81,7 @@ def new_expert_is_complete(bench: Bench) -> None:
 
 @claim("moe_new_expert")
 def given_rows_are_not_modified(bench: Bench) -> None:
-    """It does not modify the rows that it is given, nor the live layer."""
+    """The initializer modifies neither the rows that it is given nor the live layer."""
     trial = _trained(bench)
     before = trial.state()
     for birth in _births(trial, parents=(0, 1, None)):
@@ -94,7 +94,7 @@ def given_rows_are_not_modified(bench: Bench) -> None:
 
 @claim("moe_new_expert")
 def draws_only_from_its_generator(bench: Bench) -> None:
-    """It draws random numbers only from the generator that it is given: equal generators give equal experts."""
+    """The initializer draws random numbers only from the given generator: equal generators give equal experts."""
     trial = _trained(bench)
     first, second = (
         {
@@ -109,7 +109,7 @@ def draws_only_from_its_generator(bench: Bench) -> None:
 
 @claim("moe_new_expert")
 def siblings_differ(bench: Bench) -> None:
-    """Two new experts of one parent differ from each other and from it; identical ones would never diverge."""
+    """Two new experts of one parent differ from each other and from the parent; identical ones would never diverge."""
     trial = _trained(bench)
     first, second = _births(trial, parents=(0, 0))
     parent = {**second.offer["parent"], **second.new.parent_values}
@@ -129,7 +129,7 @@ def _only_with(bench: Bench, effect: str) -> None:
 
 @claim("moe_new_expert")
 def silent_start_outputs_zero(bench: Bench) -> None:
-    """With the effect 'silent_start', a new expert's output is 0 for every token, with a parent and without."""
+    """With the effect 'silent_start', a new expert's output is 0 for every token, with or without a parent."""
     _only_with(bench, "silent_start")
     trial = _trained(bench)
     for origin in (0, None):

@@ -1,4 +1,4 @@
-"""Claims about every plugin that acts in a layer: what may change its results, and when its state may change."""
+"""Claims about every plugin in a layer: what may change its results, and when its state may change."""
 
 from typing import Any
 
@@ -17,13 +17,13 @@ LAYER_HOOKS = ("moe_router", "moe_bias", "moe_experts", "moe_state", "moe_aux_lo
 
 @claim(*LAYER_HOOKS, "moe_metrics", "moe_growth", "moe_new_expert")
 def builds(bench: Bench) -> None:
-    """A layer with it can be built and takes a training step in which every tensor is finite."""
+    """A layer with the plugin can be built, and every tensor is finite after a training step."""
     demand_finite(bench.trial().step(), "in an ordinary step", "look for divisions, logs and roots of 0")
 
 
 @claim(*LAYER_HOOKS)
 def inputs_are_not_modified(bench: Bench) -> None:
-    """It does not modify tokens, ids, labels or logits in place."""
+    """The plugin does not modify tokens, ids, labels or logits in place."""
     trial, batch = bench.trial(), data()
     with torch.no_grad():
         for training in (True, False):
@@ -48,7 +48,7 @@ def _columns(batch: Data) -> tuple[Tensor, ...]:
 
 @claim(*LAYER_HOOKS)
 def padding_changes_nothing(bench: Bench) -> None:
-    """Padding changes no result: neither its contents nor its amount."""
+    """Neither the contents nor the amount of padding changes any result."""
     advice = "leave padding out of every sum over tokens: routing.mean(values), tokens.real(values), plan.selected"
     batch = data()
     mask = torch.arange(8).expand(3, 8) < torch.tensor([[8], [5], [0]])
@@ -73,7 +73,7 @@ def sequence_order_changes_nothing(bench: Bench) -> None:
 
 
 def eval_step(trial: Trial, batch: Data) -> Tensors:
-    """The output, loss terms, sums and gradients of a step in eval mode, where no noise blurs a comparison."""
+    """The output, loss terms, sums and gradients of a step in eval mode, which has no noise."""
     layer = trial.layer.eval()
     y, routing = trial.forward(batch), trial.route(batch)
     terms = layer.aux_terms(routing)
@@ -86,7 +86,7 @@ def eval_step(trial: Trial, batch: Data) -> Tensors:
 
 @claim(*LAYER_HOOKS)
 def layers_are_independent(bench: Bench) -> None:
-    """A second layer of the same engine changes nothing in the first."""
+    """A second layer of the same engine does not affect the first."""
     expected = _first_layer(bench.trial(), None)
     trial = bench.trial()
     found = _first_layer(trial, bench.second_layer(trial, experts=EXPERTS + 2))
@@ -97,7 +97,7 @@ def layers_are_independent(bench: Bench) -> None:
 def _first_layer(trial: Trial, second: MoE | None) -> Tensors:
     """Two steps of the first layer next to a second one.
 
-    Gradients and parameters are left out: the auxiliary loss is a mean over layers, so theirs do change.
+    Gradients and parameters are left out: they do change, because the auxiliary loss is a mean over layers.
     """
     recorded: Tensors = {}
     for number in range(2):
@@ -149,7 +149,7 @@ def recomputed_forward_counts_once(bench: Bench) -> None:
 
 @claim(*LAYER_HOOKS)
 def only_after_step_changes_state(bench: Bench) -> None:
-    """State changes only in after_step: not in a forward, a backward or a skipped step."""
+    """State changes only in after_step, never in a forward, a backward or a skipped step."""
     advice = "; change state only in after_step(step), and collect what it needs in measure()"
     trial = bench.trial()
     trial.step()
@@ -162,7 +162,7 @@ def only_after_step_changes_state(bench: Bench) -> None:
 
 @claim(*LAYER_HOOKS)
 def eval_changes_no_state(bench: Bench) -> None:
-    """Evaluation does not change the state of training."""
+    """Evaluation does not change the training state."""
     trial = bench.trial()
     trial.step()
     before = trial.state()
@@ -188,7 +188,7 @@ def eval_is_deterministic(bench: Bench) -> None:
 
 @claim(*LAYER_HOOKS)
 def micro_batches_add_up(bench: Bench) -> None:
-    """Two micro-batches change state as one batch of both does."""
+    """Two micro-batches change the state in the same way as one batch of both."""
     batch = data()
     whole, accumulated = bench.trial(), bench.trial()
     for trial, batches in ((whole, [batch.map(lambda v: torch.cat([v, v]))]), (accumulated, [batch, batch])):

@@ -1,4 +1,4 @@
-"""Claims about a layer's lifetime: saved and loaded, copied, grown, compiled; and the cost of a step."""
+"""Claims about saving, copying, growing and compiling a layer, and the cost of a step."""
 
 import copy
 import time
@@ -20,7 +20,7 @@ MAX_SLOWDOWN = 30.0  # over a step with the default plugins
 
 @claim(*LAYER_HOOKS)
 def state_survives_save_and_load(bench: Bench) -> None:
-    """After saving and loading, training continues bit for bit as if nothing had happened."""
+    """After saving and loading, training continues with bit-identical results."""
     saved, loaded = bench.trial(), bench.trial(seed=1)
     for number in range(2):
         saved.step(seed=number)
@@ -49,7 +49,7 @@ def copies_are_independent(bench: Bench) -> None:
 
 @claim(*LAYER_HOOKS, "moe_new_expert")
 def experts_can_be_added_and_removed(bench: Bench) -> str | None:
-    """Experts can be added, replaced and removed, and training continues; or a sentence refuses the growth."""
+    """Experts can be added, replaced and removed, and training continues; or the growth is refused with a sentence."""
     trial, refused = bench.trial(), None
     router = trial.layer.router
     groups = [level.name for level in router.levels if router.unit_of_expert(level.name) is not None]
@@ -77,13 +77,13 @@ def experts_can_be_added_and_removed(bench: Bench) -> str | None:
 
 
 def _demand_grown(trial: Trial, change: dict[str, Any], size: int) -> None:
-    """Demand the right number of experts, of `size` before, and a finite step with them."""
+    """Demand the right number of experts, given `size` before, and a finite step with them."""
     growth = ", ".join(f"{key}={value}" for key, value in change.items())
     expected = size + len(change.get("parents", ())) - len(change.get("drop", ()))
     now = trial.layer.spec.experts
     demand("of" in change or now == expected, f"growth with {growth} left {now} experts, not {expected}")
     tensors = trial.step()
-    demand_finite(tensors, f"after growth with {growth}", "read sizes off the tensors, never store them")
+    demand_finite(tensors, f"after growth with {growth}", "read sizes from the tensors, never store them")
     width = tensors["sum 'load'"].numel()
     demand(width == now, f"after growth with {growth} the load has {width} entries for {now} experts")
 
@@ -112,7 +112,7 @@ def cost_is_bounded(bench: Bench) -> None:
     with one_thread():
         for _ in range(8):  # alternate; the shortest time counts
             for index, trial in enumerate(trials):
-                start = time.process_time()  # unlike wall time, it leaves out what else the machine does
+                start = time.process_time()  # unlike wall time, it excludes other work on the machine
                 trial.step(data(4, 64, dim=64))
                 best[index] = min(best[index], time.process_time() - start)
             if best[1] < MAX_SLOWDOWN / 2 * best[0]:

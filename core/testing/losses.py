@@ -1,7 +1,7 @@
 """Claims about auxiliary losses.
 
-The trait `balanced` is the value of a loss at perfect balance, as `traits = Traits(balanced=1.0)`; None, the default,
-says that its value there depends on more than balance.
+The trait `balanced` is the value of a loss at perfect balance, for example `traits = Traits(balanced=1.0)`; None, the
+default, means that its value there depends on more than balance.
 """
 
 import math
@@ -49,7 +49,7 @@ def value_at_balance_is_as_declared(bench: Bench) -> None:
 
 @claim("moe_aux_loss")
 def loss_is_a_mean_over_tokens(bench: Bench) -> None:
-    """A batch repeated twice has the same loss as once: the loss is a mean over tokens, not a sum."""
+    """A batch that contains every token twice has the same loss: the loss is a mean over tokens, not a sum."""
     trial, batch = bench.trial(), data()
     trial.layer.eval()  # noise would differ
     once = _terms(bench, trial, trial.route(batch))
@@ -61,7 +61,7 @@ def loss_is_a_mean_over_tokens(bench: Bench) -> None:
 
 @claim("moe_aux_loss")
 def loss_is_unweighted(bench: Bench) -> None:
-    """The loss does not depend on the option `weight`, by which the core multiplies it."""
+    """The loss does not depend on the option `weight`: the core multiplies by it."""
     if "weight" not in options_of(bench.plugin.cls):
         raise NotApplicable("it has no option 'weight', so its weight is 1")
     first, second = (_terms(bench, bench.trial(options={"weight": weight})) for weight in (1.0, 3.0))
@@ -93,7 +93,7 @@ def gradient_matches_finite_differences(bench: Bench) -> None:
 
 
 def _with_leaves(routing: Routing) -> Routing:
-    """The same routing; every tensor through which a loss may learn is a leaf."""
+    """The same routing, in which every tensor that a loss may differentiate is a leaf."""
 
     def leaf(values: Tensor) -> Tensor:
         return values.detach().clone().requires_grad_()

@@ -33,7 +33,7 @@ def _train_and_evaluate(trial: Trial, batch: Data, make: MakeLogits | None = Non
 
 
 def _metrics(trial: Trial, split: str, probe: Data | None = None) -> Values:
-    """The metrics of the layer, as JSON holds them, without the losses that the core adds."""
+    """The layer's metrics as JSON values, without the losses that the core adds."""
     torch.manual_seed(0)
     run_probe = None if probe is None else lambda: probe.loss(trial.evaluate(probe))
     values = trial.engine.metrics(split, run_probe).get(trial.layer.name, {})
@@ -49,7 +49,7 @@ def _json(name: str, value: Any) -> Any:
 
 @claim("moe_metrics")
 def handles_every_load(bench: Bench) -> str | None:
-    """It returns values that JSON can hold for any load, one token, one expert, no ids or labels, and no probe."""
+    """The metric returns valid JSON values for any load, one token, one expert, no ids or labels, and no probe."""
     names, refused = set[str](), None
     bare: dict[str, Any] = {"vocab": None, "classes": None}
     for spec in ({}, {"experts": 1, "top_k": 1}, bare):
@@ -68,7 +68,7 @@ def handles_every_load(bench: Bench) -> str | None:
 
 @claim("moe_metrics")
 def stats_are_not_modified(bench: Bench) -> None:
-    """It does not modify the sums that it reads, nor the layer."""
+    """The metric modifies neither the sums that it reads nor the layer."""
     trial, read = bench.trial(), list[tuple[Stats, dict[str, Tensor]]]()
     bind = trial.engine.plugins.bind
 
@@ -95,7 +95,7 @@ def stats_are_not_modified(bench: Bench) -> None:
 
 @claim("moe_metrics")
 def order_of_calls_changes_nothing(bench: Bench) -> None:
-    """The metrics of a layer and a split do not depend on earlier calls for another one."""
+    """The metrics of a layer and a split do not depend on earlier calls for other layers or splits."""
     values = []
     for order in (SPLITS, SPLITS[::-1]):
         trial = bench.trial()
@@ -116,7 +116,7 @@ def _demand_equal(first: Values, second: Values, split: str, message: str) -> No
 
 @claim("moe_metrics")
 def memory_survives_a_checkpoint(bench: Bench) -> None:
-    """A resumed run reports the same metrics as one that was not interrupted; after growth it starts afresh."""
+    """A resumed run reports the same metrics as an uninterrupted one; after growth the metrics start afresh."""
     trial, resumed = bench.trial(), bench.trial(seed=1)
     _train_and_evaluate(trial, data())
     for split in SPLITS:
@@ -137,7 +137,7 @@ def memory_survives_a_checkpoint(bench: Bench) -> None:
 
 @claim("moe_metrics")
 def measuring_draws_no_random_numbers(bench: Bench) -> None:
-    """Computing metrics draws nothing from torch's global generator, from which training draws."""
+    """Computing metrics does not draw from torch's global generator, which training uses."""
     trial = bench.trial()
     _train_and_evaluate(trial, data())
     for split in SPLITS:

@@ -38,7 +38,7 @@ def extreme_values_stay_finite(bench: Bench) -> None:
 
 @claim(*LAYER_HOOKS)
 def few_tokens_work(bench: Bench) -> None:
-    """One token, no tokens and padding alone work; without a real token no state changes and the output is 0."""
+    """One token, no tokens and only padding all work; without real tokens the output is 0 and no state changes."""
     trial = bench.trial()
     trial.step()
     for shape in ((1,), (1, 1), (1, 2)):
@@ -54,7 +54,7 @@ def few_tokens_work(bench: Bench) -> None:
 
 @claim(*LAYER_HOOKS)
 def idle_experts_are_safe(bench: Bench) -> None:
-    """Experts without tokens are safe: every tensor stays finite, step after step."""
+    """If experts get no tokens, every tensor stays finite, step after step."""
     advice = "an expert may have no tokens: average over those that have some, or clamp(min=1)"
     trial, token = bench.trial(), data(1, 1)
     same = token.map(lambda v: v.expand(3, 8, *v.shape[2:]).clone())
@@ -68,7 +68,7 @@ def idle_experts_are_safe(bench: Bench) -> None:
 
 @claim(*LAYER_HOOKS)
 def float64_agrees_with_float32(bench: Bench) -> None:
-    """float64 gives the outputs, losses and gradients of float32, and stays float64."""
+    """In float64, outputs, losses and gradients agree with those in float32, and stay float64."""
     single, double = bench.trial(), bench.trial()
     double.layer.double()
     expected, found = eval_step(single, data()), eval_step(double, data().to(torch.float64))

@@ -1,4 +1,4 @@
-"""The plugin under test: an installed one, or a class or instance that is not installed."""
+"""The plugin under test: an installed one, or a class or instance."""
 
 import re
 from collections.abc import Iterable
@@ -51,7 +51,7 @@ class ClassEntryPoint:
 class PluginUnderTest:
     """A plugin with settings, and the installed plugins that it may be combined with.
 
-    data_dir: the folder with a task's files. reference_run: a simulated run that claims about a trigger share,
+    data_dir: the folder with a task's files. reference_run: a simulated run, shared by the claims about a trigger
     because it takes long.
     """
 
@@ -83,13 +83,13 @@ class PluginUnderTest:
 
     @cached_property
     def observers(self) -> list[str]:
-        """The default metrics and reports, which would only cost time."""
+        """The default metrics and reports, which only cost time."""
         usual = discovery.defaults()
         return [name for name in (*usual["metrics"], *usual["reports"]) if name in self.installed]
 
     @cached_property
     def routers(self) -> list[str]:
-        """The installed routers that provide what it requires, the default first; of a router, itself alone."""
+        """The installed routers that provide what it requires, the default first; for a router, only itself."""
         if "moe_router" in self.hooks:
             return [self.name]
         usual = discovery.defaults()["router"]

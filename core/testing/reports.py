@@ -45,7 +45,7 @@ def _checksums(folder: Path) -> Checksums:
 
 @claim("moe_report")
 def written_files_are_listed(bench: Bench) -> None:
-    """It returns the names of the files that it writes, all in the run's folder, and changes no other file."""
+    """The report returns the names of the files it writes, all in the run's folder, and changes no other file."""
     run = _run(bench)
     before, outside = _checksums(run.folder), _checksums(run.folder.parent)
     names = _write(bench, run)
@@ -66,7 +66,7 @@ def written_files_are_listed(bench: Bench) -> None:
 
 @claim("moe_report")
 def report_can_be_rewritten(bench: Bench) -> None:
-    """A report can be written again at any time, also after the run was moved, and replaces the files there."""
+    """A report can be written again at any time, even after the run was moved, and replaces its old files."""
     run = _run(bench)
     first = _write(bench, run)
     moved = run.folder.with_name("elsewhere")
@@ -80,7 +80,7 @@ def report_can_be_rewritten(bench: Bench) -> None:
 
 @claim("moe_report")
 def missing_metrics_are_tolerated(bench: Bench) -> None:
-    """A run without an accuracy or verdict, whose metrics returned nothing, gets a report too."""
+    """A report can also be written for a run without accuracy or verdict, whose metrics returned nothing."""
     run = _run(bench)
     for record in run.records:
         record.pop("accuracy", None)

@@ -197,7 +197,7 @@ def ties_are_spread(bench: Bench) -> None:
 
 @claim("moe_router")
 def bias_changes_choices_but_no_gate(bench: Bench) -> None:
-    """A selection bias changes choices, but no gate and no probability."""
+    """A selection bias changes choices, but neither gates nor probabilities."""
     _only_with(bench, "logits", "load")
     trial = _with_logits(bench)
     trial.layer.eval()

@@ -86,7 +86,7 @@ def same_seed_gives_same_data(bench: Bench) -> None:
 
 @claim("moe_task")
 def train_and_test_are_disjoint(bench: Bench) -> None:
-    """Test rows are not training rows."""
+    """Training and test rows do not overlap."""
     task = _task(bench, _engine(bench))
     trained, tested = set(_rows(task.train)), _rows(task.test)
     both = sum(row in trained for row in tested)
@@ -94,13 +94,13 @@ def train_and_test_are_disjoint(bench: Bench) -> None:
 
 
 def _rows(columns: Batch) -> list[bytes]:
-    """Each row of the first column, which holds the model's input."""
+    """The rows of the first column, the model's input."""
     return [row.tobytes() for row in columns[0].numpy()]
 
 
 @claim("moe_task")
 def model_uses_the_engine(bench: Bench) -> None:
-    """Its model has at least one MoE layer, and the engine that it is given builds them all."""
+    """The model has at least one MoE layer, and the given engine builds them all."""
     engine = _engine(bench)
     task = _task(bench, engine)
     model = task.model(engine)
@@ -112,7 +112,7 @@ def model_uses_the_engine(bench: Bench) -> None:
 
 @claim("moe_task")
 def score_is_a_differentiable_mean(bench: Bench) -> None:
-    """score returns the mean loss, attached to the graph, and sums over the batch, for any number of rows."""
+    """For any number of rows, score returns the mean loss, attached to the graph, and sums over the batch."""
     trial = _trial(bench)
     for rows in (ROWS, 3, 1):
         score = trial.score(rows)

@@ -1,4 +1,4 @@
-"""Claims about triggers of growth."""
+"""Claims about growth triggers."""
 
 import copy
 import math
@@ -23,7 +23,7 @@ SAVED_AT = STEPS // 2 - 7  # the step at which a run is saved and resumed
 
 @attrs.define(eq=False)
 class SimulatedRun:
-    """A run with a trigger. requests: the growths it asked for after each step. refused: why some were refused."""
+    """A run with a trigger. requests: its growth requests after each step. refused: why some were refused."""
 
     trial: Trial
     requests: list[list[Growth]] = attrs.field(factory=list)
@@ -80,7 +80,7 @@ def _reference(bench: Bench) -> ReferenceRun:
 
 @claim("moe_growth")
 def requested_growth_is_possible(bench: Bench) -> str | None:
-    """In a run of 240 steps it returns a Growth, several or None, and every growth can be carried out."""
+    """In a run of 240 steps the trigger returns a Growth, a list of them or None, and each can be carried out."""
     run = _reference(bench).run
     demand(not run.refused, "; ".join(run.refused[:1]))
     return None if any(run.requests) else f"it asked for no growth in {STEPS} steps"
@@ -88,7 +88,7 @@ def requested_growth_is_possible(bench: Bench) -> str | None:
 
 @claim("moe_growth")
 def orphans_are_declared(bench: Bench) -> None:
-    """It asks for experts without a parent if and only if its trait `orphans` is true."""
+    """The trigger asks for experts without a parent if and only if its trait `orphans` is true."""
     declared = traits_of(bench.plugin.cls).orphans
     parents = [parent for growths in _reference(bench).run.requests for growth in growths for parent in growth.parents]
     if not parents:
@@ -100,7 +100,7 @@ def orphans_are_declared(bench: Bench) -> None:
 
 @claim("moe_growth")
 def same_history_gives_same_growth(bench: Bench) -> None:
-    """The same history gives the same requests, whatever another engine with the same plugin has seen."""
+    """The same history gives the same requests, even if another engine has used the same plugin."""
     first, second = _reference(bench).run.comparable(), SimulatedRun(bench.trial()).run_until(STEPS).comparable()
     advice = "keep state in `memory`, which each run has for itself, not on the plugin"
     _demand_equal(first, second, 0, f"in a second run with the same history; {advice}")
@@ -108,7 +108,7 @@ def same_history_gives_same_growth(bench: Bench) -> None:
 
 @claim("moe_growth")
 def resumed_run_grows_alike(bench: Bench) -> None:
-    """A resumed run asks for the same growth as one that was not interrupted."""
+    """A resumed run asks for the same growth as an uninterrupted one."""
     reference, trial = _reference(bench), bench.trial(seed=1)
     for part, state in reference.states.items():
         getattr(trial, part).load_state_dict(copy.deepcopy(state))
@@ -125,7 +125,7 @@ def _demand_equal(first: list[Any], second: list[Any], start: int, message: str)
 
 @claim("moe_growth")
 def max_experts_is_respected(bench: Bench) -> str | None:
-    """It grows no layer beyond its option `max_experts`."""
+    """The trigger does not grow a layer beyond its option `max_experts`."""
     if "max_experts" not in options_of(bench.plugin.cls):
         raise NotApplicable("it has no option 'max_experts'")
     trial = bench.trial(options={"max_experts": EXPERTS + 1})

@@ -11,8 +11,8 @@ class Quantile:
     b = -beta, with beta_i such that expert i would have received T K / E tokens of the previous step: a_t = the
     (K+1)-th largest of s_t - beta; new beta_i = the (T K / E + 1)-th largest over tokens of s_ti - a_t; s are the
     router's selection scores. It is averaged over micro-batches and processes and centred;
-    beta <- ema beta + (1 - ema) new. T K / E is rounded, and T counts real tokens. There is no step size: a few steps
-    balance what takes a sign rule hundreds. For selection only, and never computed from the batch being routed.
+    beta <- ema beta + (1 - ema) new. T K / E is rounded, and T counts real tokens. There is no step size: it balances
+    in a few steps, where a sign rule needs hundreds. For selection only; never computed from the batch being routed.
 
     Source: Su, 2026 (quantile balancing), as in Megatron-LM.
     """

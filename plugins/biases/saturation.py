@@ -11,7 +11,7 @@ class Saturation:
     s <- decay s + (1 - decay) m; b_i = -beta (log(r_i + eps) - mean_j log(r_j + eps)) with r = s / mean(s); for
     selection only. signal=mass: m_i = sum_t (g_ti |dL/dy_t|)^power over expert i's tokens; power = 1 adds gradients
     up, power -> 0 counts tokens, and values between them keep loads more even and give new experts more tokens.
-    signal=weights: m_i = mean |gradient| of the expert's weights, in which tokens cancel. Equal signals give b = 0;
+    signal=weights: m_i = mean |gradient| of the expert's weights, where tokens cancel out. Equal signals give b = 0;
     the scale of the loss does not matter; an idle expert's bias rises by beta |ln decay| per step.
 
     Source: this project, after kennycason/srnn, 2025, whose published form is `absolute_saturation`.

@@ -9,8 +9,8 @@ class Gradient:
     """Grow when one expert's gradients stay large.
 
     m_i = mean |gradient| of expert i's weights after clipping; r <- decay r + (1 - decay) m / mean(m). A layer grows
-    by a child of expert i if max_i r_i > threshold for `patience` steps in a row. Experts that learn alike have r = 1;
-    the scale of the loss does not matter. After any growth, `cooldown` steps pass first.
+    by a child of expert i if max_i r_i > threshold for `patience` steps in a row. Experts with equal gradients have
+    r = 1; the scale of the loss does not matter. After any growth, `cooldown` steps pass first.
 
     Source: this project; Liu et al., 2019 (splitting steepest descent) use criteria of this kind.
     """

@@ -13,7 +13,7 @@ class LossPlateau:
     row every layer grows by a child of its busiest expert since its last growth.
 
     After any growth, and at the start, `cooldown` steps pass first and both means start anew, because growth itself
-    moves the loss. Young means lie close together, so a short cooldown takes a falling loss for flat. A decaying
+    changes the loss. New means are close together, so with a short cooldown a falling loss looks flat. A decaying
     learning rate looks like a plateau too; then use on=eval.
 
     Source: this project.

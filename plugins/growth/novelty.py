@@ -6,9 +6,9 @@ from moe_engine import Growth, Part, Traits, consecutive, hookimpl, option
 
 @attrs.define(eq=False)
 class Novelty:
-    """Grow when too many tokens suit no expert.
+    """Grow when too many tokens fit no expert.
 
-    A token is novel if no expert got it or, where the router has probabilities, if the largest is below `confidence`
+    A token is novel if no expert received it or, if the router has probabilities, if the largest is below `confidence`
     / E. n and d are running means of the share of novel tokens and of their sum. If n > share for `patience` steps
     in a row, the layer grows by an expert without a parent, whose router row is d / |d| times the mean length of the
     other rows (1 if they are 0). Without novel tokens nothing grows.
@@ -44,7 +44,7 @@ class Novelty:
             state = history.state(layer)
             ready = history.cooled_down(self.cooldown) and layer.spec.experts < self.max_experts
             if consecutive(memory, layer, ready and float(state.share) > self.share) >= self.patience:
-                why = f"{float(state.share):.0%} of the tokens suit no expert"
+                why = f"{float(state.share):.0%} of the tokens fit no expert"
                 rows = _towards(state.direction, layer.router)
                 wanted.append(Growth(layer.name, parents=(None,), rows=rows, why=why))
         return wanted

@@ -7,8 +7,8 @@ from moe_engine import Traits, entropy_of, hookimpl, mean_over_ranks, option
 class Entropy:
     """Entropy of each token's choice, or of the batch's.
 
-    token_min: +mean_t H(p_t), which makes each token sure of its experts: ln E for uniform probabilities, 0 for
-    certain ones. A router that takes experts up to a share of the mass needs it, else it takes all. batch_max:
+    token_min: +mean_t H(p_t), which sharpens each token's choice: ln E for uniform probabilities, 0 for certain ones.
+    A router that takes experts up to a share of the mass needs it; otherwise it takes all of them. batch_max:
     -H(mean_t p_t), which spreads the batch over all experts: -ln E at balance, 0 at collapse; the mean is over
     processes too. The sum of the two is mutual_information.
 

@@ -8,9 +8,9 @@ class LoadCV2:
     """Load loss: equal smooth loads.
 
     CV^2(v) = var(v) / mean(v)^2 over experts, v_i the router's smooth estimate of expert i's load. The load itself
-    is a count without gradient; a noisy router knows how likely each token is to choose each expert if its noise is
-    redrawn, and the sum of that has one. 0 if all are equal, E / K - 1 if K experts get everything. v is the mean
-    over processes.
+    is a count and has no gradient; but a noisy router knows the probability that each token chooses each expert if
+    the noise is redrawn, and the sum of these has a gradient. 0 if all are equal, E / K - 1 if K experts get
+    everything. v is the mean over processes.
 
     Source: Shazeer et al., 2017 (Outrageously Large Neural Networks), appendix A.
     """

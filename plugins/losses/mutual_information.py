@@ -8,7 +8,7 @@ class MutualInformation:
     """Sharp choices per token, spread over all experts.
 
     -I(t; e) = mean_t H(p_t) - H(P), P = mean_t p_t: -ln E if tokens are certain and the experts evenly used, 0 if
-    all tokens have the same p. P is the mean over processes; H(P) of T tokens is too low by up to (E - 1) / 2T. The
+    all tokens have the same p. P is the mean over processes; for T tokens, H(P) is too low by up to (E - 1) / 2T. The
     default weight is this project's, as the paper gives none that transfers.
 
     Source: Shen et al., 2023 (ModuleFormer).

@@ -8,8 +8,8 @@ from moe_engine import Traits, hookimpl, option
 class ZLoss:
     """Keep the router's logits small (ST-MoE).
 
-    mean_t (logsumexp_i s_ti)^2 of the raw logits s, one term per level of the router. It holds the logits near zero,
-    an offset that softmax cannot see. (ln E)^2 for zero logits; padding is ignored.
+    mean_t (logsumexp_i s_ti)^2 of the raw logits s, one term per level of the router. It keeps the logits near zero;
+    softmax itself ignores a common offset. (ln E)^2 for zero logits; padding is ignored.
 
     Source: Zoph et al., 2022 (ST-MoE), eq. 5.
     """

@@ -13,8 +13,8 @@ class RouterSaturation:
     mean_t |S_t then and S_t now| / K for earlier log points, S_t the experts that token t chooses, on the first 1024
     tokens of the fixed held-out batch, in eval mode. router_saturation_curve [points, 2]: the number of an earlier
     log point, from 1 on, and its overlap with now, for up to 64 evenly spaced points. router_saturation: the mean,
-    near 1 if the router settled early; K / E is chance. The paper compares with the final choices, which is the last
-    record.
+    near 1 if the router settled early; K / E is chance. The last record compares with the final choices,
+    as the paper does.
 
     Source: Muennighoff et al., 2024 (OLMoE), eq. 5.
     """

@@ -8,8 +8,8 @@ from moe_engine import Router, Traits, UsageError, assign, generator, hookimpl, 
 class Hash:
     """A fixed random table maps token ids to experts.
 
-    table[id] in [V, K] names a token's K different experts; every gate is 1 / K. Each column of the table deals the
-    ids out evenly. Nothing is learned, so losses and biases cannot act. A new expert takes every second id of its
+    table[id] in [V, K] gives a token's K different experts; every gate is 1 / K. Each column of the table distributes
+    the ids evenly. Nothing is learned, so losses and biases cannot act. A new expert takes every second id of its
     parent, or, without a parent, an equal share from all experts; a removed expert's ids go to the others in turn.
 
     Source: Roller et al., 2021 (Hash Layers), where the gate is 1; 1 / K keeps the output's scale independent of K.

@@ -9,8 +9,8 @@ class ReLU:
     """Every expert with a positive logit (ReMoE).
 
     g = ReLU(x W): no top-k, and differentiable wherever g > 0. At initialisation about half the experts are active,
-    so the first steps are expensive. An expert that is active for no token gets no gradient any more, and tokens
-    spread evenly around zero keep half the experts active, whatever the coefficient.
+    so the first steps are expensive. An expert that is inactive for all tokens no longer gets a gradient, and
+    tokens spread evenly around zero keep half the experts active, whatever the coefficient.
 
     Loss: m E / (K T^2) sum_i load_i sum_t g_ti, an L1 norm of the gates weighted by load. After each step m <- m
     rate if tokens have more than K = top_k experts on average, else m / rate; m starts at 1 and stays in [1e-9,

@@ -16,7 +16,7 @@ class Soft:
 
     Nothing is chosen or dropped, so there is no load: balance losses and biases have nothing to act on, and top_k
     has no effect. probs are a token's combine weights summed by expert. A sequence is the axis before the last;
-    called with [T, D], each token is a sequence and the layer a dense mixture. Not causal. Padding takes no part.
+    called with [T, D], each token is a sequence and the layer a dense mixture. Not causal. Padding is ignored.
 
     Source: Puigcerver et al., 2023 (From Sparse to Soft Mixtures of Experts).
     """

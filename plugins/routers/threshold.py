@@ -9,8 +9,8 @@ class Threshold:
     """Every expert above its learned threshold (DynMoE).
 
     S = {i : sigmoid(tau cos(x, w_i)) > sigmoid(tau G_i)}, G learned and 0 at first; gates are 1 / |S|, with a
-    straight-through gradient to ReLU(score - threshold) of the experts in S. A token above no threshold gets no
-    expert in training and its best one in evaluation. The number of experts does not depend on a token's length.
+    straight-through gradient to ReLU(score - threshold) of the experts in S. A token that exceeds no threshold gets
+    no expert in training and its best one in evaluation. The number of experts does not depend on a token's length.
     top_k only scales the layer's capacity.
 
     Source: Guo et al., 2024 (Dynamic Mixture of Experts).

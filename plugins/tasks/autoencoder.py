@@ -16,8 +16,8 @@ class Autoencoder:
     """Restore grey images through a bottleneck of experts.
 
     x^ = V MoE(relu(W x + b)) + c, loss = mean (x^ - x)^2 over images of 28 x 28 pixels in [0, 1]. No residual
-    bypasses the experts, and they are narrow, so the loss shows what they do. Evaluation also reports the loss of
-    each data set; a class is a label of one set. With order=in_turn the training images are a stream, one set after
+    bypasses the experts, and they are narrow, so the loss reflects their work. Evaluation also reports the loss of
+    each data set; each label of each set is a class. With order=in_turn the training images are a stream, one set after
     the other.
 
     Source: this project, after kennycason/srnn, 2025, at a smaller size.

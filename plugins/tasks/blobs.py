@@ -8,8 +8,8 @@ from moe_engine.tasks import blob_images, image_task, model_option
 class Blobs:
     """Generated images of soft blobs: a task without data.
 
-    Classify square grey images. A class fixes where its three blobs lie; each image shifts them together and adds
-    noise.
+    Classify square grey images. A class determines the positions of its three blobs; each image shifts them together
+    and adds noise.
 
     Source: this project.
     """

@@ -30,7 +30,7 @@ class Lm:
     dim: int = option(64, help="width of the model", min=1)
     hidden: int = option(128, help="hidden width of an expert, and of a dense feed-forward network", min=1)
     layers: int = option(2, help="number of blocks", min=2, max=64)
-    every: int = option(2, help="every so many blocks, one has experts; 1: each block", min=1)
+    every: int = option(2, help="put experts into every n-th block; 1: every block", min=1)
     heads: int = option(4, help="attention heads in a block", min=1)
 
     @hookimpl

@@ -766,7 +766,7 @@ def test_a_task_that_cannot_be_used_is_refused_by_name(refusal, distribution, bo
 
 
 def test_a_plugin_without_any_hook_is_refused_by_name(refusal, distribution):
-    """A chosen plugin that acts on nothing is an error."""
+    """A chosen plugin without any effect is an error."""
     distribution(fragile=("losses", "    weight: float = option(1.0, help='coefficient')\n"))
     check(refusal(*QUICK, "--plugins", "fragile"), "fragile")
 

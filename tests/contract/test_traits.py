@@ -288,9 +288,9 @@ def test_one_word_stands_for_a_tuple_of_one():
     [
         ({"gives": ("probs",)}, "'gives' is now traits = Traits(provides=...)"),
         ({"needs": ("probs",)}, "'needs' is now traits = Traits(requires=...)"),
-        ({"need": ("probs",)}, "the class attribute 'need' means nothing to the core; did you mean 'traits'?"),
-        ({"orphan": True}, "the class attribute 'orphan' means nothing to the core; did you mean 'traits'?"),
-        ({"trait": Traits(requires="load")}, "'trait' means nothing to the core; did you mean 'traits'?"),
+        ({"need": ("probs",)}, "the core does not know the class attribute 'need'; did you mean 'traits'?"),
+        ({"orphan": True}, "the core does not know the class attribute 'orphan'; did you mean 'traits'?"),
+        ({"trait": Traits(requires="load")}, "does not know the class attribute 'trait'; did you mean 'traits'?"),
         ({"facts": Traits(requires="load")}, "its traits are called 'facts'; call them 'traits'"),
         ({"traits": {"requires": "load"}}, "'traits' is {'requires': 'load'}, not Traits(...)"),
         ({"traits": Traits(provides="load")}, "only a router provides traits"),

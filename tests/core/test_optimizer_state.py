@@ -78,7 +78,7 @@ def test_optimizers_go_on(name, initializer):
 def test_a_state_without_the_parameters_shape_is_refused_by_name():
     rig = Rig("topk", optimizer=lambda model, _: torch.optim.LBFGS(model.parameters()))
     rig.optimizer.state[rig.layer.router.weight]["d"] = torch.zeros(7)
-    with pytest.raises(UsageError, match="LBFGS keeps 'd', which no rule can grow; use Adam"):
+    with pytest.raises(UsageError, match="LBFGS keeps 'd', which can't grow; use Adam"):
         rig.grow(0)
     rig = Rig("topk,random").train(2)
     rig.optimizer.state[rig.layer.router.weight]["factor"] = torch.zeros(4, 1)

@@ -175,7 +175,7 @@ def test_two_processes_grow_alike_or_not_at_all(tmp_path):
     assert "rebuild it after the growth" in two[0][0]
     assert "was not done, because it failed in another process" in one[0][1]
     assert "ZeroDivisionError" in two[0][1]
-    assert all(said[2].endswith("was not done, because processes want different things") for said in (one[0], two[0]))
+    assert all(said[2].endswith("was not done, because processes disagree") for said in (one[0], two[0]))
     assert one[1] == two[1] == [4, 5, 6, 7]
     assert one[2] == two[2] == 2 * 2 * 64
     for name, value in one[3].items():

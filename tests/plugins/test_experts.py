@@ -459,7 +459,7 @@ def test_an_initializer_of_silent_experts_is_refused_with_lora():
 
 
 def test_two_banks_for_one_layer_are_refused():
-    with pytest.raises(UsageError, match="a layer has one bank of experts, but 'conv' and 'lora' bring one; choose"):
+    with pytest.raises(UsageError, match="a layer has one bank of experts, but 'conv' and 'lora' provide one; choose"):
         build("lora", "topk,conv", ["conv.channels=2"])
 
 

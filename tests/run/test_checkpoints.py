@@ -338,7 +338,7 @@ def test_two_damaged_checkpoints_do_not_push_out_good_ones(tmp_path):
 
 def test_a_source_without_a_trigger_is_refused(capsys):
     assert main(["run", "--plugins", "clone"]) == 2
-    assert "initializer 'clone' acts on nothing: no plugin makes the layers grow" in capsys.readouterr().err
+    assert "initializer 'clone' has no effect: no plugin makes the layers grow" in capsys.readouterr().err
 
 
 def test_other_versions_are_said(tmp_path, monkeypatch):

@@ -346,7 +346,9 @@ def test_a_dense_engine_goes_through_a_step():
 
 
 def test_a_plugin_that_would_do_nothing_in_a_dense_model_is_refused():
-    with pytest.raises(UsageError, match="a dense model has no router: 'saturation' and 'switch_aux' acts on nothing"):
+    with pytest.raises(
+        UsageError, match="dense model has no router: 'saturation' and 'switch_aux' would have no effect"
+    ):
         Engine("saturation,switch_aux,balance", dense=True)
 
 

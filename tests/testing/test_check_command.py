@@ -41,7 +41,7 @@ def test_each_claim_is_one_line(capsys):
     head, *lines, last = capsys.readouterr().out.splitlines()
     assert head.startswith("topk: router (moe-engine ")
     assert (
-        lines[0] == "  ok      A layer with it can be built and takes a training step in which every tensor is finite"
+        lines[0] == "  ok      A layer with the plugin can be built, and every tensor is finite after a training step"
     )
     assert lines[-1].endswith("(the router does not provide 'smooth_load')") and lines[-1].startswith(
         "  skipped If a router"

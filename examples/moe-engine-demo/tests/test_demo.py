@@ -1,4 +1,4 @@
-"""cosine keeps what moe-engine promises of a router, and a promise of its own."""
+"""cosine passes the conformance tests of a router, and one test more."""
 
 import pytest
 import torch
