@@ -1,4 +1,4 @@
-"""The flags that several commands share."""
+"""Make flags from the options in run/config.py; the flags that several commands share."""
 
 from collections.abc import Callable
 from pathlib import Path

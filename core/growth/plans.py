@@ -1,4 +1,4 @@
-"""Plans: the origin of each unit in a growth, derived from the layer's sizes."""
+"""Plans: the origin and the position of each unit in a growth, experts of a growing group included."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Carry a layer's sums, signals and auxiliary loss through backward.
+"""Carry sums, signals and auxiliary loss through backward, so that a recomputed forward counts once.
 
 Under activation checkpointing a forward runs twice, but its backward once. Therefore everything that must happen once
 per forward happens in backward, in a Function that passes the layer's output through unchanged:

@@ -1,4 +1,4 @@
-"""A run's configuration: flags and config files."""
+"""A run's configuration: declares every flag of `run`, and reads config files."""
 
 import tomllib
 from collections.abc import Mapping
