@@ -1,4 +1,4 @@
-"""Records of a routing decision, and the operations that every router needs.
+"""The records of a routing decision, and what every router needs: tie-breaking, assignments, group limits.
 
 Raw logits, biased logits, scores, selected assignments and kept assignments are five different things.
 Suffixes: T tokens, E experts, K chosen per token, N assignments, n units of a level.

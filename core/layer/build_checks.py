@@ -1,4 +1,4 @@
-"""A layer's first forward, on four random tokens: a faulty plugin fails here, by name."""
+"""Checks of a new layer: the router returns assignments, each loss is a scalar that trains the router."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""The plugins of one engine: load, check, configure, order and bind them.
+"""The plugins of one engine: load, check, configure, order and bind them; refuse mixes that make no sense.
 
 Nothing here imports torch, and only the chosen plugins are imported.
 """
