@@ -11,7 +11,9 @@ import pytest
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 
-@pytest.mark.parametrize("name", ["experts", "memory", "step", "growth", "startup"])
+@pytest.mark.parametrize(
+    "name", ["experts", pytest.param("memory", marks=pytest.mark.long), "step", "growth", "startup"]
+)
 def test_a_benchmark_runs(name):
     before = sorted(FOLDER.glob("results/*"))
     words = [sys.executable, f"{name}.py", "--smoke"]

@@ -111,7 +111,7 @@ ERRORS = {
     "absent": "loss 'absent' (broken-dist 1.0) does not load: ImportError: no such library",
     "greedy": "metric 'greedy' (broken-dist 1.0): moe_metrics asks for 'statistics', "
     "but the hook offers stats, layer, effects, probe and memory",
-    "misspelt": "loss 'misspelt' (broken-dist 1.0) implements moe_aux_los, which is no hook; "
+    "misspelt": "loss 'misspelt' (broken-dist 1.0) implements 'moe_aux_los', which is not a hook; "
     "did you mean 'moe_aux_loss'",
     "twin": "plugin 'twin' is offered by twin-a (twin_a:Twin) and twin-b (twin_b:Twin); uninstall one of them",
 }

@@ -97,8 +97,8 @@ def test_verdict_threshold_and_advice_are_the_metrics_own(stats):
     assert [row["verdict"]["name"] for row in strict] == ["healthy"] * 3 + ["imbalanced"]
     (flat,) = stats(EXAMPLES / "cifar10_10_experts.csv", "--top-k", "4")["rows"]
     assert flat["verdict"]["name"] == "collapsed"  # exp(H) = 10^0.568362 = 3.70, at most 1.25 x 4
-    assert flat["verdict"]["why"] == "the load of 10 experts is worth 3.7 of them (limit 5.0)"
-    assert flat["verdict"]["advice"].startswith("add a balancing plugin")
+    assert flat["verdict"]["why"] == "effectively 3.7 of 10 experts are used (limit 5.0)"
+    assert flat["verdict"]["advice"].startswith("add or strengthen a balancing loss or bias")
 
 
 @pytest.mark.parametrize("file", ["olmoe.csv", "mixtral.csv"])

@@ -68,7 +68,7 @@ class RoutesPadding(Top):
         return probs_TE, plan
 
 
-@fault("top_k_is_kept", message="declare what it provides", hook="moe_router")
+@fault("top_k_is_kept", message="declare what the router provides", hook="moe_router")
 class PicksAnyNumber(Top):
     """All experts above the mean, with the default traits."""
 
