@@ -1,7 +1,7 @@
 """Building a layer: ask the plugins for its parts, check them and assemble the layer."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import attrs
 from torch import nn
@@ -16,6 +16,8 @@ from ..layer.dense import dense_twin
 from ..layer.experts import ModuleBank, StackedMLP
 from ..layer.moe import MoE
 from ..registry.manager import Plugins
+
+Built = TypeVar("Built")
 
 # the hooks that act on one layer, whose options can therefore be set per layer
 LAYER_HOOKS = ("router", "bias", "experts", "state", "aux_loss", "measure", "new_expert", "metrics")
@@ -64,7 +66,7 @@ class LayerBuild:
         """One MLP as wide as the experts that a token is sent to; one expert if a plugin provides the bank."""
         return self._blaming(lambda: dense_twin(self.spec, self._bank))
 
-    def _blaming(self, build: Any) -> Any:
+    def _blaming(self, build: Callable[[], Built]) -> Built:
         """build(); an exception is re-raised with the name of the plugin that it came from."""
         try:
             return build()
@@ -82,14 +84,14 @@ class LayerBuild:
         biases: list[dict[str, Bias]] = [
             dict(self._ask("moe_bias", Bias | None, spec=self.spec, level=level)) for level in router.levels
         ]
-        experts = self._bank(self.spec) or StackedMLP(self.spec)
+        bank = self._bank(self.spec)
         self._check_biases(router, biases)
         weights = {name: weight_of(plugin) for name, plugin in self.plugins.items()}
         return MoE(
             self.spec,
             router,
             biases,
-            experts,
+            StackedMLP(self.spec) if bank is None else bank,
             states=dict(self._ask("moe_state", Part | None, spec=self.spec)),
             losses=[bound for bound in self.chosen.bind("moe_aux_loss", self.plugins) if weights[bound.plugin]],
             measures=self.chosen.bind("moe_measure", self.plugins),

@@ -25,7 +25,8 @@ def build_task(config: RunConfig, engine: Engine) -> Task:
     """The task, with its data. Raises UsageError."""
     for bound in engine.plugins.bind("moe_task"):
         if bound.plugin == config.task:
-            return engine.plugins.ask(bound, Task, {"spec": _task_spec(config)})
+            task: Task = engine.plugins.ask(bound, Task, {"spec": _task_spec(config)})
+            return task
     raise UsageError(f"task '{config.task}' is left out by --no-plugin, or does not implement moe_task", code="no-task")
 
 

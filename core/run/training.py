@@ -224,7 +224,7 @@ class Training:
         layers = self.engine.metrics("eval", self._scorer.probe)
         self._records.write_metrics("eval", self.step, self._loop.epoch, means, layers)
         if final:
-            facts = {"step": self.step, "seconds": self._seconds(), "means": means, "layers": layers}
+            facts: dict[str, Any] = {"step": self.step, "seconds": self._seconds(), "means": means, "layers": layers}
             summary = summarize(self.config, self.engine, perplexity=self.task.perplexity, **facts)
             write_atomically(self.folder / "summary.json", (dump(summary) + "\n").encode())
         self._loop.eval_loss = means["loss"]
