@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from sentences import sentence_of
 
 from moe_engine import cli
+from sentences import sentence_of
 
 
 @pytest.fixture

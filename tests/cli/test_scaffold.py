@@ -6,11 +6,11 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from sentences import check
 
 from moe_engine.cli import main
 from moe_engine.cli.scaffold import project
 from moe_engine.registry.discovery import KINDS
+from sentences import check
 
 FILES = {
     ".github/workflows/ci.yml",
