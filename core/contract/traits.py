@@ -92,8 +92,10 @@ class Traits:
 
 
 def _words(field: str, given: str | Iterable[str], known: Mapping[str, str]) -> tuple[str, ...]:
-    words = (given,) if isinstance(given, str) else tuple(given)
+    words = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, Iterable) else (given,)
     for word in words:
+        if not isinstance(word, str):
+            raise UsageError(f"Traits: {field} takes words, not {word!r}", code="bad-trait")
         if word not in known:
             raise UsageError(f"Traits: {field} has unknown '{word}'; {nearest(str(word), known)}", code="unknown-trait")
     return words

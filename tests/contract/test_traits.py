@@ -272,6 +272,8 @@ def plugin(**body):
         ({"effects": ("equal_loads",)}, "unknown 'equal_loads'; did you mean 'equal_load'?"),
         ({"balanced": "1"}, "balanced is a number or None, not '1'"),
         ({"orphans": 1}, "orphans is True or False, not 1"),
+        ({"requires": None}, "requires takes words, not None"),
+        ({"effects": (["equal_load"],)}, "effects takes words, not ['equal_load']"),
     ],
 )
 def test_a_trait_that_does_not_exist_is_refused_with_the_nearest_one(given, nearest):
