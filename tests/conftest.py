@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import warm
 from moe_engine.registry import discovery
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start, too: several tests run at a time
@@ -55,6 +56,14 @@ def install(monkeypatch):
 
     with discovery.pretend(found):
         yield add
+
+
+@pytest.fixture(scope="session")
+def commands():
+    """A server whose commands start at once; see warm.py."""
+    server = warm.Server()
+    yield server
+    server.stop()
 
 
 def has(name, major):

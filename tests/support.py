@@ -1,8 +1,10 @@
 """Helpers of the tests that are not fixtures."""
 
+import multiprocessing
 from contextlib import contextmanager
 
 import pytest
+import torch
 
 from moe_engine import UsageError
 
@@ -15,3 +17,9 @@ def refused(code, *words, kind=UsageError):
     sentence = str(caught.value)
     assert caught.value.code == code, f"{caught.value.code!r}: {sentence}"
     assert [word for word in words if str(word) not in sentence] == [], sentence
+
+
+def on_ranks(function, *args, count=2):
+    """Call function(rank, *args) in that many processes, forked from one that has imported torch already."""
+    multiprocessing.set_forkserver_preload(["torch", "moe_engine.engine.engine", "moe_engine.growth.transaction"])
+    torch.multiprocessing.start_processes(function, args, count, start_method="forkserver")

@@ -1,9 +1,6 @@
 """Every benchmark runs, small and without its criteria: a test does not judge speed."""
 
 import importlib
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,12 +11,9 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 @pytest.mark.parametrize(
     "name", ["experts", pytest.param("memory", marks=pytest.mark.long), "step", "growth", "startup"]
 )
-def test_a_benchmark_runs(name):
+def test_a_benchmark_runs(name, commands):
     before = sorted(FOLDER.glob("results/*"))
-    words = [sys.executable, f"{name}.py", "--smoke"]
-    done = subprocess.run(
-        words, check=False, cwd=FOLDER, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    done = commands.run([FOLDER / f"{name}.py", "--smoke"], FOLDER)
     assert done.returncode == 0, done.stderr
     assert sorted(FOLDER.glob("results/*")) == before
 

@@ -4,11 +4,12 @@ One fresh virtual environment holds all of them, as pip installs them; no line o
 """
 
 import json
-import subprocess
 from types import SimpleNamespace
 
 import pytest
 import tomli_w
+
+from warm import MOE_ENGINE, Server
 
 MY_PLUGINS = '''\
 import attrs
@@ -139,12 +140,14 @@ def command(new_venv, tmp_path_factory):
     home = tmp_path_factory.mktemp("third_party")
     python = new_venv(home / "venv", [write(home / name, name) for name in DISTRIBUTIONS])
 
+    server = Server(python)
+
     def call(*argv, cwd=home):
-        code = "import sys; from moe_engine.cli import main; sys.exit(main())"
-        done = subprocess.run([python, "-c", code, *argv], check=False, capture_output=True, text=True, cwd=cwd)
+        done = server.run([*MOE_ENGINE, *argv], cwd)
         return SimpleNamespace(code=done.returncode, out=done.stdout, err=done.stderr)
 
-    return call
+    yield call
+    server.stop()
 
 
 @pytest.fixture(scope="module")

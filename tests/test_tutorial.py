@@ -2,11 +2,16 @@
 
 import os
 import re
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
+import warm
+from warm import MOE_ENGINE, Server
 
 TUTORIAL = (Path(__file__).parents[1] / "docs" / "tutorial.md").read_text("utf-8")
 BLOCKS = re.findall(r"^```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^```", TUTORIAL, re.M | re.S)
@@ -17,8 +22,10 @@ def reader(new_venv, tmp_path_factory):
     """Where the reader's files are, and what was printed by each block of commands."""
     home = tmp_path_factory.mktemp("reader")
     python = new_venv(home / ".venv")
+    server = Server(python)
     engine = python.parent / "moe-engine"
-    engine.write_text(f"#!{python}\nimport sys\nfrom moe_engine.cli import main\nsys.exit(main())\n")
+    words = [sys.executable, "-S", warm.__file__, server.address, *MOE_ENGINE]
+    engine.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
     engine.chmod(0o755)
     offline = {"PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     path = os.pathsep.join([str(python.parent), os.environ["PATH"]])
@@ -29,14 +36,18 @@ def reader(new_venv, tmp_path_factory):
             assert (home / file).exists(), f"{file}, which the page replaces, is not there"
             (home / file).write_text(text)
         elif language in ("sh", "python"):
-            command = ["bash", "-ec", text] if language == "sh" else [python, "-c", text]
-            ran = subprocess.run(command, check=False, capture_output=True, text=True, cwd=home, env=environment)
+            if language == "sh":
+                command = ["bash", "-ec", text]
+                ran = subprocess.run(command, check=False, capture_output=True, text=True, cwd=home, env=environment)
+            else:
+                ran = server.run(["-c", text], home, environment)
             follows = BLOCKS[number + 1 : number + 2]
             expected = follows[0][2] if follows and follows[0][0] == "text" else ""
             assert ran.returncode == (2 if expected.startswith("moe-engine: ") else 0), (text, ran.stdout, ran.stderr)
             assert expected in ran.stdout + ran.stderr
             done.append(ran.stdout)
-    return SimpleNamespace(home=home, printed=done)
+    yield SimpleNamespace(home=home, printed=done)
+    server.stop()
 
 
 def test_the_readers_router_is_listed(reader):

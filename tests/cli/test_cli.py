@@ -14,6 +14,7 @@ from moe_engine.cli import COMMANDS, main, progress
 from moe_engine.cli.plugin_lines import summary_of
 from moe_engine.cli.plugins import HEADINGS
 from moe_engine.registry.discovery import KINDS, Found, find
+from warm import MOE_ENGINE
 
 QUICK = ["--task", "blobs", "--set", "blobs.images=500", "--set", "blobs.test_images=100", "--epochs", "1"]
 
@@ -47,30 +48,31 @@ def test_plain_lines_show_progress(capsys):
     assert "report: run/report.html" in out
 
 
-def on_a_terminal(width, *words):
+def on_a_terminal(commands, width, *words):
     """The output of the command line on a terminal of that width, without control sequences."""
     ours, theirs = os.openpty()
-    command = [sys.executable, "-c", "import sys; from moe_engine.cli import main; sys.exit(main(sys.argv[1:]))"]
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": str(width)}
-    with subprocess.Popen([*command, *words], stdout=theirs, stderr=theirs, env=environment) as process:
-        os.close(theirs)
-        seen = b""
-        try:
-            while piece := os.read(ours, 65536):
-                seen += piece
-        except OSError:  # Linux raises it at the end of a pseudo-terminal
-            seen += b""
+    with open(theirs, "wb") as terminal:
+        process = commands.start([*MOE_ENGINE, *words], environment=environment, stdout=terminal, stderr=terminal)
+    seen = b""
+    try:
+        while piece := os.read(ours, 65536):
+            seen += piece
+    except OSError:  # Linux raises it at the end of a pseudo-terminal
+        seen += b""
     os.close(ours)
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", seen.decode())
-    assert process.returncode == 0, text
+    assert process.wait() == 0, text
     return re.split(r"[\r\n]+", text.strip())
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 @pytest.mark.parametrize("width", [80, pytest.param(160, marks=pytest.mark.long)])
-def test_a_terminal_gets_a_live_bar(width):
+def test_a_terminal_gets_a_live_bar(width, commands):
     """With loss, accuracy, cv, maxvio and active experts, which the plain lines would repeat."""
-    lines = on_a_terminal(width, "run", *QUICK, "--out", "run", "--log-every", "4", "--no-plugin", "plots,html")
+    lines = on_a_terminal(
+        commands, width, "run", *QUICK, "--out", "run", "--log-every", "4", "--no-plugin", "plots,html"
+    )
     bars = [line for line in lines if "8/8" in line and "cv" in line]
     assert all(word in bars[-1] for word in ("8/8", "loss", "test", "%", "cv", "maxvio", "active")), bars[-1]
     assert re.search(r"active \d+$", bars[-1].strip()), bars[-1]

@@ -8,8 +8,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from urllib.error import URLError
 
@@ -19,6 +17,7 @@ import pytest
 from moe_engine.cli import main
 from moe_engine.registry.discovery import find
 from sentences import check, sentence_of
+from warm import MOE_ENGINE
 
 QUICK = ("run", "--epochs", "1", "--no-plugin", "plots,html", "--quiet")
 
@@ -773,24 +772,20 @@ def test_a_plugin_without_any_hook_is_refused_by_name(refusal, distribution):
 
 # -- signals ---------------------------------------------------------------------------------------
 
-COMMAND = (sys.executable, "-c", "import sys; from moe_engine.cli import main; sys.exit(main())")
-
 
 @pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_stops_the_run_after_a_checkpoint(here, number, code):
+def test_a_signal_stops_the_run_after_a_checkpoint(here, commands, number, code):
     """One sentence, the code of the signal, and no traceback."""
     argv = ("run", "--epochs", "100000", "--log-every", "1", "--no-plugin", "plots,html", "--out", "out")
-    with subprocess.Popen([*COMMAND, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            while "step" not in (line := process.stderr.readline()) or "train" not in line:
-                assert line, "the run ended by itself"
-            process.send_signal(number)
-            out, err = process.communicate(timeout=60)
-        finally:
-            process.kill()
+    with open("stdout", "w") as stdout, open("stderr", "w") as stderr:
+        process = commands.start([*MOE_ENGINE, *argv], stdout=stdout, stderr=stderr)
+    while "train" not in Path("stderr").read_text():
+        assert not process.ended(), "the run ended by itself"
+    process.kill(number)
+    assert (code, "") == (process.wait(), Path("stdout").read_text())
+    err = Path("stderr").read_text()
     last = err.splitlines()[-1]
-    assert (code, "") == (process.returncode, out)
     assert re.fullmatch(r"moe-engine: stopped at step [1-9]\d* of \d+; continue with: moe-engine resume out", last)
     assert ("Traceback" in err, len(list((here / "out" / "checkpoints").iterdir()))) == (False, 1)
 

@@ -11,6 +11,7 @@ import pytest
 
 from moe_engine.cli import main
 from moe_engine.registry.discovery import KINDS
+from warm import MOE_ENGINE, Server
 
 DEMO = Path(__file__).parents[2] / "examples" / "moe-engine-demo"
 NAME = "quite_a_long_name_for_a_{}"  # the longest lines of a module hold its class's name
@@ -33,13 +34,13 @@ def projects(tmp_path_factory):
 def test_they_pass_their_own_tests(projects, new_venv, tmp_path):
     """Every check of its kind, for each of the nine kinds; the command line lists them all as fine."""
     python = new_venv(tmp_path / "venv", projects)
-    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *projects]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=tmp_path)
+    server = Server(python)
+    done = server.run(["-m", "pytest", "-q", "-p", "no:cacheprovider", *projects], tmp_path)
     assert not done.returncode, done.stdout[-3000:] + done.stderr[-1000:]
     ran = int(done.stdout.splitlines()[-1].split(" passed")[0].split()[-1])
     assert ran >= 3 * len(projects)
-    code = "import sys; from moe_engine.cli import main; sys.exit(main(['plugins', '--check']))"
-    done = subprocess.run([python, "-c", code], check=False, capture_output=True, text=True, cwd=tmp_path)
+    done = server.run([*MOE_ENGINE, "plugins", "--check"], tmp_path)
+    server.stop()
     assert not done.returncode, done.stdout
     assert {NAME.format(kind) for kind in KINDS.values()} < {line.split()[0] for line in done.stdout.splitlines()}
 

@@ -5,6 +5,7 @@ import torch
 
 from moe_engine import RunError
 from moe_engine.processes import agreed, all_reduce_sum, mean_over_ranks, one_thread
+from support import on_ranks
 
 
 def _process(rank, folder):
@@ -26,7 +27,7 @@ def _process(rank, folder):
 
 
 def test_two_processes_share_sums_means_and_failures(tmp_path):
-    torch.multiprocessing.spawn(_process, args=(str(tmp_path),), nprocs=2)
+    on_ranks(_process, str(tmp_path))
     for rank, failed in enumerate(("LookupError", "RunError")):
         mean, grad, total, outcomes = torch.load(tmp_path / str(rank), weights_only=True)
         assert (float(mean), float(grad), float(total)) == (1.5, 3.0, 3.0)  # d mean^2 / d own part, times ranks

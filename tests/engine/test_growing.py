@@ -10,7 +10,7 @@ from torch import nn
 
 from moe_engine import Growth, RunError, UsageError, hookimpl
 from rig import INITIALIZERS, LOSSES, Rig, same
-from support import refused
+from support import on_ranks, refused
 
 
 @pytest.mark.parametrize("initializer", INITIALIZERS)
@@ -169,7 +169,7 @@ def _process(rank, folder):
 
 
 def test_two_processes_grow_alike_or_not_at_all(tmp_path):
-    torch.multiprocessing.spawn(_process, args=(str(tmp_path),), nprocs=2)
+    on_ranks(_process, str(tmp_path))
     one, two = (torch.load(tmp_path / str(rank), weights_only=True) for rank in range(2))
     assert "a live DistributedDataParallel holds this layer" in one[0][0]
     assert "rebuild it after the growth" in two[0][0]

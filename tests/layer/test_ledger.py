@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from moe_engine import Engine
+from support import on_ranks
 
 PLUGINS = ["topk", "saturation", "loss_free", "switch_aux", "z_loss"]
 
@@ -338,7 +339,7 @@ def _process(rank, folder):
 
 
 def test_two_processes_sum_their_counts_and_keep_equal_states(tmp_path):
-    torch.multiprocessing.spawn(_process, args=(str(tmp_path),), nprocs=2)
+    on_ranks(_process, str(tmp_path))
     first, second = (torch.load(tmp_path / str(rank), weights_only=True) for rank in range(2))
     assert first[:2] == second[:2] == [(4 + 5 + 6) + (5 + 6 + 7), 3 + 4]
     torch.testing.assert_close(first[2:], second[2:], rtol=0, atol=0)

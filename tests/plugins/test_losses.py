@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_engine import Engine, Finding, LinearRouter, Spec, Traits, UsageError, assign, hookimpl
 from moe_engine.contract.setup import Setup
+from support import on_ranks
 
 E = 4
 
@@ -359,7 +360,7 @@ SHARED_INPUT = torch.randn(24, 6, generator=torch.Generator().manual_seed(3))
 
 def test_two_processes_balance_together(tmp_path):
     """global_aux of processes collapsed on different experts is 1; other losses' gradients are those of one process."""
-    torch.multiprocessing.spawn(_sides, args=(str(tmp_path),), nprocs=2)
+    on_ranks(_sides, str(tmp_path))
     (one, grad), (two, twin) = (torch.load(tmp_path / str(rank), weights_only=True) for rank in range(2))
     assert [float(one), float(two)] == pytest.approx([1, 1])
     torch.manual_seed(0)

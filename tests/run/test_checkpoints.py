@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import attrs
@@ -19,6 +17,7 @@ from moe_engine.run.config import RunConfig
 from moe_engine.run.folder import old_folder
 from moe_engine.run.training import Stopped, Training
 from support import refused
+from warm import MOE_ENGINE
 
 # -- trees and files -----------------------------------------------------------------------------------
 
@@ -374,7 +373,6 @@ QUICK += [
     "plots,html",
     "--quiet",
 ]
-COMMAND = [sys.executable, "-c", "import sys; from moe_engine.cli import main; sys.exit(main())"]
 
 
 def test_resume_says_what_is_wrong(tmp_path, capsys, monkeypatch):
@@ -394,29 +392,28 @@ def _written(folder):
     return file.stat().st_mtime_ns if file.exists() else 0
 
 
-def kill_at(folder, delay, number):
+def kill_at(commands, folder, delay, number):
     """Run in another process, which is killed after a while; returns whether it was still running."""
-    words = ["resume", str(folder)] if (folder / "config.toml").exists() else ["run", *QUICK, "--out", str(folder)]
-    environment, began = {**os.environ, "OMP_NUM_THREADS": "1"}, _written(folder)
-    with subprocess.Popen(
-        [*COMMAND, *words], env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as process:
-        while process.poll() is None and (written := _written(folder)) == began:
+    words = ["resume", folder] if (folder / "config.toml").exists() else ["run", *QUICK, "--out", folder]
+    began = _written(folder)
+    with open(folder.with_suffix(".err"), "w") as stderr:
+        process = commands.start([*MOE_ENGINE, *words], stderr=stderr)
+        while not process.ended() and _written(folder) == began:
             time.sleep(0.005)
         time.sleep(delay)
-        process.send_signal(number)
-        _, said = process.communicate(timeout=60)
-    assert written > began
-    assert b"Traceback" not in said
-    return process.returncode != 0
+        process.kill(number)
+        code = process.wait()
+    assert _written(folder) > began
+    assert "Traceback" not in folder.with_suffix(".err").read_text()
+    return code != 0
 
 
 @pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
-def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(tmp_path):
+def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(tmp_path, commands):
     assert main(["run", *QUICK, "--out", str(tmp_path / "whole")]) == 0
     folder, killed = tmp_path / "cut", 0
     for number, delay in ((signal.SIGKILL, 0.2), (signal.SIGTERM, 0.15), (signal.SIGKILL, 0.25), (signal.SIGINT, 0.1)):
-        killed += kill_at(folder, delay, number)
+        killed += kill_at(commands, folder, delay, number)
     assert killed
     assert main(["resume", str(folder), "--quiet"]) == 0
     assert ends(folder) == ends(tmp_path / "whole")
@@ -424,7 +421,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(tmp_path)
 
 @pytest.mark.long
 @pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
-def test_thirty_kills_at_random_moments_have_thirty_equal_ends(tmp_path):
+def test_thirty_kills_at_random_moments_have_thirty_equal_ends(tmp_path, commands):
     """Each of 30 runs on the digits is killed once, at any moment, also inside saving and inside growth."""
     import random
 
@@ -432,17 +429,15 @@ def test_thirty_kills_at_random_moments_have_thirty_equal_ends(tmp_path):
     digits += ["--checkpoint-every", "5", "--quiet", "--no-plugin", "plots,html", "--out"]
     assert main([*digits, str(tmp_path / "whole")]) == 0
     expected, draws, killed = ends(tmp_path / "whole"), random.Random(0), []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for number in range(30):
         folder = tmp_path / f"cut{number}"
         how = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)[number % 3]
-        with subprocess.Popen([*COMMAND, *digits, str(folder)], env=environment, stderr=subprocess.DEVNULL) as process:
-            while process.poll() is None and not (folder / "metrics.jsonl").exists():
-                time.sleep(0.005)
-            time.sleep(draws.uniform(0, 2.5))
-            process.send_signal(how)
-            process.wait(60)
-        killed.append(process.returncode)
+        process = commands.start([*MOE_ENGINE, *digits, folder])
+        while not process.ended() and not (folder / "metrics.jsonl").exists():
+            time.sleep(0.005)
+        time.sleep(draws.uniform(0, 2.5))
+        process.kill(how)
+        killed.append(process.wait())
         assert main(["resume", str(folder), "--quiet"]) == 0
         assert ends(folder) == expected, (number, how)
     print(f"return codes of the killed: {killed}")

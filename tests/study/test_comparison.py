@@ -4,8 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 
 import attrs
 import pytest
@@ -20,6 +18,7 @@ from moe_engine.run.training import Training
 from moe_engine.study.comparison import chosen_plugins, comparison_of
 from moe_engine.study.statistics import interval
 from support import refused
+from warm import MOE_ENGINE
 
 BLOBS = ["--task", "blobs", "--set", "blobs.images=300", "--set", "blobs.test_images=100", "--epochs", "1"]
 QUICK = [*BLOBS, "--jobs", "1", "--out", "out"]
@@ -206,18 +205,18 @@ def test_a_comparison_of_failed_rows_alone_is_a_failure(capsys, install):
     assert "no plugin could be compared; the first reason: router 'odd'" in capsys.readouterr().err
 
 
-def test_ctrl_c_keeps_finished_runs(capsys):
+def test_ctrl_c_keeps_finished_runs(capsys, commands):
     """Two processes are stopped as by a terminal; the same command then runs only what is missing."""
     words = ["compare-plugins", *BLOBS, "--epochs", "8", "--routers", "topk", "--jobs", "2", "--out", "out"]
-    code = "import sys; from moe_engine.cli import main; sys.exit(main(sys.argv[1:]))"
-    whole = [sys.executable, "-c", code, *words]
-    with subprocess.Popen(whole, stderr=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True) as process:
-        while not process.stderr.readline().startswith(b"2/6"):
-            assert process.poll() is None
+    read, write = os.pipe()
+    with open(write, "w") as stderr:
+        process = commands.start([*MOE_ENGINE, *words], stderr=stderr, session=True)
+    with open(read) as stderr:
+        while not stderr.readline().startswith("2/6"):
+            assert not process.ended()
         os.killpg(process.pid, signal.SIGINT)
-        err = process.stderr.read().decode()
-        process.wait(60)
-    assert process.returncode == 130
+        err = stderr.read()
+    assert process.wait() == 130
     assert err.endswith("moe-engine: stopped\n")
     assert "Traceback" not in err
     kept = set(os.listdir("out/cells"))

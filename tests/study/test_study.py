@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from moe_engine.seeds import generator
 from moe_engine.study.grid import cells_of
 from moe_engine.study.reading import read_study, shipped
 from support import refused
+from warm import MOE_ENGINE
 
 MINE = """
 title = "Two ways"
@@ -106,9 +105,6 @@ experts = ["2"]
 """
 
 
-COMMAND = (sys.executable, "-c", "import sys; from moe_engine.cli import main; sys.exit(main())")
-
-
 @pytest.fixture(autouse=True)
 def _mine(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -183,9 +179,9 @@ def test_finished_runs_are_not_run_again(out, ran):
     assert more["rows"][0]["seeds"] == [0, 1, 2]
 
 
-def test_a_killed_study_continues_to_the_same_numbers(finished, tmp_path):
-    words = [*COMMAND, "study", "mine.toml", "--jobs", "2", "--out", "killed"]
-    killed = subprocess.Popen(words, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
+def test_a_killed_study_continues_to_the_same_numbers(finished, tmp_path, commands):
+    words = [*MOE_ENGINE, "study", "mine.toml", "--jobs", "2", "--out", "killed"]
+    killed = commands.start(words, session=True)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("killed/cells/*.json")) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -257,10 +253,10 @@ def test_two_seeds_never_share_a_random_stream():
 
 @pytest.mark.skipif(not importlib.util.find_spec("distributed"), reason="needs dask and distributed")
 @pytest.mark.filterwarnings("ignore")
-def test_dask_gives_the_same_numbers(finished):
+def test_dask_gives_the_same_numbers(finished, commands):
     """On a real cluster: two workers on this machine."""
-    command = [*COMMAND, "study", "mine.toml", "--quiet", "--jobs", "2"]
-    subprocess.run([*command, "--backend", "dask", "--out", "dask"], check=True, capture_output=True)
+    command = [*MOE_ENGINE, "study", "mine.toml", "--quiet", "--jobs", "2"]
+    assert commands.run([*command, "--backend", "dask", "--out", "dask"]).returncode == 0
     expected = json.loads((finished / "study.json").read_text())
     assert expected == json.loads(Path("dask/study.json").read_text())
 
