@@ -10,6 +10,7 @@ What Python or torch reads as it starts (PYTHONPATH, OMP_NUM_THREADS) is the ser
 
 import importlib
 import json
+import multiprocessing
 import os
 import runpy
 import select
@@ -21,7 +22,10 @@ import sys
 import tempfile
 import time
 
-IMPORTS = ("torch", "matplotlib.pyplot", "moe_engine.run.training", "moe_engine.study.page", "moe_engine.testing")
+IMPORTS = (
+    *("torch._dynamo", "torchmetrics", "matplotlib.pyplot", "jinja2"),  # what a run imports only when it must
+    *("moe_engine.run.training", "moe_engine.study.page", "moe_engine.testing"),
+)
 MOE_ENGINE = ("-c", "import sys; from moe_engine.cli import main; sys.exit(main())")
 
 
@@ -93,10 +97,9 @@ def serve(address):
     while True:
         connection, _ = listener.accept()
         if not os.fork():
-            listener.close()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             attend(connection)
-            return
+            os._exit(0)
         connection.close()
 
 
@@ -105,15 +108,13 @@ def attend(connection):
     text, files, _, _ = socket.recv_fds(connection, 1 << 20, 2)
     while not text.endswith(b"\n"):
         text += connection.recv(1 << 20)
-    pid = os.fork()
-    if not pid:
-        connection.close()
-        become(json.loads(text), files)
-        return
-    connection.sendall(b"%d\n" % pid)
-    _, status = os.waitpid(pid, 0)
-    connection.sendall(b"%d\n" % os.waitstatus_to_exitcode(status))
-    os._exit(0)
+    process = multiprocessing.get_context("fork").Process(target=become, args=(json.loads(text), files))
+    process.start()
+    for file in files:
+        os.close(file)
+    connection.sendall(b"%d\n" % process.pid)
+    process.join()  # that process ends without the seconds that it takes to clear torch from memory
+    connection.sendall(b"%d\n" % process.exitcode)
 
 
 def become(request, files):

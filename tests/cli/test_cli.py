@@ -80,11 +80,11 @@ def test_a_terminal_gets_a_live_bar(width, commands):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
-def test_a_table_fits_the_terminal(tmp_path):
+def test_a_table_fits_the_terminal(tmp_path, commands):
     """In parts where it is too wide, each with the columns that name its rows; cells stay whole."""
     run("one", "--plugins", "switch_aux")
     run("two")
-    lines = on_a_terminal(80, "compare", "one", "two")
+    lines = on_a_terminal(commands, 80, "compare", "one", "two")
     assert max(len(line.rstrip()) for line in lines) <= 80
     heads = [line.split() for line in lines if line.startswith("run ")]
     assert len(heads) > 1 and {"accuracy", "loss", "entropy", "seconds"} < {word for head in heads for word in head}
