@@ -188,11 +188,10 @@ class GroupLimitedRouter(LinearRouter):
     def levels(self) -> tuple[LevelSpec, ...]:
         return (LevelSpec("expert", self.weight.shape[0], self.top_k, limited=self.groups > 1),)
 
-    def limited(self, scores_TE: Tensor) -> Tensor:
-        """scores_TE, with -inf outside each token's best groups."""
-        if self.groups == 1:
-            return scores_TE
-        return keep_best_groups(scores_TE, self.groups, self.groups_kept, self.top_k)
+    def select_by(self, level: Level, scores_TE: Tensor) -> Tensor:
+        """`level.select_by(scores_TE)`, with -inf outside each token's best groups."""
+        by_TE = level.select_by(scores_TE)
+        return by_TE if self.groups == 1 else keep_best_groups(level, by_TE, self.groups, self.groups_kept, self.top_k)
 
     def adjust_rows(self, staged: dict[str, Tensor], plans: Mapping[str, "Plan"]) -> None:
         if self.groups > 1 and staged.get("weight", self.weight).shape != self.weight.shape:

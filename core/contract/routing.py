@@ -1,6 +1,9 @@
 """The records of a routing decision, and what every router needs: tie-breaking, assignments, group limits.
 
 Raw logits, biased logits, scores, selected assignments and kept assignments are five different things.
+
+A choice is exact: `Level.select_by` holds the promise.
+
 Suffixes: T tokens, E experts, K chosen per token, N assignments, n units of a level.
 """
 
@@ -14,6 +17,10 @@ from torch import Tensor
 
 from ..errors import UsageError
 from .numerics import at_least_fp32, count_by
+
+# odd factors that spread neighbouring integers, as int32, in which products wrap alike on every device
+GOLDEN = 0x9E3779B1 - 2**32  # 2^32 over the golden ratio
+MIXING = 0x85EBCA6B - 2**32  # of MurmurHash3's finalizer
 
 
 @attrs.frozen
@@ -72,7 +79,7 @@ class Tokens:
 
     x [T, D]: the input. shape: the leading shape, (B, S) or (T,). mask [T]: bool, True is a real token; None if all
     are real. ids [T]: token ids, or None. labels [T]: class or domain, or None. count: the number of real tokens, an
-    integer scalar.
+    integer scalar. lots [T]: the hash of each token that parts equal scores.
     """
 
     x: Tensor
@@ -80,7 +87,15 @@ class Tokens:
     mask: Tensor | None = None
     ids: Tensor | None = None
     labels: Tensor | None = None
+    _lots: Tensor | None = None
     count: Tensor = attrs.field(init=False)
+
+    @property
+    def lots(self) -> Tensor:
+        """[T] int32: a hash of each token's vector; that of x unless it was given, as by a trace, which has no x."""
+        if self._lots is None:
+            self._lots = lots_of(self.x)
+        return self._lots
 
     def __attrs_post_init__(self) -> None:
         if self.mask is None:
@@ -97,6 +112,18 @@ class Tokens:
     def mean(self, values: Tensor) -> Tensor:
         """The mean over real tokens of values [T] or [T, n]; without real tokens 0, still attached to the graph."""
         return self.real(values).sum(0) / self.count.clamp(min=1)
+
+
+def lots_of(x_TD: Tensor, most: int = 256) -> Tensor:
+    """[T] int32: a hash of up to `most` entries of each row, rounded, so that a change in a last bit seldom changes it.
+
+    It is a sum of integers, which no order of adding changes: neither batch, place nor device matters.
+    """
+    some_TD = x_TD.detach()[:, :: -(-x_TD.shape[1] // most) or 1].bfloat16() + 0.0  # -0.0 is 0.0
+    coarse_TD = some_TD.view(torch.int16) >> 3  # sign, exponent and four bits
+    factor_D = torch.arange(1, some_TD.shape[1] + 1, dtype=torch.int32, device=x_TD.device) * GOLDEN
+    factor_D = (factor_D ^ (factor_D >> 15)) * MIXING
+    return (coarse_TD * (factor_D ^ (factor_D >> 13))).sum(-1, dtype=torch.int32)
 
 
 class LevelSpec(NamedTuple):
@@ -116,29 +143,43 @@ class LevelSpec(NamedTuple):
 class Level:
     """The scores of one level of a router. logits [T, n]: raw. biased [T, n]: with the biases that gates see.
 
-    bias [n]: the sum of the selection-only biases, or None. scores [T, n]: the scores that selection ranked,
-    without that bias; None before selection.
+    tokens: whose scores they are. index: 0 for the coarsest level. bias [n]: the sum of the selection-only biases, or
+    None. scores [T, n]: the scores that selection ranked, without that bias; None before selection.
     """
 
     name: str
     logits: Tensor
     biased: Tensor
+    tokens: Tokens
+    index: int = 0
     bias: Tensor | None = None
     scores: Tensor | None = None
 
     def select_by(self, scores: Tensor) -> Tensor:
-        """The values to take the top-K of: scores [T, n] plus the selection bias, with ties broken per token.
+        """[T, n] float64, to take the top of: scores [T, n] plus the selection bias, equal ones parted.
 
-        The tie-break is below 3e-7 * n * (1 + |score|). Without it, equal scores (from an all-zero router or exact
-        clones) would send every token to the same units, and to different ones on a GPU.
+        Given the same bits of its vector and its scores, a token chooses the same experts, whatever its batch, place
+        or padding. A larger fp32 score always wins; only equal scores are parted, by a hash of the token, independent
+        per unit and per level. Identical tokens choose alike.
         """
         self.scores = scores.detach()
-        scores = self.scores if self.bias is None else self.scores + self.bias
-        tokens, units = scores.shape
-        turn_n = torch.arange(units, dtype=scores.dtype, device=scores.device)
-        turn_Tn = turn_n.expand(tokens // units + 2, units).flatten().unfold(0, units, 1)[:tokens]
-        size = scores.abs().clamp_(max=1e30).add_(1)  # -inf, which may mask a unit, stays -inf
-        return torch.addcmul(scores, size, turn_Tn, value=-(2**-22))
+        return self.part_ties(self.scores if self.bias is None else self.scores + self.bias)
+
+    def part_ties(self, scores: Tensor, draw: int = 0) -> Tensor:
+        """[T, n] float64: scores [T, n] as fp32, equal ones parted; rounded to fp32 it is the scores again.
+
+        draw: another one parts the same ties independently. A device without float64 gets the fp32 scores, unparted.
+        """
+        s_Tn = scores.detach().float()
+        if s_Tn.device.type == "mps":
+            return s_Tn
+        lot_T = (self.tokens.lots ^ (self.index + 16 * draw)) * MIXING  # int32, which wraps alike everywhere
+        lot_T = lot_T ^ (lot_T >> 15)  # so that levels and draws are independent
+        unit_n = torch.arange(s_Tn.shape[1], dtype=torch.int32, device=s_Tn.device)
+        turn_Tn = (lot_T[:, None] ^ (unit_n * GOLDEN)) * GOLDEN
+        # A turn moves a score by at most 2^-27 of it, an eighth of the least gap between fp32 numbers. -inf stays.
+        size_Tn = s_Tn.abs().clamp_(2.0**-124, 2.0**96).mul_(turn_Tn)
+        return torch.add(s_Tn.double(), size_Tn, alpha=2**-58)
 
 
 @attrs.define(eq=False)
@@ -272,16 +313,20 @@ class Routing:
         return values_TE.view(math.prod(batch), length, values_TE.shape[-1])
 
 
-def keep_best_groups(scores_TE: Tensor, groups: int, kept: int, top_k: int) -> Tensor:
+def keep_best_groups(level: Level, by_TE: Tensor, groups: int, kept: int, top_k: int) -> Tensor:
     """Group-limited selection: -inf outside the `kept` best of `groups` equal groups of experts.
 
-    A group's score is the sum of its top K/kept scores (DeepSeek-V3, 2024, where K/kept is 2; transformers always
-    sums 2). The mask is -inf rather than 0, which would beat negative scores. Check with `groups_problem` first.
+    by_TE: what `level.select_by` returned. A group's score is the sum of its top K/kept scores (DeepSeek-V3, 2024,
+    where K/kept is 2; transformers always sums 2), in float64; equal groups are parted like equal experts. The mask is
+    -inf rather than 0, which would beat negative scores. Check with `groups_problem` first.
     """
-    count, experts = scores_TE.shape
-    grouped = scores_TE.view(count, groups, experts // groups)
-    best = grouped.topk(top_k // kept, dim=-1).values.sum(-1).topk(kept, dim=-1).indices
-    closed = torch.ones(count, groups, dtype=torch.bool, device=scores_TE.device).scatter(1, best, False)
+    count, experts = by_TE.shape
+    grouped = by_TE.view(count, groups, experts // groups)
+    sum_TG = grouped.float().to(by_TE.dtype).topk(top_k // kept, dim=-1).values.sum(-1)  # of the scores, unparted
+    by_lot_TG = level.part_ties(torch.zeros_like(sum_TG), draw=1).argsort(dim=-1, descending=True)
+    best_TG = sum_TG.gather(-1, by_lot_TG).argsort(dim=-1, descending=True, stable=True)
+    best = by_lot_TG.gather(-1, best_TG)[:, :kept]
+    closed = torch.ones(count, groups, dtype=torch.bool, device=by_TE.device).scatter(1, best, False)
     return grouped.masked_fill(closed[..., None], -torch.inf).view(count, experts)
 
 

@@ -10,6 +10,7 @@ method `trial_options`, which configures a plugin for the conformance tests if i
 
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,7 @@ def problem_of(cls: type, hooks: Iterable[str]) -> str | None:
     for name in names:
         if name in RENAMED and name not in _options(cls):
             return f"'{name}' is now {RENAMED[name]}"
-        near = get_close_matches(name, (*DECLARED, *RENAMED), n=1, cutoff=0.8)
+        near = _declared_like(name)
         if near and name not in DECLARED and not callable(getattr(cls, name, None)) and name not in _options(cls):
             known = "traits" if near[0] in RENAMED else near[0]
             return f"the core does not know the class attribute '{name}'; did you mean '{known}'?"
@@ -145,6 +146,11 @@ def problem_of(cls: type, hooks: Iterable[str]) -> str | None:
     if traits.provides is not None and "moe_router" not in hooks:
         return "only a router provides traits; use requires=... for what the plugin needs from a router"
     return None
+
+
+@cache
+def _declared_like(name: str) -> list[str]:
+    return get_close_matches(name, (*DECLARED, *RENAMED), n=1, cutoff=0.8)
 
 
 def _options(cls: type) -> set[str]:

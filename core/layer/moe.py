@@ -108,7 +108,7 @@ class MoE(nn.Module):
 
     def decide(self, tokens: Tokens, logits: Sequence[Tensor], without: str | None = None) -> Routing:
         """The part of `route` after the scores. logits: one [T, n] per level."""
-        levels = []
+        levels: list[Level] = []
         for level, raw_Tn, biases in zip(self.router.levels, logits, self.biases, strict=True):
             biased_Tn, selection_n = raw_Tn, None
             for name, bias in biases.items():  # type: ignore[operator]
@@ -118,7 +118,7 @@ class MoE(nn.Module):
                     selection_n = bias() if selection_n is None else selection_n + bias()
                 else:
                     biased_Tn = biased_Tn + bias()
-            levels.append(Level(level.name, raw_Tn, biased_Tn, selection_n))
+            levels.append(Level(level.name, raw_Tn, biased_Tn, tokens, len(levels), selection_n))
         probs_TE, plan = self.router.select(tokens, tuple(levels))
         slots = plan if isinstance(plan, Slots) else None
         if isinstance(plan, Slots):

@@ -169,7 +169,8 @@ def routing_of(block: Any, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, cal
     order_TK = by_TE.gather(1, expert_TK).argsort(dim=-1, descending=True, stable=True)  # not every block sorts
     plan = assign(gate_TK.gather(1, order_TK), expert_TK.gather(1, order_TK), tokens)
     probs_TE = scores_TE / scores_TE.sum(-1, keepdim=True).clamp(min=1e-30)
-    return Routing(tokens, (Level("expert", logits_TE, logits_TE, bias_E),), probs_TE, plan, spec.experts, spec.top_k)
+    level = Level("expert", logits_TE, logits_TE, tokens, bias=bias_E)
+    return Routing(tokens, (level,), probs_TE, plan, spec.experts, spec.top_k)
 
 
 def _tokens(x_TD: Tensor, call: Call) -> Tokens:

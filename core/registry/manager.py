@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 from ..contract import hookspecs
+from ..contract.hookspecs import HOOKS
 from ..contract.options import Settings, build, changed, values_of
 from ..contract.setup import Bound, Setup
 from ..contract.traits import ROUTER_TRAITS, provided_by, traits_of, weight_of
@@ -19,6 +20,17 @@ from .discovery import Found, _marks, defaults, disabled, find, load, pick
 
 if TYPE_CHECKING:
     from ..contract.stats import Finding
+
+
+class Manager(pluggy.PluginManager):
+    """Looks for our hooks alone among a plugin's attributes, not at each of them."""
+
+    def __init__(self) -> None:
+        super().__init__("moe_engine")
+        self.add_hookspecs(hookspecs)
+
+    def parse_hookimpl_opts(self, plugin: Any, name: str) -> Any:
+        return super().parse_hookimpl_opts(plugin, name) if name in HOOKS else None
 
 
 class Plugins:
@@ -39,8 +51,7 @@ class Plugins:
         self.found: dict[str, Found] = {}
         self._classes: dict[str, type] = {}
         self.remarks: dict[str, Finding] = {}  # by the plugin that made it
-        self.manager = pluggy.PluginManager("moe_engine")
-        self.manager.add_hookspecs(hookspecs)
+        self.manager = Manager()
         for name in set(without) - disabled():
             self.manager.set_blocked(pick(name, installed).name)
         for name in disabled():
@@ -63,8 +74,7 @@ class Plugins:
         twin = copy.copy(self)
         memo[id(self)] = twin
         twin.active = copy.deepcopy(self.active, memo)
-        twin.manager = pluggy.PluginManager("moe_engine")  # it holds modules, which can't be copied
-        twin.manager.add_hookspecs(hookspecs)
+        twin.manager = Manager()  # the old one holds modules, which can't be copied
         twin._register()
         return twin
 

@@ -30,11 +30,13 @@ class Forward:
     """One layer's decision in one forward, on the CPU.
 
     shape: the leading shape of its T tokens. logits: [T, n] by level, raw and in the precision that the router saw.
-    mask, ids, labels: [T] or None. token, expert, gate, rank, selected: [N], as in `Assignments`.
+    lots: [T]. mask, ids, labels: [T] or None; see `Tokens`. token, expert, gate, rank, selected: [N], as in
+    `Assignments`.
     """
 
     shape: tuple[int, ...]
     logits: dict[str, Tensor]
+    lots: Tensor
     mask: Tensor | None
     ids: Tensor | None
     labels: Tensor | None
@@ -50,7 +52,7 @@ class Forward:
         tokens, plan = routing.tokens, routing.plan
         logits = {level.name: level.logits for level in routing.levels}
         choice = (plan.token, plan.expert, plan.weight, plan.rank, plan.selected)
-        forward = cls(tokens.shape, logits, tokens.mask, tokens.ids, tokens.labels, *choice)
+        forward = cls(tokens.shape, logits, tokens.lots, tokens.mask, tokens.ids, tokens.labels, *choice)
         return cls(**{name: _on_cpu(value) for name, value in attrs.asdict(forward, recurse=False).items()})
 
     def rows(self, start: int, stop: int) -> "Forward":
@@ -58,7 +60,7 @@ class Forward:
         each = math.prod(self.shape[1:])
         first, last = start * each, min(stop, self.shape[0]) * each
         inside_N = (self.token >= first) & (self.token < last)
-        columns = {name: getattr(self, name) for name in ("mask", "ids", "labels")}
+        columns = {name: getattr(self, name) for name in ("lots", "mask", "ids", "labels")}
         by_token: dict[str, Any] = {name: None if col is None else col[first:last] for name, col in columns.items()}
         by_choice: dict[str, Any] = {
             name: getattr(self, name)[inside_N] for name in ("expert", "gate", "rank", "selected")
@@ -75,13 +77,14 @@ class Forward:
     def tokens(self) -> Tokens:
         """The tokens without their hidden states: x is [T, 0], which makes a router that reads it fail."""
         count = math.prod(self.shape)
-        return Tokens(torch.empty(count, 0), tuple(self.shape), self.mask, self.ids, self.labels)
+        return Tokens(torch.empty(count, 0), tuple(self.shape), self.mask, self.ids, self.labels, self.lots)
 
     def routing(self, spec: Spec) -> Routing:
         """The recorded decision."""
-        levels = tuple(Level(name, value, value) for name, value in self.logits.items())
+        tokens = self.tokens
+        levels = tuple(Level(name, value, value, tokens, at) for at, (name, value) in enumerate(self.logits.items()))
         plan = Assignments(self.token, self.expert, self.gate, self.rank, self.selected, self.selected)
-        return Routing(self.tokens, levels, None, plan, spec.experts, spec.top_k)
+        return Routing(tokens, levels, None, plan, spec.experts, spec.top_k)
 
 
 @attrs.define(eq=False)
@@ -190,7 +193,7 @@ def _check(layer: LayerTrace, forward: Forward) -> None:
     A file with a valid checksum may still hold the wrong content.
     """
     count, routing = math.prod(forward.shape), forward.routing(layer.spec)
-    for column in (forward.mask, forward.ids, forward.labels, *forward.logits.values()):
+    for column in (forward.lots, forward.mask, forward.ids, forward.labels, *forward.logits.values()):
         if column is not None and column.shape[0] != count:
             raise ValueError(f"a column of {column.shape[0]} for {count} tokens")
     routing.chosen()

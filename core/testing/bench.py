@@ -24,6 +24,7 @@ from .plugin_under_test import PluginUnderTest
 
 DIM, HIDDEN, EXPERTS, TOP_K, VOCAB, CLASSES = 16, 8, 6, 2, 16, 3  # 16 inputs are also an image of 4 x 4 pixels
 SHAPE = (3, 8)
+MANY = 256  # experts of a layer in which scores are close
 
 Tensors = dict[str, Tensor]  # outputs, losses, gradients, sums and state by name
 Call = Callable[..., Tensor]  # calls a layer: (layer, *arguments) -> output

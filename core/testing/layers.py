@@ -1,5 +1,7 @@
 """Claims about every plugin in a layer: what may change its results, and when its state may change."""
 
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import attrs
@@ -8,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..layer.moe import MoE
-from .bench import EXPERTS, Bench, Data, Tensors, Trial, data
+from .bench import EXPERTS, MANY, Bench, Data, Tensors, Trial, data
 from .claims import claim, demand
 from .comparing import demand_close, demand_finite, distance, same_bits
 
@@ -57,19 +59,39 @@ def padding_changes_nothing(bench: Bench) -> None:
     contents = f"between two batches that differ only in what padding contains; {advice}"
     demand_close(bench.trial().step(clean), bench.trial().step(dirty), contents, 1e-6)
     short, padded = data(1, 8).map(lambda v: v[:, :5]), attrs.evolve(data(1, 8), mask=mask[1:2])
-    expected, found = eval_step(bench.trial(), short), eval_step(bench.trial(), padded)
-    found["output"] = found["output"][:, :5]
-    demand_close(expected, found, f"if three tokens of padding are added; {advice}", 1e-4)
+    for when, build in _sizes_of_scores(bench):
+        expected, found = eval_step(build(), short), eval_step(build(), padded)
+        found["output"] = found["output"][:, :5]
+        demand_close(expected, found, f"if three tokens of padding are added{when}; {advice}", 1e-4)
 
 
 @claim(*LAYER_HOOKS)
 def sequence_order_changes_nothing(bench: Bench) -> None:
     """Reordering the sequences of a batch reorders the outputs and changes nothing else."""
     batch, order = data(), torch.tensor([2, 0, 1])
-    expected = eval_step(bench.trial(), batch)
-    expected["output"] = expected["output"][order]
-    message = "if the sequences are reordered; let nothing depend on a token's position in the batch"
-    demand_close(expected, eval_step(bench.trial(), batch.map(lambda v: v[order])), message, 1e-4)
+    for when, build in _sizes_of_scores(bench):
+        expected = eval_step(build(), batch)
+        expected["output"] = expected["output"][order]
+        message = f"if the sequences are reordered{when}; let nothing depend on a token's position in the batch"
+        demand_close(expected, eval_step(build(), batch.map(lambda v: v[order])), message, 1e-4)
+
+
+def _sizes_of_scores(bench: Bench) -> Iterator[tuple[str, Callable[[], Trial]]]:
+    """Builders of the usual layer and, for a router, of layers whose scores are so close that a choice must be exact."""
+    yield "", bench.trial
+    if "moe_router" not in bench.plugin.hooks:
+        return
+    for experts in (EXPERTS, MANY):
+        if not isinstance(bench.trial_or_refusal(experts=experts), str):
+            yield f" with {experts} experts and tiny scores", partial(_with_tiny_scores, bench, experts)
+
+
+def _with_tiny_scores(bench: Bench, experts: int) -> Trial:
+    trial = bench.trial(experts=experts)
+    with torch.no_grad():
+        for parameter in trial.layer.router.parameters():
+            parameter.mul_(1e-4)
+    return trial
 
 
 def eval_step(trial: Trial, batch: Data) -> Tensors:

@@ -11,7 +11,7 @@ from ..contract.parts import Bias
 from ..contract.routing import Routing
 from ..contract.traits import provided_by
 from ..errors import UsageError
-from .bench import EXPERTS, TOP_K, Bench, Trial, data
+from .bench import EXPERTS, MANY, TOP_K, Bench, Trial, data
 from .biases import skewed
 from .claims import NotApplicable, claim, demand
 from .comparing import distance, same_bits
@@ -184,15 +184,31 @@ def _loads(routing: Routing) -> tuple[Tensor, Tensor]:
 
 @claim("moe_router")
 def ties_are_spread(bench: Bench) -> None:
-    """Equal logits do not send every token to the same experts."""
+    """Equal logits send different tokens to all experts alike, and identical tokens to the same ones."""
     _only_with(bench, "logits", "load")
-    trial = _with_logits(bench)
-    trial.set_logits(*trial.logits(torch.zeros))
-    for training in (True, False):
-        trial.layer.train(training)
-        load = trial.route(data()).load
-        spread = bool((load > 0).all()) or not load.any()
-        demand(spread, f"equal logits give the load {load.tolist()}; take the top of level.select_by(...)")
+    advice = "take the top of level.select_by(...), on each level"
+    for experts in (EXPERTS, MANY):
+        trial = bench.trial_or_refusal(experts=experts)
+        if isinstance(trial, str):
+            continue
+        if not trial.layer.router.levels:
+            raise NotApplicable("the router has no logits")
+        batch = data(1, 100 * experts)
+        trial.set_logits(*trial.logits(torch.zeros, 100 * experts))
+        for training in (True, False):
+            trial.layer.train(training)
+            load = trial.route(batch).load
+            if not load.any():
+                continue
+            most = float(load.max() / load.mean())
+            demand(
+                bool(load.min() > 0) and most < 2,
+                f"for equal logits {int((load == 0).sum())} of {experts} experts get no token, and one gets "
+                f"{most:.3g} times the mean; {advice}",
+            )
+        alike = trial.route(batch.map(lambda v: v[:, :1].expand(v.shape))).chosen()
+        same = bool((alike == alike[0]).all())
+        demand(same, "identical tokens with equal logits choose different experts in evaluation; " + advice)
 
 
 @claim("moe_router")

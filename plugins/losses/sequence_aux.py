@@ -1,7 +1,7 @@
 import attrs
 import torch
 
-from moe_engine import Level, Traits, hookimpl, option
+from moe_engine import Traits, hookimpl, option
 
 
 @attrs.define(eq=False)
@@ -22,7 +22,7 @@ class SequenceAux:
     @hookimpl
     def moe_aux_loss(self, routing):
         p_TE = routing.probs
-        top_TK = _unbiased(p_TE).topk(routing.top_k, dim=-1).indices
+        top_TK = _unbiased(routing).topk(routing.top_k, dim=-1).indices
         chosen_TE = torch.zeros_like(p_TE).scatter(1, top_TK, 1.0)
         ones_T1 = torch.ones_like(p_TE[:, :1])
         length_B1, chosen_BE, mass_BE = (
@@ -33,7 +33,7 @@ class SequenceAux:
         return routing.experts * (f_BE * P_BE).sum() / (length_B1 > 0).sum().clamp(min=1)
 
 
-def _unbiased(p_TE):
-    """Scores in the order of the probabilities, free of selection biases, with ties broken as in a choice."""
-    log_TE = p_TE.detach().clamp(min=torch.finfo(p_TE.dtype).tiny).log()
-    return Level("", log_TE, log_TE).select_by(log_TE)
+def _unbiased(routing):
+    """What the router took the top of, free of selection biases; over several levels, the probabilities."""
+    *coarser, level = routing.levels
+    return level.part_ties(routing.probs if coarser or level.scores is None else level.scores)

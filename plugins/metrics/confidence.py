@@ -29,28 +29,29 @@ class Confidence:
 
 @attrs.define(eq=False)
 class Recorded(Level):
-    """A level that keeps the scores that the choice was made by."""
+    """A level that keeps what the choice took the top of."""
 
-    scores: torch.Tensor | None = None
+    by: torch.Tensor | None = None
 
     def select_by(self, scores):
-        self.scores = Level.select_by(self, scores)
-        return self.scores
+        self.by = Level.select_by(self, scores)
+        return self.by
 
 
 @torch.no_grad()
 def margin(probe, router):
     """The mean margin over the real tokens of a routing, or nan where it is undefined."""
-    levels = tuple(Recorded(level.name, level.logits, level.biased, level.bias) for level in probe.levels)
+    levels = tuple(Recorded(**attrs.asdict(level, recurse=False)) for level in probe.levels)
     if len(levels) != 1 or not 0 < router.levels[0].top_k < probe.experts:
         return math.nan
     with evaluating(router):
         router.select(probe.tokens, levels)
-    scores_TE, top_k = levels[0].scores, router.levels[0].top_k
-    if scores_TE is None or scores_TE.shape != probe.chosen().shape:
+    by_TE, top_k = levels[0].by, router.levels[0].top_k
+    if by_TE is None or by_TE.shape != probe.chosen().shape:
         return math.nan
-    best_TK = scores_TE.topk(top_k + 1, dim=-1)
+    best_TK = by_TE.topk(top_k + 1, dim=-1)
     top_TE = torch.zeros_like(probe.chosen()).scatter(1, best_TK.indices[:, :top_k], 1.0)
     if not torch.equal(probe.tokens.real(top_TE), probe.chosen()):
         return math.nan
-    return probe.mean(best_TK.values[:, -2] - best_TK.values[:, -1])
+    edge_TK = best_TK.values.float()
+    return probe.mean(edge_TK[:, -2] - edge_TK[:, -1])

@@ -11,8 +11,9 @@ class ExpertChoice:
     p = softmax(x W) over experts. Expert i takes the C = max(1, round(T K / E)) tokens of a group with the largest
     p_ti; the gate is p_ti. Every expert gets the same load, K = top_k is the mean number of experts per token, and a
     token may get none or all. A group is the whole batch or one sequence. Padding is never taken, and C counts real
-    tokens only. A token's experts depend on the other tokens, so the router is not causal, and a token alone is
-    routed differently than in a batch.
+    tokens only. A larger fp32 p_ti is always taken before a smaller one; equal ones are parted by a hash of the tokens,
+    and of identical tokens an expert may take some. A token's experts depend on the other tokens, so the router is not
+    causal, and a token alone is routed differently than in a batch.
 
     Source: Zhou et al., 2022 (Mixture-of-Experts with Expert Choice Routing).
     """

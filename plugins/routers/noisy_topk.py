@@ -40,17 +40,16 @@ class NoisyTopKRouter(LinearRouter):
         clean_TE = level.biased
         deviation_TE = softplus(linear_logits(tokens.x, self.noise_weight)) + self.noise_floor
         noisy_TE = clean_TE + deviation_TE * torch.randn_like(clean_TE) if self.training else clean_TE
-        by_TE = level.select_by(noisy_TE)
-        expert_TK = by_TE.topk(self.top_k, dim=-1).indices
+        expert_TK = level.select_by(noisy_TE).topk(self.top_k, dim=-1).indices
         gate_TK = noisy_TE.gather(-1, expert_TK).softmax(-1)
         if self.top_k == 1:
             gate_TK = noisy_TE.softmax(-1).gather(-1, expert_TK)
 
         def chances():
-            shift_TE = by_TE - noisy_TE.detach()  # selection biases
-            edge_TK1 = (noisy_TE + shift_TE).topk(self.top_k + 1, dim=-1).values
-            inside_TE = torch.zeros_like(by_TE, dtype=torch.bool).scatter(-1, expert_TK, True)
+            shift_E = 0 if level.bias is None else level.bias
+            edge_TK1 = (noisy_TE + shift_E).topk(self.top_k + 1, dim=-1).values
+            inside_TE = torch.zeros_like(noisy_TE, dtype=torch.bool).scatter(-1, expert_TK, True)
             threshold_TE = torch.where(inside_TE, edge_TK1[:, -1:], edge_TK1[:, -2:-1])
-            return torch.special.ndtr((clean_TE + shift_TE - threshold_TE) / deviation_TE)
+            return torch.special.ndtr((clean_TE + shift_E - threshold_TE) / deviation_TE)
 
         return clean_TE.softmax(-1), assign(gate_TK, expert_TK, tokens, chances)

@@ -36,8 +36,7 @@ class SigmoidRouter(GroupLimitedRouter):
     def select(self, tokens, levels):
         (level,) = levels
         log_a_TE = logsigmoid(level.biased)  # quotients of a are softmaxes of log a: exact where a itself is 0
-        scores_TE = self.limited(level.select_by(log_a_TE.exp()))
-        expert_TK = scores_TE.topk(self.top_k, dim=-1).indices
+        expert_TK = self.select_by(level, log_a_TE.exp()).topk(self.top_k, dim=-1).indices
         log_TK = log_a_TE.gather(-1, expert_TK)
         gate_TK = log_TK.softmax(-1) if self.top_k > 1 else log_TK.exp()
         return log_a_TE.softmax(-1), assign(self.scale * gate_TK, expert_TK, tokens)

@@ -13,6 +13,7 @@ class Sinkhorn:
     come from the raw logits: sigmoid(s_i) at K = 1, else softmax(s)_i. Every expert gets the same load; adding a
     constant to one expert's logits changes no choice. Eight rounds bring column sums within 1e-6 for logits of
     standard deviation 1, within 1 % for 3. Choices depend on the whole batch, so the router is not causal.
+    In evaluation a token chooses by its own logits alone.
 
     Source: Clark et al., 2022 (Unified Scaling Laws for Routed Language Models).
     """

@@ -39,8 +39,7 @@ class TopKRouter(GroupLimitedRouter):
     def select(self, tokens, levels):
         (level,) = levels
         probs_TE = level.biased.softmax(-1)
-        scores_TE = self.limited(level.select_by(level.biased))
-        expert_TK = scores_TE.topk(self.top_k, dim=-1).indices
+        expert_TK = self.select_by(level, level.biased).topk(self.top_k, dim=-1).indices
         gate_TK = probs_TE.gather(-1, expert_TK)
         if self.renorm:
             gate_TK = gate_TK / gate_TK.sum(-1, keepdim=True)

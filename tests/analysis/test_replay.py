@@ -48,7 +48,12 @@ def decided(logits_TE, top_k=1, mask=None, shape=None):
     tokens = Tokens(torch.zeros(count, 4), shape or (count,), mask)
     gate_TK, expert_TK = logits_TE.softmax(-1).topk(top_k)
     return Routing(
-        tokens, (Level("expert", logits_TE, logits_TE),), None, assign(gate_TK, expert_TK, tokens), experts, top_k
+        tokens,
+        (Level("expert", logits_TE, logits_TE, tokens),),
+        None,
+        assign(gate_TK, expert_TK, tokens),
+        experts,
+        top_k,
     )
 
 

@@ -364,7 +364,7 @@ def test_a_source_that_answers_nonsense_is_named(install):
 # -- copies, compiled and saved -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.long)])
 def test_a_compiled_layer_goes_on_past_every_limit_of_recompilation(backend):
     """A limit of 2, instead of torch's 8, is reached by the second size."""
     rig = Rig(f"topk,{LOSSES},clone", experts=2)

@@ -82,7 +82,7 @@ def autocast_left():
 
 
 @pytest.mark.usefixtures("autocast_left")
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", [pytest.param("eager", marks=pytest.mark.long), "aot_eager"])
 @pytest.mark.parametrize("router", ["topk", "sigmoid_topk", "hierarchical"])
 def test_a_compiled_layer_counts_once_also_under_checkpointing(backend, router):
     expected = one_step(*build(plain, router), batches())
@@ -227,7 +227,7 @@ def test_two_engines_are_independent():
     assert idle_model.first.router.weight.grad is None
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", [pytest.param("eager", marks=pytest.mark.long), "aot_eager"])
 def test_a_compiled_layer_counts_in_evaluation(backend):
     torch._dynamo.reset()
     _, model = build(plain)
@@ -240,7 +240,7 @@ def test_a_compiled_layer_counts_in_evaluation(backend):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # Dynamo itself reads it when it resumes
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", [pytest.param("eager", marks=pytest.mark.long), "aot_eager"])
 def test_a_layer_that_breaks_the_graph_counts_once(backend):
     """The graph after the break begins with the Ledger."""
 

@@ -153,9 +153,8 @@ def test_equal_scores_spread_tokens_over_all_experts(router):
         for name, parameter in layer.router.named_parameters():
             parameter.zero_()
             assert "weight" in name
-    for content in (0.0, 7.0):
-        load = layer.route(layer.tokens(torch.full((64, 6), content))).load
-        assert load.min() >= 8
+    load = layer.route(layer.tokens(torch.randn(4000, 6))).load
+    assert load.min() > 800 and load.max() < 1200
 
 
 @pytest.mark.parametrize("scale", [50.0, -50.0, 1e4])

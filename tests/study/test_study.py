@@ -256,7 +256,8 @@ def test_two_seeds_never_share_a_random_stream():
 def test_dask_gives_the_same_numbers(finished, commands):
     """On a real cluster: two workers on this machine."""
     command = [*MOE_ENGINE, "study", "mine.toml", "--quiet", "--jobs", "2"]
-    assert commands.run([*command, "--backend", "dask", "--out", "dask"]).returncode == 0
+    forked = {**os.environ, "DASK_DISTRIBUTED__WORKER__MULTIPROCESSING_METHOD": "fork"}  # torch is imported already
+    assert commands.run([*command, "--backend", "dask", "--out", "dask"], environment=forked).returncode == 0
     expected = json.loads((finished / "study.json").read_text())
     assert expected == json.loads(Path("dask/study.json").read_text())
 
