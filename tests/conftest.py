@@ -2,6 +2,7 @@
 
 import gc
 import os
+import socket
 import subprocess
 import sys
 import types
@@ -71,6 +72,14 @@ def commands():
     server = warm.Server()
     yield server
     server.stop()
+
+
+@pytest.fixture
+def free_port():
+    """A TCP port of this machine that nobody uses."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
 
 
 def has(name, major):

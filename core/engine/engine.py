@@ -33,6 +33,7 @@ from . import measuring
 from .builder import LayerBuild, layer_name, spec_of
 from .controllers import apply_controllers
 from .growing import Growing, check_growable, grow
+from .step_calls import StepCalls
 
 IN_DENSE = (*WATCHING, "experts")  # the kinds of plugins that act in a dense model
 
@@ -69,8 +70,7 @@ class Engine:
         self.remembered: measuring.Memory = {}  # what metrics keep
         self.triggers = Triggers(self.plugins.bind("moe_growth"))
         self._layers: list[weakref.ref[MoE]] = []
-        self._anchored = False  # aux_loss() was part of a backward of this step
-        self._closed = True  # after_backward() followed the last backward
+        self._calls = StepCalls()
 
     def implementing(self, hook: str) -> list[str]:
         """The chosen plugins that implement a hook, in the order typed."""
@@ -126,6 +126,7 @@ class Engine:
         memo[id(self)] = twin
         twin.plugins = copy.deepcopy(self.plugins, memo)
         twin.triggers = Triggers(twin.plugins.bind("moe_growth"), copy.deepcopy(self.triggers.memory))
+        twin._calls = copy.copy(self._calls)
         twin.growths, twin.remembered = list(self.growths), copy.deepcopy(self.remembered)
         twins = [copy.deepcopy(layer, memo) for layer in self.layers]
         for layer in twins:
@@ -150,18 +151,16 @@ class Engine:
         leaf = torch.zeros((), device=value.device, requires_grad=True)
         for layer in layers:
             layer.sums.aux_value.zero_()
-        loss: Tensor = Anchor.apply(leaf, value, self._mark_backward, *[layer.sums.aux_scale for layer in layers])
+        scales = [layer.sums.aux_scale for layer in layers]
+        loss: Tensor = Anchor.apply(leaf, value, self._calls.begin_backward, *scales)
         return loss
-
-    def _mark_backward(self) -> None:
-        self._anchored, self._closed = True, False
 
     def after_backward(self) -> None:
         """Call after each micro-batch's backward."""
         for layer in self.layers:
             layer.sums.aux_scale.data.zero_()  # .data: another forward's backward may still be to come
             layer.sums.aux_value.zero_()
-        self._closed = True
+        self._calls.end_backward()
 
     @torch.no_grad()
     def after_step(self, skipped: bool = False) -> None:
@@ -171,13 +170,8 @@ class Engine:
         Raises RuntimeError if `aux_loss()` was not part of a backward, or `after_backward()` was not called.
         """
         counted = [layer for layer in self.layers if layer.sums.of_step() is not None]
-        if any(layer.losses for layer in counted) and not self._anchored:
-            raise RuntimeError("engine.aux_loss() was not added to a loss: use (loss + engine.aux_loss()).backward()")
-        if self._anchored and self.layers and not counted:
-            raise RuntimeError("engine.aux_loss() is part of a loss, but no layer is: call engine.attach(model)")
-        if not self._closed:
-            raise RuntimeError("call engine.after_backward() after each backward, before engine.after_step()")
-        self._anchored = False
+        self._calls.end_step(self.layers, counted)
+        self.triggers.count_step()
         # all processes must reduce the same layers, including those that one of them did not use
         for layer in self.layers if distributed() else counted:
             sums = all_reduce_sum(layer.sums.take_step())
@@ -226,7 +220,7 @@ class Engine:
         """
         optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
         followers = [followers] if isinstance(followers, nn.Module) else list(followers)
-        growing = Growing(self.plugins, self.layers, self.growths, self.step, self.seed, self._anchored)
+        growing = Growing(self.plugins, self.layers, self.growths, self.step, self.seed, self._calls.anchored)
         record = grow(growing, growth, optimizers, followers, probe)
         self.remembered.pop(record.layer, None)  # of other experts
         return record

@@ -1,6 +1,7 @@
 """The chosen triggers, called after each step, and the memory that each keeps."""
 
 import math
+import warnings
 from collections.abc import Sequence
 
 import attrs
@@ -8,19 +9,37 @@ import attrs
 from ..contract.growth import Growth
 from ..contract.history import History
 from ..contract.setup import Bound
-from ..errors import UsageError
+from ..errors import UsageError, listed
+
+MANY_STEPS = 100  # without a question to the triggers
 
 
 @attrs.define(eq=False)
 class Triggers:
-    """The chosen triggers. memory: each plugin's memory. asked: the step for which they were last called."""
+    """The chosen triggers. memory: each plugin's memory. asked: the step for which they were last called.
+
+    unasked: the number of steps since then.
+    """
 
     bounds: Sequence[Bound]
     memory: dict[str, dict[str, float]] = attrs.field(factory=dict)
     asked: int = 0
+    unasked: int = 0
+
+    def count_step(self) -> None:
+        """Warn if a loop never asks its triggers."""
+        self.unasked += 1
+        if self.bounds and self.unasked == MANY_STEPS:
+            names = listed(f"'{bound.plugin}'" for bound in self.bounds)
+            warnings.warn(
+                f"{names} can't make any layer grow: engine.due(loss) was not called for {MANY_STEPS} steps; call it "
+                "after each engine.after_step(), and engine.grow for each growth that it returns",
+                stacklevel=3,
+            )
 
     def ask(self, history: History) -> list[Growth]:
         """The first trigger's growths, if any; none if this step was already asked, as after a skipped step."""
+        self.unasked = 0
         finite = all(loss is None or math.isfinite(loss) for loss in (history.loss, history.eval_loss))
         if self.asked == history.step or not finite:
             return []

@@ -4,6 +4,7 @@
 holds what they share. Each needs its library: pip install "moe-engine[lightning]" or "[transformers]".
 """
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..engine.engine import Engine
+from ..errors import listed
 
 
 class EngineLoop:
@@ -23,13 +25,38 @@ class EngineLoop:
     def __init__(self, engine: Engine, probe: Callable[[], Tensor] | None = None) -> None:
         self.engine, self.probe = engine, probe
         self.eval_loss: float | None = None  # of an evaluation that no trigger has seen yet
+        self.evaluated = False  # some evaluation's loss was reported
         self._losses: list[Tensor] = []  # of this step's micro-batches
         self._unlogged: dict[str, float] = {}  # metrics of the steps before a growth that are not logged yet
 
-    def add(self, loss: Tensor, share: float = 1.0) -> Tensor:
-        """A micro-batch's loss plus the auxiliary loss, if there is a gradient.
+    def begin(self, model: nn.Module) -> None:
+        """Take over the model's layers. Warns if it has none, so that the engine's plugins could never act."""
+        self.engine.attach(model)
+        if not self.engine.layers:
+            acting = listed(f"'{name}'" for name in self.engine.plugins.chosen) or "the engine"
+            warnings.warn(
+                f"{type(model).__name__} has no layer of this engine, so {acting} can't act on it: build its layers "
+                "with engine.moe(...)",
+                stacklevel=3,
+            )
 
-        share: the factor that the loop has already applied to the loss, such as 1 / number of micro-batches.
+    def end(self, advice: str) -> None:
+        """Warn of triggers that wait for the loss of an evaluation if there was none. advice: how to report one."""
+        plugins = self.engine.plugins.active
+        deaf = [name for name in self.engine.implementing("moe_growth") if getattr(plugins[name], "on", "") == "eval"]
+        if deaf and not self.evaluated:
+            names = listed(f"'{name}'" for name in deaf)
+            warnings.warn(f"no evaluation's loss was reported, which {names} waits for: {advice}", stacklevel=3)
+
+    def saw(self, eval_loss: float) -> None:
+        """An evaluation's loss, for the triggers to see after the next step."""
+        self.eval_loss, self.evaluated = eval_loss, True
+
+    def add(self, loss: Tensor, share: float = 1.0) -> Tensor:
+        """A micro-batch's loss plus its share of the auxiliary loss, if there is a gradient.
+
+        share: the micro-batch's share of the step, 1 / number of micro-batches, by which the loop has already scaled
+        the loss.
         """
         if not (torch.is_grad_enabled() and loss.requires_grad):
             return loss

@@ -1,12 +1,14 @@
 """A callback for transformers' Trainer: Trainer(..., callbacks=[MoECallback(engine)])."""
 
+import sys
 import warnings
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..engine.engine import Engine
 from ..run.checkpoints import load, save
@@ -16,10 +18,11 @@ FILE = "moe_engine.safetensors"  # in each of the trainer's checkpoints
 
 
 class MoECallback(TrainerCallback):
-    """Adds the auxiliary loss to the model's `loss`, ends each step, grows, logs and saves.
+    """Adds the auxiliary loss to each backward, ends each step, grows, logs and saves.
 
-    engine: the engine that built the layers. probe: a forward on a fixed batch, as in `Engine.metrics`. The model
-    returns its loss as `outputs.loss`, `outputs["loss"]` or `outputs[0]`, as the Trainer requires. Metrics go into
+    engine: the engine that built the layers. probe: a forward on a fixed batch, as in `Engine.metrics`. Each
+    micro-batch gets its share of the auxiliary gradient, however the loss is computed and scaled and however many
+    processes there are; the loss that the Trainer logs is the task's alone. Metrics go into
     `trainer.state.log_history`, and into the logs of the callbacks after this one, as moe/LAYER/NAME, those of an
     evaluation as eval_moe/LAYER/NAME. The Trainer's reporters come before this callback; to change that, reorder
     `trainer.callback_handler.callbacks`. A checkpoint holds the engine's state, and loads into any number of experts.
@@ -28,15 +31,14 @@ class MoECallback(TrainerCallback):
 
     def __init__(self, engine: Engine, probe: Callable[[], Tensor] | None = None) -> None:
         self.loop = EngineLoop(engine, probe)
-        self._hook: Any = None
-        self._accumulated = 1
+        self._release: Callable[[], None] = _nothing
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
     ) -> None:
-        self.loop.engine.attach(model)
-        self._accumulated = args.gradient_accumulation_steps
-        self._hook = model.register_forward_hook(self._add, with_kwargs=True)
+        self._release()  # an interrupted training did not
+        self.loop.begin(model)
+        self._release = self._join(_trainer_of(self))
         if state.global_step:
             given = args.resume_from_checkpoint
             folder = Path(given) if isinstance(given, str) and Path(given).is_dir() else _folder(args, state)
@@ -48,25 +50,30 @@ class MoECallback(TrainerCallback):
                 )
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
-        self._hook.remove()
+        self._release()
+        self._release = _nothing
+        self.loop.end("set eval_strategy, and let the model return its loss")
 
-    def _add(self, model: nn.Module, _: Any, kwargs: dict[str, Any], outputs: Any) -> Any:
-        """A forward hook that adds the auxiliary loss to the outputs' loss."""
-        if not model.training:
-            return outputs
-        # the Trainer does not divide a loss by the number of micro-batches if it is a mean over all their items
-        share = 1 / self._accumulated if kwargs.get("num_items_in_batch") is not None else 1.0
-        if isinstance(outputs, tuple):
-            return (self.loop.add(outputs[0], share), *outputs[1:])
-        if outputs.get("loss") is not None:
-            outputs["loss"] = self.loop.add(outputs["loss"], share)
-        return outputs
+    def _join(self, trainer: Trainer) -> Callable[[], None]:
+        """Add the auxiliary loss to the trainer's backwards from here on; returns what undoes that.
 
-    def on_substep_end(self, *_: Any, **__: Any) -> None:
-        self.loop.engine.after_backward()
+        Only there is the loss final: divided by the micro-batches of this window, or by the items of all processes and
+        multiplied by their number, or computed outside the model. A GradScaler comes later, and scales both.
+        """
+        accelerator: Any = trainer.accelerator
+        backward = accelerator.backward
 
-    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-        self.loop.engine.after_backward()
+        @wraps(backward)
+        def with_aux(loss: Tensor, **kwargs: Any) -> None:
+            backward(self.loop.add(loss, 1 / trainer.current_gradient_accumulation_steps), **kwargs)
+            self.loop.engine.after_backward()
+
+        def release() -> None:
+            if vars(accelerator).get("backward") is with_aux:
+                accelerator.backward = backward
+
+        accelerator.backward = with_aux
+        return release
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any, **_: Any
@@ -83,7 +90,8 @@ class MoECallback(TrainerCallback):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict[str, float], **_: Any
     ) -> None:
-        self.loop.eval_loss = metrics.get("eval_loss")
+        if "eval_loss" in metrics:
+            self.loop.saw(metrics["eval_loss"])
         self._log(state, metrics, "eval")
 
     def _log(self, state: TrainerState, logs: dict[str, float], split: str) -> None:
@@ -98,3 +106,18 @@ class MoECallback(TrainerCallback):
 
 def _folder(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+
+
+def _nothing() -> None:
+    """There is nothing to undo."""
+
+
+def _trainer_of(callback: TrainerCallback) -> Trainer:
+    """The trainer that is calling this callback, which is not among a callback's arguments."""
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        trainer = frame.f_locals.get("self")
+        if isinstance(trainer, Trainer) and callback in trainer.callback_handler.callbacks:
+            return trainer
+    raise RuntimeError("MoECallback works in a transformers.Trainer: Trainer(..., callbacks=[MoECallback(engine)])")

@@ -77,7 +77,7 @@ def sequence_order_changes_nothing(bench: Bench) -> None:
 
 
 def _sizes_of_scores(bench: Bench) -> Iterator[tuple[str, Callable[[], Trial]]]:
-    """Builders of the usual layer and, for a router, of layers whose scores are so close that a choice must be exact."""
+    """Builders of the usual layer and, for a router, of layers whose scores are so close that it must be exact."""
     yield "", bench.trial
     if "moe_router" not in bench.plugin.hooks:
         return
