@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from .errors import UsageError
+from .processes import shard_like
 
 Moments = Literal["fresh", "copy"]
 
@@ -182,7 +183,11 @@ def restore(optimizer: Optimizer, state: dict[str, Any]) -> None:
     optimizer.load_state_dict(state)
     for parameter, held in optimizer.state.items():
         for name, value in held.items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+            if not isinstance(value, Tensor) or value.shape != parameter.shape:
+                continue
+            if hasattr(parameter, "full_tensor"):
+                held[name] = shard_like(value, parameter)
+            elif value.stride() != parameter.stride():
                 held[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 

@@ -15,11 +15,38 @@ def distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def all_reduce_sum(sums: Tensor) -> Tensor:
-    """Sum a tensor over all ranks, in place."""
-    if distributed():
-        torch.distributed.all_reduce(sums)
-    return sums
+def world_size() -> int:
+    """The number of ranks; 1 without a process group."""
+    return torch.distributed.get_world_size() if distributed() else 1
+
+
+def all_reduce_sum(local: Tensor) -> Tensor:
+    """The sum of a tensor over all ranks, which all must call. `local` stays what it is; the sum has no gradient."""
+    if not distributed():
+        return local
+    total = local.detach().clone()
+    torch.distributed.all_reduce(total)
+    return total
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """A tensor that is sharded over ranks (a DTensor), gathered, for which all must call it; any other as it is."""
+    full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return full
+
+
+def shard_like(whole: Tensor, like: Tensor) -> Tensor:
+    """A tensor, the same on all ranks, sharded as another one is; as it is if that is not sharded."""
+    if not hasattr(like, "full_tensor"):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements)  # type: ignore[attr-defined]
+
+
+def of_mean_over_ranks(grad: Tensor) -> Tensor:
+    """The gradient of the mean loss over ranks, from that of this rank's loss, as a process with micro-batches has."""
+    return grad / ranks if (ranks := world_size()) > 1 else grad
 
 
 def mean_scalar_over_ranks(value: Tensor | float, device: torch.device) -> float:
@@ -27,7 +54,7 @@ def mean_scalar_over_ranks(value: Tensor | float, device: torch.device) -> float
     local = float(torch.as_tensor(value).detach())
     if not distributed():
         return local
-    return float(all_reduce_sum(torch.tensor([local], device=device))) / torch.distributed.get_world_size()
+    return float(all_reduce_sum(torch.tensor([local], device=device))) / world_size()
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:
@@ -38,8 +65,7 @@ def mean_over_ranks(value: Tensor) -> Tensor:
     """
     if not distributed():
         return value
-    local = value.detach()
-    return value + (all_reduce_sum(local.clone()) / torch.distributed.get_world_size() - local)
+    return value + (all_reduce_sum(value) / world_size() - value.detach())
 
 
 @contextmanager

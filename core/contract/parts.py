@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from ..processes import full_tensor
 from .numerics import at_least_fp32
 from .routing import Assignments, Level, LevelSpec, Tokens, keep_best_groups
 
@@ -282,7 +283,7 @@ def combine(out_NO: Tensor, token_N: Tensor, weight_N: Tensor, tokens: int) -> T
 def mean_grad(parameter: Tensor, keep: int | None = None) -> Tensor:
     """Mean |gradient| over all dimensions except `keep`, in fp32; 0 if there is no gradient."""
     grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-    size = grad.detach().float().abs()
+    size = full_tensor(grad.detach()).float().abs()
     return size.mean() if keep is None else size.movedim(keep, 0).reshape(size.shape[keep], -1).mean(1)
 
 

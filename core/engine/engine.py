@@ -170,6 +170,8 @@ class Engine:
         Raises RuntimeError if `aux_loss()` was not part of a backward, or `after_backward()` was not called.
         """
         counted = [layer for layer in self.layers if layer.sums.of_step() is not None]
+        if distributed():
+            self._calls.refuse_join(self.layers)
         self._calls.end_step(self.layers, counted)
         self.triggers.count_step()
         # all processes must reduce the same layers, including those that one of them did not use
@@ -223,6 +225,7 @@ class Engine:
         growing = Growing(self.plugins, self.layers, self.growths, self.step, self.seed, self._calls.anchored)
         record = grow(growing, growth, optimizers, followers, probe)
         self.remembered.pop(record.layer, None)  # of other experts
+        self._calls.forget_models()
         return record
 
     # -- measuring -------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from ..errors import PluginError, UsageError
 from ..layer.moe import MoE
 from ..layer.probe_effects import effects_of, without_gradient
 from ..layer.probing import observe
+from ..layer.sharded import gathered
 from ..registry.manager import Plugins
 
 Probe = Callable[[], Tensor]
@@ -32,9 +33,10 @@ def measure(
             offer = {"stats": stats, "layer": layer, "effects": effects, "probe": routing}
             core: Metrics = {f"loss.{term}": value for term, value in stats.terms().items()}
             core |= stats.work()
-            answered = [
-                (bound.plugin, bound({**offer, "memory": _memory(memory, layer, bound, split)})) for bound in bounds
-            ]
+            with gathered(layer):
+                answered = [
+                    (bound.plugin, bound({**offer, "memory": _memory(memory, layer, bound, split)})) for bound in bounds
+                ]
             answers[layer.name] = merge_metrics([("the core", core), *answered])
     return answers
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..contract.numerics import at_least_fp32, rows_of, without_autocast
 from ..contract.parts import Experts
 from ..contract.routing import Routing, Slots
+from .sharded import gather_for_outputs
 
 
 def dispatch(experts: Experts, routing: Routing, out: int) -> Tensor:
@@ -17,6 +18,7 @@ def dispatch(experts: Experts, routing: Routing, out: int) -> Tensor:
 
     out: the experts' output width. A token without a kept assignment gets 0.
     """
+    gather_for_outputs(experts)
     x_TD, plan, size = routing.tokens.x, routing.plan, routing.experts
     if routing.slots is not None:
         return _soft_dispatch(experts, x_TD, routing.slots, out)

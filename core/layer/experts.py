@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..contract.parts import Experts, combine, mean_grad, uniform
 from ..contract.routing import Spec
+from ..processes import world_size
 from .activations import ACTIVATIONS
 from .fused_cpu import fused_mlp
 from .grouped import grouped_linear, row_counts
@@ -95,7 +96,13 @@ class ModuleBank(Experts):
         *rows, _ = x_ND.split([*counts, rest])
         parts = [expert(rows_nD) for expert, rows_nD in zip(self.bank, rows, strict=True) if rows_nD.shape[0]]
         dtype = parts[0].dtype if parts else x_ND.dtype
-        return torch.cat([*parts, torch.zeros(rest, self.out, dtype=dtype, device=x_ND.device)])
+        out_NO = torch.cat([*parts, torch.zeros(rest, self.out, dtype=dtype, device=x_ND.device)])
+        return out_NO + self._idle(counts) if world_size() > 1 and torch.is_grad_enabled() else out_NO
+
+    def _idle(self, counts: list[int]) -> Tensor:
+        """0, attached to the parameters of experts without rows: DistributedDataParallel waits for their gradients."""
+        idle = [expert for expert, count in zip(self.bank, counts, strict=True) if not count]
+        return sum((p.flatten()[:0].sum() for expert in idle for p in expert.parameters()), torch.zeros(()))
 
     def outputs(self, x_SD: Tensor) -> Tensor:
         return torch.stack([expert(x_SD) for expert in self.bank])

@@ -15,6 +15,7 @@ from ..contract.routing import Level, Routing, Slots, Spec, Tokens, assign
 from ..contract.setup import Bound
 from ..errors import UsageError
 from ..optimizer_state import forget_old_shapes
+from ..processes import of_mean_over_ranks
 from .build_checks import check_plan, check_terms, drawn, output_of
 from .capacity import within_capacity
 from .dense import shared_expert
@@ -187,7 +188,7 @@ class MoE(nn.Module):
 
     def signals(self, grad_TD: Tensor, token_N: Tensor, expert_N: Tensor, weight_N: Tensor) -> Tensor:
         """The signals of all biases that ask for one, concatenated; called in backward."""
-        signals = []
+        signals, grad_TD = [], of_mean_over_ranks(grad_TD)
         for index, biases in enumerate(self.biases):
             unit_of = self.router.unit_of_expert(self.router.levels[index].name)
             unit_N = expert_N if unit_of is None else unit_of[expert_N]

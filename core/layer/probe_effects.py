@@ -9,6 +9,7 @@ from ..contract.routing import Routing
 from ..contract.stats import Effects
 from .moe import MoE
 from .probing import evaluating
+from .sharded import gathered
 
 LEAST_SHARE = 1e-5  # of the gates' gradient that must reach the logits; less is rounding error
 
@@ -18,7 +19,10 @@ def effects_of(layer: MoE, routing: Routing, loss: Tensor, layers: int) -> Effec
 
     routing: the layer's, with its graph. loss: the scalar task loss of the same forward.
     """
-    with evaluating(layer):  # choices of a router that draws noise in training would differ without any bias
+    with (
+        gathered(layer),
+        evaluating(layer),
+    ):  # choices of a router that draws noise in training would differ without any bias
         return _effects(layer, routing, loss, layers)
 
 

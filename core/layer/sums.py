@@ -10,7 +10,7 @@ from ..contract.protocols import Layer
 from ..contract.routing import Routing
 from ..contract.setup import Bound
 from ..errors import UsageError
-from ..processes import all_reduce_sum
+from ..processes import all_reduce_sum, world_size
 
 Layout = dict[str, torch.Size]  # names and shapes of the sums in a flat vector, in order
 HELD = ("since_log", "load_since_growth", "evaluated")  # the sums that a state_dict contains
@@ -95,7 +95,7 @@ class LayerSums(nn.Module):
 
     def take_evaluated(self) -> dict[str, Tensor]:
         """Take the sums of forwards in eval mode over all processes, by name; they restart at zero."""
-        taken = all_reduce_sum(self.evaluated.clone())
+        taken = all_reduce_sum(self.evaluated).clone()
         self.evaluated.zero_()
         return unflat(taken, self.layout)
 
@@ -107,9 +107,10 @@ class LayerSums(nn.Module):
     # -- saving ----------------------------------------------------------------------------------
 
     def held(self) -> dict[str, Tensor | None]:
-        """Copies of the sums that were not taken yet."""
+        """Copies of the sums that were not taken yet; with several ranks without `evaluated`, each rank's own."""
         values = {name: getattr(self, name) for name in HELD}
-        return {name: None if value is None else value.clone() for name, value in values.items()}
+        held = {name: None if value is None else value.clone() for name, value in values.items()}
+        return held if world_size() == 1 else {**held, "evaluated": torch.zeros_like(self.evaluated)}
 
     def check_held(self, held: Mapping[str, Tensor | None], layer: str, experts: int) -> None:
         """Raise UsageError if `held` comes from another layer, or from this one with other plugins or experts."""

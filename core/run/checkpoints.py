@@ -8,6 +8,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +21,7 @@ from torch import Tensor
 from ..errors import UsageError, listed
 from ..files import write_atomically
 from ..optimizer_state import restore, wrong_shape
+from ..processes import agreed, full_tensor, shard_like
 
 SPECIAL = "$"  # the key of a JSON object that represents a value JSON can't express
 
@@ -39,13 +41,23 @@ def save(path: str | Path, **objects: Stateful) -> None:
 
         save("state.safetensors", model=model, optimizer=optimizer, engine=engine)
 
-    Raises TypeError for a state that holds anything but tensors and plain values, and UsageError if the file
-    can't be written.
+    Sharded tensors are gathered: then all ranks must call it, and the first one writes. Raises TypeError for a state
+    that holds anything but tensors and plain values, and UsageError if the file can't be written.
     """
-    try:
-        write_tree(Path(path), {name: stateful.state_dict() for name, stateful in objects.items()})
-    except OSError as error:
-        raise UsageError(f"{path} can't be written: {error.strerror}", code="unwritable-path") from error
+    tree = {name: stateful.state_dict() for name, stateful in objects.items()}
+    sharded = _any_sharded(tree)
+    with agreed(f"saving {path}", torch.device("cpu")) if sharded else nullcontext():
+        packed = _pack(tree)
+        if not sharded or torch.distributed.get_rank() == 0:
+            try:
+                _write(Path(path), *packed)
+            except OSError as error:
+                raise UsageError(f"{path} can't be written: {error.strerror}", code="unwritable-path") from error
+
+
+def _any_sharded(tree: Any) -> bool:
+    children = tree.values() if isinstance(tree, Mapping) else tree if isinstance(tree, list | tuple) else ()
+    return hasattr(tree, "full_tensor") or any(map(_any_sharded, children))
 
 
 def load(path: str | Path, **objects: Stateful) -> None:
@@ -63,6 +75,11 @@ def load(path: str | Path, **objects: Stateful) -> None:
             if isinstance(stateful, torch.optim.Optimizer):
                 _check_shapes(path, name, stateful, tree[name])
                 restore(stateful, tree[name])
+            elif isinstance(stateful, torch.nn.Module):
+                held = stateful.state_dict()
+                stateful.load_state_dict(
+                    {key: shard_like(value, held.get(key, value)) for key, value in tree[name].items()}
+                )
             else:
                 stateful.load_state_dict(tree[name])
         except (KeyError, TypeError, AttributeError) as error:  # from a tree of the wrong shape, deep in someone's code
@@ -92,9 +109,17 @@ def _check_shapes(path: str | Path, name: str, optimizer: torch.optim.Optimizer,
 
 def write_tree(path: Path, tree: Any) -> None:
     """Write a tree into a file, atomically."""
+    _write(path, *_pack(tree))
+
+
+def _pack(tree: Any) -> tuple[str, dict[str, Tensor]]:
+    """(the tree as JSON with tensors as names, the tensors by name)."""
     tensors: dict[str, Tensor] = {}
-    text = json.dumps(_packed(tree, "", tensors), allow_nan=False)
-    write_atomically(path, to_bytes(tensors, {"tree": text, "sha256": _checksum(text, tensors)}))
+    return json.dumps(_packed(tree, "", tensors), allow_nan=False), tensors
+
+
+def _write(path: Path, text: str, tensors: Mapping[str, Tensor]) -> None:
+    write_atomically(path, to_bytes(dict(tensors), {"tree": text, "sha256": _checksum(text, tensors)}))
 
 
 def read_tree(path: Path, kind: str = "checkpoint") -> Any:
@@ -129,7 +154,7 @@ def _packed(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         while where in tensors:  # {"a.b": x, "a": {"b": y}}
             where += "'"
-        tensors[where] = value.detach().cpu().contiguous().clone()
+        tensors[where] = full_tensor(value.detach()).cpu().contiguous().clone()
         return {SPECIAL: "tensor", "name": where}
     if isinstance(value, Mapping):
         return _packed_dict(value, where, tensors)

@@ -32,7 +32,7 @@ class OutputSimilarity:
     def moe_aux_loss(self, routing, layer):
         sample_S = spread(routing.tokens, self.tokens)
         x_SD = routing.tokens.x[sample_S]
-        x_SD = x_SD.to(next(layer.experts.parameters(), x_SD))  # autocast is off here
+        x_SD = x_SD.to(next(layer.experts.parameters(), x_SD).dtype)  # autocast is off here
         unit_ESO = normalize(at_least_fp32(layer.experts.outputs(x_SD)), dim=-1)
         cos_SEE = torch.einsum("iso,jso->sij", unit_ESO, unit_ESO)
         chosen_SE = routing.chosen()[sample_S]

@@ -29,7 +29,7 @@ class OutputSimilarityCKA:
         if len(x_SD) < 4:
             return {}
         with torch.no_grad(), evaluating(layer.experts):
-            y_ESO = layer.experts.outputs(x_SD.to(next(layer.experts.parameters(), x_SD))).double().cpu()
+            y_ESO = layer.experts.outputs(x_SD.to(next(layer.experts.parameters(), x_SD).dtype)).double().cpu()
         cka_EE = cka(y_ESO)
         return {"output_similarity_cka": mean_of_pairs(cka_EE), "output_similarity_cka_matrix": cka_EE}
 

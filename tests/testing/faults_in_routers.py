@@ -191,7 +191,7 @@ class MixesScales(Top):
         return probs_TE, assign(self.gates(probs_TE.gather(-1, best_TK)), best_TK, tokens, chances)
 
 
-@fault("ties_are_spread", message="equal logits give the load", bugs=(28,), hook="moe_router")
+@fault("ties_are_spread", message="experts get no token", bugs=(28,), hook="moe_router")
 class TakesTheFirst(Top):
     """Ties go to the first experts."""
 
