@@ -20,7 +20,8 @@ def at_least_fp32(values: Tensor) -> Tensor:
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Run the body in the precision of its operands. Costs nothing if autocast is off anyway."""
     kind = device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # not available: meta
+    return torch.autocast(kind, enabled=False) if on else nullcontext()
 
 
 def rows_of(index_N: Tensor, size: int) -> Tensor:

@@ -256,9 +256,9 @@ class Experts(Part):
 
         token_N, weight_N: of rows sorted by expert; rows past the counts' sum are ignored, whatever their weight.
         """
-        enters_N = torch.arange(len(token_N), device=token_N.device) < counts_E.sum()
+        enters_N = torch.arange(token_N.shape[0], device=token_N.device) < counts_E.sum()
         weight_N = torch.where(enters_N, weight_N, 0)
-        return combine(self(x_TD.index_select(0, token_N), counts_E), token_N, weight_N, len(x_TD))
+        return combine(self(x_TD.index_select(0, token_N), counts_E), token_N, weight_N, x_TD.shape[0])
 
     def outputs(self, x_SD: Tensor) -> Tensor:
         """[E, S, out]: the outputs of every expert for the same few tokens."""

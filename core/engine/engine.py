@@ -8,6 +8,7 @@ then engine.grow() for each growth that engine.due() returns.
 import copy
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import attrs
@@ -104,8 +105,12 @@ class Engine:
         build = LayerBuild(self.plugins, sizes, name, _settings(settings), modules)
         if self.dense:
             return build.twin()  # type: ignore[return-value]  # a model calls both alike
-        layer = build.layer()
-        check_growable(self.plugins, self.triggers, layer, self.seed)
+        on_meta = torch.get_default_device().type == "meta"
+        with torch.device("cpu") if on_meta else nullcontext():  # tried with real values, then moved
+            layer = build.layer()
+            check_growable(self.plugins, self.triggers, layer, self.seed)
+        if on_meta:
+            layer.to("meta")
         self._layers.append(weakref.ref(layer))
         return layer
 
@@ -120,19 +125,17 @@ class Engine:
         self._layers = [weakref.ref(layer) for _, layer in found]
         return self
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Engine":
-        """A copy with the same plugins; it owns the copies of layers that are deep-copied together with it."""
-        twin = copy.copy(self)
-        memo[id(self)] = twin
-        twin.plugins = copy.deepcopy(self.plugins, memo)
-        twin.triggers = Triggers(twin.plugins.bind("moe_growth"), copy.deepcopy(self.triggers.memory))
-        twin._calls = copy.copy(self._calls)
-        twin.growths, twin.remembered = list(self.growths), copy.deepcopy(self.remembered)
-        twins = [copy.deepcopy(layer, memo) for layer in self.layers]
-        for layer in twins:
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy.deepcopy and pickle: the copy owns the copies of layers that are copied together with it."""
+        return {**vars(self), "_layers": self.layers, "triggers": self.triggers.memory, "_calls": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.triggers = Triggers(self.plugins.bind("moe_growth"), state["triggers"])
+        self._calls = StepCalls()
+        for layer in state["_layers"]:
             layer.copy_id = new_copy_id()
-        twin._layers = [weakref.ref(layer) for layer in twins]
-        return twin
+        self._layers = [weakref.ref(layer) for layer in state["_layers"]]
 
     @property
     def layers(self) -> list[MoE]:
@@ -144,6 +147,7 @@ class Engine:
     def aux_loss(self) -> Tensor:
         """The weighted auxiliary loss of the forwards since the last call, averaged over layers.
 
+        A layer that is called several times, as one with shared weights is, adds its loss each time: it is their sum.
         Add it to the task loss. In its backward the layers inject their gradients, scaled like the whole loss.
         """
         layers = self.layers

@@ -104,7 +104,7 @@ def _ends(counts_E: Tensor) -> Tensor:
 def _torch_grouped_mm(x_ND: Tensor, w_EDH: Tensor, counts_E: Tensor) -> Tensor:
     """F.grouped_mm, with 0 in the rows past the counts' sum, which it leaves undefined; does not wait for the GPU."""
     ends_E = _ends(counts_E)
-    inside_N = torch.arange(len(x_ND), device=x_ND.device) < ends_E[-1]
+    inside_N = torch.arange(x_ND.shape[0], device=x_ND.device) < ends_E[-1]
     return torch.where(inside_N[:, None], F.grouped_mm(x_ND, w_EDH, offs=ends_E), 0)
 
 

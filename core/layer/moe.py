@@ -76,6 +76,7 @@ class MoE(nn.Module):
     def forward(
         self, x: Tensor, mask: Tensor | None = None, ids: Tensor | None = None, labels: Tensor | None = None
     ) -> Tensor:
+        self.sums.move(x.device)  # a model materialised from the meta device moved only parameters and buffers
         tokens = self.tokens(x, mask, ids, labels)
         routing = self.route(tokens)
         y_TO = dispatch(self.experts, routing, self.spec.out_dim)
@@ -227,9 +228,8 @@ class MoE(nn.Module):
             if bias.wants_signal
         }
         y_TO, plan = output_of(self.experts, routing, self.spec.out_dim), routing.plan
-        if sizes and len(self.signals(torch.zeros_like(y_TO), plan.token, plan.expert, plan.weight)) != sum(
-            sizes.values()
-        ):
+        found = self.signals(torch.zeros_like(y_TO), plan.token, plan.expert, plan.weight) if sizes else ()
+        if len(found) != sum(sizes.values()):
             message = f"layer '{self.name}': a bias's signal is not one number for each unit of its level"
             raise UsageError(message, code="signal-wrong-length")
         return LayerSums(*layouts, sizes, next(self.parameters(), torch.empty(0)).device)

@@ -44,20 +44,27 @@ class LayerSums(nn.Module):
         self._open(device)
 
     def _open(self, device: torch.device) -> None:
+        # Not buffers: DistributedDataParallel would overwrite them with the first process's, and what materialises a
+        # model from the meta device would replace the leaf by a tensor that needs no gradient.
         size = numel(self.step_layout) + sum(self.signal_sizes.values())
-        fp32: Any = {"dtype": torch.float32, "device": device}
-        self.register_buffer("step", torch.zeros(size, requires_grad=True, **fp32), persistent=False)
-        self.register_buffer("aux_value", torch.zeros((), **fp32), persistent=False)
-        self.register_buffer("aux_scale", torch.zeros((), **fp32), persistent=False)
-        # not a buffer, because DDP would overwrite it with the first process's; fp32 would stop counting at 2^24
-        wide = torch.float32 if device.type == "mps" else torch.float64
+        self.step = torch.zeros(size, requires_grad=True, dtype=torch.float32, device=device)
+        self.aux_value = torch.zeros((), dtype=torch.float32, device=device)
+        self.aux_scale = torch.zeros((), dtype=torch.float32, device=device)
+        wide = torch.float32 if device.type == "mps" else torch.float64  # fp32 would stop counting at 2^24
         self.evaluated = torch.zeros(numel(self.layout), dtype=wide, device=device)
+
+    def move(self, device: torch.device) -> None:
+        """Move to a device; the sums of a step that has begun are dropped. Does nothing where they are already."""
+        if self.step.device == device:
+            return
+        evaluated = self.evaluated
+        self._open(device)
+        if evaluated.device.type != "meta":
+            self.evaluated.copy_(evaluated)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "LayerSums":
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        evaluated = self.evaluated
-        self._open(self.step.device)
-        self.evaluated.copy_(evaluated)
+        self.move(fn(torch.empty(0, device=self.step.device)).device)
         return self
 
     # -- a step ----------------------------------------------------------------------------------

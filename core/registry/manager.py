@@ -3,7 +3,6 @@
 Nothing here imports torch, and only the chosen plugins are imported.
 """
 
-import copy
 import inspect
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -70,13 +69,14 @@ class Plugins:
         for name in reversed(self.active):
             self.manager.register(self.active[name], name)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Plugins":
-        twin = copy.copy(self)
-        memo[id(self)] = twin
-        twin.active = copy.deepcopy(self.active, memo)
-        twin.manager = Manager()  # the old one holds modules, which can't be copied
-        twin._register()
-        return twin
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy.deepcopy and pickle, without the manager, which holds modules."""
+        return {name: value for name, value in vars(self).items() if name != "manager"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.manager = Manager()
+        self._register()
 
     def _add(self, found: Found) -> None:
         if found.name not in self._classes and not self.manager.is_blocked(found.name):

@@ -1,7 +1,7 @@
 import attrs
 import torch
 
-from moe_engine import Assignments, LinearRouter, Traits, causal_problem, hookimpl, option
+from moe_engine import Assignments, LinearRouter, Traits, UsageError, causal_problem, hookimpl, option
 
 
 @attrs.define(eq=False)
@@ -42,6 +42,9 @@ class ExpertChoiceRouter(LinearRouter):
         (level,) = levels
         probs_TE = level.biased.softmax(-1)
         count, experts = probs_TE.shape
+        if not isinstance(count, int):  # it is a symbol of torch.export
+            why = "expert_choice takes T K / E tokens, a number that torch.export can't keep open"
+            raise UsageError(f"{why}; export it with a fixed number of tokens", code="dynamic-tokens")
         size = max(tokens.shape[-1], 1) if self.group == "sequence" else max(count, 1)
         real_GS = torch.ones(count, device=probs_TE.device).view(-1, size)
         if tokens.mask is not None:
