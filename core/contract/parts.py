@@ -134,16 +134,19 @@ class Router(Part):
     """Scores tokens and decides where they go.
 
     keeps_function: effects of initializers (keys of `EFFECTS`) with which growth leaves the layer's output unchanged.
+    carries: the width C of what it passes on from layer to layer, 0 for nothing. A router that carries reads
+    `tokens.carried` [T, C], and its `score` returns (logits, what the next layer's router is handed [T, C]).
     """
 
     keeps_function: tuple[str, ...] = ()
+    carries: int = 0
 
     @property
     def levels(self) -> tuple[LevelSpec, ...]:
         """The levels from coarse to fine, derived from the tensors; empty for a router without logits."""
         raise NotImplementedError
 
-    def score(self, tokens: Tokens) -> tuple[Tensor, ...]:
+    def score(self, tokens: Tokens) -> Any:
         """Raw logits, one [T, n] per level, in fp32 or better. Called with autocast off."""
         raise NotImplementedError
 

@@ -29,9 +29,9 @@ class Spec:
 
     dim: D of the input. hidden: H of an expert. out: D of the output, 0 = dim. experts: E. top_k: K.
     activation: relu, gelu or swiglu. bias: experts have bias vectors. shared: number of shared experts, which
-    process every token. capacity: in training an expert keeps at most ceil(capacity*T*K/E) of T real tokens; None
-    drops nothing. vocab: number of token ids, if the layer is given ids. classes: number of labels, if it is given
-    labels. causal: a token must not see later ones.
+    process every token. shared_gate: multiply their output by a learned sigmoid(x w). capacity: in training an expert
+    keeps at most ceil(capacity*T*K/E) of T real tokens; None drops nothing. vocab: number of token ids, if the layer
+    is given ids. classes: number of labels, if it is given labels. causal: a token must not see later ones.
     allow_no_gradient: accept, with a remark, that the task gives the router no gradient.
     """
 
@@ -43,6 +43,7 @@ class Spec:
     activation: str = "relu"
     bias: bool = False
     shared: int = 0
+    shared_gate: bool = False
     capacity: float | None = None
     vocab: int | None = None
     classes: int | None = None
@@ -54,6 +55,8 @@ class Spec:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise _bad_spec(f"{name} of a layer must be a whole number >= 0, not {value!r}")
+        if self.shared_gate and not self.shared:
+            raise _bad_spec("shared_gate is the gate of shared experts, but the layer has none; set shared")
         if self.experts < 1:
             raise _bad_spec(f"experts={self.experts}: a layer needs at least one expert")
         if not 1 <= self.top_k <= self.experts:
@@ -79,7 +82,8 @@ class Tokens:
 
     x [T, D]: the input. shape: the leading shape, (B, S) or (T,). mask [T]: bool, True is a real token; None if all
     are real. ids [T]: token ids, or None. labels [T]: class or domain, or None. count: the number of real tokens, an
-    integer scalar. lots [T]: the hash of each token that parts equal scores.
+    integer scalar. lots [T]: the hash of each token that parts equal scores. carried [T, C]: what the router of the
+    layer before passes on, for a router that `carries`; zeros in the first layer.
     """
 
     x: Tensor
@@ -88,6 +92,7 @@ class Tokens:
     ids: Tensor | None = None
     labels: Tensor | None = None
     _lots: Tensor | None = None
+    carried: Tensor | None = None
     count: Tensor = attrs.field(init=False)
 
     @property
@@ -256,6 +261,7 @@ class Routing:
 
     levels: from coarse to fine; empty for a router without logits. probs [T, E]: each token's
     distribution over experts, or None. slots: set by a router that mixes tokens; its plan has no assignments.
+    carried [T, C]: what a router that `carries` passes on to the next layer.
     load [E]: assignments of real tokens to each expert, before capacity drops any; has no gradient.
     """
 
@@ -266,6 +272,7 @@ class Routing:
     experts: int
     top_k: int
     slots: Slots | None = None
+    carried: Tensor | None = None
     load: Tensor = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:

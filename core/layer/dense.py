@@ -18,6 +18,8 @@ class Dense(nn.Module):
     Returns [..., out], 0 at padding. Subclasses implement `transform`.
     """
 
+    carries = 0  # it has no router that would pass anything on
+
     def forward(
         self, x: Tensor, mask: Tensor | None = None, ids: Tensor | None = None, labels: Tensor | None = None
     ) -> Tensor:
@@ -32,19 +34,23 @@ class Dense(nn.Module):
 
 
 class DenseMLP(Dense):
-    """A two-layer MLP for every token. hidden: its width; by default that of one expert."""
+    """A two-layer MLP for every token. hidden: its width; by default that of one expert.
 
-    def __init__(self, spec: Spec, hidden: int | None = None) -> None:
+    gated: multiply the output by sigmoid(x w), one number per token, w learned.
+    """
+
+    def __init__(self, spec: Spec, hidden: int | None = None, gated: bool = False) -> None:
         super().__init__()
         hidden = spec.hidden if hidden is None else hidden
         self.act = ACTIVATIONS[spec.activation]
         # enter and leave are the up and down projections; their names are keys of state_dicts
         self.enter = nn.Linear(spec.dim, 2 * hidden if spec.activation == "swiglu" else hidden, bias=spec.bias)
         self.leave = nn.Linear(hidden, spec.out_dim, bias=spec.bias)
+        self.gate = nn.Linear(spec.dim, 1, bias=False) if gated else None
 
     def transform(self, x: Tensor) -> Tensor:
         y: Tensor = self.leave(self.act(self.enter(x)))
-        return y
+        return y if self.gate is None else self.gate(x).sigmoid() * y
 
 
 class DenseExpert(Dense):
@@ -61,8 +67,11 @@ class DenseExpert(Dense):
 
 
 def shared_expert(spec: Spec) -> DenseMLP | None:
-    """An MLP for every token, as wide as `spec.shared` experts, or None if there are none (DeepSeekMoE, 2024)."""
-    return DenseMLP(spec, spec.hidden * spec.shared) if spec.shared else None
+    """An MLP for every token, as wide as `spec.shared` experts, or None if there are none (DeepSeekMoE, 2024).
+
+    With `spec.shared_gate` it has a gate (Qwen1.5-MoE, 2024).
+    """
+    return DenseMLP(spec, spec.hidden * spec.shared, spec.shared_gate) if spec.shared else None
 
 
 class DenseTwin(DenseMLP):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..contract.numerics import without_autocast
 from ..contract.options import Settings
 from ..contract.parts import Bias, Experts, Part, Router
-from ..contract.routing import Level, Routing, Slots, Spec, Tokens, assign
+from ..contract.routing import Routing, Slots, Spec, Tokens, assign
 from ..contract.setup import Bound
 from ..errors import UsageError
 from ..optimizer_state import forget_old_shapes
@@ -21,6 +21,7 @@ from .capacity import within_capacity
 from .dense import shared_expert
 from .dispatch import dispatch
 from .ledger import Ledger, invalidate
+from .scores import Column, biased_level, carried_by, tokens_of
 from .sums import LayerSums, flat, layouts_of, measured, sums_of, unflat
 
 
@@ -29,7 +30,8 @@ class MoE(nn.Module):
 
     Called with x [..., D] and, each with x's leading shape or None: mask (bool, True is a real token), ids (token
     ids), labels (class or domain). Returns [..., out], which is 0 at padding and for tokens of which capacity
-    dropped every assignment. Hooks see it as a `Layer`.
+    dropped every assignment. If the router carries C values per token from layer to layer, it is called with
+    carried [..., C], None in the first layer, and returns (output, carried) for the next. Hooks see it as a `Layer`.
     """
 
     def __init__(
@@ -74,10 +76,10 @@ class MoE(nn.Module):
     # -- the forward ---------------------------------------------------------------------------
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, ids: Tensor | None = None, labels: Tensor | None = None
-    ) -> Tensor:
+        self, x: Tensor, mask: Column = None, ids: Column = None, labels: Column = None, carried: Column = None
+    ) -> Any:
         self.sums.move(x.device)  # a model materialised from the meta device moved only parameters and buffers
-        tokens = self.tokens(x, mask, ids, labels)
+        tokens = self.tokens(x, mask, ids, labels, carried)
         routing = self.route(tokens)
         y_TO = dispatch(self.experts, routing, self.spec.out_dim)
         if self.shared is not None:
@@ -90,44 +92,43 @@ class MoE(nn.Module):
             self.sums.add_evaluated(self.measure(routing))
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        return y_TO.to(dtype).view(*x.shape[:-1], self.spec.out_dim)
+        y = y_TO.to(dtype).view(*x.shape[:-1], self.spec.out_dim)
+        return y if routing.carried is None else (y, routing.carried.view(*x.shape[:-1], self.carries))
+
+    @property
+    def carries(self) -> int:
+        """The number of values per token that the router passes on to the next layer."""
+        return self.router.carries
 
     def tokens(
-        self, x: Tensor, mask: Tensor | None = None, ids: Tensor | None = None, labels: Tensor | None = None
+        self, x: Tensor, mask: Column = None, ids: Column = None, labels: Column = None, carried: Column = None
     ) -> Tokens:
         """The forward's arguments, checked and flattened, padding set to 0."""
-        _check_arguments(self.name, self.spec.dim, x, {"mask": mask, "ids": ids, "labels": labels})
-        tokens = Tokens(x.reshape(-1, x.shape[-1]), tuple(x.shape[:-1]), None if mask is None else mask.reshape(-1))
-        tokens.x = tokens.real(tokens.x)  # not even a NaN at padding may leak
-        tokens.ids = None if ids is None else tokens.real(ids.reshape(-1))
-        tokens.labels = None if labels is None else tokens.real(labels.reshape(-1))
-        return tokens
+        return tokens_of(self.name, self.spec.dim, self.carries, x, mask, ids, labels, carried)
 
     def route(self, tokens: Tokens, without: str | None = None) -> Routing:
         """Decide where tokens go; `without`: leave one plugin's biases out."""
         with without_autocast(tokens.x.device):
-            return self.decide(tokens, self.router.score(tokens), without)
+            scored = self.router.score(tokens)
+            logits, carried = scored if self.carries else (scored, None)
+            routing = self.decide(tokens, logits, without)
+            routing.carried = carried_by(tokens, self.carries, carried, f"score of the router of '{self.name}'")
+            return routing
 
     def decide(self, tokens: Tokens, logits: Sequence[Tensor], without: str | None = None) -> Routing:
         """The part of `route` after the scores. logits: one [T, n] per level."""
-        levels: list[Level] = []
-        for level, raw_Tn, biases in zip(self.router.levels, logits, self.biases, strict=True):
-            biased_Tn, selection_n = raw_Tn, None
-            for name, bias in biases.items():  # type: ignore[operator]
-                if name == without:
-                    continue
-                if bias.selection_only:
-                    selection_n = bias() if selection_n is None else selection_n + bias()
-                else:
-                    biased_Tn = biased_Tn + bias()
-            levels.append(Level(level.name, raw_Tn, biased_Tn, tokens, len(levels), selection_n))
-        probs_TE, plan = self.router.select(tokens, tuple(levels))
+        named = zip(self.router.levels, logits, self.biases, strict=True)
+        levels = tuple(
+            biased_level(level.name, index, raw_Tn, tokens, [bias for name, bias in biases.items() if name != without])
+            for index, (level, raw_Tn, biases) in enumerate(named)
+        )
+        probs_TE, plan = self.router.select(tokens, levels)
         slots = plan if isinstance(plan, Slots) else None
         if isinstance(plan, Slots):
             plan = assign(tokens.x.new_empty(0, 1), tokens.x.new_empty(0, 1, dtype=torch.long), tokens)
         if self.spec.capacity is not None and self.training:
             plan = within_capacity(plan, self.spec, tokens)
-        return Routing(tokens, tuple(levels), probs_TE, plan, self.spec.experts, self.spec.top_k, slots)
+        return Routing(tokens, levels, probs_TE, plan, self.spec.experts, self.spec.top_k, slots)
 
     # -- sums ------------------------------------------------------------------------------------
 
@@ -279,18 +280,6 @@ class MoE(nn.Module):
 def new_copy_id() -> str:
     """An id that a layer shares with later copies of it, by which growth finds them."""
     return uuid.uuid4().hex
-
-
-def _check_arguments(layer: str, dim: int, x: Tensor, others: Mapping[str, Tensor | None]) -> None:
-    """Raise ValueError unless x is [..., dim], the others have its leading shape, and the mask is bool."""
-    if x.shape[-1] != dim:
-        raise ValueError(f"layer '{layer}' takes [..., {dim}], not {list(x.shape)}")
-    for name, value in others.items():
-        if value is not None and value.shape != x.shape[:-1]:
-            raise ValueError(f"layer '{layer}': {name} is {list(value.shape)}, the tokens are {list(x.shape[:-1])}")
-    mask = others["mask"]
-    if mask is not None and mask.dtype != torch.bool:
-        raise ValueError(f"layer '{layer}': mask is {mask.dtype}; it must be bool, True = a real token")
 
 
 def _before_load(layer: MoE, state: Mapping[str, Any], prefix: str, *_: Any) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +55,14 @@ def output_on(layer: MoE, tokens: Tokens) -> Tensor:
     try:
         x = tokens.x.detach().view(*tokens.shape, -1)
         with evaluating(layer):
-            y: Tensor = layer(x, unflattened(tokens.mask), unflattened(tokens.ids), unflattened(tokens.labels))
+            columns = map(unflattened, (tokens.mask, tokens.ids, tokens.labels, tokens.carried))
+            y: Tensor = output(layer(x, *columns))
         return y.detach()
     finally:
         layer.watched = None
+
+
+def output(answer: Any) -> Tensor:
+    """A layer's output from what its forward returned: a router that carries adds a second value."""
+    y: Tensor = answer[0] if isinstance(answer, tuple) else answer
+    return y

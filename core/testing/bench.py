@@ -11,11 +11,12 @@ import attrs
 import torch
 from torch import Tensor
 
-from ..contract.routing import Routing
+from ..contract.routing import Routing, Tokens
 from ..contract.traits import trial_options_of
 from ..engine.engine import Engine
 from ..errors import PluginError, UsageError
 from ..layer.moe import MoE
+from ..layer.probing import output
 from ..layer.sums import unflat
 from ..run.training import adam
 from .claims import demand
@@ -78,8 +79,7 @@ def data(*shape: int, seed: int = 1, dim: int = DIM) -> Data:
 
 def call_layer(layer: MoE, *arguments: Any) -> Tensor:
     """Call a layer directly."""
-    y: Tensor = layer(*arguments)
-    return y
+    return output(layer(*arguments))
 
 
 @attrs.define(eq=False)
@@ -161,7 +161,12 @@ class Trial:
 
     def set_logits(self, *logits: Tensor) -> None:
         """Make the router score tokens with these logits, [T, n] for each level, cut to the number of tokens."""
-        self.layer.router.score = lambda tokens: tuple(level[: tokens.x.shape[0]] for level in logits)  # type: ignore[method-assign]
+
+        def score(tokens: Tokens) -> Any:
+            cut = tuple(level[: tokens.x.shape[0]] for level in logits)
+            return (cut, tokens.carried) if self.layer.carries else cut
+
+        self.layer.router.score = score  # type: ignore[method-assign]
 
     def reset_logits(self) -> None:
         """Undo `set_logits`."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..layer.moe import MoE
+from ..layer.probing import output
 from .bench import EXPERTS, MANY, Bench, Data, Tensors, Trial, data
 from .claims import claim, demand
 from .comparing import demand_close, demand_finite, distance, same_bits
@@ -162,11 +163,30 @@ def recomputed_forward_counts_once(bench: Bench) -> None:
     for reentrant in (True, False):
 
         def recomputed(layer: Any, x: Tensor, *rest: Any, reentrant: bool = reentrant) -> Tensor:
-            y: Tensor = checkpoint(layer, x.detach().requires_grad_(), *rest, use_reentrant=reentrant)
-            return y
+            return output(checkpoint(layer, x.detach().requires_grad_(), *rest, use_reentrant=reentrant))
 
         message = f"if the forward is recomputed (use_reentrant={reentrant}); count only in measure() or moe_measure"
         demand_close(expected, bench.trial().step(call=recomputed), message)
+
+
+@claim(*LAYER_HOOKS)
+def recomputed_layers_keep_apart(bench: Bench) -> None:
+    """Of two layers in a row that are recomputed under activation checkpointing, neither sees what the other kept."""
+    gradients = []
+    for recompute in (False, True):
+        trial = bench.trial()
+        layers = [trial.layer, bench.second_layer(trial)]
+        h, carried = data().x.clone().requires_grad_(), None
+        for layer in layers:
+            arguments = (h, None, data().ids, data().labels, *([carried] if layer.carries else []))
+            torch.manual_seed(0)
+            answer = checkpoint(layer, *arguments, use_reentrant=False) if recompute else layer(*arguments)
+            h, carried = answer if isinstance(answer, tuple) else (answer, None)
+        (data().loss(h) + trial.engine.aux_loss()).backward()
+        named = [(f"{at}.{name}", p) for at, layer in enumerate(layers) for name, p in layer.named_parameters()]
+        gradients.append({f"gradient of {name}": p.grad for name, p in named if p.grad is not None})
+    advice = "keep nothing on the plugin or in a module between layers; a router that passes values on declares carries"
+    demand_close(*gradients, f"if two layers are recomputed; {advice}", 1e-5)
 
 
 @claim(*LAYER_HOOKS)

@@ -116,8 +116,9 @@ class CharTransformer(nn.Module):
 
     def forward(self, ids_BS):
         x_BSD = self.character(ids_BS) + self.position.weight[: ids_BS.shape[1]]
+        carried = None
         for block in self.blocks:
-            x_BSD = block(x_BSD, ids_BS)
+            x_BSD, carried = block(x_BSD, ids_BS, carried)
         return self.head(self.norm(x_BSD))
 
 
@@ -129,8 +130,12 @@ class Block(nn.Module):
         self.qkv, self.out = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim, bias=False)
         self.feed = feed
 
-    def forward(self, x_BSD, ids_BS):
+    def forward(self, x_BSD, ids_BS, carried):
         qkv = self.qkv(self.norm(x_BSD)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(*qkv, is_causal=True)
         x_BSD = x_BSD + self.out(attended.transpose(1, 2).flatten(2))
-        return x_BSD + self.feed(self.feed_norm(x_BSD), ids=ids_BS)
+        if self.feed.carries:
+            y_BSD, carried = self.feed(self.feed_norm(x_BSD), ids=ids_BS, carried=carried)
+        else:
+            y_BSD = self.feed(self.feed_norm(x_BSD), ids=ids_BS)
+        return x_BSD + y_BSD, carried
