@@ -23,8 +23,9 @@ class Growth:
     layer: its name. parents: one entry per new expert: the expert that it descends from, or None. drop: experts to
     remove; new experts fill their positions first, so one parent and one drop replace an expert. of: "expert", or
     the router level whose units are meant, such as "group"; a group is added or removed with all its experts.
-    require_exact: refuse the growth if it changes the layer's output. rows: each new expert's row by "part.tensor",
-    instead of the initializer's. why: the reason that the report shows. Raises UsageError.
+    require_exact: refuse the growth if it changes the layer's output. rows: by "part.tensor", the rows of new units
+    instead of the initializer's, [n, ...] for n of them in the order of `parents`, or one row [...] for all. why: the
+    reason that the report shows. Raises UsageError.
     """
 
     layer: str

@@ -1,6 +1,6 @@
 """Building a layer: ask the plugins for its parts, check them and assemble the layer."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import attrs
@@ -143,3 +143,12 @@ def layer_name(wanted: str | None, layers: Iterable[MoE], count: int) -> str:
         message = f"there is a layer '{name}' already; give this one another name"
         raise UsageError(message, code="duplicate-layer")
     return name
+
+
+def owned_parts(layer: MoE) -> Iterator[tuple[Part, str]]:
+    """A layer's parts that plugins made, with the names of their plugins; the router and the bank with their hooks."""
+    yield layer.router, "moe_router"
+    yield layer.experts, "moe_experts"
+    for biases in layer.bias_levels():
+        yield from ((bias, name) for name, bias in biases.items())
+    yield from ((state, name) for name, state in layer.parts_of_plugins().items())

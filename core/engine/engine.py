@@ -31,7 +31,7 @@ from ..processes import all_reduce_sum, distributed, mean_scalar_over_ranks
 from ..registry.discovery import WATCHING
 from ..registry.manager import Plugins
 from . import measuring
-from .builder import LayerBuild, layer_name, spec_of
+from .builder import LayerBuild, layer_name, owned_parts, spec_of
 from .controllers import apply_controllers
 from .growing import Growing, check_growable, grow
 from .step_calls import StepCalls
@@ -80,6 +80,10 @@ class Engine:
     def check(self, task: TaskSpec) -> None:
         """Ask every plugin whether this combination makes sense, before anything is built. Raises UsageError."""
         self.plugins.check(Setup(self.plugins.active, spec_of({**self.defaults, "dim": 0, "hidden": 0}), task))
+
+    def culprit(self, error: BaseException) -> str | None:
+        """The plugin whose code raised an exception, as "loss 'x' (dist 1.0) in moe_aux_loss", or None."""
+        return self.plugins.culprit(error, [owned for layer in self.layers for owned in owned_parts(layer)])
 
     # -- layers ----------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..contract.numerics import count_by
@@ -72,6 +73,29 @@ def observed(layers: Sequence[MoE], plugins: Plugins, run: Probe) -> tuple[Tenso
             raise
         message = f"{culprit} failed on a held-out batch: {type(error).__name__}: {error}"
         raise PluginError(message, code="plugin-failed") from error
+
+
+def backward_culprit(layers: Sequence[MoE], plugins: Plugins, run: Probe) -> str | None:
+    """The plugin through whose loss or router no gradient can be computed, as after an error in backward; or None.
+
+    run: as for `probed`. A loss may hold a graph that is gone; only its backward fails, where no code of it runs.
+    """
+    try:
+        _, routings = observe(layers, run)
+    except Exception:
+        return None
+    for layer, routing in routings.items():
+        inputs = [p for p in layer.parameters() if p.requires_grad]
+        values = {name.partition(".")[0]: value for name, value in layer.aux_terms(routing).items()}
+        (router,) = (bound.plugin for bound in plugins.bind("moe_router"))
+        for plugin, value in {**values, router: routing.plan.weight.sum()}.items():
+            try:
+                if value.requires_grad:
+                    torch.autograd.grad(value, inputs, retain_graph=True, allow_unused=True)
+            except RuntimeError:
+                hook = "moe_router" if plugin == router else "moe_aux_loss"
+                return f"{plugins.origin(plugin)} in the backward of {hook}"
+    return None
 
 
 def probed(layers: Sequence[MoE], plugins: Plugins, run: Probe) -> dict[MoE, tuple[Routing, Effects]]:

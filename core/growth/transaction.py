@@ -137,7 +137,7 @@ def _new_experts(
     """Ask the initializer for each new expert, with copies of its parent's rows on the CPU."""
     initializer, born = None, []
     roles = {where: axis.role for where, (_, axis) in weights.items()}
-    for position in plan.added:
+    for number, position in enumerate(plan.added):
         origin = plan.origins[position]
         parent = None
         if origin is not None:  # as earlier new experts left it
@@ -147,14 +147,27 @@ def _new_experts(
         fresh = {where: _fresh_row(tensor, axis, generator) for where, (tensor, axis) in weights.items()}
         offer = {"parent": parent, "growth": growth, "index": position, "fresh": fresh, "roles": roles}
         initializer, new = ask(of, origin, {**offer, "generator": generator})
-        given_rows = {where: row.to("cpu", fresh[where].dtype) for where, row in growth.rows.items() if where in fresh}
-        new = attrs.evolve(new, values={**new.values, **given_rows})
+        new = attrs.evolve(new, values={**new.values, **_given_rows(growth, fresh, number, len(plan.added))})
         _check_rows(initializer, "", new.values, fresh, all_of_them=True)
         _check_rows(initializer, " of the parent", new.parent_values, fresh if origin is not None else {})
         if origin is not None:
             changed.setdefault((of, origin), {}).update(new.parent_values)
         born.append(new)
     return initializer, born
+
+
+def _given_rows(growth: Growth, fresh: Rows, number: int, count: int) -> Rows:
+    """The rows that a growth gives to one of `count` new units. Raises UsageError for one of another shape."""
+    rows = {}
+    for where, given in growth.rows.items():
+        if where not in fresh:  # of another population
+            continue
+        one, several = list(fresh[where].shape), [count, *fresh[where].shape]
+        if list(given.shape) not in (one, several):
+            why = f"rows '{where}' of the growth of '{growth.layer}' are of shape {list(given.shape)}"
+            raise UsageError(f"{why}; they must be {several}, or {one} for all", code="bad-growth")
+        rows[where] = (given if list(given.shape) == one else given[number]).to("cpu", fresh[where].dtype)
+    return rows
 
 
 def _fresh_row(tensor: Tensor, axis: Axis, generator: torch.Generator) -> Tensor:

@@ -110,7 +110,21 @@ class Plugins:
                     raise UsageError(message, code="plugin-not-chosen")
                 message = f"options are set for plugin '{name}', which does not exist; {nearest(name, self._classes)}"
                 raise UsageError(message, code="unknown-plugin")
-        return {name: build(cls, self.found[name].title, settings.get(name, {})) for name, cls in self._classes.items()}
+        return {name: self._made(name, cls, settings.get(name, {})) for name, cls in self._classes.items()}
+
+    def _made(self, name: str, cls: type, given: Mapping[str, Any]) -> Any:
+        """A plugin with these options. Raises PluginError if its constructor fails."""
+        try:
+            return build(cls, self.found[name].title, given)
+        except UsageError as error:
+            cause = error.__cause__
+            trace = cause and cause.__traceback__
+            while trace is not None and trace.tb_frame.f_code.co_filename != inspect.getfile(cls):
+                trace = trace.tb_next
+            if trace is None:  # an option out of its bounds
+                raise
+            message = f"{self.origin(name)} fails in its constructor: {type(cause).__name__}: {cause}"
+            raise PluginError(message, code="plugin-failed") from cause
 
     def override(self, settings: Settings) -> dict[str, Any]:
         """The plugins with some options changed, for one layer."""
@@ -159,8 +173,7 @@ class Plugins:
 
     def ask(self, bound: Bound, kind: Any, offer: Mapping[str, Any]) -> Any:
         """Call a plugin's hook, which must return a `kind`. Raises PluginError, naming plugin and hook."""
-        found, hook = self.found[bound.plugin], bound.function.__name__
-        origin = f"{found.title} ({found.distribution} {found.version})"
+        origin, hook = self.origin(bound.plugin), bound.function.__name__
         try:
             answer = bound(offer)
         except UsageError:
@@ -184,20 +197,34 @@ class Plugins:
             for found in self.found.values()
         ]
 
-    def culprit(self, error: BaseException) -> str | None:
-        """The plugin that raised an exception, as "loss 'x' (dist 1.0) in moe_aux_loss", or None."""
-        names = {type(plugin): name for name, plugin in self.active.items()}
-        files = {inspect.getfile(cls): name for cls, name in names.items()}
-        blamed, sure, trace = None, False, error.__traceback__
+    def origin(self, name: str) -> str:
+        """A plugin in error messages: "loss 'x' (dist 1.0)"."""
+        found = self.found[name]
+        return f"{found.title} ({found.distribution} {found.version})"
+
+    def culprit(self, error: BaseException, parts: Iterable[tuple[Any, str]] = ()) -> str | None:
+        """The plugin that raised an exception, as "loss 'x' (dist 1.0) in moe_aux_loss", or None.
+
+        parts: objects that plugins made, each with its plugin's name, or with the hook that only one implements. The
+        frames tell: a method of a plugin or of a part names its plugin; otherwise the file does, if it holds only one.
+        """
+        implementing = {hook: self.bind(hook) for hook in ("moe_router", "moe_experts")}
+        owners = {id(part): name for part, name in parts if name in self.active}
+        for part, hook in parts:
+            owners |= {id(part): bound.plugin for bound in implementing.get(hook, ())}
+        owners |= {id(plugin): name for name, plugin in self.active.items()}
+        hooks = {bound.function.__code__: hook for hook in HOOKS for bound in self.bind(hook)}  # type: ignore[attr-defined]
+        files = [inspect.getfile(type(plugin)) for plugin in self.active.values()]
+        alone = {file: name for file, name in zip(files, self.active, strict=True) if files.count(file) == 1}
+        blamed: tuple[str, str] | None = None
+        trace = error.__traceback__
         while trace is not None:
-            code = trace.tb_frame.f_code
-            of_self = names.get(type(trace.tb_frame.f_locals.get("self")))  # one file may hold several plugins
-            name = of_self or (None if sure else files.get(code.co_filename))
-            if name is not None:
-                where = code.co_name if blamed is None or not blamed[1].startswith("moe_") else blamed[1]
-                blamed, sure = (self.found[name], where), sure or of_self is not None
+            frame, code = trace.tb_frame, trace.tb_frame.f_code
+            owner = owners.get(id(frame.f_locals.get("self"))) or alone.get(code.co_filename)
+            if owner is not None and (blamed is None or blamed[0] != owner or blamed[1].startswith("_")):
+                blamed = owner, hooks.get(code, code.co_name)  # first comes torch's _call_impl of a part
             trace = trace.tb_next
-        return f"{blamed[0].title} ({blamed[0].distribution} {blamed[0].version}) in {blamed[1]}" if blamed else None
+        return f"{self.origin(blamed[0])} in {blamed[1]}" if blamed else None
 
 
 def _chosen(names: Iterable[str], installed: Mapping[str, list[Found]]) -> list[str]:

@@ -42,7 +42,8 @@ def build_model(config: RunConfig, engine: Engine, task: Task, device: torch.dev
         except UsageError:
             raise
         except (Exception, SystemExit) as error:
-            message = f"the model of task '{config.task}' can't be built: {error}"
+            who = engine.culprit(error) or f"task '{config.task}'"
+            message = f"{who} failed while the model was built: {type(error).__name__}: {error}"
             raise UsageError(message, code="model-not-built") from error
     engine.attach(model)
     _check_initializers(config, engine)

@@ -91,8 +91,8 @@ class Forward:
 class LayerTrace:
     """The decisions of one layer.
 
-    router: its plugin, or the class name of a foreign block. options: the plugin's. state: the router's tensors.
-    biases: level, name, selection_only and value [n] of each, at the time of recording.
+    router: its plugin, or one that chooses like a foreign block, or the block's class if there is none. options: the plugin's. state: the router's tensors.
+    biases: level, name, selection_only and value [n] of each, at the time of recording. held: tokens in `forwards`.
     """
 
     name: str
@@ -102,6 +102,10 @@ class LayerTrace:
     state: dict[str, Tensor]
     biases: list[dict[str, Any]]
     forwards: list[Forward] = attrs.field(factory=list)
+    held: int = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.held = sum(math.prod(forward.shape) for forward in self.forwards)
 
     @property
     def levels(self) -> list[tuple[str, int]]:
@@ -138,13 +142,13 @@ class Trace:
 
     def add(self, layer: LayerTrace, routing: Routing) -> bool:
         """Keep one forward's decision, or its first rows; returns True if all of it fits."""
-        held = sum(math.prod(forward.shape) for forward in layer.forwards)
         rows, each = routing.tokens.shape[0], math.prod(routing.tokens.shape[1:])
-        fitting = min(rows, (self.limit - held) // max(each, 1))
+        fitting = min(rows, (self.limit - layer.held) // max(each, 1))
         self.cut |= fitting < rows
         if fitting and each:
             forward = Forward.of(routing)
             layer.forwards.append(forward if fitting == rows else forward.rows(0, fitting))
+            layer.held += fitting * each
         return fitting == rows
 
     def write(self, path: Path) -> None:
@@ -152,9 +156,11 @@ class Trace:
         layers = [layer for layer in self.layers if layer.forwards]
         if not layers:
             message = f"no token has come through any layer, so there is nothing to write into {path}"
+            if self.cut:
+                message = f"a single sequence has more tokens than the limit of {self.limit}; raise it to record {path}"
             raise UsageError(message, code="empty-trace")
         note = f"at most the first {self.limit} tokens of each layer, padding included; logits are not rounded"
-        tree = attrs.asdict(attrs.evolve(self, layers=layers))
+        tree = attrs.asdict(attrs.evolve(self, layers=layers), filter=lambda field, _: field.init)
         try:
             write_tree(path, {"routing_trace": 1, "note": note, **tree})
         except OSError as error:

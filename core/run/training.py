@@ -27,6 +27,7 @@ from .building import build_engine, build_model, build_task
 from .checkpoints import Checkpoints
 from .config import RunConfig, config_toml
 from .device import StepTimer, deterministic, find_device, resolve_matmul
+from .failures import culprit_of, write_reports
 from .folder import new_folder, read_run, record_file
 from .loop_state import LoopState
 from .records import Listener, RecordFile
@@ -115,7 +116,7 @@ class Training:
 
     def culprit(self, error: BaseException) -> str | None:
         """A sentence on the plugin that an exception came from, or None."""
-        who = self.engine.plugins.culprit(error)
+        who = culprit_of(self.engine, error, self._scorer.probe)
         return who and f"{who} failed at step {self.step}: {type(error).__name__}: {error}"
 
     # -- the run -----------------------------------------------------------------------------------
@@ -145,8 +146,7 @@ class Training:
         if self.stop:
             raise Stopped
         run = read_run(self.folder)
-        for bound in self.engine.plugins.bind("moe_report"):
-            bound({"run": run})
+        write_reports(self.engine, run)
         return run
 
     def _first_state(self) -> LoopState:
