@@ -31,7 +31,7 @@ def write_reports(engine: Engine, run: Run) -> None:
             bound({"run": run})
         except (Exception, SystemExit) as error:
             who = engine.culprit(error) or f"{engine.plugins.origin(bound.plugin)} in moe_report"
-            failures.append((f"{who} failed at step {run.summary['step']}: {type(error).__name__}: {error}", error))
+            failures.append((f"{who} failed at step {run.records[-1]['step']}: {type(error).__name__}: {error}", error))
     if failures:
         log = run.folder / "run.log"
         write_atomically(log, "".join("".join(traceback.format_exception(error)) for _, error in failures).encode())

@@ -91,8 +91,9 @@ class Forward:
 class LayerTrace:
     """The decisions of one layer.
 
-    router: its plugin, or one that chooses like a foreign block, or the block's class if there is none. options: the plugin's. state: the router's tensors.
-    biases: level, name, selection_only and value [n] of each, at the time of recording. held: tokens in `forwards`.
+    router: its plugin; for a foreign block the plugin that decides alike, or the block's class if there is none.
+    options: the plugin's. state: the router's tensors. biases: level, name, selection_only and value [n] of each, at
+    the time of recording. held: the number of tokens in `forwards`.
     """
 
     name: str
