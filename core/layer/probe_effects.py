@@ -50,21 +50,22 @@ def without_gradient(loss: Tensor, routings: Mapping[MoE, Routing]) -> Iterator[
             competing = level.logits.shape[-1] if group_n is None else int(group_n.bincount().max())
             can_learn = level.logits.requires_grad and competing > 1
             stuck = can_learn and _norm(_gradients(loss, [level.logits])) < LEAST_SHARE * at_gates
-            if stuck and _gates_are_constant(gate_N, level.logits):
-                yield (
-                    layer,
-                    f"layer '{layer.name}': the task gives the router's level '{level.name}' no gradient, so it "
-                    f"can't learn; with top_k={layer.spec.top_k} its gates must not be renormalised to a constant",
-                )
+            if stuck and not _gates_depend_on(gate_N, [level.logits]):
+                learned = [parameter for parameter in layer.router.parameters() if parameter.requires_grad]
+                advice = f"with top_k={layer.spec.top_k} its gates must not be renormalised to a constant"
+                if _gates_depend_on(gate_N, learned):
+                    advice = "its gates are computed from something else; compute them from level.biased"
+                why = f"the task gives the router's level '{level.name}' no gradient, so it can't learn"
+                yield layer, f"layer '{layer.name}': {why}; {advice}"
 
 
-def _gates_are_constant(gate_N: Tensor, logits: Tensor) -> bool:
-    """True if the gates do not depend on the logits.
+def _gates_depend_on(gate_N: Tensor, inputs: Sequence[Tensor]) -> bool:
+    """Whether the gates depend on these tensors.
 
     The task's gradient alone can't tell: while all experts are equal, it also cancels out.
     """
     weighted_N = gate_N * torch.arange(gate_N.shape[0], device=gate_N.device).cos()  # so nothing cancels
-    return _norm(_gradients(weighted_N.sum(), [logits])) <= LEAST_SHARE * _norm([weighted_N.detach()])
+    return _norm(_gradients(weighted_N.sum(), inputs)) > LEAST_SHARE * _norm([weighted_N.detach()])
 
 
 @torch.no_grad()

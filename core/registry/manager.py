@@ -5,6 +5,8 @@ Nothing here imports torch, and only the chosen plugins are imported.
 
 import inspect
 from collections.abc import Iterable, Mapping
+from hashlib import sha256
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pluggy
@@ -196,6 +198,11 @@ class Plugins:
             {"name": found.name, "distribution": found.distribution, "version": found.version}
             for found in self.found.values()
         ]
+
+    def fingerprints(self) -> dict[str, str]:
+        """A digest of each active plugin's source file, which tells when an editable one was edited."""
+        files = {name: Path(inspect.getfile(type(plugin))) for name, plugin in self.active.items()}
+        return {name: sha256(file.read_bytes()).hexdigest() for name, file in files.items() if file.is_file()}
 
     def origin(self, name: str) -> str:
         """A plugin in error messages: "loss 'x' (dist 1.0)"."""

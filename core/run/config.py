@@ -1,7 +1,7 @@
 """A run's configuration: declares every flag of `run`, and reads config files."""
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import tomli_w
 
 from ..contract.options import Settings, build, option, options_of, values_of
 from ..errors import UsageError, listed
-from ..registry.discovery import defaults
+from ..registry.discovery import defaults, disabled, find
 
 
 @attrs.define(eq=False)
@@ -63,8 +63,11 @@ class RunConfig:
     record_routing: bool = option(False, help="Save the test set's routing, for replay and routing-stats.")
 
 
-def read_config(file: Path | None) -> tuple[dict[str, Any], Settings]:
-    """([run], [plugins.NAME]) of a TOML file; ({}, {}) without one. Raises UsageError."""
+def read_config(file: Path | None, dropped: Iterable[str] = ()) -> tuple[dict[str, Any], Settings]:
+    """([run], [plugins.NAME]) of a TOML file; ({}, {}) without one. Raises UsageError.
+
+    dropped: plugins that are not needed.
+    """
     if file is None:
         return {}, {}
     try:
@@ -73,15 +76,26 @@ def read_config(file: Path | None) -> tuple[dict[str, Any], Settings]:
         raise UsageError(f"config file {file} can't be read: {error.strerror}", code="unreadable-file") from error
     except (ValueError, RecursionError) as error:  # a number of too many digits is not a TOMLDecodeError
         raise UsageError(f"config file {file} is not TOML: {error}", code="invalid-toml") from error
-    if unknown := sorted(tables.keys() - {"run", "plugins"}):
+    if unknown := sorted(tables.keys() - {"run", "plugins", "installed"}):
         message = f"config file {file} has {listed(unknown)}; its tables are [run] and [plugins.NAME]"
         raise UsageError(message, code="unknown-table")
-    run, plugins = tables.get("run", {}), tables.get("plugins", {})
-    for name, table in [("run", run), ("plugins", plugins), *(plugins.items() if isinstance(plugins, dict) else ())]:
+    run, plugins, installed = (tables.get(name, {}) for name in ("run", "plugins", "installed"))
+    named = [("run", run), ("plugins", plugins), ("installed", installed)]
+    for name, table in [*named, *(plugins.items() if isinstance(plugins, dict) else ())]:
         if not isinstance(table, dict):
             message = f"config file {file}: '{name}' must be a table of options, not {table!r}"
             raise UsageError(message, code="not-a-table")
+    _check_installed(file, {name: home for name, home in installed.items() if name not in set(dropped)})
     return run, plugins
+
+
+def _check_installed(file: Path, installed: Mapping[str, Any]) -> None:
+    """Raise UsageError for a plugin of the run that is not here, with what to install."""
+    missing = sorted(installed.keys() - find().keys() - disabled())
+    if missing:
+        name, home = missing[0], str(installed[missing[0]])
+        message = f"config file {file} was made with plugin '{name}' of {home}, which is not installed"
+        raise UsageError(f"{message}: pip install {home.replace(' ', '==')}", code="plugin-not-installed")
 
 
 def merge_options(file: Mapping[str, Any], flags: Mapping[str, Any]) -> RunConfig:
@@ -91,11 +105,11 @@ def merge_options(file: Mapping[str, Any], flags: Mapping[str, Any]) -> RunConfi
     return config
 
 
-def config_toml(config: RunConfig, settings: Settings) -> str:
-    """The config file that reproduces the run."""
-    return tomli_w.dumps(
-        {"run": _toml_values(values_of(config)), "plugins": {k: _toml_values(v) for k, v in settings.items() if v}}
-    )
+def config_toml(config: RunConfig, settings: Settings, plugins: Iterable[Mapping[str, str]]) -> str:
+    """The config file that reproduces the run. plugins: name, distribution and version of each."""
+    tables = {"run": _toml_values(values_of(config)), "plugins": {k: _toml_values(v) for k, v in settings.items() if v}}
+    foreign = {one["name"]: f"{one['distribution']} {one['version']}" for one in plugins}
+    return tomli_w.dumps({**tables, "installed": foreign})
 
 
 def _toml_values(values: Mapping[str, Any]) -> dict[str, Any]:

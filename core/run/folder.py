@@ -2,16 +2,19 @@
 
 import json
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
+import attrs
+
 from ..contract.options import Settings
 from ..contract.run import Run
 from ..errors import UsageError
 from ..files import locked
+from ..registry.discovery import WATCHING, find
 from .config import RunConfig, merge_options, read_config
 
 
@@ -32,14 +35,25 @@ def new_folder(out: Path | None, task: str) -> Path:
     return folder
 
 
-def old_folder(folder: Path) -> tuple[RunConfig, Settings]:
-    """The configuration of a run that was started in this folder. Raises UsageError."""
+def old_folder(folder: Path, dropped: Sequence[str] = ()) -> tuple[RunConfig, Settings]:
+    """The configuration of a run that was started in this folder. Raises UsageError.
+
+    dropped: metrics and reports to leave out from here on.
+    """
     if not folder.is_dir():
         raise UsageError(f"there is no run folder {folder}", code="unknown-run")
     if not (folder / "config.toml").exists():
         raise UsageError(f"{folder} holds no config.toml, so no run was begun in it", code="unknown-run")
-    options, settings = read_config(folder / "config.toml")
-    return merge_options(options, {}), settings
+    options, settings = read_config(folder / "config.toml", dropped)
+    config = merge_options(options, {})
+    known = find()
+    for name in dropped:
+        if name in known and known[name][0].kind not in WATCHING:
+            message = f"'{name}' is a {known[name][0].kind}, without which the run would be another one; --no-plugin"
+            raise UsageError(f"{message} of resume leaves out metrics and reports", code="not-a-watching-plugin")
+    plugins = tuple(name for name in config.plugins if name not in dropped)
+    config = attrs.evolve(config, plugins=plugins, no_plugin=(*config.no_plugin, *(known.keys() & {*dropped})))
+    return config, {name: options for name, options in settings.items() if name not in dropped}
 
 
 @contextmanager

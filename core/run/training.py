@@ -19,7 +19,7 @@ from ..contract.run import Run
 from ..contract.stats import plain
 from ..contract.tasks import Batch, Task
 from ..engine.engine import Engine
-from ..errors import RunError, UsageError
+from ..errors import RunError, UsageError, listed
 from ..files import dump, write_atomically
 from ..optimizer_state import restore
 from ..seeds import generator, own_random_state, random_state, set_random_state
@@ -31,6 +31,7 @@ from .failures import culprit_of, write_reports
 from .folder import new_folder, read_run, record_file
 from .loop_state import LoopState
 from .records import Listener, RecordFile
+from .resuming import changes, check_resumable
 from .scores import Scorer, ScoreSums
 from .summary import summarize, versions
 from .traces import FILE, record
@@ -60,6 +61,7 @@ class Training:
     out: the run's folder; with `resumed`, the folder of an earlier run, which continues from its newest checkpoint.
     listener: receives each record of metrics.jsonl as it is written. say: receives remarks. stop: set it to stop
     after the present step. timed: measure each step, for `step_seconds`, which synchronizes a GPU at every step.
+    dropped: metrics and reports that a resumed run leaves out.
     """
 
     config: RunConfig
@@ -70,6 +72,7 @@ class Training:
     say: Callable[[str], None] = lambda remark: None
     stop: bool = False
     timed: bool = False
+    dropped: tuple[str, ...] = ()
     engine: Engine = attrs.field(init=False)
     task: Task = attrs.field(init=False)
     device: torch.device = attrs.field(init=False)
@@ -262,8 +265,7 @@ class Training:
     def _state(self) -> dict[str, Any]:
         """The complete state of the run, from which it continues with identical results."""
         return {
-            "versions": versions(),
-            "plugins": self.engine.plugins.records(),
+            **self._made_with(),
             "config": self._config_text(),
             "seconds": self._seconds(),
             "records": self._records.sync(),
@@ -281,9 +283,9 @@ class Training:
             self.say("there is no checkpoint to continue from; starting over")
             self._records.truncate(0)
             return
-        _check_resumable(self.folder, tree, self._config_text(), self._records.size())
-        if (tree["versions"], tree["plugins"]) != (versions(), self.engine.plugins.records()):
-            self.say("the run was begun with other versions, so its metrics may differ from here on")
+        check_resumable(self.folder, tree, self._config_text(), self._records.size(), self.dropped)
+        if changed := changes(tree, self._made_with()):
+            self.say(f"since the run began {listed(changed)} changed, so its metrics may differ from here on")
         self.model.load_state_dict(tree["model"])
         restore(self.optimizer, tree["optimizer"])
         self.engine.load_state_dict(tree["engine"])
@@ -293,21 +295,13 @@ class Training:
         set_random_state(tree["draws"])
         self.say(f"continuing from step {self.step} of {self.total_steps}")
 
+    def _made_with(self) -> dict[str, Any]:
+        """The versions of libraries, and the distribution, version and source of each plugin."""
+        plugins = self.engine.plugins
+        return {"versions": versions(), "plugins": plugins.records(), "code": plugins.fingerprints()}
+
     def _config_text(self) -> str:
-        return config_toml(self.config, self.engine.plugins.options())
+        return config_toml(self.config, self.engine.plugins.options(), self.engine.plugins.records())
 
     def _seconds(self) -> float:
         return round(time.monotonic() - self._started, 3)
-
-
-def _check_resumable(folder: Path, tree: Mapping[str, Any], config_text: str, recorded: int) -> None:
-    """Raise UsageError if the configuration or the `recorded` bytes of records do not match the checkpoint `tree`."""
-    if tree["config"] != config_text:
-        raise UsageError(
-            f"{folder / 'config.toml'} was changed since the run began; undo the change, or start a new run with: "
-            "moe-engine run --config",
-            code="config-changed",
-        )
-    if recorded < tree["records"]:
-        message = f"{folder / 'metrics.jsonl'} is damaged: it is shorter than its checkpoint says"
-        raise UsageError(message, code="damaged-run")

@@ -17,7 +17,7 @@ class Attribution:
     threshold: float = option(1e-4, help="a relative gradient or share of choices below this is no effect", min=0)
 
     @hookimpl
-    def moe_metrics(self, effects, layer):
+    def moe_metrics(self, effects, layer, probe):
         if effects is None:
             return {}
         has_choice = layer.spec.experts > layer.spec.top_k
@@ -27,13 +27,15 @@ class Attribution:
         for name, value in {**relative, **effects.biases}.items():
             metrics[f"effect.{name}"] = value
             if has_choice and value < self.threshold:
-                metrics[f"inert.{name}"] = self._inert(name, value, name in effects.biases)
+                metrics[f"inert.{name}"] = self._inert(name, value, name in effects.biases, probe)
         return metrics
 
-    def _inert(self, name, value, is_bias):
+    def _inert(self, name, value, is_bias, probe):
         why = f"loss {name} had no effect: its gradient at the router is {value:.1e} of the task's"
         advice = f"remove {name} or raise {name.partition('.')[0]}.weight"
         if is_bias:
             why = f"bias {name} had no effect: {1 - value:.2%} of choices are the same without it"
             advice = f"remove {name} or raise its strength until effect.{name} is above {self.threshold:g}"
+            if all(level.scores is None for level in probe.levels):
+                advice = f"the router never calls level.select_by(scores), so {name} can't act: remove one of the two"
         return Finding("no effect", 1, why, advice)

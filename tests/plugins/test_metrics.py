@@ -174,7 +174,8 @@ class Gone:
 
 def test_attribution_names_terms_without_effect():
     layer = Engine("topk", experts=4).moe(4, 4)
-    got = Attribution().moe_metrics(Gone(), layer)
+    probe = layer.route(layer.tokens(torch.randn(3, 4)))
+    got = Attribution().moe_metrics(Gone(), layer, probe)
     assert {n: v for n, v in got.items() if n.startswith("effect.")} == {
         "effect.weak": 5e-7,
         "effect.strong": 0.5,
@@ -185,6 +186,11 @@ def test_attribution_names_terms_without_effect():
     assert list(named) == ["inert.weak", "inert.idle"]
     assert "loss weak had no effect" in named["inert.weak"].why
     assert "bias idle had no effect" in named["inert.idle"].why
+    assert "raise its strength" in named["inert.idle"].advice
+    for level in probe.levels:
+        level.scores = None  # as if the router had not called select_by
+    (deaf,) = [v for n, v in Attribution().moe_metrics(Gone(), layer, probe).items() if n == "inert.idle"]
+    assert "the router never calls level.select_by(scores)" in deaf.advice
 
 
 def test_effects_are_the_gradients_at_the_logits():

@@ -12,6 +12,7 @@ from torch import nn
 
 from moe_engine import Engine, Growth, UsageError, adam, hookimpl, load, save
 from moe_engine.cli import main
+from moe_engine.registry import discovery
 from moe_engine.run.checkpoints import Checkpoints, read_tree, write_tree
 from moe_engine.run.config import RunConfig
 from moe_engine.run.folder import old_folder
@@ -343,7 +344,53 @@ def test_a_source_without_a_trigger_is_refused(capsys):
 def test_other_versions_are_said(tmp_path, monkeypatch):
     stopped(tmp_path / "cut", 25)
     monkeypatch.setattr("moe_engine.run.training.versions", lambda: {"torch": "0"})
-    assert go_on(tmp_path / "cut") == ["the run was begun with other versions, so its metrics may differ from here on"]
+    (said,) = go_on(tmp_path / "cut")
+    assert said.startswith("since the run began torch ") and said.endswith("so its metrics may differ from here on")
+
+
+def test_code_that_was_edited_since_is_said(tmp_path, monkeypatch):
+    """An editable plugin keeps its version while it is worked on."""
+    stopped(tmp_path / "cut", 25)
+    monkeypatch.setattr("moe_engine.registry.manager.Plugins.fingerprints", lambda self: {"saturation": "edited"})
+    (said,) = go_on(tmp_path / "cut")
+    assert "the code of plugin 'saturation' changed" in said
+
+
+def test_a_run_goes_on_without_a_metric_or_a_report(tmp_path, capsys, install):
+    class Fails:
+        @hookimpl
+        def moe_metrics(self, stats):
+            if stats.tokens > 0 and broken:
+                raise LookupError("boom")
+            return {}
+
+    broken = []
+    install("metric", "fails", attrs.define(eq=False)(Fails))
+    stopped(tmp_path / "cut", 11, plugins=(*RUN["plugins"], "fails"))
+    broken.append(True)
+    assert main(["resume", str(tmp_path / "cut"), "--quiet"]) == 1
+    assert main(["resume", str(tmp_path / "cut"), "--quiet", "--no-plugin", "fails"]) == 0
+    assert json.loads((tmp_path / "cut" / "summary.json").read_text())["loss"] > 0
+    capsys.readouterr()
+    assert main(["resume", str(tmp_path / "cut"), "--no-plugin", "switch_aux"]) == 2
+    assert "'switch_aux' is a loss, without which the run would be another one" in capsys.readouterr().err
+
+
+def test_a_plugin_that_was_uninstalled_is_named_with_what_to_install(tmp_path, capsys, install):
+    @attrs.define(eq=False)
+    class Gone:
+        @hookimpl
+        def moe_metrics(self, stats):
+            return {}
+
+    install("metric", "gone", Gone)
+    stopped(tmp_path / "cut", 11, plugins=(*RUN["plugins"], "gone"))
+    with discovery.pretend({name: found for name, found in discovery.find().items() if name != "gone"}):
+        for words in (["resume", str(tmp_path / "cut")], ["run", "--config", str(tmp_path / "cut" / "config.toml")]):
+            assert main(words) == 2
+            err = capsys.readouterr().err
+            assert "plugin 'gone' of elsewhere 1.0, which is not installed: pip install elsewhere==1.0" in err
+        assert main(["resume", str(tmp_path / "cut"), "--no-plugin", "gone", "--quiet"]) == 0
 
 
 def test_two_processes_can_not_write_one_run(tmp_path):

@@ -11,8 +11,20 @@ import torch
 from faults import Top
 
 import moe_engine.testing
-from moe_engine import PluginError, Traits, UsageError, assign, hookimpl, option
-from moe_engine.testing import CLAIMS, Broken, NotApplicable, check_loss, check_router, checks
+from moe_engine import (
+    LevelSpec,
+    PluginError,
+    Router,
+    StackedMLP,
+    Traits,
+    UsageError,
+    assign,
+    hookimpl,
+    linear_logits,
+    option,
+    uniform,
+)
+from moe_engine.testing import CLAIMS, Broken, NotApplicable, check_loss, check_router, checks, results
 from moe_engine.testing.plugin_under_test import HOOK_OF, plugin_under_test
 from support import refused
 
@@ -154,3 +166,76 @@ def test_the_kit_needs_no_pytest():
     """It ships in the package, which does not depend on pytest."""
     code = "import sys, moe_engine.testing; sys.exit('pytest' in sys.modules)"
     assert not subprocess.run([sys.executable, "-c", code], check=False).returncode
+
+
+class ThreeLevels(Router):
+    """A half of the experts, the best K of its parts, and the best expert of each."""
+
+    def __init__(self, spec):
+        super().__init__()
+        self.top_k, self.parts = spec.top_k, 3 if spec.experts % 3 == 0 else 4
+        for name, size in (("half", 2), ("part", 2 * self.parts), ("expert", spec.experts)):
+            self.expert_param(f"{name}_weight", (size, spec.dim), fresh=uniform(spec.dim), role="logit_row", of=name)
+        self.expert_buffer("part_of", torch.arange(spec.experts) * 2 * self.parts // spec.experts, values="part")
+
+    @property
+    def levels(self):
+        sizes = (len(self.half_weight), len(self.part_weight), len(self.expert_weight))
+        names, chosen = ("half", "part", "expert"), (1, self.top_k, self.top_k)
+        return tuple(LevelSpec(*each, limited=each[0] != "half") for each in zip(names, sizes, chosen, strict=True))
+
+    def unit_of_expert(self, level):
+        return {"half": self.part_of // self.parts, "part": self.part_of}.get(level)
+
+    def competes_in(self, level):
+        return {"part": torch.arange(len(self.part_weight)) // self.parts, "expert": self.part_of}.get(level)
+
+    def score(self, tokens):
+        return tuple(linear_logits(tokens.x, w) for w in (self.half_weight, self.part_weight, self.expert_weight))
+
+    def select(self, tokens, levels):
+        half, part, expert = levels
+        best_T1 = half.select_by(half.biased).argmax(-1, keepdim=True)
+        open_TP = torch.arange(len(self.part_weight)) // self.parts == best_T1
+        part_TK = part.select_by(part.biased).masked_fill(~open_TP, -torch.inf).topk(self.top_k, dim=-1).indices
+        inside_TKE = self.part_of == part_TK[..., None]
+        expert_TK = expert.select_by(expert.biased)[:, None].masked_fill(~inside_TKE, -torch.inf).argmax(-1)
+        by_part_TP = half.biased.softmax(-1).repeat_interleave(self.parts, -1) * part.biased.softmax(-1)
+        probs_TE = by_part_TP[:, self.part_of] * expert.biased.softmax(-1)
+        probs_TE = probs_TE / probs_TE.sum(-1, keepdim=True)
+        return probs_TE, assign(probs_TE.gather(-1, expert_TK), expert_TK, tokens)
+
+
+def test_a_router_of_three_levels_keeps_the_claims_about_choices():
+    @attrs.define(eq=False)
+    class Three:
+        @hookimpl
+        def moe_router(self, spec):
+            return ThreeLevels(spec)
+
+    wanted = ("ties_are_spread", "padding_changes_nothing", "sequence_order_changes_nothing", "choices_are_valid")
+    several = [check for check in checks(Three) if check.claim.name in wanted]
+    assert [(one.outcome, one.why) for one in results(several)] == [("ok", None)] * 4
+
+
+def test_experts_without_parameters_keep_the_claims_about_experts():
+    """As the zero and copy experts of MoE++: their gradient is 0, with tokens too."""
+
+    class SomeCopies(StackedMLP):
+        def forward(self, x_ND, counts_E):
+            y_ND = super().forward(x_ND, counts_E)
+            copied_N = torch.arange(len(x_ND)) < counts_E[:2].sum()
+            return torch.where(copied_N[:, None], x_ND, y_ND)
+
+        def outputs(self, x_SD):
+            return torch.cat([x_SD.expand(2, -1, -1), super().outputs(x_SD)[2:]])
+
+    @attrs.define(eq=False)
+    class Copies:
+        @hookimpl
+        def moe_experts(self, spec):
+            return SomeCopies(spec)
+
+    wanted = ("expert_grad_is_per_expert", "forward_agrees_with_outputs", "rows_are_independent")
+    several = [check for check in checks(Copies) if check.claim.name in wanted]
+    assert [(one.outcome, one.why) for one in results(several)] == [("ok", None)] * 3
