@@ -121,7 +121,7 @@ class Plugins:
         except UsageError as error:
             cause = error.__cause__
             trace = cause and cause.__traceback__
-            while trace is not None and trace.tb_frame.f_code.co_filename != inspect.getfile(cls):
+            while trace is not None and trace.tb_frame.f_code.co_filename != file_of(cls):
                 trace = trace.tb_next
             if trace is None:  # an option out of its bounds
                 raise
@@ -201,7 +201,7 @@ class Plugins:
 
     def fingerprints(self) -> dict[str, str]:
         """A digest of each active plugin's source file, which tells when an editable one was edited."""
-        files = {name: Path(inspect.getfile(type(plugin))) for name, plugin in self.active.items()}
+        files = {name: Path(file_of(type(plugin))) for name, plugin in self.active.items()}
         return {name: sha256(file.read_bytes()).hexdigest() for name, file in files.items() if file.is_file()}
 
     def origin(self, name: str) -> str:
@@ -221,7 +221,7 @@ class Plugins:
             owners |= {id(part): bound.plugin for bound in implementing.get(hook, ())}
         owners |= {id(plugin): name for name, plugin in self.active.items()}
         hooks = {bound.function.__code__: hook for hook in HOOKS for bound in self.bind(hook)}  # type: ignore[attr-defined]
-        files = [inspect.getfile(type(plugin)) for plugin in self.active.values()]
+        files = [file_of(type(plugin)) for plugin in self.active.values()]
         alone = {file: name for file, name in zip(files, self.active, strict=True) if files.count(file) == 1}
         blamed: tuple[str, str] | None = None
         trace = error.__traceback__
@@ -232,6 +232,14 @@ class Plugins:
                 blamed = owner, hooks.get(code, code.co_name)  # first comes torch's _call_impl of a part
             trace = trace.tb_next
         return f"{self.origin(blamed[0])} in {blamed[1]}" if blamed else None
+
+
+def file_of(cls: type) -> str:
+    """The source file of a class; empty for one that no file defines, as in an interactive session."""
+    try:
+        return inspect.getfile(cls)
+    except (OSError, TypeError):
+        return ""
 
 
 def _chosen(names: Iterable[str], installed: Mapping[str, list[Found]]) -> list[str]:
