@@ -104,7 +104,7 @@ class MoE(nn.Module):
         self, x: Tensor, mask: Column = None, ids: Column = None, labels: Column = None, carried: Column = None
     ) -> Tokens:
         """The forward's arguments, checked and flattened, padding set to 0."""
-        return tokens_of(self.name, self.spec.dim, self.carries, x, mask, ids, labels, carried)
+        return tokens_of(self.name, self.spec, self.carries, x, mask, ids, labels, carried)
 
     def route(self, tokens: Tokens, without: str | None = None) -> Routing:
         """Decide where tokens go; `without`: leave one plugin's biases out."""

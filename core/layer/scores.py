@@ -6,20 +6,22 @@ import torch
 from torch import Tensor
 
 from ..contract.parts import Bias
-from ..contract.routing import Level, Tokens
+from ..contract.routing import Level, Spec, Tokens
 from ..errors import UsageError
 
 Column = Tensor | None  # a value for each token, or nothing
 
 
 def tokens_of(
-    layer: str, dim: int, carries: int, x: Tensor, mask: Column, ids: Column, labels: Column, carried: Column
+    layer: str, spec: Spec, carries: int, x: Tensor, mask: Column, ids: Column, labels: Column, carried: Column
 ) -> Tokens:
     """A forward's arguments, checked and flattened, padding set to 0."""
-    _check_arguments(layer, dim, x, {"mask": mask, "ids": ids, "labels": labels})
+    _check_arguments(layer, spec.dim, x, {"mask": mask, "ids": ids, "labels": labels})
     tokens = Tokens(x.reshape(-1, x.shape[-1]), tuple(x.shape[:-1]), None if mask is None else mask.reshape(-1))
     tokens.x = tokens.real(tokens.x)  # not even a NaN at padding may leak
     tokens.ids = None if ids is None else tokens.real(ids.reshape(-1))
+    if tokens.ids is not None and spec.vocab:
+        _check_ids(layer, spec.vocab, tokens.ids)
     tokens.labels = None if labels is None else tokens.real(labels.reshape(-1))
     tokens.carried = carried_by(tokens, carries, carried, f"layer '{layer}'")
     return tokens
@@ -35,6 +37,14 @@ def _check_arguments(layer: str, dim: int, x: Tensor, others: Mapping[str, Tenso
     mask = others["mask"]
     if mask is not None and mask.dtype != torch.bool:
         raise ValueError(f"layer '{layer}': mask is {mask.dtype}; it must be bool, True = a real token")
+
+
+def _check_ids(layer: str, vocab: int, ids: Tensor) -> None:
+    """Raise ValueError for an id that is none of the vocabulary; on a GPU that would mean to wait for it."""
+    if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel():
+        low, high = ids.aminmax()
+        if low < 0 or high >= vocab:
+            raise ValueError(f"layer '{layer}': token ids must be 0 to {vocab - 1}, not {int(low)} to {int(high)}")
 
 
 def biased_level(name: str, index: int, raw_Tn: Tensor, tokens: Tokens, biases: Iterable[Bias]) -> Level:

@@ -234,6 +234,14 @@ def test_a_router_may_read_token_ids_which_are_0_at_padding():
     assert layer(torch.randn(1, 3, 6), mask, ids).shape == (1, 3, 6)
 
 
+@pytest.mark.parametrize("ids", [[5, 100], [-1, 5]])
+def test_a_token_id_that_is_none_of_the_vocabulary_is_refused(ids):
+    layer = Engine("hash", experts=4).moe(6, 8, vocab=100, name="moe")
+    with pytest.raises(ValueError, match=rf"layer 'moe': token ids must be 0 to 99, not {min(ids)} to {max(ids)}"):
+        layer(torch.randn(2, 6), ids=torch.tensor(ids))
+    layer(torch.randn(2, 6), torch.tensor([ids[0] == 5, ids[1] == 5]), torch.tensor(ids))  # padding may have any
+
+
 @pytest.mark.parametrize(
     ("precision", "multiplied_in", "limit"),
     [
