@@ -182,11 +182,17 @@ class LinearRouter(Router):
 
 
 class GroupLimitedRouter(LinearRouter):
-    """A linear router whose tokens choose within the best `groups_kept` of `groups` equal groups of experts."""
+    """A linear router whose tokens choose within the best `groups_kept` of `groups` equal groups of experts.
 
-    def __init__(self, spec: Any, groups: int, groups_kept: int) -> None:
+    group_score: a group's score, the sum of its best K / groups_kept scores ("sum"), of its best two ("top2", as
+    DeepSeek-V3, 2024), or its best one ("max", as DeepSeek-V2, 2024).
+    """
+
+    def __init__(self, spec: Any, groups: int, groups_kept: int, group_score: str = "sum") -> None:
         super().__init__(spec)
         self.groups, self.groups_kept = groups, groups_kept
+        best = {"sum": spec.top_k // groups_kept, "top2": min(2, spec.experts // groups), "max": 1}
+        self.best_of_group = best[group_score]
 
     @property
     def levels(self) -> tuple[LevelSpec, ...]:
@@ -195,7 +201,9 @@ class GroupLimitedRouter(LinearRouter):
     def select_by(self, level: Level, scores_TE: Tensor) -> Tensor:
         """`level.select_by(scores_TE)`, with -inf outside each token's best groups."""
         by_TE = level.select_by(scores_TE)
-        return by_TE if self.groups == 1 else keep_best_groups(level, by_TE, self.groups, self.groups_kept, self.top_k)
+        if self.groups == 1:
+            return by_TE
+        return keep_best_groups(level, by_TE, self.groups, self.groups_kept, self.best_of_group)
 
     def adjust_rows(self, staged: dict[str, Tensor], plans: Mapping[str, "Plan"]) -> None:
         if self.groups > 1 and staged.get("weight", self.weight).shape != self.weight.shape:

@@ -320,20 +320,20 @@ class Routing:
         return values_TE.view(math.prod(batch), length, values_TE.shape[-1])
 
 
-def keep_best_groups(level: Level, by_TE: Tensor, groups: int, kept: int, top_k: int) -> Tensor:
+def keep_best_groups(level: Level, by_TE: Tensor, groups: int, kept: int, best: int) -> Tensor:
     """Group-limited selection: -inf outside the `kept` best of `groups` equal groups of experts.
 
-    by_TE: what `level.select_by` returned. A group's score is the sum of its top K/kept scores (DeepSeek-V3, 2024,
-    where K/kept is 2; transformers always sums 2), in float64; equal groups are parted like equal experts. The mask is
-    -inf rather than 0, which would beat negative scores. Check with `groups_problem` first.
+    by_TE: what `level.select_by` returned. A group's score is the sum of its `best` largest scores, in float64; equal
+    groups are parted like equal experts. The mask is -inf rather than 0, which would beat negative scores. Check with
+    `groups_problem` first.
     """
     count, experts = by_TE.shape
     grouped = by_TE.view(count, groups, experts // groups)
-    sum_TG = grouped.float().to(by_TE.dtype).topk(top_k // kept, dim=-1).values.sum(-1)  # of the scores, unparted
+    sum_TG = grouped.float().to(by_TE.dtype).topk(best, dim=-1).values.sum(-1)  # of the scores, unparted
     by_lot_TG = level.part_ties(torch.zeros_like(sum_TG), draw=1).argsort(dim=-1, descending=True)
     best_TG = sum_TG.gather(-1, by_lot_TG).argsort(dim=-1, descending=True, stable=True)
-    best = by_lot_TG.gather(-1, best_TG)[:, :kept]
-    closed = torch.ones(count, groups, dtype=torch.bool, device=by_TE.device).scatter(1, best, False)
+    open_TG = by_lot_TG.gather(-1, best_TG)[:, :kept]
+    closed = torch.ones(count, groups, dtype=torch.bool, device=by_TE.device).scatter(1, open_TG, False)
     return grouped.masked_fill(closed[..., None], -torch.inf).view(count, experts)
 
 

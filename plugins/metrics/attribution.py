@@ -20,14 +20,12 @@ class Attribution:
     def moe_metrics(self, effects, layer, probe):
         if effects is None:
             return {}
-        has_choice = layer.spec.experts > layer.spec.top_k
-        relative = {name: norm / effects.task if effects.task else norm for name, norm in effects.losses.items()}
-        metrics = {"router_gradient": effects.task}
-        metrics |= {f"spread.{name}": value for name, value in effects.spreads.items()}
-        for name, value in {**relative, **effects.biases}.items():
-            metrics[f"effect.{name}"] = value
-            if has_choice and value < self.threshold:
-                metrics[f"inert.{name}"] = self._inert(name, value, name in effects.biases, probe)
+        relative = {name: norm / (effects.task or 1.0) for name, norm in effects.losses.items()}
+        metrics = {"router_gradient": effects.task} | {f"spread.{name}": v for name, v in effects.spreads.items()}
+        moved = relative | dict(effects.biases)
+        metrics |= {f"effect.{name}": value for name, value in moved.items()}
+        for name in [n for n, v in moved.items() if v < self.threshold and layer.spec.top_k < layer.spec.experts]:
+            metrics[f"inert.{name}"] = self._inert(name, moved[name], name in effects.biases, probe)
         return metrics
 
     def _inert(self, name, value, is_bias, probe):
@@ -37,5 +35,5 @@ class Attribution:
             why = f"bias {name} had no effect: {1 - value:.2%} of choices are the same without it"
             advice = f"remove {name} or raise its strength until effect.{name} is above {self.threshold:g}"
             if all(level.scores is None for level in probe.levels):
-                advice = f"the router never calls level.select_by(scores), so {name} can't act: remove one of the two"
+                advice = "the router never calls level.select_by(scores); remove it or the bias"
         return Finding("no effect", 1, why, advice)

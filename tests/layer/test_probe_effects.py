@@ -8,13 +8,13 @@ from support import refused
 
 
 def test_a_router_that_cannot_learn_is_refused(install):
-    from moe_engine.plugins.routers.topk import TopKRouter
+    from moe_engine.plugins.routers.topk import TopK, TopKRouter
 
     @attrs.define(eq=False)
     class Mine:
         @hookimpl
         def moe_router(self, spec):
-            return TopKRouter(spec, renorm=True, groups=1, groups_kept=1)
+            return TopKRouter(spec, TopK(renorm=True))
 
     install("router", "mine", Mine)
     engine = Engine("mine", experts=4, top_k=1)
