@@ -40,7 +40,7 @@ class MoECallback(Callback):
         if pl_module.automatic_optimization:
             pl_module.training_step = self._with_aux(pl_module.training_step)
         else:
-            pl_module.manual_backward = self._manual_with_aux(pl_module.manual_backward)  # type: ignore[method-assign]
+            pl_module.manual_backward = self._manual_with_aux(pl_module.manual_backward)
 
     def _with_aux(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """A `training_step` whose loss has the auxiliary loss in it."""

@@ -119,7 +119,7 @@ class MoE(nn.Module):
         """The part of `route` after the scores. logits: one [T, n] per level."""
         named = zip(self.router.levels, logits, self.biases, strict=True)
         levels = tuple(
-            biased_level(level.name, index, raw_Tn, tokens, [bias for name, bias in biases.items() if name != without])
+            biased_level(level.name, index, raw_Tn, tokens, [bias for name, bias in biases.items() if name != without])  # type: ignore[operator]
             for index, (level, raw_Tn, biases) in enumerate(named)
         )
         probs_TE, plan = self.router.select(tokens, levels)

@@ -120,7 +120,7 @@ class Plugins:
             return build(cls, self.found[name].title, given)
         except UsageError as error:
             cause = error.__cause__
-            trace = cause and cause.__traceback__
+            trace = cause.__traceback__ if cause else None
             while trace is not None and trace.tb_frame.f_code.co_filename != file_of(cls):
                 trace = trace.tb_next
             if trace is None:  # an option out of its bounds
@@ -220,7 +220,7 @@ class Plugins:
         for part, hook in parts:
             owners |= {id(part): bound.plugin for bound in implementing.get(hook, ())}
         owners |= {id(plugin): name for name, plugin in self.active.items()}
-        hooks = {bound.function.__code__: hook for hook in HOOKS for bound in self.bind(hook)}  # type: ignore[attr-defined]
+        hooks = {bound.function.__code__: hook for hook in HOOKS for bound in self.bind(hook)}
         files = [file_of(type(plugin)) for plugin in self.active.values()]
         alone = {file: name for file, name in zip(files, self.active, strict=True) if files.count(file) == 1}
         blamed: tuple[str, str] | None = None
