@@ -1,8 +1,10 @@
-"""Metrics for the MoE blocks of transformers models, without changing them or importing transformers."""
+"""Metrics for the MoE blocks of transformers models, without changing them or importing transformers.
 
-import inspect
-import warnings
-from collections.abc import Mapping
+Suffixes: B sequences, S tokens of each, T tokens, E experts, K chosen per token, D model.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,80 +12,84 @@ from typing import Any
 import attrs
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..analysis.counted_layer import CountedLayer
 from ..contract.routing import Level, Routing, Spec, Tokens, assign
 from ..contract.stats import Metrics
 from ..engine.engine import Engine
 from ..errors import UsageError, listed
-from ..registry.manager import Plugins
-from ..run.traces import LayerTrace, Trace
-
-
-@attrs.frozen
-class Family:
-    """How a family's block scores experts. wide: logits in fp32. sigmoid: sigmoid scores instead of a softmax."""
-
-    name: str
-    wide: bool = False
-    sigmoid: bool = False
-
-
-BLOCKS = {  # by class name; all pass the hidden states, the chosen experts and their weights to `experts`
-    "MixtralSparseMoeBlock": Family("Mixtral"),
-    "OlmoeSparseMoeBlock": Family("OLMoE"),
-    "Qwen2MoeSparseMoeBlock": Family("Qwen2-MoE"),
-    "Qwen3MoeSparseMoeBlock": Family("Qwen3-MoE"),
-    "DeepseekV2Moe": Family("DeepSeek-V2", wide=True),
-    "DeepseekV3MoE": Family("DeepSeek-V3", wide=True, sigmoid=True),
-}
+from ..run.traces import LIMIT, LayerTrace, Trace
+from .calls import Calls, Hook
+from .families import FAMILIES, Block, are_probabilities, blocks_of, decision_in, logits_from, multiplied
 
 
 @attrs.define(eq=False)
-class Call:
-    """The arguments of the model's present forward. mask, ids: as given, or None. shape: [B, S] of its tokens."""
+class Watched:
+    """What is known of a block.
 
-    mask: Tensor | None = None
-    ids: Tensor | None = None
-    shape: tuple[int, ...] = ()
+    counted: its metrics. trace: None unless it is recorded. full: the trace is. returned [T, E]: the logits that the
+    router returned in the forward that is running. probabilities: whether that is a softmax already; None before the
+    first forward. hooked: the hooks of its router and experts, by the name of either.
+    """
+
+    block: Block
+    counted: CountedLayer
+    trace: LayerTrace | None
+    full: bool = False
+    returned: Tensor | None = None
+    probabilities: bool | None = None
+    hooked: dict[str, tuple[nn.Module, RemovableHandle]] = attrs.field(factory=dict)
+
+    def take_logits(self, x_TD: Tensor) -> Tensor:
+        """The logits [T, E] of the forward that is running: those that its router returned."""
+        logits_TE, self.returned = self.returned, None
+        if logits_TE is None:
+            return multiplied(self.block.router, x_TD)
+        if self.probabilities is None and len(logits_TE):
+            self.probabilities = are_probabilities(logits_TE)
+        # up to a constant of each token these are the logits
+        return logits_TE.clamp(min=torch.finfo(torch.float32).tiny).log() if self.probabilities else logits_TE
 
 
 class Watcher:
     """Counts the choices of each MoE block of a model until `close()`; returned by `watch`.
 
-    plugins: the metrics to compute. record: keep a routing trace, for `write_routing`. Raises UsageError for a
-    model without a known block.
+    trace: the recorded decisions; without layers unless they are recorded. Copies and pickles of the model are not
+    watched. Raises UsageError for a model without a known block.
     """
 
-    def __init__(self, plugins: Plugins, model: nn.Module, record: bool = False) -> None:
+    def __init__(self, engine: Engine, model: nn.Module, record: bool = False, limit: int = LIMIT) -> None:
         if not isinstance(model, nn.Module):
             raise UsageError(f"watch() takes a model, not {model!r}", code="not-a-model")
-        found = {
-            name or type(module).__name__: module
-            for name, module in model.named_modules()
-            if type(module).__name__ in BLOCKS
-        }
-        if not found:
-            known = listed(family.name for family in BLOCKS.values())
+        if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+            message = f"limit is the number of tokens of each layer that a trace keeps, at least 1, not {limit!r}"
+            raise UsageError(message, code="bad-limit")
+        blocks = blocks_of(model)
+        if not blocks:
+            known = listed(family.name for family in FAMILIES)
             raise UsageError(
                 f"{type(model).__name__} has no block that can be watched; known are those of {known} in "
                 "transformers; for layers of engine.moe() call engine.metrics()",
                 code="no-known-block",
             )
-        self._layers = {name: CountedLayer(plugins, name, _spec(block)) for name, block in found.items()}
-        self._traces = {name: _trace(name, block) for name, block in found.items()} if record else {}
-        self._trace = Trace(list(self._traces.values()), {"model": type(model).__name__})
-        self._call = Call()
-        signature = inspect.signature(model.forward)
-        self._handles = [
-            model.register_forward_pre_hook(partial(self._begin, signature), with_kwargs=True),
-            model.register_forward_hook(self._end, always_call=True),
-        ]
-        for name, block in found.items():
-            experts: Any = block.experts
-            self._handles.append(
-                experts.register_forward_pre_hook(torch.compiler.disable(partial(self._count, name, block)))
-            )
+        self._classes = engine.defaults.get("classes")
+        self._watched = {block.name: self._new(engine, block, record) for block in blocks}
+        traces = [watched.trace for watched in self._watched.values() if watched.trace is not None]
+        kinds = list(dict.fromkeys(type(block.module).__name__ for block in blocks))
+        self.trace = Trace(traces, {"model": type(model).__name__, "blocks": kinds}, limit)
+        self._calls = Calls()
+        self._labels: Tensor | None = None
+        self._handles = _follow(self._calls, model, [block.module for block in blocks])
+        for watched in self._watched.values():
+            enter = Hook(partial(self._hook, watched))
+            self._handles.append(watched.block.module.register_forward_pre_hook(enter))
+            self._hook(watched)
+
+    def _new(self, engine: Engine, block: Block, record: bool) -> Watched:
+        spec = block.spec(self._classes)
+        counted = CountedLayer(engine.plugins, block.name, spec)
+        return Watched(block, counted, _trace(block, spec) if record else None)
 
     # -- for the user ----------------------------------------------------------------------------
 
@@ -93,18 +99,40 @@ class Watcher:
         Forwards count both in training and in eval mode. A block that saw no real token has the verdict "no data".
         With several processes, each counts its own tokens.
         """
-        return {name: layer.metrics() for name, layer in self._layers.items()}
+        return {name: watched.counted.metrics() for name, watched in self._watched.items()}
+
+    @contextmanager
+    def labelled(self, labels: Tensor) -> Iterator[None]:
+        """Inside, the model's forwards are of sequences with these labels [B], or of tokens with these [B, S].
+
+        Labels are whole numbers from 0, of classes or domains, for metrics of specialization and for the trace; the
+        engine must know how many there are: Engine(..., classes=N). Raises UsageError.
+        """
+        if not self._classes:
+            message = "labels need the number of classes; build the engine with Engine(..., classes=N)"
+            raise UsageError(message, code="no-classes")
+        if not isinstance(labels, Tensor) or labels.dim() not in (1, 2) or labels.is_floating_point():
+            message = f"labels must be a tensor of whole numbers, [batch] or [batch, tokens], not {_told(labels)}"
+            raise UsageError(message, code="bad-labels")
+        before, self._labels = self._labels, labels
+        try:
+            yield
+        finally:
+            self._labels = before
 
     def write_routing(self, path: str | Path) -> None:
         """Write the recorded trace for `moe-engine replay`. Raises UsageError if nothing was recorded."""
-        if not self._traces:
+        if not self.trace.layers:
             raise UsageError("nothing was recorded; call watch(engine, model, record=True)", code="nothing-recorded")
-        self._trace.write(Path(path))
+        self.trace.write(Path(path))
 
     def close(self) -> None:
         """Remove every hook."""
         for handle in self._handles:
             handle.remove()
+        for watched in self._watched.values():
+            for _, handle in watched.hooked.values():
+                handle.remove()
 
     def __enter__(self) -> "Watcher":
         return self
@@ -114,32 +142,57 @@ class Watcher:
 
     # -- the hooks -------------------------------------------------------------------------------
 
-    def _begin(self, signature: inspect.Signature, _: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
-        """Before the model's forward: note its mask and token ids."""
-        given = signature.bind_partial(*args, **kwargs).arguments
-        given |= given.get("kwargs", {})
-        mask, ids, embedded = (given.get(name) for name in ("attention_mask", "input_ids", "inputs_embeds"))
-        if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
-            warnings.warn("an attention_mask that is not [B, S] is ignored: all tokens count", stacklevel=2)
-            mask = None
-        shape = ids.shape if ids is not None else embedded.shape[:2] if embedded is not None else ()
-        self._call = Call(mask, ids, tuple(shape))
+    def _hook(self, watched: Watched, *_: Any) -> None:
+        """Before a block's forward: hook its router and experts, unless they are the same as before.
 
-    def _end(self, *_: Any) -> None:
-        self._call = Call()  # a part of the model may be called alone, and then has no mask
+        An adapter may have been put around them since.
+        """
+        block = watched.block
+        self._hook_part(watched, block.family.router, "register_forward_hook", self._routed)
+        self._hook_part(watched, block.family.experts, "register_forward_pre_hook", self._count, with_kwargs=True)
+
+    def _hook_part(self, watched: Watched, name: str, register: str, act: Callable[..., None], **options: bool) -> None:
+        part = getattr(watched.block.module, name)
+        hooked, handle = watched.hooked.get(name, (None, None))
+        if hooked is not part:
+            if handle is not None:
+                handle.remove()
+            watched.hooked[name] = part, getattr(part, register)(Hook(partial(act, watched)), **options)
+
+    def _routed(self, watched: Watched, _: nn.Module, __: Any, returned: Any) -> None:
+        """After the forward of a block's router: keep what it returned."""
+        watched.returned = logits_from(returned, watched.counted.spec.experts)
 
     @torch.no_grad()
-    def _count(self, name: str, block: Any, _: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> None:
+    def _count(self, watched: Watched, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Before the forward of a block's experts: count its decision."""
         if torch._C._current_graph_task_id() != -1:
             return  # a backward is running, so this is activation checkpointing repeating the forward
-        routing = routing_of(block, *args, self._call, self._layers[name].spec)
-        self._layers[name].count(routing)
-        if self._traces:
-            self._trace.add(self._traces[name], routing)
+        x_TD, expert_TK, gate_TK = decision_in(watched.block, (*args, *kwargs.values()))
+        tokens = self._tokens(x_TD)
+        routing = routing_of(watched.block, watched.take_logits(x_TD), expert_TK, gate_TK, tokens)
+        watched.counted.count(routing)
+        if watched.trace is not None and not watched.full:
+            watched.full = not self.trace.add(watched.trace, routing)
+            if watched.full:
+                self._calls.warn(
+                    f"the trace has reached its limit of {self.trace.limit} tokens of each layer; later ones are "
+                    "counted, but not recorded: watch(..., record=True, limit=N) keeps N of them"
+                )
+
+    def _tokens(self, x_TD: Tensor) -> Tokens:
+        """The tokens of the block that is running."""
+        count, shape = x_TD.shape[0], self._calls.shape
+        mask, ids, labels = self._calls.mask(shape), self._calls.ids(count), None
+        if self._labels is not None:
+            labels = labels_of(self._labels, shape).to(x_TD.device)
+        tokens = Tokens(x_TD.detach(), shape, None if mask is None else mask.to(x_TD.device), labels=labels)
+        tokens.x = tokens.real(tokens.x)
+        tokens.ids = None if ids is None else tokens.real(ids.to(x_TD.device))
+        return tokens
 
 
-def watch(engine: Engine, model: nn.Module, record: bool = False) -> Watcher:
+def watch(engine: Engine, model: nn.Module, record: bool = False, limit: int = LIMIT) -> Watcher:
     """Compute the engine's metrics and verdict for the MoE blocks of a transformers model, without changing it.
 
         with watch(engine, model) as watcher:
@@ -147,63 +200,53 @@ def watch(engine: Engine, model: nn.Module, record: bool = False) -> Watcher:
             print(watcher.metrics())
 
     model: a Mixtral, OLMoE, Qwen2-MoE, Qwen3-MoE, DeepSeek-V2 or DeepSeek-V3 of transformers, or a module that
-    contains one. Call the whole model: the `attention_mask` [B, S] of its forward tells which tokens are padding;
-    without a mask all tokens count. A forward repeated by activation checkpointing counts once. record: also keep a
-    routing trace, for `watcher.write_routing(path)`. Raises UsageError for a model without such a block.
+    contains one, adapters (PEFT) included. The innermost module that is called with an `attention_mask` tells which
+    tokens are padding; without a mask all tokens count, with a warning if only inner layers are watched or called. A
+    forward repeated by activation checkpointing counts once, and copies of the model do not count. record: also keep a
+    routing trace of the first `limit` tokens of each layer, padding included, for `watcher.write_routing(path)`.
+    `watcher.labelled(labels)` gives the tokens classes. Raises UsageError for a model without such a block.
     """
-    return Watcher(engine.plugins, model, record)
+    return Watcher(engine, model, record, limit)
 
 
-def routing_of(block: Any, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, call: Call, spec: Spec) -> Routing:
-    """A block's decision: the choices and gates passed to its experts, and its logits, recomputed as the block does.
-
-    x_TD: the block's input. expert_TK, gate_TK: the chosen experts and their weights.
-    """
-    family = BLOCKS[type(block).__name__]
-    dtype = torch.float32 if family.wide else x_TD.dtype
-    logits_TE = nn.functional.linear(x_TD.to(dtype), block.gate.weight.to(dtype)).float()
-    scores_TE = logits_TE.sigmoid() if family.sigmoid else logits_TE.softmax(-1)
-    bias_E = _bias(block)
-    tokens = _tokens(x_TD, call)
-    by_TE = scores_TE if bias_E is None else scores_TE + bias_E
+def routing_of(block: Block, logits_TE: Tensor, expert_TK: Tensor, gate_TK: Tensor, tokens: Tokens) -> Routing:
+    """A block's decision, by its router's logits and the choices and gates that its experts were given."""
+    scores_TE = logits_TE.sigmoid() if block.family.sigmoid else logits_TE.softmax(-1)
+    by_TE = scores_TE if block.bias is None else scores_TE + block.bias
     order_TK = by_TE.gather(1, expert_TK).argsort(dim=-1, descending=True, stable=True)  # not every block sorts
     plan = assign(gate_TK.gather(1, order_TK), expert_TK.gather(1, order_TK), tokens)
     probs_TE = scores_TE / scores_TE.sum(-1, keepdim=True).clamp(min=1e-30)
-    level = Level("expert", logits_TE, logits_TE, tokens, bias=bias_E)
-    return Routing(tokens, (level,), probs_TE, plan, spec.experts, spec.top_k)
+    level = Level("expert", logits_TE, logits_TE, tokens, bias=block.bias)
+    return Routing(tokens, (level,), probs_TE, plan, logits_TE.shape[1], expert_TK.shape[1])
 
 
-def _tokens(x_TD: Tensor, call: Call) -> Tokens:
-    """The tokens of a forward. With a cache the mask also covers earlier tokens; these are the last ones."""
-    count, mask, ids, shape = x_TD.shape[0], call.mask, call.ids, call.shape
-    if mask is not None and count % len(mask) == 0 and count <= mask.numel():
-        shape = (len(mask), count // len(mask))
-        mask = mask[:, -shape[1] :].reshape(-1).bool().to(x_TD.device)
-    else:
-        mask = None
-    ids = ids.reshape(-1).to(x_TD.device) if ids is not None and ids.numel() == count else None
-    fits = len(shape) == 2 and shape[0] * shape[1] == count
-    tokens = Tokens(x_TD.detach(), shape if fits else (count,), mask)
-    tokens.x, tokens.ids = tokens.real(tokens.x), None if ids is None else tokens.real(ids)
-    return tokens
+def labels_of(labels: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """[T]: the label of each token of a forward of [B, S]. labels: [B] or [B, S]. Raises UsageError."""
+    if tuple(labels.shape) not in (shape, shape[:1]):
+        message = (
+            f"labels of {list(labels.shape)} do not fit a forward of {list(shape)} tokens; "
+            "give one of each sequence, or one of each token"
+        )
+        raise UsageError(message, code="labels-do-not-fit")
+    rest = (1,) * (len(shape) - labels.dim())
+    return labels.reshape(*labels.shape, *rest).expand(shape).reshape(-1)
 
 
-def _bias(block: Any) -> Tensor | None:
-    """The bias [E] that DeepSeek-V3 adds to its scores to select experts."""
-    bias: Tensor | None = getattr(block.gate, "e_score_correction_bias", None)
-    return bias
+def _told(value: Any) -> str:
+    return f"a tensor of {value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
 
-def _spec(block: Any) -> Spec:
-    experts, dim = block.gate.weight.shape
-    top_k = getattr(block.gate, "top_k", None) or block.top_k
-    hidden = getattr(block.experts, "intermediate_dim", 0)
-    return Spec(dim, hidden, experts=experts, top_k=top_k, activation="swiglu", causal=True)
+def _follow(calls: Calls, model: nn.Module, blocks: list[nn.Module]) -> list[RemovableHandle]:
+    """Follow the forwards of the blocks and of the modules around them."""
+    around = [module for module in model.modules() if any(part in blocks for part in module.modules())]
+    return [handle for module in around for handle in calls.follow(module)]
 
 
-def _trace(name: str, block: Any) -> LayerTrace:
-    """An empty trace of a block."""
-    bias_E = _bias(block)
+def _trace(block: Block, spec: Spec) -> LayerTrace:
+    """An empty trace of a block. Its router is the strategy that decides alike, or else the block's class."""
+    bias_E = block.bias
+    like = block.family.decides_like(block, spec.top_k)
+    router, options = like or (type(block.module).__name__, {})
     value = {"level": "expert", "name": "e_score_correction_bias", "selection_only": True}
     biases = [] if bias_E is None else [{**value, "value": bias_E.detach().cpu().float().clone()}]
-    return LayerTrace(name, type(block).__name__, {}, _spec(block), {}, biases)
+    return LayerTrace(block.name, router, options, spec, {}, biases)

@@ -11,65 +11,7 @@ from moe_engine.cli import main
 from moe_engine.run.traces import read_trace
 from support import refused
 
-transformers = pytest.importorskip("transformers")
-
-EXPERTS, TOP_K, LAYERS, VOCAB = 8, 2, 2, 50
-SIZES = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": LAYERS}
-SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0}
-SIZES |= {"num_experts_per_tok": TOP_K, "bos_token_id": 1, "eos_token_id": 2}
-QWEN = {"num_experts": EXPERTS, "moe_intermediate_size": 12, "decoder_sparse_step": 1}
-DEEPSEEK = {"n_routed_experts": EXPERTS, "moe_intermediate_size": 12, "n_shared_experts": 1, "first_k_dense_replace": 0}
-DEEPSEEK |= {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4}
-DEEPSEEK |= {"n_group": 4, "topk_group": 2}
-FAMILIES = {
-    "Mixtral": {"num_local_experts": EXPERTS},
-    "Olmoe": {"num_experts": EXPERTS},
-    "Qwen2Moe": {**QWEN, "shared_expert_intermediate_size": 12},
-    "Qwen3Moe": {**QWEN, "head_dim": 8},
-    "DeepseekV2": {**DEEPSEEK, "topk_method": "group_limited_greedy"},
-    "DeepseekV3": DEEPSEEK,
-}
-ALL = pytest.mark.parametrize("family", FAMILIES)
-
-
-def build(family, seed=0):
-    """A tiny model with random weights, its gates wide enough to choose."""
-    torch.manual_seed(seed)
-    config = getattr(transformers, f"{family}Config")(**SIZES, **FAMILIES[family])
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.mlp.gate.weight.normal_(std=1.0)
-            if family == "DeepseekV3":
-                layer.mlp.gate.e_score_correction_bias.uniform_(0, 0.5)
-    return model
-
-
-def batch(rows=3, length=10):
-    """(ids, mask): the first row is padded on the left by four."""
-    ids = torch.randint(3, VOCAB, (rows, length), generator=torch.Generator().manual_seed(1))
-    mask = torch.ones_like(ids)
-    mask[0, :4] = 0
-    return ids, mask
-
-
-def chosen_by_gates(model):
-    """The gates' outputs, caught by hooks of this test: {layer: [(logits, indices)]}."""
-    caught = {index: [] for index in range(LAYERS)}
-    for index, layer in enumerate(model.model.layers):
-        layer.mlp.gate.register_forward_hook(lambda _, __, out, index=index: caught[index].append((out[0], out[2])))
-    return caught
-
-
-def counted(indices_TK, mask=None):
-    real = slice(None) if mask is None else mask.flatten().bool()
-    load = indices_TK[real].flatten().bincount(minlength=EXPERTS).double()
-    return load / load.sum()
-
-
-def name(index):
-    return f"model.layers.{index}.mlp"
-
+from .tiny import ALL, EXPERTS, LAYERS, TOP_K, batch, build, chosen_by_gates, counted, name
 
 # -- what is counted ---------------------------------------------------------------------------------
 
@@ -171,18 +113,9 @@ def test_generation_with_a_cache():
     model, (ids, mask) = build("Mixtral"), batch()
     watcher = watch(Engine("balance"), model, record=True)
     model.generate(ids, attention_mask=mask, max_new_tokens=4, min_new_tokens=4, do_sample=False)
-    forwards = watcher._traces[name(0)].forwards
+    forwards = watcher.trace.layers[0].forwards
     assert [int(one.mask.sum()) for one in forwards] == [26, 3, 3, 3]
     assert [one.shape for one in forwards] == [(3, 10), (3, 1), (3, 1), (3, 1)]
-
-
-def test_a_mask_that_can_not_be_followed():
-    """A mask of every pair of tokens is not one of padding: said, and all tokens count."""
-    model, (ids, _) = build("Mixtral"), batch()
-    watcher = watch(Engine("balance"), model, record=True)
-    with pytest.warns(UserWarning, match="an attention_mask that is not \\[B, S\\] is ignored"):
-        model(ids, attention_mask=torch.zeros(3, 1, 10, 10))
-    assert watcher._traces[name(0)].forwards[0].mask is None
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -206,7 +139,7 @@ def test_a_recomputed_forward_counts_once(family, reentrant):
     loss = model(ids, attention_mask=mask, labels=ids, use_cache=False).loss
     loss.backward()
     assert len(caught[0]) == 2
-    assert [len(layer.forwards) for layer in watcher._traces.values()] == [1, 1]
+    assert [len(layer.forwards) for layer in watcher.trace.layers] == [1, 1]
     assert torch.equal(watcher.metrics()[name(0)]["load"], counted(caught[0][0][1], mask))
 
 
@@ -387,7 +320,8 @@ def test_a_part_of_a_model():
     assert torch.equal(inner.metrics()["layers.1.mlp"]["load"], counted(caught[1][0][1], mask))
     block = model.model.layers[0].mlp
     alone = watch(Engine("balance"), block)
-    block(torch.randn(2, 5, 16))
+    with pytest.warns(UserWarning, match="saw no attention mask"):
+        block(torch.randn(2, 5, 16))
     assert torch.equal(alone.metrics()["Qwen2MoeSparseMoeBlock"]["load"], counted(caught[0][1][1]))
 
 
@@ -413,7 +347,7 @@ def test_embeddings_in_place_of_ids():
     model, (ids, mask) = build("Mixtral"), batch()
     watcher = watch(Engine("balance"), model, record=True)
     model(inputs_embeds=F.embedding(ids, model.get_input_embeddings().weight), attention_mask=mask)
-    (forward,) = watcher._traces[name(0)].forwards
+    (forward,) = watcher.trace.layers[0].forwards
     assert (forward.shape, forward.ids, int(forward.mask.sum())) == ((3, 10), None, 26)
 
 
