@@ -17,7 +17,7 @@ from ..registry.manager import Plugins
 from ..run.folder import read_run
 from ..run.traces import FILE, read_trace
 from .counted_layer import CountedLayer
-from .counts import Series
+from .counts import Array, Series
 
 TAIL = 0.9  # of a run's steps: the log points after that represent its training load
 
@@ -69,6 +69,74 @@ def _change(before: Series, after: Series, cv_before: float | None, cv: float | 
         "correlation": correlation,
         "cv_change": None if cv is None or cv_before is None else cv - cv_before,
         "moved": {"expert": most, "from": float(share_2E[0, most]), "to": float(share_2E[1, most])},
+    }
+
+
+# -- single experts and rows -----------------------------------------------------------------------
+
+
+def by_expert(series: Sequence[Series]) -> list[dict[str, Any]]:
+    """The sum, mean, minimum, maximum and range of each expert over the rows of a series, and over the layers.
+
+    over: "rows" or "layers". number: how many of these. The sums of layers of one size are taken together under the
+    layer "all"; each needs its rows to be kept by `read_counts(..., each_row=True)`, or counts as one row.
+    """
+    kept = [one.count_PE if len(one.count_PE) else one.count_E[None] for one in series]
+    out = [_per_expert(one, one.layer, "rows", count_PE) for one, count_PE in zip(series, kept, strict=True)]
+    groups: dict[Any, list[Series]] = {}
+    for one in series:
+        groups.setdefault((one.file, *one.labels.items(), one.split, len(one.count_E)), []).append(one)
+    for layers in groups.values():
+        if len(layers) > 1:
+            out.append(_per_expert(layers[0], "all", "layers", np.stack([one.count_E for one in layers])))
+    return out
+
+
+def _per_expert(series: Series, layer: str, over: str, count_RE: Array) -> dict[str, Any]:
+    low_E, high_E = count_RE.min(0), count_RE.max(0)
+    numbers = {"sum": count_RE.sum(0), "mean": count_RE.mean(0), "minimum": low_E, "maximum": high_E}
+    return {
+        **{"file": series.file, "labels": series.labels, "layer": layer, "split": series.split, "top_k": series.top_k},
+        **{"over": over, "number": len(count_RE)},
+        **{name: value_E.tolist() for name, value_E in (numbers | {"range": high_E - low_E}).items()},
+    }
+
+
+def stability(series: Sequence[Series]) -> list[dict[str, Any]]:
+    """How far the load of a series moves from row to row, for those with several rows that are not empty.
+
+    moved: the mean total variation between successive rows. by_chance: what it would be if every row were drawn from
+    the same load; null for shares, of which the number of tokens is unknown. moved_most: the largest, and where.
+    cv_rows: the mean cv of single rows, which a sum can hide. busiest: for each expert, the part of the rows in which
+    it is among the `busy` with most, ties included.
+    """
+    out = []
+    for one in series:
+        kept = np.flatnonzero(one.count_PE.sum(1) > 0)
+        if len(kept) > 1:
+            place = {name: getattr(one, name) for name in ("file", "labels", "layer", "split", "top_k")}
+            out.append({**place, **_stability(one.count_PE[kept], [one.points[at] for at in kept], one.whole)})
+    return out
+
+
+def _stability(count_PE: Array, points: list[str], whole: bool) -> dict[str, Any]:
+    total_P = count_PE.sum(1)
+    share_PE = count_PE / total_P[:, None]
+    move_P = np.abs(np.diff(share_PE, axis=0)).sum(1) / 2
+    most = int(move_P.argmax())
+    busy = max(1, count_PE.shape[1] // 4)
+    limit_P = np.maximum(-np.sort(-count_PE, axis=1)[:, busy - 1], np.finfo(float).tiny)  # an idle expert is not busy
+    share_E = count_PE.sum(0) / total_P.sum()
+    chance_P = np.sqrt(1 / total_P[1:] + 1 / total_P[:-1])
+    return {
+        **{"rows": len(points), "moved": float(move_P.mean())},
+        # the mean of |x| is sqrt(2 / pi) of the deviation of a difference of two binomial shares
+        "by_chance": float(np.sqrt(share_E * (1 - share_E)).sum() * chance_P.mean() / math.sqrt(2 * math.pi))
+        if whole
+        else None,
+        "moved_most": {"from": points[most], "to": points[most + 1], "total_variation": float(move_P[most])},
+        "cv_rows": float((share_PE.std(1) / share_PE.mean(1)).mean()),
+        **{"busy": busy, "busiest": (count_PE >= limit_P[:, None]).mean(0).tolist()},
     }
 
 
@@ -134,7 +202,11 @@ def _of_layer(run: Run, layer: dict[str, Any], traced: dict[str, tuple[Any, floa
     found = {"train": _trained(run, layer["name"]), "test": _tested(run, layer["name"], traced)}
     for split, (source, counts, tokens) in found.items():
         if counts is not None and counts.sum():
-            yield Series(str(run.folder), {}, layer["name"], split, counts, tokens, layer["top_k"], source=source)
+            one = Series(str(run.folder), {}, layer["name"], split, counts, tokens, layer["top_k"], source=source)
+            if split == "train":
+                last = _last_loads(run, layer["name"])
+                one.count_PE, one.points = np.array([load for _, load in last]), [f"step {step}" for step, _ in last]
+            yield one
 
 
 Loads = tuple[str, Any, float | None]  # source, counts or shares [E], tokens
@@ -142,14 +214,18 @@ Loads = tuple[str, Any, float | None]  # source, counts or shares [E], tokens
 
 def _trained(run: Run, name: str) -> Loads:
     """The mean of the load at the last log points."""
-    train = [record for record in run.records if record["split"] == "train"]
-    points = [(record["step"], record["layers"].get(name, {}).get("load")) for record in train]
-    last = [(step, load) for step, load in points if load and step > TAIL * points[-1][0]]
-    last = [(step, load) for step, load in last if len(load) == len(last[-1][1])]  # the layer may have grown
-    if not last:
+    if not (last := _last_loads(run, name)):
         return "", None, None
     about = f"mean of the load shares at {len(last)} log points, steps {last[0][0]} to {last[-1][0]}"
     return about, np.mean([load for _, load in last], axis=0, dtype=float), None
+
+
+def _last_loads(run: Run, name: str) -> list[tuple[int, list[float]]]:
+    """The last log points of a layer, as steps and loads."""
+    train = [record for record in run.records if record["split"] == "train"]
+    points = [(record["step"], record["layers"].get(name, {}).get("load")) for record in train]
+    last = [(step, load) for step, load in points if load and step > TAIL * points[-1][0]]
+    return [(step, load) for step, load in last if len(load) == len(last[-1][1])]  # the layer may have grown
 
 
 def _tested(run: Run, name: str, traced: dict[str, tuple[Any, float]]) -> Loads:

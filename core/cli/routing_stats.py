@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 METRICS = ("cv", "cv2", "gini", "entropy", "max_min", "maxvio", "active")
 SIZES = ("experts", "top_k", "tokens", "total", "dropped")  # numbers of a row that are not metrics
-SHOWN = 8  # series per verdict
+EXPERT_NUMBERS = ("sum", "mean", "minimum", "maximum", "range")
+SHOWN = 8  # series per verdict, and experts among the busiest
+MOST_LABELS = 20  # columns of labels in a table; --json has all of them
 
 
 @click.command("routing-stats", short_help="Compute balance metrics from routing counts.")
@@ -38,6 +40,11 @@ SHOWN = 8  # series per verdict
 )
 @click.option("--split", default="split", show_default=True, metavar="COLUMN", help="Column whose values are compared.")
 @click.option("--sum", "over", metavar="A,B,...", callback=names, help="Columns to sum over.")
+@click.option(
+    "--per-expert",
+    is_flag=True,
+    help="Add each expert's sum, mean, minimum, maximum and range, and how far the load moves from row to row.",
+)
 @click.option("--plugins", "chosen", metavar="A,B,...", callback=names, help="Further metric plugins.")
 @settings_flag
 @click.option("--figure", type=click.Path(path_type=Path), help="Write a heatmap here: .png, .svg or .pdf.")
@@ -48,6 +55,7 @@ def routing_stats(
     experts: int | None,
     split: str,
     over: tuple[str, ...] | None,
+    per_expert: bool,
     chosen: tuple[str, ...] | None,
     settings: tuple[str, ...],
     figure: Path | None,
@@ -61,25 +69,29 @@ def routing_stats(
     Compare the domains of published counts, or sum over them:
         moe-engine routing-stats olmoe.csv --split domain --figure olmoe.png
         moe-engine routing-stats olmoe.csv --sum domain
+    Add each expert's numbers, and how far the load moves from step to step:
+        moe-engine routing-stats steps.csv --per-expert
     Compare training with test in a finished run:
         moe-engine routing-stats runs/A
 
     FILE is CSV, JSON or JSONL, - for standard input, or a run's folder. A row
     has the columns layer, split and expert0, expert1, ... (or e0, e1, ...), or
-    layer, split, expert and count. Counts may be shares. The columns tokens and
+    layer, split, expert and count; layer_id, expert_counts and other usual
+    names are known. Counts may be shares. The columns tokens and
     choices_per_token are used if present.
 
-    Every other column is a label. Rows with the same labels, layer and split
-    are added up, as they are over step, epoch and batch. Totals that contradict
-    each other are reported. The thresholds of the verdict are options of a
-    metric; see `moe-engine plugins health`.
+    Every other column that an expert's layer shares is a label. Rows with the
+    same labels, layer and split are added up, as they are over step, epoch and
+    batch. Ids, probabilities and totals that contradict each other are refused
+    or reported. The thresholds of the verdict are options of a metric; see
+    `moe-engine plugins health`.
     """
     if figure is not None:
         check_figure(figure)
     plugins = Plugins(_metrics(chosen or ()), settings=parse_settings(settings))
-    series = _read(files, [name.lower() for name in over or ()], split.lower(), experts, top_k)
+    series, notes = _read(files, [name.lower() for name in over or ()], split.lower(), experts, top_k, per_expert)
 
-    from ..analysis.routing_stats import changes, contradictions, row_of
+    from ..analysis.routing_stats import by_expert, changes, contradictions, row_of, stability
 
     answered = [row_of(plugins, counts) for counts in series]
     rows = [row for row, _ in answered]
@@ -88,7 +100,10 @@ def routing_stats(
         "changes": changes(series, rows),
         "warnings": contradictions([counts for counts in series if counts.source is None]),
         "unanswered": sorted({name for _, unanswered in answered for name in unanswered}),
+        "notes": notes,
     }
+    if per_expert:
+        report |= {"per_expert": by_expert(series), "stability": stability(series)}
     if figure is not None:
         from ..run.figures import shares
 
@@ -112,11 +127,18 @@ def _metrics(chosen: Sequence[str]) -> Sequence[str]:
 
 
 def _read(
-    files: Sequence[Path], over: Sequence[str], split: str, experts: int | None, top_k: int | None
-) -> list["Series"]:
+    files: Sequence[Path],
+    over: Sequence[str],
+    split: str,
+    experts: int | None,
+    top_k: int | None,
+    each_row: bool,
+) -> tuple[list["Series"], list[str]]:
+    """The series of all files, and notes on how they were read."""
     from ..analysis.counts import read_counts
 
     series: list[Series] = []
+    notes: list[str] = []
     known: set[str] = set()
     for file in files:
         if file.is_dir():
@@ -124,9 +146,10 @@ def _read(
 
             series += of_run(file)
             continue
-        in_file, columns = read_counts(file, over, split, experts)
+        in_file, header = read_counts(file, over, split, experts, each_row)
         series += in_file
-        known |= columns
+        notes += header.notes
+        known |= header.names
     if absent := [name for name in {*over, split} - known - {"split"} if name]:
         sentence = f"no file has a column {listed(sorted(absent))}; there is {listed(sorted(known)) or 'none'}"
         raise UsageError(sentence, code="unknown-column")
@@ -135,13 +158,14 @@ def _read(
         if counts.top_k and counts.top_k > len(counts.count_E):
             where = f"{counts.file} has {len(counts.count_E)} experts in {counts.title()}"
             raise UsageError(f"--top-k is {counts.top_k}, but {where}", code="top-k-above-experts")
-    return series
+    return series, notes
 
 
 def _titles(series: Sequence["Series"]) -> list[str]:
     """The name of each series: the file and labels in which they differ."""
     several_files = len({counts.file for counts in series}) > 1
-    labels = {name: {counts.labels.get(name) for counts in series} for counts in series for name in counts.labels}
+    names = dict.fromkeys(name for counts in series for name in counts.labels)
+    labels = {name: {counts.labels.get(name) for counts in series} for name in names}
     alike = {name for name, values in labels.items() if len(values) == 1}
     return [(f"{counts.file}: " if several_files else "") + counts.title(alike) for counts in series]
 
@@ -157,16 +181,19 @@ def _show(report: dict[str, Any], series: Sequence["Series"]) -> None:
         print_line("")
         columns = ["against", "total_variation", "correlation", "cv_change"]
         _table(changed, columns, "moved most", [_moved(change["moved"]) for change in changed])
+    if "per_expert" in report:
+        _show_experts(report)
     for line in (*_findings(rows, _titles(series)), *_notes(report, series)):
         print_line(line)
 
 
 def _table(rows: Sequence[dict[str, Any]], columns: Sequence[str], last: str, ends: Sequence[str]) -> None:
     """Print the labels of each row, its metrics, and a last column in words."""
-    from ..analysis.counts import TOP_K
+    from ..analysis.count_columns import TOP_K
     from .progress import cell, table
 
     labels = [name for name in dict.fromkeys(name for row in rows for name in row["labels"]) if name not in TOP_K]
+    labels = labels[:MOST_LABELS]
     keys = [*(["file"] if len({row["file"] for row in rows}) > 1 else []), "layer", "split"]
     numbers = [*keys, "top_k", *columns]
     values = [[*(row["labels"].get(name) for name in labels), *(row.get(name) for name in numbers)] for row in rows]
@@ -174,6 +201,39 @@ def _table(rows: Sequence[dict[str, Any]], columns: Sequence[str], last: str, en
     heads = [{"top_k": "K"}.get(name, name.replace("_", " ")) for name in numbers]
     body = [[*line, end] for line, end in zip(lines, ends, strict=True)]
     table([*labels, *heads, last], body, keys=len(labels) + len(keys))
+
+
+def _show_experts(report: dict[str, Any]) -> None:
+    """Print a line for each expert of a layer, and how stable the rows are."""
+    from .progress import print_line
+
+    columns = ["expert", *EXPERT_NUMBERS]
+    lines: list[dict[str, Any]] = []
+    several = [row for row in report["per_expert"] if row["number"] > 1]  # the numbers of a single row are its counts
+    for row in several or report["per_expert"]:
+        for expert, numbers in enumerate(zip(*(row[name] for name in EXPERT_NUMBERS), strict=True)):
+            lines.append({**row, "expert": expert, **dict(zip(EXPERT_NUMBERS, map(_exact, numbers), strict=True))})
+    print_line("")
+    _table(lines, columns, "over", [f"{line['number']} {line['over']}" if several else "1 row" for line in lines])
+    if not report["stability"]:
+        print_line("the rows give no stability: each layer has one row, or one step")
+        return
+    print_line("")
+    ends = [_most(row) for row in report["stability"]]
+    _table(report["stability"], ["rows", "moved", "by_chance", "cv_rows"], "moved most; busiest experts", ends)
+
+
+def _exact(value: float) -> float | str:
+    """A count with all its digits, and a large mean with one decimal; other numbers are shortened."""
+    return f"{value:.0f}" if value.is_integer() else f"{value:.1f}" if value >= 100 else value
+
+
+def _most(row: dict[str, Any]) -> str:
+    """The largest move of a series, and its experts that are most often among the busiest."""
+    often = sorted(enumerate(row["busiest"]), key=lambda pair: -pair[1])[: row["busy"]]
+    most = row["moved_most"]
+    where = f"{most['total_variation']:.2%} from {most['from']} to {most['to']}"
+    return f"{where}; {', '.join(f'{expert} ({part:.0%})' for expert, part in often[:SHOWN])}"
 
 
 def _moved(most: dict[str, Any]) -> str:
@@ -205,5 +265,6 @@ def _notes(report: dict[str, Any], series: Sequence["Series"]) -> Iterator[str]:
     for counts in series:
         if counts.source is not None:
             yield f"{counts.file}, {counts.title()}: {counts.source}"
+    yield from report["notes"]
     if report["unanswered"]:
         yield f"counts alone do not give {listed(report['unanswered'])}"

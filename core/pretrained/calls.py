@@ -43,13 +43,14 @@ class Hook:
 class Call:
     """One running forward.
 
-    module: whose. parts: the id() of every module inside. mask: the attention mask as given, or None. ids: of the
-    tokens, or None. start: the number of tokens in the cache that it was given, or None without one. shape: the
-    leading shape of its first argument.
+    module: whose. parts: the id() of every module inside. whole: it is a model of transformers, not a part of one.
+    mask: the attention mask as given, or None. ids: of the tokens, or None. start: the number of tokens in the cache
+    that a model was given, or None. shape: the leading shape of its first argument.
     """
 
     module: nn.Module
     parts: set[int]
+    whole: bool
     mask: Any = None
     ids: Tensor | None = None
     start: int | Tensor | None = None
@@ -82,15 +83,19 @@ class Calls:
         while self._running and id(module) not in self._running[-1].parts:
             self._running.pop()  # `_end` was not called, because ctrl-C interrupted it
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        first = next(iter(given.values()), None)
+        first, ids = next(iter(given.values()), None), given.get("input_ids")
+        whole = hasattr(module, "main_input_name")
+        # a layer's cache already holds this forward's tokens, those of the layers before
+        cache = given.get("past_key_values", given.get("cache")) if whole else None
         self._running.append(
             Call(
                 module,
                 parts,
-                _present(given.get("attention_mask")),
-                given.get("input_ids"),
-                _tokens_in(given.get("past_key_values", given.get("cache"))),
-                tuple(first.shape[:-1]) if isinstance(first, Tensor) else (),
+                whole,
+                mask=_present(given.get("attention_mask")),
+                ids=ids if isinstance(ids, Tensor) else None,
+                start=_tokens_in(cache),
+                shape=tuple(first.shape[:-1]) if isinstance(first, Tensor) else (),
             )
         )
 
@@ -128,8 +133,7 @@ class Calls:
                 f"watch() can't follow the attention mask given to {names}, so all tokens count, padding too; "
                 "pass an attention_mask of [batch, tokens] to the model"
             )
-        elif not any(hasattr(call.module, "main_input_name") for call in self._running):
-            # `main_input_name`: a whole model of transformers. It was called without a mask, so nothing is padding.
+        elif not any(call.whole for call in self._running):  # a whole model without a mask has no padding
             self.warn(
                 "watch() saw no attention mask, because only inner layers of the model are watched or were called; "
                 "all tokens count, padding too: watch the whole model and call it, or pass the layers a mask"

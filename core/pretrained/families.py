@@ -4,7 +4,6 @@ Suffixes: T tokens, E experts, K chosen per token, D model.
 """
 
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any
 
 import attrs
@@ -158,10 +157,11 @@ def _groups(block: Block, score: str) -> dict[str, Any]:
 
 
 def _deepseek_v2(block: Block, top_k: int) -> Strategy | None:
-    scale = {"scale": float(block.setting("routed_scaling_factor"))}
-    grouped = {"greedy": dict, "group_limited_greedy": partial(_groups, block, "max")}
-    method = grouped.get(block.setting("topk_method"))
-    return None if method is None else _softmax(False, top_k, **scale, **method())
+    method = block.setting("topk_method")
+    if method not in ("greedy", "group_limited_greedy"):
+        return None
+    groups = _groups(block, "max") if method == "group_limited_greedy" else {}
+    return _softmax(False, top_k, scale=float(block.setting("routed_scaling_factor")), **groups)
 
 
 def _deepseek_v3(block: Block, top_k: int) -> Strategy:

@@ -427,7 +427,7 @@ def test_a_hundred_thousand_rows_are_summed_right(tmp_path):
         ("[" * 100_000, "FILE is not readable JSON: "),
         ('{"counts": [1, 2]}\n{"counts": [1, 2, 3]}', "FILE, line 2: it has 3 experts, but its layer has 2 further up"),
         ("id,e0\n" + "".join(f"{at},1\n" for at in range(10_001)), "FILE holds more than 10000 series, one for each"),
-        (b"\x80\x04K\x01.", "FILE, line 1: this is not UTF-8"),  # a pickle
+        (b"\x80\x04K\x01.", "FILE is a Python pickle"),
     ],
 )
 def test_a_bad_row_is_named_by_its_line(refusal, content, sentence):

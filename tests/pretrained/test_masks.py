@@ -145,10 +145,14 @@ def real_tokens(watcher):
 
 
 @pytest.mark.parametrize("implementation", [None, "static"])
-@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe", "DeepseekV3"])
-def test_generation_counts_each_token_once(family, implementation):
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [("Mixtral", {}), ("Mixtral", {"sliding_window": 4}), ("Qwen3Moe", {}), ("DeepseekV3", {})],
+    ids=["Mixtral", "Mixtral, sliding", "Qwen3Moe", "DeepseekV3"],
+)
+def test_generation_counts_each_token_once(family, settings, implementation):
     """26 real tokens of the prompt, then three rows of one new token; the last one is not fed back."""
-    model, (ids, mask) = build(family), batch()
+    model, (ids, mask) = build(family, **settings), batch()
     watcher = watch(Engine("balance"), model, record=True)
     settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "cache_implementation": implementation}
     model.generate(ids, attention_mask=mask, **settings)
