@@ -86,7 +86,8 @@ class Command:
 
 
 def serve(address):
-    """Accept commands for ever; a process of its own waits for each."""
+    """Accept commands as long as our parent lives; a process of its own waits for each."""
+    parent = os.getppid()
     for name in IMPORTS:
         importlib.import_module(name)
     listener = socket.socket(socket.AF_UNIX)
@@ -94,8 +95,13 @@ def serve(address):
     listener.listen(64)
     os.rename(address + ".soon", address)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    while True:
-        connection, _ = listener.accept()
+    listener.settimeout(5)
+    while os.getppid() == parent:
+        try:
+            connection, _ = listener.accept()
+        except TimeoutError:
+            continue
+        connection.setblocking(True)
         if not os.fork():
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             attend(connection)

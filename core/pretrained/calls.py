@@ -81,12 +81,12 @@ class Calls:
         self, names: list[str], parts: set[int], module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> None:
         while self._running and id(module) not in self._running[-1].parts:
-            self._running.pop()  # `_end` was not called, because ctrl-C interrupted it
+            self._running.pop()  # ctrl-C interrupted it, so `_end` was not called
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         first, ids = next(iter(given.values()), None), given.get("input_ids")
         whole = hasattr(module, "main_input_name")
         # a layer's cache already holds this forward's tokens, those of the layers before
-        cache = given.get("past_key_values", given.get("cache")) if whole else None
+        caches = [given[name] for name in ("past_key_values", "cache") if whole and given.get(name) is not None]
         self._running.append(
             Call(
                 module,
@@ -94,7 +94,7 @@ class Calls:
                 whole,
                 mask=_present(given.get("attention_mask")),
                 ids=ids if isinstance(ids, Tensor) else None,
-                start=_tokens_in(cache),
+                start=_tokens_in(caches[0]) if caches else None,
                 shape=tuple(first.shape[:-1]) if isinstance(first, Tensor) else (),
             )
         )
@@ -153,7 +153,7 @@ def _present(mask: Any) -> Any:
 
 
 def _tokens_in(cache: Any) -> int | Tensor | None:
-    """The number of tokens in a cache now; a tensor is copied, as the cache changes it in place."""
+    """The number of tokens in a cache now, or None. A tensor is copied, as the cache changes it in place."""
     if not hasattr(cache, "get_seq_length"):
         return None
     held: int | Tensor = cache.get_seq_length()

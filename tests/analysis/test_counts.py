@@ -1,9 +1,12 @@
 """Routing counts: read from files, reported on, and refused if they are invalid."""
 
 import csv
+import gzip
 import io
 import json
 import sys
+import time
+import zipfile
 from pathlib import Path
 
 import attrs
@@ -145,13 +148,63 @@ FORMS = {
         for (at, split), x in EXPECTED.items()
         for e, one in enumerate(x)
     ),
+    # names and marks of other tools
+    "names.csv": "Layer ID,data-split,expertIdx,Token Count,part\n0,train,0,3,.75\n0,train,1,1,.25\n0,test,1,2,.5\n"
+    "0,test,0,2,.5\n1,train,1,4,1\n1,train,0,0,0\n1,test,0,1,.25\n1,test,1,3,.75\n",
+    "semicolons.csv": "sep=;\r\nlayer_id;split;expert_0;expert_1;\r\n0;train;3,0;1,0;\r\n0;test;2;2;\r\n"
+    "1;train;0;4;\r\n1;test;1;3;\r\n;;;;\r\n",
+    "tabs.tsv": "# of a census, top_k=1\nlayer_index\tphase\tE0\tE1\n0\ttrain\t3\t1\n# second half\n0\ttest\t2\t2\n"
+    "1\ttrain\t0\t4\n1\ttest\t1\t3\n# total\t6\t10\n",
+    "spaces.txt": " layer  split expert count\n 0 train 0 3\n 0 train 1 1\n 0  test 1 2\n 0  test 0 2\n"
+    " 1 train 1 4\n 1 train 0 0\n 1  test 0 1\n 1  test 1 3\n",
+    "index.csv": ",layer,split,0,1,sum\n0,0.0,train,1,0,1\n1,0.0,train,2,1,3\n2,0.0,test,2,2,4\n3,1.0,train,0,4,4\n"
+    "4,1.0,test,1,3,4\n",
+    "melt.csv": "layer,split,variable,value\n0,train,expert_0,3\n0,train,expert_1,1\n0,test,expert_0,2\n"
+    "0,test,expert_1,2\n1,train,expert_1,4\n1,train,expert_0,0\n1,test,expert_0,1\n1,test,expert_1,3\n",
+    "totals.csv": "layer,split,expert,count\n0,train,0,3\n0,train,1,1\n0,train,total,4\n0,test,1,2\n0,test,0,2\n"
+    "1,train,1,4\n1,train,0,0\n1,test,0,1\n1,test,1,3\nTotal,,,16\n",
+    "wandb.csv": '"Step","train/layer_0/expert_0","train/layer_0/expert_0__MIN","train/layer_0/expert_1",'
+    '"train/layers.1.e0","train/layers.1.e1","val/l0/e0","val/l0/e1","val/l1/e0","val/l1/e1"\n'
+    "1,1,1,1,0,3,1,1,1,0\n2,2,2,0,0,1,1,1,0,3\n",
+    "experts.json": '{"0": {"train": {"0": 3, "1": 1}, "test": {"1": 2, "0": 2}},'
+    '"1": {"train": {"0": 0, "1": 4}, "test": {"e0": 1, "e1": 3}}}',
+    "columns.json": json.dumps(
+        {"layer_idx": [0, 0, 1, 1], "split": ["train", "test"] * 2, "e0": [3, 2, 0, 1], "e1": [1, 2, 4, 3]}
+    ),
+    "pandas.json": '{"layer": {"0": 0, "1": 0, "2": 1, "3": 1}, "e0": {"0": 3, "1": 2, "2": 0, "3": 1},'
+    '"split": {"0": "train", "1": "test", "2": "train", "3": "test"}, "e1": {"0": 1, "1": 2, "2": 4, "3": 3}}',
+    "table.json": '{"columns": ["layer", "split", "counts_expert_0", "counts_expert_1"],'
+    '"data": [[0, "train", 3, 1], [0, "test", 2, 2], [1, "train", 0, 4], [1, "test", 1, 3]]}',
+    "steps.jsonl": "\n".join(
+        json.dumps(
+            {
+                "step": step,
+                "loss": loss,
+                "split": split,
+                "layers": {"0": {"load": x, "cv": loss}, "1": {"load": y, "cv": 1}},
+            }
+        )
+        for step, loss, split, x, y in [
+            (1, 2.5, "train", [1, 1], [0, 4]),
+            (2, 2.25, "train", [2, 0], [0, 0]),
+            (2, None, "test", [2, 2], [1, 3]),
+        ]
+    ),
+    "matrix.jsonl": '{"step": 1, "split": "train", "expert_counts": [[1, 1], [0, 4]]}\n'
+    '{"step": 2, "split": "train", "expert_counts": [[2, 0], [0, 0]]}\n'
+    '{"step": 2, "split": "test", "expert_counts": [[2, 2], [1, 3]]}',
 }
 
 
 @pytest.mark.parametrize("name", FORMS)
 def test_every_form_gives_the_same_sums(stats, name):
     """Several rows of a layer and split are added up, also over steps; order and case of columns are free."""
-    assert loads(stats(FORMS[name], name=name)) == EXPECTED
+    report = stats(FORMS[name], name=name)
+    named = {
+        (layer.removeprefix("layer_"), split.replace("val", "test")): x for (layer, split), x in loads(report).items()
+    }
+    assert named == EXPECTED
+    assert all(not row["labels"] for row in report["rows"])
 
 
 def test_standard_input_is_read(capsys, monkeypatch):
@@ -214,6 +267,141 @@ def test_shares_are_not_put_down_to_chance(stats):
     assert stats("e0,e1,e2,e3\n1,2,1,0\n", "--set", "health.dead=0")["rows"][0]["verdict"]["name"] == "healthy"
     (row,) = stats("e0,e1,e2,e3\n0.25,0.5,0.25,0\n", "--set", "health.dead=0")["rows"]
     assert (row["tokens"], row["verdict"]["name"]) == (None, "imbalanced")
+
+
+# -- labels and values -----------------------------------------------------------------------------
+
+
+def labels_of(report):
+    """The labels of each series, in order."""
+    return [row["labels"] for row in report["rows"]]
+
+
+def test_a_column_that_differs_between_experts_is_a_value_not_a_label(stats):
+    """Each row as a series of its own would be "collapsed"; the share 0.5 occurs twice."""
+    content = "layer,expert,hits,rank,part,device\n0,0,10,2,.25,a\n0,1,30,1,.75,b\n1,0,20,1,.5,a\n1,1,20,2,.5,b\n"
+    report = stats(content)
+    assert [(row["layer"], row["cv"]) for row in report["rows"]] == [("0", 0.5), ("1", 0.0)]
+    assert labels_of(report) == [{}, {}]
+    (note,) = report["notes"]
+    assert note.endswith("neither labels nor counts, so left out: rank, part, device")
+
+
+def test_numbers_that_rows_differ_in_alone_are_labels(stats):
+    """alpha and seed hold for all experts of a layer, and without them rows would be added up; pct does not."""
+    head = "alpha,seed,layer,expert,count,pct\n"
+    rows = [(alpha, seed, layer) for alpha in (0, 0.01) for seed in (1, 2) for layer in (0, 1)]
+    lines = [
+        f"{a},{s},{layer},{e},{3 * e + s},{at + e / 7}\n" for at, (a, s, layer) in enumerate(rows) for e in range(3)
+    ]
+    report = stats(head + "".join(lines))
+    assert labels_of(report) == [{"alpha": str(alpha), "seed": str(seed)} for alpha, seed, _ in rows]
+
+
+@pytest.mark.parametrize("name", ["loss", "lr", "tokens_seen", "grad/norm"])
+def test_what_a_log_writes_next_to_each_step_is_no_label(stats, name):
+    content = f"_step,layer,{name},e0,e1\n1,0,5,1,2\n1,1,5,3,4\n2,0,3,5,6\n2,1,3,7,8\n"
+    report = stats(content)
+    assert loads(report) == {("0", "all"): [6, 8], ("1", "all"): [10, 12]}
+    assert labels_of(report) == [{}, {}]
+
+
+def test_samples_are_added_up_and_a_text_is_a_label(stats):
+    assert loads(stats("sample_id,layer,e0,e1\n0,0,1,2\n1,0,3,4\n2,1,4,6\n")) == {
+        ("0", "all"): [4, 6],
+        ("1", "all"): [4, 6],
+    }
+    assert labels_of(stats("step,domain,e0,e1\n1,a,1,2\n2,b,3,4\n")) == [{"domain": "a"}, {"domain": "b"}]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ('layer,expert,count\n0,0,"1,234"\n0,1,"12,345,678"\n', [1234, 12345678]),
+        ("layer\texpert\tcount\n0\t0\t1 234\n0\t1\t2,345\n", [1234, 2345]),
+        ('layer;e0;e1\n0;1.234.567;"3"\n', [1234567, 3]),
+        ("layer;e0;e1\n0;0,25;0,75\n", [0.25, 0.75]),
+        ("layer,e0,e1\n0,25%,75 %\n", [0.25, 0.75]),
+        ("layer,expert,tokens\n0,0,3\n0,1,4\n", [3, 4]),
+        ("layer,expert_0_count,expert_1_count,expert_0_prob,expert_1_prob\n0,3,4,0.9,0.1\n", [3, 4]),
+        ("token,e0,e1\n0,0,1\n1,1,0\n2,1,0\n", [2, 1]),  # a mask of choices
+        ("# made by savetxt\n# expert,count\n0,3\n1,4\n", [3, 4]),
+        ('[{"layer": 0, "experts": [{"expert": 1, "count": 4}, {"expert": 0, "count": 3}]}]', [3, 4]),
+        ('{"0": {"layer": 0, "e0": 1, "e1": 2}, "1": {"layer": 0, "e0": 2, "e1": 2}}', [3, 4]),  # numbered rows
+    ],
+)
+def test_numbers_and_names_as_others_write_them(stats, content, expected):
+    assert loads(stats(content)) == {("0", "all"): expected}
+
+
+def test_lists_without_names_are_layers_if_their_totals_agree(stats, refusal):
+    report = stats("[[3, 1], [2, 2]]")
+    assert loads(report) == {("0", "all"): [3, 1], ("1", "all"): [2, 2]}
+    assert report["notes"][0].endswith("lists without names are taken as layers 0, 1, ...")
+    assert "add up to 101 and 198, but layers of the same tokens agree" in refusal("[[42, 156], [12, 89]]")
+    assert "of which nothing says what they are" in refusal("[[[3, 1], [2, 2]], [[1, 3], [2, 2]]]")
+
+
+def test_totals_are_left_out_if_they_are_right(stats, refusal):
+    content = "domain,e0,e1\na,1,2\nb,3,4\nGrand total,4,6\n"
+    report = stats(content)
+    assert labels_of(report) == [{"domain": "a"}, {"domain": "b"}]
+    assert report["notes"][0].endswith("totals are not counted again (line 4)")
+    sentence = "FILE, line 4: e1 is '7' in a row of totals, but the rows add up to 6"
+    assert refusal(content.replace("4,6", "4,7")) == sentence
+
+
+# -- single experts and rows -----------------------------------------------------------------------
+
+STEPS = "step,layer,e0,e1,e2,e3\n20,0,4,4,0,0\n10,0,2,2,2,2\n30,0,4,4,0,0\n10,1,2,2,2,2\n"
+
+
+def test_numbers_of_each_expert_over_rows_and_layers(stats):
+    report = stats(STEPS, "--per-expert")
+    rows, single, layers = report["per_expert"]
+    assert (rows["layer"], rows["over"], rows["number"], single["number"]) == ("0", "rows", 3, 1)
+    assert (rows["sum"], rows["minimum"], rows["maximum"]) == ([10, 10, 2, 2], [2, 2, 0, 0], [4, 4, 2, 2])
+    assert (rows["mean"], rows["range"]) == (pytest.approx([10 / 3, 10 / 3, 2 / 3, 2 / 3]), [2, 2, 2, 2])
+    assert (layers["layer"], layers["over"], layers["number"]) == ("all", "layers", 2)
+    assert (layers["mean"], layers["range"]) == ([6, 6, 2, 2], [8, 8, 0, 0])
+    assert "per_expert" not in stats(STEPS) and "stability" not in stats(STEPS)
+
+
+def test_stability_is_the_move_from_step_to_step(stats):
+    """Steps in order: shares 1/4 each, then twice 1/2, 1/2, 0, 0. The first move is half of 4 x 1/4; cv 0, 1, 1."""
+    (row,) = stats(STEPS, "--per-expert")["stability"]
+    assert (row["layer"], row["rows"], row["moved"], row["cv_rows"]) == ("0", 3, 0.25, pytest.approx(2 / 3))
+    assert row["moved_most"] == {"from": "10", "to": "20", "total_variation": 0.5}
+    assert (row["busy"], row["busiest"]) == (1, pytest.approx([1, 1, 1 / 3, 1 / 3]))  # ties are all busy
+
+
+def test_rows_of_one_load_move_by_chance_alone(stats):
+    counts = np.random.default_rng(0).multinomial(600, [0.4, 0.3, 0.2, 0.1], 200)
+    content = "e0,e1,e2,e3\n" + "".join(",".join(map(str, row)) + "\n" for row in counts.tolist())
+    (row,) = stats(content, "--per-expert")["stability"]
+    assert row["moved"] == pytest.approx(row["by_chance"], rel=0.1)
+    assert (row["rows"], row["busiest"][0] > 0.9, row["moved_most"]["from"][:4]) == (200, True, "row ")
+
+
+def test_rows_of_the_long_form_are_the_same(stats):
+    rows = [line.split(",") for line in STEPS.splitlines()[1:]]
+    long = "step,layer,expert,count\n" + "".join(
+        f"{step},{layer},{e},{x}\n" for step, layer, *counts in rows for e, x in enumerate(counts)
+    )
+    assert stats(long, "--per-expert")["stability"] == stats(STEPS, "--per-expert")["stability"]
+    (without,) = stats(long.replace("step,", "day,", 1), "--per-expert", "--sum", "day")["stability"]
+    assert (without["rows"], without["moved_most"]["from"]) == (3, "row 1")  # in the order of the file
+
+
+def test_single_experts_and_rows_are_printed(capsys, tmp_path):
+    (tmp_path / "steps.csv").write_text(STEPS)
+    assert main(["routing-stats", str(tmp_path / "steps.csv"), "--per-expert"]) == 0
+    out = capsys.readouterr().out
+    for words in ("minimum", "3 rows", "2 layers", "by chance", "50.00% from 10 to 20; 0 (100%)", "3.333"):
+        assert words in out
+    (tmp_path / "steps.csv").write_text("e0,e1\n300,1\n")
+    assert main(["routing-stats", str(tmp_path / "steps.csv"), "--per-expert"]) == 0
+    assert "the rows give no stability" in capsys.readouterr().out
 
 
 # -- two splits, and contradictions ----------------------------------------------------------------
@@ -301,6 +489,8 @@ def test_a_runs_test_counts_give_its_summary_again(stats, folder):
     mean = np.mean([one["layers"]["moe"]["load"] for one in last], axis=0)
     assert mean.tolist() == pytest.approx(train["load"])
     assert report["changes"][0]["split"] == "test" and report["warnings"] == []
+    (moves,) = stats(folder, "--per-expert")["stability"]
+    assert (moves["split"], moves["rows"], moves["by_chance"]) == ("train", len(last), None)
 
 
 @pytest.mark.parametrize("trace", [True, False])
@@ -374,6 +564,20 @@ def test_a_hundred_thousand_rows_are_summed_right(tmp_path):
     }
 
 
+@pytest.mark.parametrize("form", ["experts", "labels", "values"])
+def test_many_columns_take_seconds(tmp_path, form):
+    """50,000 columns: 2 s; compared with each other, as they once were, 40."""
+    names = [f"{'e' if form == 'experts' else 'x'}{at}" for at in range(50_000)]
+    lines = [names, *([str(at % 3 + (form == "values") * row) for at in range(50_000)] for row in range(2))]
+    extra = ["e0,e1", "3,4", "5,6"] if form != "experts" else ["layer", "0", "0"]
+    text = "\n".join(f"{start},{','.join(line)}" for start, line in zip(extra, lines, strict=True))
+    (tmp_path / "counts.csv").write_text(text)
+    began = time.process_time()
+    (series, *_), _ = read_counts(tmp_path / "counts.csv")
+    assert time.process_time() - began < 15
+    assert len(series.count_E) == (50_000 if form == "experts" else 2)
+
+
 # -- refusals --------------------------------------------------------------------------------------
 
 
@@ -432,6 +636,90 @@ def test_a_hundred_thousand_rows_are_summed_right(tmp_path):
 )
 def test_a_bad_row_is_named_by_its_line(refusal, content, sentence):
     assert refusal(content).startswith(sentence)
+
+
+IDS = [np.random.default_rng(at).permutation(16)[:2].tolist() for at in range(300)]
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("token_id,layer,expert_0,expert_1,expert_2\n0,0,42,156,9\n1,0,12,89,42\n", "looks like the ids of the expert"),
+        ("position,expert_0\n0,5\n1,3\n", "looks like the ids of the experts"),
+        ("layer,expert_0,expert_1\n" + "".join(f"0,{a},{b}\n" for a, b in IDS), "looks like the ids of the experts"),
+        ("token,layer,expert_id\n0,0,3\n", "it looks like ids of chosen experts"),
+        ("token,layer,top1,top2\n0,0,3,5\n", "it looks like ids of chosen experts"),
+        ('{"topk_ids": [3, 5, 1]}', "it looks like ids of chosen experts"),
+        (
+            '{"token": 0, "expert_ids": [3, 5]}\n{"token": 1, "expert_ids": [1, 5]}',
+            "it looks like ids of chosen experts",
+        ),
+        ("layer,expert,prob\n0,0,0.3\n0,1,0.7\n", "it looks like scores or probabilities of a router"),
+        ("layer,expert_0_prob,expert_1_prob\n0,0.3,0.7\n", "it looks like scores or probabilities of a router"),
+        ('{"router_probs": {"0": [0.5, 0.5]}}', "it looks like scores or probabilities of a router"),
+        ("token,layer,e0,e1\n0,0,0.3,0.7\n", "looks like router probabilities of tokens"),
+        ("e0,e1\n0.3,0.7\n0.2,0.8\n", "looks like router probabilities of tokens"),
+        ("layer,e0,e1\n0,10.5,30.25\n", "holds fractions that add up to 40.75 in layer 0, all, not to 1 or 100 %"),
+        ("layer,e0,e1\n0,-1.5,2\n", "e0 is '-1.5', and a count is never below 0; negative fractions look like a rou"),
+        ("layer,expert,count\n0,1,10\n0,2,30\n", "seems to number its experts from 1 to 2"),
+        ("layer;e0;e1\n0;1,234;5\n", "line 2: e0 is '1,234', which may be a fraction or thousands"),
+        ("10,30\n20,20\n", "its first line holds numbers, not names"),
+        (",e0,e1\n0,3,1\n1,2,2\n", "only column 1 tells its rows apart"),
+        ("layer,expert,count\n0,0,3\n,1,1\n", "line 3: the layer is empty; write it in every row"),
+        ('"a - expert_0","b - expert_0"\n1,2\n', "counts each expert twice, as in 'a - expert_0' and 'b - expert_0'"),
+        ("e0,e00\n1,2\n", "'e0' and 'e00' are both of expert 0; keep one"),
+        ("l0_e0,l0_e1,l1_e1\n1,2,3\n", "there is no column for expert 0 of layer 1"),
+        ('{"counts":' * 300 + "1" + "}" * 300, "it is nested too deep"),
+    ],
+)
+def test_what_looks_like_something_else_is_refused_by_name(refusal, content, sentence):
+    assert sentence in refusal(content)
+
+
+def archive(*names):
+    """A zip archive with members of these names."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as members:
+        for name in names:
+            members.writestr(name, "x")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (archive("counts.npy"), "is a NumPy archive (.npz)"),
+        (archive("archive/data.pkl", "archive/version"), "is a PyTorch file (.pt)"),
+        (archive("[Content_Types].xml"), "is an Excel workbook"),
+        (gzip.compress(b"layer,e0\n"), "is compressed with gzip"),
+        (b"\x08\0\0\0\0\0\0\0{}      \0\0\0\0", "is a safetensors file"),
+        (b"\x93NUMPY\x01\0v\0", "is a NumPy array (.npy)"),
+        (b"PAR1\x15\x04", "is a Parquet file"),
+        (b"ab\0\0cd", "is a binary file"),
+    ],
+)
+def test_a_binary_file_is_called_what_it_is(refusal, content, kind):
+    sentence = refusal(content)
+    assert sentence.startswith(f"FILE {kind}") and "reads CSV, JSON and JSONL text" in sentence
+
+
+def test_utf_16_is_read_too(stats, tmp_path):
+    (tmp_path / "excel.txt").write_bytes("layer\texpert\tcount\r\n0\t0\t3\r\n0\t1\t1\r\n".encode("utf-16"))
+    assert loads(stats(tmp_path / "excel.txt")) == {("0", "all"): [3, 1]}
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [
+        [[total * share for share in (1, 2, 3, 4)] for total in (10, 20, 40) * 30],  # batches of three sizes
+        np.random.default_rng(0).multinomial(40, [0.25] * 4, 200).tolist(),
+        [[at, 100 - at] for at in (40, 60) * 100],
+    ],
+)
+def test_counts_of_many_rows_are_not_taken_for_ids(stats, counts):
+    content = ",".join(f"e{at}" for at in range(len(counts[0]))) + "\n"
+    content += "".join(",".join(map(str, row)) + "\n" for row in counts)
+    assert loads(stats(content))["0", "all"] == np.sum(counts, axis=0).tolist()
 
 
 @pytest.mark.parametrize(

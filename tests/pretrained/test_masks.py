@@ -94,7 +94,7 @@ def test_padding_is_found_where_only_layers_are_watched(model, row, implementati
     assert [one["load"].tolist() for one in watcher.metrics().values()] == [pytest.approx(WITHOUT_PADDING)] * 2
 
 
-@pytest.mark.parametrize("wrapper", [Wrapped, torch.nn.DataParallel])
+@pytest.mark.parametrize("wrapper", [Wrapped, torch.optim.swa_utils.AveragedModel])
 def test_padding_is_found_inside_a_wrapper(model, wrapper):
     ids, mask = padded(model)
     wrapped = wrapper(model)
