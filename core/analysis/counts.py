@@ -250,7 +250,8 @@ class _Sums:
             size = len(block.names)
             self._check_sizes(series_R, size, where)
             count_ER = np.stack([self._numbers(name, cells, where) for name in block.names])
-            self.ids_or_not |= _look_like_ids(count_ER, self.of_tokens)
+            if False not in self.ids_or_not:
+                self.ids_or_not |= _look_like_ids(count_ER, self.of_tokens)
             expert_ER = np.repeat(np.arange(size), len(series_R))
             series_N, tokens_N, time_N = (np.tile(one_R, size) for one_R in (series_R, tokens_R, time_R))
             self._total(series_N, expert_ER, count_ER.ravel(), tokens_N, time_N)

@@ -80,11 +80,11 @@ def routing_stats(
     names are known. Counts may be shares. The columns tokens and
     choices_per_token are used if present.
 
-    Every other column that an expert's layer shares is a label. Rows with the
-    same labels, layer and split are added up, as they are over step, epoch and
-    batch. Ids, probabilities and totals that contradict each other are refused
-    or reported. The thresholds of the verdict are options of a metric; see
-    `moe-engine plugins health`.
+    Every other column that all experts of a layer share is a label. Rows with
+    the same labels, layer and split are added up, as they are over step, epoch
+    and batch. What looks like ids or probabilities is refused, and totals that
+    contradict each other are reported. The thresholds of the verdict are
+    options of a metric; see `moe-engine plugins health`.
     """
     if figure is not None:
         check_figure(figure)

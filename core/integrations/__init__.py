@@ -33,7 +33,8 @@ class EngineLoop:
         """Take over the model's layers. Warns if it has none, so that the engine's plugins could never act."""
         self.engine.attach(model)
         if not self.engine.layers:
-            acting = listed(f"'{name}'" for name in self.engine.plugins.chosen) or "the engine"
+            plugins = self.engine.plugins
+            acting = listed(f"'{name}'" for name in plugins.active if name in plugins.chosen) or "the engine"
             warnings.warn(
                 f"{type(model).__name__} has no layer of this engine, so {acting} can't act on it: build its layers "
                 "with engine.moe(...)",
