@@ -186,7 +186,7 @@ class CountFile:
         if counts := next((spelled[name] for name in (*COUNTS, *by_number) if name in spelled), None):
             yield from self._records(inner[counts], (*path, None), around, named=True)
         elif not inner or any(map(names_expert, around)):
-            # only a list in the place of a label matters; the reader refuses it
+            # only a list where a label belongs matters; the reader refuses it
             labels: dict[str, Any] = {name: inner[spelled[name]] for name in ("layer", "split") if name in spelled}
             yield path, {**around, **labels}
         elif holders := [name for name, item in inner.items() if plain(name) in HOLDERS or _are_objects(item)]:
@@ -378,7 +378,7 @@ def _table(value: dict[str, Any]) -> list[dict[str, Any]] | None:
 
 
 def _level(name: str, fields: dict[str, Any], alone: bool) -> str | None:
-    """What the name of a list or object is one of: a layer, a split or a step. alone: nothing else is beside it."""
+    """What the name of a list or object is one of: a layer, a split or a step. alone: it stands alone."""
     words = plain(name).split("_")
     if words[0] in SPLITS and "split" not in fields:
         return "split"

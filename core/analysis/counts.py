@@ -5,7 +5,7 @@ Suffixes: R rows, N numbers, S series, E experts, P points in time.
 
 import math
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,71 +14,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UsageError, listed
+from .count_cells import has_letter, hashable, label_text, parsed, quoted, to_float
+from .count_checks import ROUNDED, Evidence, look_like_ids, refuse_unlikely
 from .count_columns import TOTAL_ROWS, Columns, Rows, expert_number, pick_labels, plain
 from .count_files import Chunk, CountFile, open_counts
+from .count_points import CELLS, Points
+from .count_series import Header, Series
 
-LARGEST, EXPERTS, SERIES, CELLS = 1e15, 100_000, 10_000, 20_000_000  # anything larger must be a mistake
-ROUNDED = 0.015  # how far shares may be from 1 or 100 % in total
-SURE = 10  # expected repeats in rows: if there is none, the rows hold different experts' ids (chance e^-10)
-MOST_CHOICES = 64  # of a token
+LARGEST, EXPERTS, SERIES = 1e15, 100_000, 10_000  # anything larger must be a mistake
 NAMED = 6  # names in a note
 
 Array = NDArray[Any]
 Cells = Mapping[str, Sequence[Any]]  # columns by name
-
-
-@attrs.define(eq=False)
-class Series:
-    """The counts of one layer and split under one set of labels.
-
-    count_E: assignments of each expert, or shares of them. tokens, top_k: None if not given.
-    absent: the experts without a row. source: where the counts come from, if not from a file of counts.
-    count_PE, points: the counts of each row or step, and what it is called; empty unless asked for.
-    """
-
-    file: str
-    labels: dict[str, str]
-    layer: str
-    split: str
-    count_E: Array
-    tokens: float | None = None
-    top_k: int | None = None
-    absent: list[int] = attrs.field(factory=list)
-    source: str | None = None
-    count_PE: Array = attrs.field(factory=lambda: np.zeros((0, 0)))
-    points: list[str] = attrs.field(factory=list)
-
-    @property
-    def total(self) -> float:
-        """The number of assignments, or the sum of the shares."""
-        return float(self.count_E.sum())
-
-    @property
-    def whole(self) -> bool:
-        """Whether these are counts, not shares."""
-        return bool((self.count_E == np.floor(self.count_E)).all())
-
-    @property
-    def share_E(self) -> Array:
-        """Shares of the total."""
-        return self.count_E / max(self.total, 1e-300)
-
-    def title(self, without: Container[str] = ()) -> str:
-        """Its name in a sentence; without: labels to leave out."""
-        labels = [
-            label if _has_letter(label) else f"{name} {label}"
-            for name, label in self.labels.items()
-            if name not in without
-        ]
-        return ", ".join([*labels, f"layer {self.layer}", self.split])
-
-
-@attrs.frozen
-class Header:
-    """What was found in a file besides counts. names: of its columns. notes: sentences on how it was read."""
-
-    names: set[str]
-    notes: list[str]
 
 
 def read_counts(
@@ -105,7 +52,7 @@ def read_counts(
     series = sums.series()
     for table in tables.totals:
         sums.check_totals(table)
-    _refuse_unlikely(file, sums, series, summed=bool({*over} & sums.names))
+    refuse_unlikely(file, sums.evidence(), series, summed=bool({*over} & sums.names))
     return series, Header(sums.names, [*file.notes, *tables.notes(sums)])
 
 
@@ -182,11 +129,11 @@ class _Tables:
         for name in columns.keys if self.file.typed else ():
             if not set(map(type, cells[name])) <= {str, int, float}:
                 at = next(at for at, cell in enumerate(cells[name]) if type(cell) not in (str, int, float))
-                what = f"{name} is {_short(cells[name][at])}, which is not a label"
+                what = f"{name} is {quoted(cells[name][at])}, which is not a label"
                 raise self.file.refuse(chunk.where[at], what, "bad-label")
         if self.file.typed:
             free = (*columns.summed, *columns.candidates)
-            cells |= {name: ["" if cell is None else _hashable(cell) for cell in cells[name]] for name in free}
+            cells |= {name: ["" if cell is None else hashable(cell) for cell in cells[name]] for name in free}
         return _Table(columns, chunk.where, cells)
 
     def _without_totals(self, table: _Table) -> _Table:
@@ -219,7 +166,7 @@ class _Sums:
 
     def __init__(self, file: CountFile, labels: list[str], experts: int | None, each_row: bool) -> None:
         self.file, self.labels, self.experts = file, {*labels}, experts
-        self.points = _Points() if each_row else None
+        self.points = Points() if each_row else None
         self.names: set[str] = set()
         self.candidates: list[str] = []
         self.wide = self.has_times = self.of_tokens = self.has_tokens = False
@@ -251,10 +198,14 @@ class _Sums:
             self._check_sizes(series_R, size, where)
             count_ER = np.stack([self._numbers(name, cells, where) for name in block.names])
             if False not in self.ids_or_not:
-                self.ids_or_not |= _look_like_ids(count_ER, self.of_tokens)
+                self.ids_or_not |= look_like_ids(count_ER, self.of_tokens)
             expert_ER = np.repeat(np.arange(size), len(series_R))
             series_N, tokens_N, time_N = (np.tile(one_R, size) for one_R in (series_R, tokens_R, time_R))
             self._total(series_N, expert_ER, count_ER.ravel(), tokens_N, time_N)
+
+    def evidence(self) -> Evidence:
+        """What the rows show about the file."""
+        return Evidence(self.row_SE, self.ids_or_not, self.of_tokens, self.has_times, self.experts)
 
     def series(self) -> list[Series]:
         """The sums, as series."""
@@ -267,7 +218,7 @@ class _Sums:
         """Raises UsageError if a row of totals is not the sum of the rows that it names."""
         columns, cells = table.columns, {name: column[0] for name, column in table.cells.items()}
         named = [columns.roles.get("layer"), columns.roles.get("split"), *self.others]
-        texts = [_label(cells[name]) if name is not None else "" for name in named]
+        texts = [label_text(cells[name]) if name is not None else "" for name in named]
         any_text = ["" if plain(text) in (*TOTAL_ROWS, "all") else text for text in texts]
         rows = [
             at
@@ -280,9 +231,9 @@ class _Sums:
             number = expert_number(cells[columns.roles["expert"]])
             given = [(columns.roles["count"], sum_E.sum() if number is None else sum_E[number : number + 1].sum())]
         for name, value in given:
-            found = _parsed(cells[name], self.file.delimiter)
+            found = parsed(cells[name], self.file.delimiter)
             if cells[name].strip() and not math.isclose(found, value, rel_tol=ROUNDED if value % 1 else 1e-9):
-                what = f"{name} is {_short(cells[name])} in a row of totals, but the rows add up to {value:,.15g}"
+                what = f"{name} is {quoted(cells[name])} in a row of totals, but the rows add up to {value:,.15g}"
                 raise self.file.refuse(table.where[0], what, "wrong-total")
 
     def _one(self, key: tuple[str, ...], at: int, size: int, count_PE: Array, points: list[str]) -> Series:
@@ -325,7 +276,7 @@ class _Sums:
         return np.fromiter(map(self.raw.__getitem__, keys), np.int64, len(keys))
 
     def _open(self, key: tuple[Any, ...], where: Any) -> None:
-        texts = tuple(map(_label, key))
+        texts = tuple(map(label_text, key))
         if not texts[0]:
             raise self.file.refuse(where, "the layer is empty; write it in every row", "bad-label")
         if texts not in self.ids:
@@ -350,9 +301,9 @@ class _Sums:
         """One number from 0 on, of a column in which not all are written plainly."""
         value = math.nan
         if not self.file.typed:
-            value = _parsed(cell, self.file.delimiter)
+            value = parsed(cell, self.file.delimiter)
         elif type(cell) in (int, float):
-            value = _float(cell)
+            value = to_float(cell)
         if 0 <= value <= LARGEST:
             return value
         what = "which is not a number"
@@ -363,11 +314,11 @@ class _Sums:
             what = f"and a count is never above {LARGEST:g}"
         elif not self.file.typed and re.fullmatch(r" *[0-9]{1,3},[0-9]{3} *", cell):
             what = "which may be a fraction or thousands; write it without a comma"
-        raise self.file.refuse(where, f"{name} is {_short(cell)}, {what}", "bad-count")
+        raise self.file.refuse(where, f"{name} is {quoted(cell)}, {what}", "bad-count")
 
     def _expert_column(self, name: str, cells: Cells, where: Sequence[Any]) -> Array:
         """[R]: the column that names experts, as whole numbers; "expert_3" is 3."""
-        named = {cell for cell in {*cells[name]} if isinstance(cell, str) and (self.file.typed or _has_letter(cell))}
+        named = {cell for cell in {*cells[name]} if isinstance(cell, str) and (self.file.typed or has_letter(cell))}
         number = {cell: number for cell in named if (number := expert_number(cell)) is not None}
         kind = int if self.file.typed else str
         bare = [kind(number[cell]) if cell in number else cell for cell in cells[name]] if number else cells[name]
@@ -376,7 +327,7 @@ class _Sums:
         bad_R = (expert_R != np.floor(expert_R)) | (expert_R >= limit)
         if bad_R.any():
             row = int(bad_R.argmax())
-            what = f"{name} is {_short(cells[name][row])}, but experts are whole numbers from 0 to {limit - 1}"
+            what = f"{name} is {quoted(cells[name][row])}, but experts are whole numbers from 0 to {limit - 1}"
             raise self.file.refuse(where[row], what, "bad-expert")
         return expert_R.astype(np.int64)
 
@@ -411,199 +362,8 @@ class _Sums:
         return int(text)
 
 
-class _Points:
-    """The counts of each step of a series; without steps, of each row."""
-
-    def __init__(self) -> None:
-        self.codes: dict[tuple[Any, ...], int] = {}  # of points in time
-        self.parts: list[tuple[Array, Array, Array, Array]] = []
-        self.size = 0
-
-    def times(self, names: Sequence[str], cells: Cells, size: int) -> Array:
-        """[R]: a code of each row's point in time; 0 if no column gives one."""
-        if not names:
-            return np.zeros(size, np.int64)
-        times = list(zip(*(cells[name] for name in names), strict=True))
-        for time in dict.fromkeys(times):
-            self.codes.setdefault(time, len(self.codes))
-        return np.fromiter(map(self.codes.__getitem__, times), np.int64, size)
-
-    def add(self, series_N: Array, expert_N: Array, count_N: Array, time_N: Array) -> None:
-        """Add counts."""
-        self.parts.append((series_N, expert_N, count_N, time_N))
-        self.size += len(series_N)
-
-    def of_series(self, file: str, sizes: list[int]) -> list[tuple[Array, list[str]]]:
-        """The counts [P, E] of each series in the order of time, and the names of its points."""
-        if self.size > CELLS:
-            message = f"{file} holds {self.size:,} counts, too many to keep each row; take a part of its rows"
-            raise UsageError(message, code="too-many-counts")
-        series_N, expert_N, count_N, code_N = map(np.concatenate, zip(*self.parts, strict=True))
-        names, rank = _in_order(list(self.codes))
-        # without times, the first count of every expert is the first row, the second one the second, and so on
-        time_N = rank[code_N] if names else _occurrence(series_N * (int(expert_N.max()) + 1) + expert_N)
-        order_N = np.argsort(series_N, kind="stable")
-        bounds = np.searchsorted(series_N[order_N], np.arange(len(sizes) + 1))
-        out = []
-        for at, size in enumerate(sizes):
-            of_N = order_N[bounds[at] : bounds[at + 1]]
-            times_P, point_N = np.unique(time_N[of_N], return_inverse=True)
-            if len(times_P) * size > CELLS:
-                message = f"{file} holds {len(times_P):,} steps of {size:,} experts, too many to keep each"
-                raise UsageError(message, code="too-many-counts")
-            count_PE = np.zeros((len(times_P), size))
-            np.add.at(count_PE, (point_N.reshape(-1), expert_N[of_N]), count_N[of_N])
-            out.append((count_PE, [names[time] if names else f"row {time + 1}" for time in times_P.tolist()]))
-        return out
-
-
-def _in_order(times: list[tuple[Any, ...]]) -> tuple[list[str], Array]:
-    """The names of points in time, in order, and the rank of each: by number if all are numbers, else as they come."""
-    try:
-        order = sorted(range(len(times)), key=lambda at: [float(part) for part in times[at]])
-    except (ValueError, TypeError):
-        order = list(range(len(times)))
-    rank = np.empty(len(times), np.int64)
-    rank[order] = np.arange(len(times))
-    return [" ".join(map(_label, times[at])) for at in order], rank
-
-
-def _occurrence(code_N: Array) -> Array:
-    """How often the same code came before."""
-    order_N = np.argsort(code_N, kind="stable")
-    sorted_N = code_N[order_N]
-    starts = np.flatnonzero(np.diff(sorted_N, prepend=-1))
-    lengths = np.diff([*starts.tolist(), len(code_N)])
-    out_N = np.empty(len(code_N), np.int64)
-    out_N[order_N] = np.arange(len(code_N)) - np.repeat(starts, lengths)
-    return out_N
-
-
 def _grown(total_SE: Array, shape: tuple[int, int]) -> Array:
     """The totals, padded with zeros to a larger shape."""
     grown_SE = np.zeros(shape)
     grown_SE[: total_SE.shape[0], : total_SE.shape[1]] = total_SE
     return grown_SE
-
-
-# -- what is not counts ----------------------------------------------------------------------------
-
-
-def _look_like_ids(count_ER: Array, of_tokens: bool) -> set[bool]:
-    """Whether rows hold ids of the experts that a token chose: True for sure, False for sure, or nothing.
-
-    Ids differ within a row; counts need not. of_tokens: a column numbers tokens. Without one it takes rows enough to
-    expect repeats of the same numbers, and totals that vary as those of unrelated numbers do: counts of equal batches
-    have equal totals, and those of different batches grow together.
-    """
-    size, rows = count_ER.shape
-    if size > MOST_CHOICES:
-        return {False}
-    if (count_ER != np.floor(count_ER)).any() or (np.diff(np.sort(count_ER, axis=0), axis=0) == 0).any():
-        return {False}
-    if of_tokens:
-        return {True} if (count_ER > 1).any() else set()
-    values, code_N = np.unique(count_ER, return_inverse=True)
-    if size < 2 or len(values) * size > CELLS:
-        return set()
-    often_EV = np.zeros((size, len(values)))
-    np.add.at(often_EV, (np.repeat(np.arange(size), rows), code_N.reshape(-1)), 1 / rows)
-    repeats = rows / 2 * float((often_EV.sum(0) ** 2 - (often_EV**2).sum(0)).sum())
-    total_R = count_ER.sum(0)
-    unrelated = 0.05 * total_R.mean() < total_R.std() < 1.1 * math.sqrt(count_ER.var(1).sum())
-    return {True} if repeats >= SURE and unrelated else set()
-
-
-def _refuse_unlikely(file: CountFile, sums: _Sums, series: Sequence[Series], summed: bool) -> None:
-    """Raise UsageError for numbers that look like something else than counts or shares of a layer.
-
-    summed: the user asked to sum over columns of this file.
-    """
-    if sums.ids_or_not == {True}:
-        raise UsageError(
-            f"{file.name} looks like the ids of the experts that each token chose, not counts: they all differ within "
-            "a row; count how often each id occurs in a layer",
-            code="expert-ids",
-        )
-    row_S = sums.row_SE.max(axis=1)
-    shares = [(one, one.total / row_S[at]) for at, one in enumerate(series) if not one.whole]
-    near = [_is_share(one, total) for one, total in shares]
-    if shares and 2 * sum(near) < len(near):
-        one, total = shares[near.index(False)]
-        raise UsageError(
-            f"{file.name} holds fractions that add up to {total:.6g} in {one.title()}, not to 1 or 100 %; they look "
-            "like averages or scores, so give whole counts or shares of a layer",
-            code="not-counts",
-        )
-    repeated = any(row_S[at] > 1 for at, one in enumerate(series) if not one.whole)
-    if shares and (sums.of_tokens or (repeated and not sums.has_times and not summed)):
-        raise UsageError(
-            f"{file.name} looks like router probabilities of tokens, not counts: it has several rows of fractions for "
-            "a layer, and no step; count the experts that each token chose, or add a column step to shares",
-            code="router-probabilities",
-        )
-    seen_E = (sums.row_SE > 0).sum(axis=0)
-    if sums.experts is None and len(seen_E) > 2 and not seen_E[0] and (seen_E[1:] == len(series)).all():
-        raise UsageError(
-            f"{file.name} seems to number its experts from 1 to {len(seen_E) - 1}; number them from 0 on, or give "
-            f"--experts {len(seen_E)} if expert 0 is never chosen",
-            code="experts-from-1",
-        )
-
-
-def _is_share(series: Series, total: float) -> bool:
-    """Whether the rows of a series, of this total on average, are shares of assignments or of its tokens."""
-    near = [one for one in (1.0, 100.0) if abs(total - one) <= ROUNDED * one]
-    top_k = round(total)
-    of_tokens = series.count_E.max() <= series.total / total and abs(total - top_k) <= ROUNDED
-    return bool(near) or (1 <= top_k < len(series.count_E) and bool(of_tokens))
-
-
-# -- cells -----------------------------------------------------------------------------------------
-
-
-def _parsed(cell: str, delimiter: str) -> float:
-    """A number as spreadsheets write it: 1,234 or 1 234 in thousands, 12.5%, 12,5 where a comma separates nothing.
-
-    nan for anything else, and for 1,234 in a file of semicolons, where it may be a fraction, too.
-    """
-    text, scale = cell.strip(), 1.0
-    if text.endswith("%"):
-        text, scale = text[:-1].rstrip(), 100.0
-    if re.fullmatch(r"[0-9]{1,3}(?:[ '\u00a0\u202f\u2019][0-9]{3})+", text):
-        text = re.sub(r"[^0-9]", "", text)
-    elif re.fullmatch(r"[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?", text):
-        text = "" if delimiter == ";" and text.count(",") == 1 and "." not in text else text.replace(",", "")
-    elif re.fullmatch(r"[0-9]{1,3}(?:\.[0-9]{3}){2,}(?:,[0-9]+)?", text):
-        text = text.replace(".", "").replace(",", ".")
-    elif delimiter != "," and re.fullmatch(r"[0-9]+,[0-9]+", text):
-        text = text.replace(",", ".")
-    return math.nan if "_" in text else _float(text) / scale
-
-
-def _float(value: Any) -> float:
-    """A number; nan if it is not one."""
-    try:
-        return float(value)
-    except ValueError:
-        return math.nan
-    except OverflowError:
-        return math.inf
-
-
-def _label(cell: Any) -> str:
-    """A label as text; pandas writes whole numbers as 3.0 in a column with gaps."""
-    text = str(cell).strip()
-    return text[:-2] if re.fullmatch(r"[0-9]+\.0", text) else text
-
-
-def _hashable(cell: Any) -> Any:
-    return cell if type(cell) in (str, int, float) else str(cell)
-
-
-def _has_letter(cell: str) -> bool:
-    return any(map(str.isalpha, cell))
-
-
-def _short(cell: Any) -> str:
-    return f"'{str(cell).strip()[:40]}'"

@@ -16,8 +16,8 @@ from ..layer.sums import sums_of
 from ..registry.manager import Plugins
 from ..run.folder import read_run
 from ..run.traces import FILE, read_trace
+from .count_series import Array, Series
 from .counted_layer import CountedLayer
-from .counts import Array, Series
 
 TAIL = 0.9  # of a run's steps: the log points after that represent its training load
 

@@ -15,7 +15,7 @@ from .figures import check_figure, write_figure
 from .flags import json_flag, names, settings_flag
 
 if TYPE_CHECKING:
-    from ..analysis.counts import Series
+    from ..analysis.count_series import Series
 
 METRICS = ("cv", "cv2", "gini", "entropy", "max_min", "maxvio", "active")
 SIZES = ("experts", "top_k", "tokens", "total", "dropped")  # numbers of a row that are not metrics

@@ -16,15 +16,23 @@ class History:
     """A run so far, after an optimizer step; the same in every process.
 
     step: optimizer steps so far. loss: the task loss of this step. eval_loss: the loss of an evaluation since the
-    last step, or None. growths: all growths, oldest first. asked: the plugin being asked.
+    last step, or None. growths: all growths, oldest first. asked: the plugin being asked. watching: the plugins that
+    have read eval_loss, so that a loop without evaluations can name them.
     """
 
     step: int
     loss: float
-    eval_loss: float | None
+    _eval_loss: float | None
     layers: Sequence[Layer]
     growths: Sequence[Grown]
     asked: str = ""
+    watching: set[str] = attrs.field(factory=set, repr=False)
+
+    @property
+    def eval_loss(self) -> float | None:
+        """The loss of an evaluation since the last step, or None."""
+        self.watching.add(self.asked)
+        return self._eval_loss
 
     @property
     def since_growth(self) -> int:

@@ -131,12 +131,12 @@ class Engine:
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy.deepcopy and pickle: the copy owns the copies of layers that are copied together with it."""
-        return {**vars(self), "_layers": self.layers, "triggers": self.triggers.memory, "_calls": None}
+        calls = attrs.evolve(self._calls, parallels=None)
+        return {**vars(self), "_layers": self.layers, "triggers": self.triggers.memory, "_calls": calls}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self.triggers = Triggers(self.plugins.bind("moe_growth"), state["triggers"])
-        self._calls = StepCalls()
         for layer in state["_layers"]:
             layer.copy_id = new_copy_id()
         self._layers = [weakref.ref(layer) for layer in state["_layers"]]

@@ -1,6 +1,6 @@
 """Metrics of layers, and probes: uncounted forwards on a held-out batch."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -75,27 +75,35 @@ def observed(layers: Sequence[MoE], plugins: Plugins, run: Probe) -> tuple[Tenso
         raise PluginError(message, code="plugin-failed") from error
 
 
-def backward_culprit(layers: Sequence[MoE], plugins: Plugins, run: Probe) -> str | None:
-    """The plugin through whose loss or router no gradient can be computed, as after an error in backward; or None.
+def backward_culprit(layers: Sequence[MoE], plugins: Plugins, run: Probe, error: RuntimeError) -> str | None:
+    """The plugin whose loss, router or bank fails in backward with this error; or None.
 
-    run: as for `probed`. A loss may hold a graph that is gone; only its backward fails, where no code of it runs.
+    run: as for `probed`. A part may hold a graph that is gone: only its backward fails, where none of its code runs, so
+    the backward of each is tried again, alone.
     """
     try:
-        _, routings = observe(layers, run)
+        loss, routings = observe(layers, run)
+        tried = [value for layer, routing in routings.items() for value in _differentiated(layer, routing, loss)]
     except Exception:
         return None
-    for layer, routing in routings.items():
-        inputs = [p for p in layer.parameters() if p.requires_grad]
-        values = {name.partition(".")[0]: value for name, value in layer.aux_terms(routing).items()}
-        (router,) = (bound.plugin for bound in plugins.bind("moe_router"))
-        for plugin, value in {**values, router: routing.plan.weight.sum()}.items():
-            try:
-                if value.requires_grad:
-                    torch.autograd.grad(value, inputs, retain_graph=True, allow_unused=True)
-            except RuntimeError:
-                hook = "moe_router" if plugin == router else "moe_aux_loss"
-                return f"{plugins.origin(plugin)} in the backward of {hook}"
+    for hook, plugin, value, inputs in tried:
+        try:
+            if value.requires_grad:
+                torch.autograd.grad(value, inputs, retain_graph=True, allow_unused=True)
+        except RuntimeError as again:
+            names = [plugin] if plugin else [bound.plugin for bound in plugins.bind(hook)]
+            if str(again) == str(error) and names:
+                return f"{plugins.origin(names[0])} in the backward of {hook}"
     return None
+
+
+def _differentiated(layer: MoE, routing: Routing, loss: Tensor) -> Iterator[tuple[str, str, Tensor, list[Tensor]]]:
+    """(hook, its plugin if several may implement it, a value, what it is differentiated by) of one layer."""
+    weights: list[Tensor] = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    for term, value in layer.aux_terms(routing).items():
+        yield "moe_aux_loss", term.partition(".")[0], value, weights
+    yield "moe_router", "", routing.plan.weight.sum(), weights
+    yield "moe_experts", "", loss, [p for p in layer.experts.parameters() if p.requires_grad]
 
 
 def probed(layers: Sequence[MoE], plugins: Plugins, run: Probe) -> dict[MoE, tuple[Routing, Effects]]:

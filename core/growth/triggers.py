@@ -18,13 +18,14 @@ MANY_STEPS = 100  # without a question to the triggers
 class Triggers:
     """The chosen triggers. memory: each plugin's memory. asked: the step for which they were last called.
 
-    unasked: the number of steps since then.
+    unasked: the number of steps since then. watching: those that wait for the loss of an evaluation.
     """
 
     bounds: Sequence[Bound]
     memory: dict[str, dict[str, float]] = attrs.field(factory=dict)
     asked: int = 0
     unasked: int = 0
+    watching: set[str] = attrs.field(factory=set)
 
     def count_step(self) -> None:
         """Warn if a loop never asks its triggers."""
@@ -49,7 +50,7 @@ class Triggers:
 
     def _growths(self, bound: Bound, history: History) -> list[Growth]:
         name, memory = bound.plugin, self.memory.setdefault(bound.plugin, {})
-        answer = bound({"history": attrs.evolve(history, asked=name), "memory": memory})
+        answer = bound({"history": attrs.evolve(history, asked=name, watching=self.watching), "memory": memory})
         growths = [] if answer is None else list(answer) if isinstance(answer, list | tuple) else [answer]
         if not all(isinstance(growth, Growth) for growth in growths):
             message = f"moe_growth of '{name}' returned {answer!r}, not a Growth, a list of them, or None"

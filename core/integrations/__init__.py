@@ -43,10 +43,9 @@ class EngineLoop:
 
     def end(self, advice: str) -> None:
         """Warn of triggers that wait for the loss of an evaluation if there was none. advice: how to report one."""
-        plugins = self.engine.plugins.active
-        deaf = [name for name in self.engine.implementing("moe_growth") if getattr(plugins[name], "on", "") == "eval"]
-        if deaf and not self.evaluated:
-            names = listed(f"'{name}'" for name in deaf)
+        waiting = self.engine.triggers.watching
+        if waiting and not self.evaluated:
+            names = listed(f"'{name}'" for name in sorted(waiting))
             warnings.warn(f"no evaluation's loss was reported, which {names} waits for: {advice}", stacklevel=3)
 
     def saw(self, eval_loss: float) -> None:

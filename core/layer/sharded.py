@@ -14,7 +14,7 @@ FSDP = "torch.distributed.fsdp"
 
 def gather_for_outputs(bank: Any) -> None:
     """Let FSDP2 gather a bank's weights for `outputs` too, not only for its forward."""
-    fsdp = sys.modules.get(FSDP)  # if nobody has imported it, nothing is sharded
+    fsdp = sys.modules.get(FSDP)  # without that import nothing is sharded
     if fsdp is not None and isinstance(bank, fsdp.FSDPModule) and "outputs" not in vars(bank):
         fsdp.register_fsdp_forward_method(bank, "outputs")
 

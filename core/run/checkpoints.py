@@ -7,7 +7,7 @@ tensors; the rest of the tree, with the tensors' names as placeholders, is JSON 
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from hashlib import sha256
 from pathlib import Path
@@ -45,19 +45,22 @@ def save(path: str | Path, **objects: Stateful) -> None:
     that holds anything but tensors and plain values, and UsageError if the file can't be written.
     """
     tree = {name: stateful.state_dict() for name, stateful in objects.items()}
-    sharded = _any_sharded(tree)
-    with agreed(f"saving {path}", torch.device("cpu")) if sharded else nullcontext():
+    sharded = next(_sharded(tree), None)
+    with nullcontext() if sharded is None else agreed(f"saving {path}", sharded.device):
         packed = _pack(tree)
-        if not sharded or torch.distributed.get_rank() == 0:
+        if sharded is None or torch.distributed.get_rank() == 0:
             try:
                 _write(Path(path), *packed)
             except OSError as error:
                 raise UsageError(f"{path} can't be written: {error.strerror}", code="unwritable-path") from error
 
 
-def _any_sharded(tree: Any) -> bool:
-    children = tree.values() if isinstance(tree, Mapping) else tree if isinstance(tree, list | tuple) else ()
-    return hasattr(tree, "full_tensor") or any(map(_any_sharded, children))
+def _sharded(tree: Any) -> Iterator[Tensor]:
+    """The tensors of a tree that are sharded over ranks."""
+    if hasattr(tree, "full_tensor"):
+        yield tree
+    for child in tree.values() if isinstance(tree, Mapping) else tree if isinstance(tree, list | tuple) else ():
+        yield from _sharded(child)
 
 
 def load(path: str | Path, **objects: Stateful) -> None:

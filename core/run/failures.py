@@ -13,13 +13,13 @@ from ..files import write_atomically
 
 
 def culprit_of(engine: Engine, error: BaseException, probe: Callable[[], Tensor]) -> str | None:
-    """The plugin that an exception came from, also one that a backward raised; None if it is no plugin's.
+    """The plugin that an exception came from, in its code or in backward; None if it came from none.
 
     probe: a forward on a held-out batch.
     """
     who = engine.culprit(error)
     if who is None and isinstance(error, RuntimeError):
-        who = backward_culprit(engine.layers, engine.plugins, probe)
+        who = backward_culprit(engine.layers, engine.plugins, probe, error)
     return who
 
 

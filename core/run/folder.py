@@ -12,7 +12,7 @@ import attrs
 
 from ..contract.options import Settings
 from ..contract.run import Run
-from ..errors import UsageError
+from ..errors import UsageError, nearest
 from ..files import locked
 from ..registry.discovery import WATCHING, find
 from .config import RunConfig, merge_options, read_config
@@ -48,6 +48,9 @@ def old_folder(folder: Path, dropped: Sequence[str] = ()) -> tuple[RunConfig, Se
     config = merge_options(options, {})
     known = find()
     for name in dropped:
+        if name not in known and name not in config.plugins:
+            message = f"there is no plugin '{name}' to leave out; {nearest(name, {*known, *config.plugins})}"
+            raise UsageError(message, code="unknown-plugin")
         if name in known and known[name][0].kind not in WATCHING:
             message = f"'{name}' is a {known[name][0].kind}, without which the run would be another one; --no-plugin"
             raise UsageError(f"{message} of resume leaves out metrics and reports", code="not-a-watching-plugin")

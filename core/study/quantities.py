@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..analysis.counts import Series
+from ..analysis.count_series import Series
 from ..analysis.routing_stats import row_of
 from ..registry.discovery import defaults
 from ..registry.manager import Plugins

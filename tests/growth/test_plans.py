@@ -3,10 +3,12 @@
 import re
 
 import pytest
+import torch
 
 from moe_engine import Engine, Growth, UsageError
 from moe_engine.growth.plans import plans_of
 from rig import Rig, same
+from support import refused
 
 
 @pytest.mark.parametrize(
@@ -55,3 +57,22 @@ def test_a_group_comes_with_the_experts_of_its_parent():
     assert plans["group"].origins == (0, 1, 1)
     assert plans["expert"].origins == (0, 1, 2, 3, 2, 3)
     assert plans["expert"].homes == (2, 2)
+
+
+def test_a_growth_may_give_each_new_expert_a_row_of_its_own():
+    rig = Rig("topk,random")
+    rows_ND = torch.randn(2, rig.layer.spec.dim)
+    rig.engine.grow(Growth("moe", (0, 1), rows={"router.weight": rows_ND}), rig.optimizer)
+    assert torch.equal(rig.layer.router.weight[-2:], rows_ND)
+    rig.engine.grow(Growth("moe", (0, 1), rows={"router.weight": rows_ND[0]}), rig.optimizer)
+    assert torch.equal(rig.layer.router.weight[-2:], rows_ND[:1].expand(2, -1))
+    rig.engine.grow(Growth("moe", (2,), drop=(1,), rows={"router.weight": rows_ND[1:]}), rig.optimizer)
+    assert torch.equal(rig.layer.router.weight[1], rows_ND[1])
+
+
+def test_rows_of_another_shape_are_the_growths_fault():
+    rig = Rig("topk,random").train(2)
+    before = rig.everything()
+    with refused("bad-growth", "rows 'router.weight' of the growth of 'moe'", "[3, 6]", "[2, 6], or [6] for all"):
+        rig.engine.grow(Growth("moe", (0, 1), rows={"router.weight": torch.randn(3, 6)}), rig.optimizer)
+    same(before, rig.everything())

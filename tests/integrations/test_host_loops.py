@@ -237,6 +237,9 @@ def test_a_trigger_that_waits_for_an_evaluation_is_named():
     engine, net = build("topk,loss_plateau", ["loss_plateau.on=eval"])
     loop = EngineLoop(engine)
     loop.begin(net)
+    loop.add(net(torch.randn(5, 3)).mean()).backward()
+    engine.after_backward()
+    loop.after_step([torch.optim.SGD(net.parameters(), 0.1)])
     with pytest.warns(UserWarning, match="'loss_plateau' waits for: evaluate"):
         loop.end("evaluate")
     loop.saw(1.0)

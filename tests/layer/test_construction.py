@@ -87,6 +87,15 @@ def test_engine_and_model_are_pickled_together_or_alone():
     assert alone.layers == [] and list(alone.plugins.active) == list(engine.plugins.active)
 
 
+def test_a_copy_in_the_middle_of_a_step_can_end_it():
+    engine, model = built()
+    (model(torch.randn(9, 6)).sum() + engine.aux_loss()).backward()
+    engine.after_backward()
+    twin, copied = copy.deepcopy((engine, model))
+    twin.after_step()
+    assert (twin.step, engine.step) == (1, 0) and twin.layers == [copied[1]]
+
+
 def test_torch_save_holds_a_model_in_the_middle_of_a_step():
     engine, model = built()
     (model(torch.randn(9, 6)).sum() + engine.aux_loss()).backward()

@@ -15,6 +15,7 @@ from support import on_ranks
 WHOLE = {
     "topk": {},
     "sigmoid_topk": {},
+    "sqrtsoftplus_topk": {},
     "hierarchical": {},
     "top_p": {},
     "threshold": {},

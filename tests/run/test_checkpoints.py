@@ -374,6 +374,8 @@ def test_a_run_goes_on_without_a_metric_or_a_report(tmp_path, capsys, install):
     capsys.readouterr()
     assert main(["resume", str(tmp_path / "cut"), "--no-plugin", "switch_aux"]) == 2
     assert "'switch_aux' is a loss, without which the run would be another one" in capsys.readouterr().err
+    assert main(["resume", str(tmp_path / "cut"), "--no-plugin", "fial"]) == 2
+    assert "there is no plugin 'fial' to leave out" in capsys.readouterr().err
 
 
 def test_a_plugin_that_was_uninstalled_is_named_with_what_to_install(tmp_path, capsys, install):

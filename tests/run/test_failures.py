@@ -103,6 +103,19 @@ class Stale:
         return self.kept
 
 
+class StaleExperts(BadExperts):
+    """A bank that adds the graph of its first forward to each output."""
+
+    kept = None
+
+    def forward(self, x_ND, counts_E):
+        y_NO = super().forward(x_ND, counts_E)
+        if len(x_ND) > 20 and torch.is_grad_enabled():
+            self.kept = self.w_in.square().mean() if self.kept is None else self.kept
+            y_NO = y_NO + self.kept
+        return y_NO
+
+
 class Constructor:
     def __attrs_post_init__(self):
         raise KeyError("boom")
@@ -157,6 +170,11 @@ CASES = {  # kind, plugin class, what the sentence names
     "bias": ("bias", hooks(moe_bias=lambda self, spec, level: boom()), "moe_bias"),
     **{f"bias_{bad}": ("bias", None, bad) for bad in ("forward", "measure", "signal", "after_step")},
     "experts": ("experts", hooks(moe_experts=lambda self, spec: boom()), "moe_experts"),
+    "stale_experts": (
+        "experts",
+        hooks(moe_experts=lambda self, spec: StaleExperts(spec, "")),
+        "backward of moe_experts",
+    ),
     "outputs": ("experts", hooks(moe_experts=lambda self, spec: BadExperts(spec, "forward")), "forward"),
 }
 

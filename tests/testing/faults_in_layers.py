@@ -55,6 +55,20 @@ class KnowsPlaces(Top):
         return (logits_TE + 0.1 * place_T[:, None] * torch.arange(logits_TE.shape[1]),)
 
 
+@fault("recomputed_layers_keep_apart", message="a router that passes values on declares carries", hook="moe_router")
+class HidesWhatItPassesOn(Top):
+    """Adds the logits of the layer before, which it keeps in its class."""
+
+    last = (None, None)
+
+    def score(self, tokens):
+        (logits_TE,) = super().score(tokens)
+        owner, before_TE = self.last
+        type(self).last = self.weight.data_ptr(), logits_TE.detach()
+        another = owner not in (None, self.weight.data_ptr()) and torch.is_grad_enabled() and self.training
+        return (logits_TE + before_TE if another and before_TE.shape == logits_TE.shape else logits_TE,)
+
+
 @fault("layers_are_independent", message="not on the plugin or in a module", bugs=(4, 19))
 class PoolsLayers:
     """Every layer's loss is scaled by the largest layer so far."""
