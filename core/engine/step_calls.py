@@ -50,8 +50,8 @@ class StepCalls:
             if parallel._join_config.enable:
                 raise RuntimeError(
                     "a model with MoE layers can't train under torch.distributed.algorithms.Join: a rank that has run "
-                    "out of data would miss engine.after_step(), and the others would wait for it; give all ranks as "
-                    "many batches, for example with DistributedSampler"
+                    "out of data would miss engine.after_step(), and the others would wait for it; give all ranks the "
+                    "same number of batches, for example with DistributedSampler"
                 )
 
     def forget_models(self) -> None:
