@@ -8,6 +8,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .contract.families import GATE as GATE
+    from .contract.families import STACKED as STACKED
+    from .contract.families import Block as Block
+    from .contract.families import Family as Family
+    from .contract.families import Stored as Stored
+    from .contract.families import unwrapped as unwrapped
     from .contract.growth import Grown as Grown
     from .contract.growth import Growth as Growth
     from .contract.growth import NewExpert as NewExpert
@@ -71,6 +77,9 @@ if TYPE_CHECKING:
     from .layer.grouped import row_counts as row_counts
     from .layer.moe import MoE as MoE
     from .layer.probing import evaluating as evaluating
+    from .pretrained.adopting import adopt as adopt
+    from .pretrained.adopting import release as release
+    from .pretrained.exporting import export as export
     from .pretrained.watching import watch as watch
     from .processes import all_reduce_sum as all_reduce_sum
     from .processes import mean_over_ranks as mean_over_ranks
@@ -82,6 +91,7 @@ if TYPE_CHECKING:
     from .seeds import generator as generator
 
 _HOMES = {
+    "contract.families": ("GATE", "STACKED", "Block", "Family", "Stored", "unwrapped"),
     "contract.growth": ("Grown", "Growth", "NewExpert"),
     "contract.history": ("History", "grow_at_peaks", "consecutive"),
     "contract.hookspecs": ("hookimpl",),
@@ -128,6 +138,8 @@ _HOMES = {
     "layer.grouped": ("grouped_conv", "grouped_linear", "own_values", "row_counts"),
     "layer.moe": ("MoE",),
     "layer.probing": ("evaluating",),
+    "pretrained.adopting": ("adopt", "release"),
+    "pretrained.exporting": ("export",),
     "pretrained.watching": ("watch",),
     "processes": ("all_reduce_sum", "mean_over_ranks"),
     "run.checkpoints": ("load", "save"),

@@ -133,7 +133,7 @@ def _forgotten(layer: Any, optimizers: Sequence[Optimizer], followers: Sequence[
     """Live objects that hold the layer's parameters, or a copy of the layer, and were not passed to the growth."""
     passed = {id(holder) for holder in (*optimizers, *followers)}
     passed |= {id(optimizer.param_groups) for optimizer in optimizers}  # a wrapper shares them with what it wraps
-    parameters = {id(parameter) for parameter in layer.parameters()}
+    parameters = {id(parameter) for parameter in layer.all_parameters()}
     copy_id = layer.copy_id
 
     def holds(candidate: Any) -> bool:

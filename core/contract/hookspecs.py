@@ -16,8 +16,9 @@ import pluggy
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from torch import Generator, Tensor
+    from torch import Generator, Tensor, nn
 
+    from .families import Family
     from .growth import Growth, NewExpert
     from .history import History
     from .parts import Bias, Experts, Part, Router
@@ -150,6 +151,15 @@ def moe_task(spec: "TaskSpec") -> "Task":  # type: ignore[empty-body]
     """Return the data, the model, the loss and the evaluation of a run.
 
     Only the plugin named by `--task` is asked. `spec` gives data_dir and seed.
+    """
+
+
+@hookspec(firstresult=True)
+def moe_family(model: "nn.Module") -> "Family":  # type: ignore[empty-body]
+    """Return how the MoE blocks of a foreign model are found, read and changed.
+
+    The plugin is named after the `model_type` of the model's config, and loaded only for such a model. The functions
+    that a `Family` is given must be functions of a module, so that an adopted model can be pickled.
     """
 
 

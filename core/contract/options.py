@@ -71,10 +71,12 @@ def values_of(plugin: Any) -> dict[str, Any]:
     return {field.name: getattr(plugin, field.name) for field in _fields(type(plugin))}
 
 
-def parse_settings(texts: Iterable[str]) -> Settings:
-    """`plugin.option=value` texts as nested dicts; the last of two equal names wins."""
+def parse_settings(given: Iterable[str] | Settings) -> Settings:
+    """`plugin.option=value` texts as nested dicts, where the last of two equal names wins; nested dicts as they are."""
     settings: Settings = {}
-    for text in texts:
+    if isinstance(given, Mapping):
+        return dict(given)
+    for text in given:
         left, equals, value = text.partition("=")
         plugin, dot, name = left.strip().partition(".")
         if not (equals and dot and plugin and name):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..processes import full_tensor
-from .numerics import at_least_fp32
+from .numerics import at_least_fp32, rows_of
 from .routing import Assignments, Level, LevelSpec, Tokens, keep_best_groups
 
 if TYPE_CHECKING:
@@ -91,13 +91,17 @@ class Part(nn.Module):
         the part can't grow this way.
         """
 
+    def holder(self, name: str) -> tuple[nn.Module, str]:
+        """(the module that registers a declared tensor, its name there): this part, unless the tensor is borrowed."""
+        return self, name
+
     def put(self, name: str, value: Tensor) -> None:
         """Set a declared tensor to a value of any size. A parameter remains the same object."""
-        if name not in self._parameters:
-            self._buffers[name] = value
+        module, own = self.holder(name)
+        parameter = module._parameters.get(own)
+        if parameter is None:
+            module._buffers[own] = value
             return
-        parameter = self._parameters[name]
-        assert parameter is not None
         # A detour through another dtype makes autograd drop its gradient accumulator of the old shape, which a
         # loss that is still referenced keeps alive.
         other = torch.float32 if value.dtype == torch.float16 else torch.float16
@@ -178,7 +182,11 @@ class LinearRouter(Router):
         return (LevelSpec("expert", self.weight.shape[0], self.top_k),)
 
     def score(self, tokens: Tokens) -> tuple[Tensor, ...]:
-        return (linear_logits(tokens.x, self.weight),)
+        return (self.linear(tokens),)
+
+    def linear(self, tokens: Tokens) -> Tensor:
+        """[T, E]: x W^T."""
+        return linear_logits(tokens.x, self.weight)
 
 
 class GroupLimitedRouter(LinearRouter):
@@ -262,6 +270,14 @@ class Experts(Part):
         """[N, out]: rows sorted by expert, counts_E[e] rows each; rows past the counts' sum come back as 0."""
         raise NotImplementedError
 
+    def routed(self, x_TD: Tensor, plan: Assignments, experts: int) -> Tensor:
+        """[T, out] in fp32 or better: for each token the sum over its kept assignments of weight times output."""
+        expert_N = torch.where(plan.kept, plan.expert, experts)  # dropped assignments are sorted to the end
+        order_N = torch.argsort(expert_N, stable=True)
+        counts_E = rows_of(expert_N, experts + 1)[:experts]
+        token_N, weight_N = plan.token.index_select(0, order_N), plan.weight.index_select(0, order_N)
+        return self.combined(x_TD, token_N, weight_N, counts_E)
+
     def combined(self, x_TD: Tensor, token_N: Tensor, weight_N: Tensor, counts_E: Tensor) -> Tensor:
         """[T, out] in fp32 or better: for each token the sum over its rows of weight times its expert's output.
 
@@ -270,6 +286,11 @@ class Experts(Part):
         enters_N = torch.arange(token_N.shape[0], device=token_N.device) < counts_E.sum()
         weight_N = torch.where(enters_N, weight_N, 0)
         return combine(self(x_TD.index_select(0, token_N), counts_E), token_N, weight_N, x_TD.shape[0])
+
+    def output_dtype(self, x: Tensor) -> torch.dtype:
+        """That of the layer's output: autocast's, or that of its input."""
+        kind = x.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
     def outputs(self, x_SD: Tensor) -> Tensor:
         """[E, S, out]: the outputs of every expert for the same few tokens."""
@@ -281,7 +302,8 @@ class Experts(Part):
 
     def expert_grad(self) -> Tensor:
         """[E]: mean |gradient| of each expert's weights, averaged over its tensors; no gradient counts as 0."""
-        declared = [(getattr(self, name), axis.axis) for name, axis in self.axes.items() if name in self._parameters]
+        tensors = [(getattr(self, name), axis.axis) for name, axis in self.axes.items()]
+        declared = [(tensor, axis) for tensor, axis in tensors if isinstance(tensor, nn.Parameter)]
         return torch.stack([mean_grad(parameter, keep=axis) for parameter, axis in declared]).mean(0)
 
 

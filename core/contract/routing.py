@@ -194,7 +194,7 @@ class Assignments:
     token, expert: indices. weight: the gate, attached to the graph. rank: 0 for a token's first choice. selected: an
     actual choice of a real token. kept: selected and within capacity. chances: for a router with noise, a function
     that returns the probability [T, E] that a token would choose each expert if its noise were redrawn, attached
-    to the graph.
+    to the graph. each: K if every token has K assignments and those of a token follow each other, 0 otherwise.
     """
 
     token: Tensor
@@ -204,6 +204,7 @@ class Assignments:
     selected: Tensor
     kept: Tensor
     chances: Callable[[], Tensor] | None = None
+    each: int = 0
 
     @property
     def dropped(self) -> Tensor:
@@ -220,7 +221,7 @@ def assign(
     place = torch.arange(count * top_k, device=device)
     token, rank = place // top_k, place % top_k
     selected = torch.ones_like(token, dtype=torch.bool) if tokens.mask is None else tokens.mask[token]
-    return Assignments(token, expert_TK.reshape(-1), weight_TK.reshape(-1), rank, selected, selected, chances)
+    return Assignments(token, expert_TK.reshape(-1), weight_TK.reshape(-1), rank, selected, selected, chances, top_k)
 
 
 def assign_where(weight_TE: Tensor, chosen_TE: Tensor, tokens: Tokens) -> Assignments:

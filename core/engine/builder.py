@@ -36,7 +36,9 @@ class LayerBuild:
     """Builds one layer: `layer()`, or `twin()`, the MLP that replaces it in a dense model.
 
     chosen: the engine's plugins. settings: plugin options for this layer alone. modules: one module per expert, or
-    None for a plugin's bank or stacked MLPs. Raises UsageError for a combination that makes no sense.
+    None for a plugin's bank or stacked MLPs. The rest is for a layer over the tensors of a foreign block: bank: instead
+    of all those. borrow: what becomes of the router. extra: biases of the first level by name, beside the plugins'.
+    Raises UsageError for a combination that makes no sense.
     """
 
     chosen: Plugins
@@ -44,11 +46,14 @@ class LayerBuild:
     name: str
     settings: Settings
     modules: Sequence[nn.Module] | None = None
+    bank: Experts | None = None
+    borrow: Callable[[Router], Router] | None = None
+    extra: Mapping[str, Bias] = attrs.field(factory=dict)
     plugins: Mapping[str, Any] = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
         spec = self.spec
-        if spec.dim < 1 or (spec.hidden < 1 and (self.modules is None or spec.shared)):
+        if spec.dim < 1 or (spec.hidden < 1 and (not (self.modules or self.bank) or spec.shared)):
             message = f"a layer of dim={spec.dim} and hidden={spec.hidden} is empty; both must be at least 1"
             raise UsageError(message, code="empty-layer")
         self.plugins = self.chosen.override(self.settings)
@@ -81,11 +86,14 @@ class LayerBuild:
     def _layer(self) -> MoE:
         ((plugin, router),) = self._ask("moe_router", Router, spec=self.spec)
         _check_keeps_function(plugin, router)
+        router = router if self.borrow is None else self.borrow(router)
         biases: list[dict[str, Bias]] = [
             dict(self._ask("moe_bias", Bias | None, spec=self.spec, level=level)) for level in router.levels
         ]
-        bank = self._bank(self.spec)
+        bank = self.bank or self._bank(self.spec)
         self._check_biases(router, biases)
+        if biases:
+            biases[0] = {**self.extra, **biases[0]}
         weights = {name: weight_of(plugin) for name, plugin in self.plugins.items()}
         return MoE(
             self.spec,

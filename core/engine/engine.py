@@ -46,9 +46,7 @@ class Engine:
     without: default plugins to leave out. task: name of a task plugin. seed: of the random draws for new experts.
     dense: replace each layer by one MLP as wide as the experts that a token is sent to; if a plugin provides the
     bank, by one of its experts, and only for top_k=1. spec: defaults of every layer (experts, top_k, capacity, ...).
-    Raises UsageError.
-
-    step: optimizer steps so far. growths: all growths so far, oldest first.
+    Raises UsageError. step: optimizer steps so far. growths: all growths so far, oldest first.
     """
 
     def __init__(
@@ -62,7 +60,7 @@ class Engine:
         **spec: Any,
     ) -> None:
         names = _names(plugins)
-        self.plugins = Plugins(names, without, _settings(settings), task)
+        self.plugins = Plugins(names, without, parse_settings(settings), task)
         self.defaults, self.seed, self.dense = spec, seed, dense
         if dense:
             _refuse_idle(self.plugins, names)
@@ -106,7 +104,10 @@ class Engine:
             spec["experts"] = len(modules)
         name = layer_name(name, self.layers, len(self._layers))
         sizes = spec_of({**self.defaults, "dim": dim, "hidden": hidden, **spec})
-        build = LayerBuild(self.plugins, sizes, name, _settings(settings), modules)
+        return self.built(LayerBuild(self.plugins, sizes, name, parse_settings(settings), modules))
+
+    def built(self, build: LayerBuild) -> MoE:
+        """Build a layer and take it over."""
         if self.dense:
             return build.twin()  # type: ignore[return-value]  # a model calls both alike
         on_meta = torch.get_default_device().type == "meta"
@@ -120,8 +121,7 @@ class Engine:
 
     def attach(self, model: nn.Module) -> "Engine":
         """Take over every MoE layer in `model`, deep-copied ones too, and drop all others; name each by its path."""
-        found = [(name, module) for name, module in model.named_modules() if isinstance(module, MoE)]
-        mine = self.layers
+        found, mine = [(name, one) for name, one in model.named_modules() if isinstance(one, MoE)], self.layers
         for name, layer in found:
             layer.name = name or layer.name
             if layer not in mine:
@@ -301,7 +301,3 @@ def _refuse_idle(plugins: Plugins, names: Sequence[str]) -> None:
     if idle:
         message = f"a dense model has no router: {listed(map(repr, idle))} would have no effect"
         raise UsageError(message, code="acts-on-nothing")
-
-
-def _settings(given: Iterable[str] | Settings) -> Settings:
-    return dict(given) if isinstance(given, Mapping) else parse_settings(given)

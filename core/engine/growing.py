@@ -153,9 +153,9 @@ def _check_moment(engine: Growing, layer: MoE, growth: Growth, probe: Probe | No
     if engine.in_step:
         message = f"layer '{layer.name}' can't grow: a step is not finished; call engine.after_step() first"
         raise UsageError(message, code="layer-cannot-grow")
-    mine = {id(parameter) for parameter in layer.parameters()}
+    mine = {id(parameter) for parameter in layer.all_parameters()}
     for other in engine.layers:
-        if other is not layer and any(id(parameter) in mine for parameter in other.parameters()):
+        if other is not layer and any(id(parameter) in mine for parameter in other.all_parameters()):
             message = f"layer '{layer.name}' shares weights with '{other.name}', which would not grow with it"
             raise UsageError(message, code="layer-cannot-grow")
 

@@ -99,7 +99,7 @@ def backward_culprit(layers: Sequence[MoE], plugins: Plugins, run: Probe, error:
 
 def _differentiated(layer: MoE, routing: Routing, loss: Tensor) -> Iterator[tuple[str, str, Tensor, list[Tensor]]]:
     """(hook, its plugin if several may implement it, a value, what it is differentiated by) of one layer."""
-    weights: list[Tensor] = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    weights: list[Tensor] = [parameter for parameter in layer.all_parameters() if parameter.requires_grad]
     for term, value in layer.aux_terms(routing).items():
         yield "moe_aux_loss", term.partition(".")[0], value, weights
     yield "moe_router", "", routing.plan.weight.sum(), weights

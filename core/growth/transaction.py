@@ -62,7 +62,7 @@ def stage(
     changed: dict[tuple[str, int], Rows] = {}  # (population, old position) -> rows of parents that change too
     for of, plan in plans.items():
         tensors_of = [(where, getattr(part, name), axis) for where, part, name, axis in declared if axis.of == of]
-        weights = {where: (tensor, axis) for where, tensor, axis in tensors_of if isinstance(tensor, nn.Parameter)}
+        weights = {where: (tensor, axis) for where, tensor, axis in tensors_of if axis.fresh is not None}
         if weights:
             initializer, born[of] = _new_experts(of, plan, growth, weights, changed, ask, generator)
     tensors = [
@@ -110,7 +110,7 @@ def _refuse_unable(layer: MoE, declared: Iterable[Declared]) -> None:
         raise _unable(layer, "a step is not finished; call engine.after_step() first")
     for where, part, name, axis in declared:
         tensor = getattr(part, name)
-        if parametrize.is_parametrized(part) or (axis.fresh is not None and name not in part._parameters):
+        if parametrize.is_parametrized(part) or (axis.fresh is not None and not isinstance(tensor, nn.Parameter)):
             raise _unable(layer, f"{where} is parametrised or pruned; remove that first")
         if type(tensor) not in (nn.Parameter, Tensor) or tensor.is_inference():
             kind = type(tensor).__name__
@@ -298,11 +298,11 @@ def _pointers(layers: Sequence[MoE], optimizers: Sequence[Optimizer]) -> Callabl
     tables = [
         (table, dict(table))
         for layer in layers
-        for module in layer.modules()
+        for module in {*layer.modules(), *(part.holder(name)[0] for _, part, name, _ in _declared(layer))}
         for table in (module.__dict__, module._parameters, module._buffers, module._modules)
     ]
     data = [(part, name, getattr(part, name).data) for layer in layers for _, part, name, _ in _declared(layer)]
-    parameters = {parameter for layer in layers for parameter in layer.parameters()}
+    parameters = {parameter for layer in layers for parameter in layer.all_parameters()}
     states = [
         (optimizer.state, parameter, optimizer.state[parameter])
         for optimizer in optimizers
@@ -315,7 +315,8 @@ def _pointers(layers: Sequence[MoE], optimizers: Sequence[Optimizer]) -> Callabl
             table.clear()
             table.update(before)
         for part, name, value in data:
-            if name in part._parameters and getattr(part, name).data_ptr() != value.data_ptr():
+            tensor = getattr(part, name)
+            if isinstance(tensor, nn.Parameter) and tensor.data_ptr() != value.data_ptr():
                 part.put(name, value)
         for state, parameter, before in states:
             state[parameter] = before

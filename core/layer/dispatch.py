@@ -7,7 +7,7 @@ that mixes tokens (`Slots`) has einsums in both places instead.
 import torch
 from torch import Tensor
 
-from ..contract.numerics import at_least_fp32, rows_of, without_autocast
+from ..contract.numerics import at_least_fp32, without_autocast
 from ..contract.parts import Experts
 from ..contract.routing import Routing, Slots
 from .sharded import gather_for_outputs
@@ -19,15 +19,9 @@ def dispatch(experts: Experts, routing: Routing, out: int) -> Tensor:
     out: the experts' output width. A token without a kept assignment gets 0.
     """
     gather_for_outputs(experts)
-    x_TD, plan, size = routing.tokens.x, routing.plan, routing.experts
     if routing.slots is not None:
-        return _soft_dispatch(experts, x_TD, routing.slots, out)
-    expert_N = torch.where(plan.kept, plan.expert, size)  # dropped assignments are sorted to the end
-    order_N = torch.argsort(expert_N, stable=True)
-    counts_E = rows_of(expert_N, size + 1)
-    token_N = plan.token.index_select(0, order_N)
-    weight_N = plan.weight.index_select(0, order_N)
-    return experts.combined(x_TD, token_N, weight_N, counts_E[:size])
+        return _soft_dispatch(experts, routing.tokens.x, routing.slots, out)
+    return experts.routed(routing.tokens.x, routing.plan, routing.experts)
 
 
 def _soft_dispatch(experts: Experts, x_TD: Tensor, slots: Slots, out: int) -> Tensor:

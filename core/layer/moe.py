@@ -63,7 +63,7 @@ class MoE(nn.Module):
                     tensor: attrs.evolve(axis, of=level.name) if axis.of == "expert" else axis
                     for tensor, axis in bias.axes.items()
                 }
-        self.sizes = self._sizes()
+        self.sizes = _sizes_of(self)
         if self.sizes["expert"] != spec.experts:
             message = f"layer '{name}': its parts are for {self.sizes['expert']} experts, not {spec.experts}"
             raise UsageError(message, code="sizes-disagree")
@@ -90,10 +90,8 @@ class MoE(nn.Module):
             y_TO = self._attach_ledger(y_TO, routing)
         else:
             self.sums.add_evaluated(self.measure(routing))
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        y = y_TO.to(dtype).view(*x.shape[:-1], self.spec.out_dim)
-        return y if routing.carried is None else (y, routing.carried.view(*x.shape[:-1], self.carries))
+        y, carried = y_TO.to(self.experts.output_dtype(x)).view(*x.shape[:-1], self.spec.out_dim), routing.carried
+        return y if carried is None else (y, carried.view(*x.shape[:-1], self.carries))
 
     @property
     def carries(self) -> int:
@@ -141,8 +139,8 @@ class MoE(nn.Module):
         terms: dict[str, Tensor] = {}
         for bound in self.losses:
             answer = bound({"routing": routing, "layer": self, "state": self.state_of(bound.plugin)})
-            named = answer if isinstance(answer, Mapping) else {"": answer}
-            terms.update({f"{bound.plugin}.{key}" if key else bound.plugin: value for key, value in named.items()})
+            for key, value in answer.items() if isinstance(answer, Mapping) else (("", answer),):
+                terms[f"{bound.plugin}.{key}" if key else bound.plugin] = value
         return terms
 
     def weight_of(self, term: str) -> float:
@@ -185,8 +183,7 @@ class MoE(nn.Module):
         """What a training forward with these loss terms adds to the step's sums, flat."""
         real = routing.tokens.count > 0  # a forward without a real token counts as no forward
         sums = {**self.measure(routing), "forwards": real, **self.bias_sums(routing)}
-        sums.update({f"loss.{name}": value.detach() for name, value in terms.items()})
-        return flat(sums, self.sums.step_layout)
+        return flat({**sums, **{f"loss.{name}": one.detach() for name, one in terms.items()}}, self.sums.step_layout)
 
     def signals(self, grad_TD: Tensor, token_N: Tensor, expert_N: Tensor, weight_N: Tensor) -> Tensor:
         """The signals of all biases that ask for one, concatenated; called in backward."""
@@ -214,7 +211,7 @@ class MoE(nn.Module):
 
     def _rehearse(self, first: bool = False) -> LayerSums:
         """Run four tokens through and set up the sums. first: the layer is not in use yet."""
-        like = next((p for p in self.parameters() if p.is_floating_point()), torch.empty(0))
+        like = next((p for p in self.all_parameters() if p.is_floating_point()), torch.empty(0))
         with torch.enable_grad(), torch.random.fork_rng(devices=[]):
             routing = self.route(self.tokens(**drawn(self.spec, like)))  # type: ignore[arg-type]
             check_plan(self.name, routing.plan)
@@ -233,7 +230,7 @@ class MoE(nn.Module):
         if len(found) != sum(sizes.values()):
             message = f"layer '{self.name}': a bias's signal is not one number for each unit of its level"
             raise UsageError(message, code="signal-wrong-length")
-        return LayerSums(*layouts, sizes, next(self.parameters(), torch.empty(0)).device)
+        return LayerSums(*layouts, sizes, next(self.all_parameters(), torch.empty(0)).device)
 
     # -- parts and sizes ---------------------------------------------------------------------------
 
@@ -243,6 +240,11 @@ class MoE(nn.Module):
             if isinstance(module, Part):
                 yield where, module
 
+    def all_parameters(self) -> Iterator[nn.Parameter]:
+        """Every parameter once, those that its parts borrow from other modules included."""
+        found = (getattr(part, name) for _, part in self.parts() for name in part.axes)
+        yield from dict.fromkeys(one for one in (*found, *self.parameters()) if isinstance(one, nn.Parameter))
+
     def bias_levels(self) -> list[dict[str, Bias]]:
         """The biases of each level by plugin, in the order typed."""
         return [dict(level.items()) for level in self.biases]  # type: ignore[operator]
@@ -251,22 +253,9 @@ class MoE(nn.Module):
         """The plugins' states in this layer."""
         return dict(self.states.items())  # type: ignore[arg-type]
 
-    def _sizes(self, given: Mapping[str, Tensor] | None = None) -> dict[str, int]:
-        """The size of each population, on which all parts must agree. given: tensors that replace some of theirs."""
-        found: dict[str, tuple[int, str]] = {}
-        for where, part in self.parts():
-            for name, axis in part.axes.items():
-                tensor = (given or {}).get(f"{where}.{name}", getattr(part, name))
-                size = tensor.shape[axis.axis] if tensor.dim() > axis.axis else -1
-                first, other = found.setdefault(axis.of, (size, f"{where}.{name}"))
-                if size != first:
-                    mismatch = f"{where}.{name} is for {size} units of '{axis.of}', {other} for {first}"
-                    raise UsageError(f"layer '{self.name}': {mismatch}", code="sizes-disagree")
-        return {"expert": self.spec.experts, **{of: size for of, (size, _) in found.items()}}
-
     def refit(self) -> None:
         """Adopt the present sizes of the parts' tensors, and drop all counts so far."""
-        self.sizes = self._sizes()
+        self.sizes = _sizes_of(self)
         self.spec = attrs.evolve(self.spec, experts=self.sizes["expert"])
         last_terms = self.sums.last_terms
         self.sums = self._rehearse()
@@ -277,6 +266,20 @@ class MoE(nn.Module):
         return f"{spec.dim} -> {spec.out_dim}, experts={spec.experts}, top_k={spec.top_k}"
 
 
+def _sizes_of(layer: MoE, given: Mapping[str, Tensor] | None = None) -> dict[str, int]:
+    """The size of each population, on which all parts must agree. given: tensors that replace some of theirs."""
+    found: dict[str, tuple[int, str]] = {}
+    for where, part in layer.parts():
+        for name, axis in part.axes.items():
+            tensor = (given or {}).get(f"{where}.{name}", getattr(part, name))
+            size = tensor.shape[axis.axis] if tensor.dim() > axis.axis else -1
+            first, other = found.setdefault(axis.of, (size, f"{where}.{name}"))
+            if size != first:
+                mismatch = f"{where}.{name} is for {size} units of '{axis.of}', {other} for {first}"
+                raise UsageError(f"layer '{layer.name}': {mismatch}", code="sizes-disagree")
+    return {"expert": layer.spec.experts, **{of: size for of, (size, _) in found.items()}}
+
+
 def new_copy_id() -> str:
     """An id that a layer shares with later copies of it, by which growth finds them."""
     return uuid.uuid4().hex
@@ -285,7 +288,7 @@ def new_copy_id() -> str:
 def _before_load(layer: MoE, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
     """Raise UsageError, before anything changes, for a state that fits this layer at no number of experts."""
     given = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    sizes = layer._sizes(given)
+    sizes = _sizes_of(layer, given)
     if sizes == layer.sizes:
         return
     attrs.evolve(layer.spec, experts=sizes["expert"])
@@ -297,9 +300,9 @@ def _before_load(layer: MoE, state: Mapping[str, Any], prefix: str, *_: Any) -> 
 
 def _after_load(layer: MoE, _: Any) -> None:
     """The tensors that were loaded may be of another number of experts."""
-    if layer._sizes() != layer.sizes:
+    if _sizes_of(layer) != layer.sizes:
         old = layer.sums.step
         old.grad = None  # counts of experts that are gone
         layer.refit()
         invalidate(old)
-        forget_old_shapes(layer.parameters())
+        forget_old_shapes(layer.all_parameters())

@@ -5,6 +5,7 @@ Suffixes: S tokens of a sequence, T tokens.
 
 import inspect
 import warnings
+from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 MASKED = -1e3  # in a mask that is added to scores, a visible place has 0 and a masked one at most this
+RECENT = 64  # forwards of a module whose backward may be still to come
+SAMPLE = 16  # values of its input by which a repeated forward is recognised
 POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
@@ -43,13 +46,12 @@ class Hook:
 class Call:
     """One running forward.
 
-    module: whose. parts: the id() of every module inside. whole: it is a model of transformers, not a part of one.
+    module: whose. whole: it is a model of transformers, not a part of one.
     mask: the attention mask as given, or None. ids: of the tokens, or None. start: the number of tokens in the cache
     that a model was given, or None. shape: the leading shape of its first argument.
     """
 
     module: nn.Module
-    parts: set[int]
     whole: bool
     mask: Any = None
     ids: Tensor | None = None
@@ -57,40 +59,63 @@ class Call:
     shape: tuple[int, ...] = ()
 
 
+@attrs.frozen(eq=False)
+class Past:
+    """A call in training: the calls around it, the shape of its input and some values of it."""
+
+    around: tuple[Call, ...]
+    shape: torch.Size
+    sample: Tensor
+
+
 class Calls:
     """The running forwards of the modules around a model's blocks, and of the blocks, outermost first.
 
-    A block is not given the mask, but the modules around it are.
+    A block is not given the mask, but the modules around it are. When activation checkpointing repeats the forward of
+    an inner module in the backward, the calls that were around it are found again.
     """
 
     def __init__(self) -> None:
         self._running: list[Call] = []
+        self._past: dict[int, deque[Past]] = {}  # recent calls in training, by the id() of their module
+        self._lent = 0  # of the running calls, those that are around a repeated forward
         self._warned: set[str] = set()
+        self._parts: dict[int, set[int]] = {}  # the id() of every module inside one, by its own
 
-    def follow(self, module: nn.Module) -> list[RemovableHandle]:
-        """Keep track of a module's forwards."""
+    def follow(self, module: nn.Module, hook: Callable[[Callable[..., None]], Any]) -> list[RemovableHandle]:
+        """Keep track of a module's forwards. hook: wraps each hook."""
         parameters = inspect.signature(module.forward).parameters.values()
         names = [parameter.name for parameter in parameters if parameter.kind in POSITIONAL]
-        parts = {id(part) for part in module.modules() if part is not module}
         return [
-            module.register_forward_pre_hook(Hook(partial(self._begin, names, parts)), with_kwargs=True),
-            module.register_forward_hook(Hook(self._end), always_call=True),
+            module.register_forward_pre_hook(hook(partial(self._begin, names)), with_kwargs=True),
+            module.register_forward_hook(hook(self._end), always_call=True),
         ]
 
-    def _begin(
-        self, names: list[str], parts: set[int], module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> None:
-        while self._running and id(module) not in self._running[-1].parts:
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has no forward running."""
+        fresh = Calls()
+        fresh._warned = set(self._warned)
+        return vars(fresh)
+
+    def _inside(self, module: nn.Module, outer: nn.Module) -> bool:
+        """Whether a module is a part of another one, and not that one itself."""
+        if id(outer) not in self._parts:
+            self._parts[id(outer)] = {id(part) for part in outer.modules() if part is not outer}
+        return id(module) in self._parts[id(outer)]
+
+    def _begin(self, names: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        while self._running and not self._inside(module, self._running[-1].module):
             self._running.pop()  # ctrl-C interrupted it, so `_end` was not called
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         first, ids = next(iter(given.values()), None), given.get("input_ids")
+        if module.training and isinstance(first, Tensor):
+            self._remember_or_repeat(module, first.detach())
         whole = hasattr(module, "main_input_name")
         # a layer's cache already holds this forward's tokens, those of the layers before
         caches = [given[name] for name in ("past_key_values", "cache") if whole and given.get(name) is not None]
         self._running.append(
             Call(
                 module,
-                parts,
                 whole,
                 mask=_present(given.get("attention_mask")),
                 ids=ids if isinstance(ids, Tensor) else None,
@@ -99,9 +124,22 @@ class Calls:
             )
         )
 
+    def _remember_or_repeat(self, module: nn.Module, x: Tensor) -> None:
+        """Keep the calls around the one that begins now; or find them, if a backward repeats its forward."""
+        sample = x.reshape(-1)[:: max(x.numel() // SAMPLE, 1)][:SAMPLE].clone()
+        past = self._past.setdefault(id(module), deque(maxlen=RECENT))
+        if torch._C._current_graph_task_id() == -1:  # not in a backward
+            past.append(Past(tuple(self._running), x.shape, sample))
+        elif not self._running:
+            same = (one for one in reversed(past) if one.shape == x.shape and torch.equal(one.sample, sample))
+            self._running = list(next((one.around for one in same), ()))
+            self._lent = len(self._running)
+
     def _end(self, module: nn.Module, *_: Any) -> None:
         while self._running and self._running.pop().module is not module:
             pass
+        if len(self._running) <= self._lent:  # the repeated forward is over
+            self._running, self._lent = self._running[: -self._lent or None], 0
 
     # -- of the block that is running -------------------------------------------------------------
 
@@ -145,6 +183,17 @@ class Calls:
         if message not in self._warned:
             self._warned.add(message)
             warnings.warn(message, stacklevel=2)
+
+
+def follow(
+    calls: Calls,
+    model: nn.Module,
+    blocks: list[nn.Module],
+    hook: Callable[[Callable[..., None]], Any] = Hook,
+) -> list[RemovableHandle]:
+    """Follow the forwards of the blocks and of the modules around them."""
+    around = [module for module in model.modules() if any(part in blocks for part in module.modules())]
+    return [handle for module in around for handle in calls.follow(module, hook)]
 
 
 def _present(mask: Any) -> Any:

@@ -1,180 +1,72 @@
-"""The families of transformers models whose MoE blocks can be watched: how each decides, and where that is seen.
+"""Find the family plugin of a foreign model, and its blocks."""
 
-Suffixes: T tokens, E experts, K chosen per token, D model.
-"""
-
-from collections.abc import Callable, Iterable
+from collections.abc import Iterator
+from inspect import signature
 from typing import Any
 
-import attrs
-from torch import Tensor, nn
+from torch import nn
 
-from ..contract.routing import Spec
-from ..errors import UsageError
+from ..contract.families import Block, Family
+from ..contract.options import build
+from ..contract.setup import Bound
+from ..errors import PluginError, UsageError, listed, nearest
+from ..registry.discovery import Found, find, load, pick
 
-Strategy = tuple[str, dict[str, Any]]  # a router plugin and its options
+GENERIC = "generic"  # the family of models that have none of their own
 
 
-@attrs.frozen
-class Family:
-    """How the MoE blocks of a family decide.
+def blocks_of(model: nn.Module, family: str | None = None) -> list[Block]:
+    """The MoE blocks of a model, in order, by the family of its type, or else by the generic one.
 
-    block: the class of the blocks; their subclasses belong to it, too. decides_like(block, top_k): the strategy that
-    makes the same choices and gates from the same logits, or None. sigmoid: scores are sigmoids instead of a softmax.
-    router, experts: the block's submodules. The router returns the logits [T, E], or a tuple that begins with them;
-    the experts are given the hidden states, the chosen experts and their weights.
+    family: the name of another family to use. Raises UsageError for a model without blocks.
     """
-
-    name: str
-    block: str
-    decides_like: Callable[["Block", int], Strategy | None]
-    sigmoid: bool = False
-    router: str = "gate"
-    experts: str = "experts"
-
-
-@attrs.frozen(eq=False)
-class Block:
-    """A MoE block of a model, by its name there."""
-
-    name: str
-    module: nn.Module
-    family: Family
-
-    @property
-    def router(self) -> Any:
-        """The router, without adapters around it."""
-        return _unwrapped(getattr(self.module, self.family.router))
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The bias [E] that DeepSeek-V3 adds to its scores to select experts."""
-        bias: Tensor | None = getattr(self.router, "e_score_correction_bias", None)
-        return bias
-
-    def setting(self, *names: str) -> Any:
-        """A setting by either name: versions of transformers keep it in the router or in the block."""
-        owners = (self.router, self.module)
-        return next((getattr(owner, name) for owner in owners for name in names if hasattr(owner, name)), None)
-
-    def spec(self, classes: int | None = None) -> Spec:
-        """The block's sizes. classes: the number of labels."""
-        experts, dim = self.router.weight.shape
-        hidden = getattr(_unwrapped(getattr(self.module, self.family.experts)), "intermediate_dim", 0)
-        return Spec(
-            dim,
-            hidden,
-            experts=experts,
-            top_k=self.setting("top_k"),
-            activation="swiglu",
-            causal=True,
-            classes=classes,
-        )
+    installed = find()
+    types = list(dict.fromkeys(_model_types(model)))
+    if family is not None and (family not in installed or installed[family][0].kind != "family"):
+        raise UsageError(f"there is no family '{family}'; {nearest(family, families())}", code="unknown-family")
+    names = [family] if family else [*(name for name in types if name in families()), GENERIC]
+    for name in names:
+        blocks = list(family_plugin(pick(name, installed), model).blocks(model))
+        if blocks:
+            return blocks
+    raise UsageError(_not_found(model, types, names), code="no-known-block")
 
 
-def blocks_of(model: nn.Module) -> list[Block]:
-    """The blocks of known families in a model, in order."""
-    return [
-        Block(name or type(module).__name__, module, family)
-        for name, module in model.named_modules()
-        if (family := _family_of(module)) is not None
-    ]
+def families() -> list[str]:
+    """The names of the installed families."""
+    return [name for name, (first, *_) in find().items() if first.kind == "family"]
 
 
-def _family_of(module: nn.Module) -> Family | None:
-    classes = {kind.__name__ for kind in type(module).__mro__}
-    return next((family for family in FAMILIES if family.block in classes), None)
+def family_plugin(found: Found, model: nn.Module) -> Family:
+    """What a family plugin says about a model. Raises PluginError if it fails."""
+    plugin: Any = build(load(found), found.title, {})
+    origin = f"{found.title} ({found.distribution} {found.version})"
+    try:
+        answer = Bound(found.name, plugin.moe_family, tuple(signature(plugin.moe_family).parameters))({"model": model})
+    except UsageError:
+        raise
+    except Exception as error:
+        message = f"{origin} fails in moe_family: {type(error).__name__}: {error}"
+        raise PluginError(message, code="plugin-failed") from error
+    if not isinstance(answer, Family):
+        raise PluginError(f"{origin}: moe_family returned {answer!r}, not a Family", code="hook-wrong-type")
+    answer.name = found.name
+    return answer
 
 
-def _unwrapped(module: Any) -> Any:
-    """The module inside adapters, which keep what they adapt as `base_layer` (PEFT)."""
-    while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
-        module = inner
-    return module
+def _model_types(model: nn.Module) -> Iterator[str]:
+    """The model types of the configs in a model: the whole one's first, then those of its parts."""
+    for module in model.modules():
+        kind = getattr(getattr(module, "config", None), "model_type", None)
+        if isinstance(kind, str):
+            yield kind.replace("-", "_")
 
 
-# -- what routers return and experts are given ----------------------------------------------------------
-
-
-def logits_from(returned: Any, experts: int) -> Tensor:
-    """The logits [T, E] in what a router returned: a tensor, or a tuple that begins with it."""
-    logits: Tensor = returned[0] if isinstance(returned, tuple | list) else returned
-    return logits.detach().reshape(-1, experts).float()
-
-
-def are_probabilities(logits_TE: Tensor) -> bool:
-    """Whether every row is a distribution: before transformers 5.10 some routers returned softmax(logits) as logits."""
-    near_T = (logits_TE.sum(-1) - 1).abs() < 1e-5
-    return bool(((logits_TE >= 0).all(-1) & near_T).all())
-
-
-def multiplied(router: Any, x_TD: Tensor) -> Tensor:
-    """The logits [T, E] of a block that multiplies by its router's weight itself (DeepSeek-V2 before 5.16)."""
-    return nn.functional.linear(x_TD.detach().float(), router.weight.detach().float())
-
-
-def decision_in(block: Block, given: Iterable[Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """The hidden states [T, D], the choices [T, K] and their gates [T, K] among what a block's experts are given.
-
-    Their names differ between families and versions. Raises UsageError.
-    """
-    tensors = [value.detach() for value in given if isinstance(value, Tensor)]
-    choices = [value for value in tensors if not value.is_floating_point()]
-    floating = [value for value in tensors if value.is_floating_point()]
-    if len(choices) != 1 or len(floating) != 2 or choices[0].shape != floating[1].shape:
-        raise UsageError(
-            f"the experts of {block.name} ({type(block.module).__name__}) are not given hidden states, chosen experts "
-            f"and their weights, as those of {block.family.name} are; close the watcher to run this model",
-            code="unknown-decision",
-        )
-    return floating[0].flatten(0, -2), choices[0], floating[1]
-
-
-# -- strategies that decide alike -----------------------------------------------------------------------
-
-
-def _softmax(renorm: bool, top_k: int, **options: Any) -> Strategy:
-    return "topk", {**_renorm(renorm, top_k), **options}
-
-
-def _renorm(renorm: bool, top_k: int) -> dict[str, bool]:
-    """With one expert it is left unset: a gate that is the constant 1 changes no choice, and routers refuse it."""
-    return {"renorm": renorm} if top_k > 1 else {}
-
-
-def _always_renormalised(_: Block, top_k: int) -> Strategy:
-    return _softmax(True, top_k)
-
-
-def _renormalised_if_set(block: Block, top_k: int) -> Strategy:
-    return _softmax(bool(block.setting("norm_topk_prob")), top_k)
-
-
-def _groups(block: Block, score: str) -> dict[str, Any]:
-    """The options for groups, which do not matter if all are kept."""
-    groups, kept = block.setting("num_group", "n_group"), block.setting("topk_group")
-    return {} if groups == kept else {"groups": groups, "groups_kept": kept, "group_score": score}
-
-
-def _deepseek_v2(block: Block, top_k: int) -> Strategy | None:
-    method = block.setting("topk_method")
-    if method not in ("greedy", "group_limited_greedy"):
-        return None
-    groups = _groups(block, "max") if method == "group_limited_greedy" else {}
-    return _softmax(False, top_k, scale=float(block.setting("routed_scaling_factor")), **groups)
-
-
-def _deepseek_v3(block: Block, top_k: int) -> Strategy:
-    scale = {"scale": float(block.setting("routed_scaling_factor"))}
-    renorm = _renorm(bool(block.setting("norm_topk_prob")), top_k)
-    return "sigmoid_topk", {**renorm, **scale, **_groups(block, "top2")}
-
-
-FAMILIES = (
-    Family("Mixtral", "MixtralSparseMoeBlock", _always_renormalised),
-    Family("OLMoE", "OlmoeSparseMoeBlock", _renormalised_if_set),
-    Family("Qwen2-MoE", "Qwen2MoeSparseMoeBlock", _renormalised_if_set),
-    Family("Qwen3-MoE", "Qwen3MoeSparseMoeBlock", _renormalised_if_set),
-    Family("DeepSeek-V2", "DeepseekV2Moe", _deepseek_v2),
-    Family("DeepSeek-V3", "DeepseekV3MoE", _deepseek_v3, sigmoid=True),
-)
+def _not_found(model: nn.Module, types: list[str], names: list[str]) -> str:
+    looked = f"tried the {listed(map(repr, names))} {'family' if len(names) == 1 else 'families'}"
+    kind = f" (model_type {listed(map(repr, types))})" if types else ""
+    return (
+        f"{type(model).__name__}{kind} has no block that is known; {looked}: modules with a router, as transformers "
+        "records router_logits, beside experts that are called with the chosen experts and their weights; "
+        "`moe-engine new-plugin family NAME` starts a family for it; for layers of engine.moe() call engine.metrics()"
+    )

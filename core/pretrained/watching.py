@@ -3,7 +3,7 @@
 Suffixes: B sequences, S tokens of each, T tokens, E experts, K chosen per token, D model.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -12,40 +12,43 @@ from typing import Any
 import attrs
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from ..analysis.counted_layer import CountedLayer
+from ..analysis.counted_layer import NO_DATA, CountedLayer
+from ..contract.families import Block, Routed
 from ..contract.routing import Level, Routing, Spec, Tokens, assign
 from ..contract.stats import Metrics
 from ..engine.engine import Engine
-from ..errors import UsageError, listed
+from ..errors import UsageError
+from ..layer.moe import MoE
 from ..run.traces import LIMIT, LayerTrace, Trace
-from .calls import Calls, Hook
-from .families import FAMILIES, Block, are_probabilities, blocks_of, decision_in, logits_from, multiplied
+from .calls import Calls, Hook, follow
+from .families import blocks_of
+from .tapping import Tap
 
 
 @attrs.define(eq=False)
 class Watched:
     """What is known of a block.
 
-    counted: its metrics. trace: None unless it is recorded. full: the trace is. returned [T, E]: the logits that the
-    router returned in the forward that is running. probabilities: whether that is a softmax already; None before the
-    first forward. hooked: the hooks of its router and experts, by the name of either.
+    counted: its metrics, and trace: its record, None until its first forward, which tells its sizes. full: the trace
+    is. routed: what its router returned in the forward that is running. probabilities: whether that is a softmax
+    already; None before the first forward.
     """
 
     block: Block
-    counted: CountedLayer
-    trace: LayerTrace | None
+    counted: CountedLayer | None = None
+    trace: LayerTrace | None = None
     full: bool = False
-    returned: Tensor | None = None
+    routed: Routed | None = None
     probabilities: bool | None = None
-    hooked: dict[str, tuple[nn.Module, RemovableHandle]] = attrs.field(factory=dict)
 
     def take_logits(self, x_TD: Tensor) -> Tensor:
         """The logits [T, E] of the forward that is running: those that its router returned."""
-        logits_TE, self.returned = self.returned, None
-        if logits_TE is None:
+        routed, self.routed = self.routed, None
+        if routed is None:
             return multiplied(self.block.router, x_TD)
+        logits_TE = self.block.family.logits_from(routed.returned).detach()
+        logits_TE = logits_TE.reshape(-1, logits_TE.shape[-1]).float()
         if self.probabilities is None and len(logits_TE):
             self.probabilities = are_probabilities(logits_TE)
         # up to a constant of each token these are the logits
@@ -59,37 +62,32 @@ class Watcher:
     watched. Raises UsageError for a model without a known block.
     """
 
-    def __init__(self, engine: Engine, model: nn.Module, record: bool = False, limit: int = LIMIT) -> None:
+    def __init__(
+        self, engine: Engine, model: nn.Module, record: bool = False, limit: int = LIMIT, family: str | None = None
+    ) -> None:
         if not isinstance(model, nn.Module):
             raise UsageError(f"watch() takes a model, not {model!r}", code="not-a-model")
+        if any(isinstance(module, MoE) for module in model.modules()):
+            message = "watch() reads foreign blocks, but this model has layers of an engine; call engine.metrics()"
+            raise UsageError(message, code="layers-of-an-engine")
         if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
             message = f"limit is the number of tokens of each layer that a trace keeps, at least 1, not {limit!r}"
             raise UsageError(message, code="bad-limit")
-        blocks = blocks_of(model)
-        if not blocks:
-            known = listed(family.name for family in FAMILIES)
-            raise UsageError(
-                f"{type(model).__name__} has no block that can be watched; known are those of {known} in "
-                "transformers; for layers of engine.moe() call engine.metrics()",
-                code="no-known-block",
-            )
+        blocks = blocks_of(model, family)
+        self._plugins, self._record = engine.plugins, record
         self._classes = engine.defaults.get("classes")
-        self._watched = {block.name: self._new(engine, block, record) for block in blocks}
-        traces = [watched.trace for watched in self._watched.values() if watched.trace is not None]
+        self._watched = {block.name: Watched(block) for block in blocks}
         kinds = list(dict.fromkeys(type(block.module).__name__ for block in blocks))
-        self.trace = Trace(traces, {"model": type(model).__name__, "blocks": kinds}, limit)
+        self.trace = Trace([], {"model": type(model).__name__, "blocks": kinds}, limit)
         self._calls = Calls()
         self._labels: Tensor | None = None
-        self._handles = _follow(self._calls, model, [block.module for block in blocks])
-        for watched in self._watched.values():
-            enter = Hook(partial(self._hook, watched))
-            self._handles.append(watched.block.module.register_forward_pre_hook(enter))
-            self._hook(watched)
+        self._handles = follow(self._calls, model, [block.module for block in blocks])
+        self._taps = [self._tap(watched) for watched in self._watched.values()]
 
-    def _new(self, engine: Engine, block: Block, record: bool) -> Watched:
-        spec = block.spec(self._classes)
-        counted = CountedLayer(engine.plugins, block.name, spec)
-        return Watched(block, counted, _trace(block, spec) if record else None)
+    def _tap(self, watched: Watched) -> Tap:
+        if watched.block.family.decides == "router":
+            return Tap(watched.block, partial(self._count_routed, watched), None, Hook)
+        return Tap(watched.block, partial(setattr, watched, "routed"), partial(self._count, watched), Hook)
 
     # -- for the user ----------------------------------------------------------------------------
 
@@ -99,7 +97,10 @@ class Watcher:
         Forwards count both in training and in eval mode. A block that saw no real token has the verdict "no data".
         With several processes, each counts its own tokens.
         """
-        return {name: watched.counted.metrics() for name, watched in self._watched.items()}
+        return {
+            name: {"verdict": NO_DATA} if watched.counted is None else watched.counted.metrics()
+            for name, watched in self._watched.items()
+        }
 
     @contextmanager
     def labelled(self, labels: Tensor) -> Iterator[None]:
@@ -130,9 +131,8 @@ class Watcher:
         """Remove every hook."""
         for handle in self._handles:
             handle.remove()
-        for watched in self._watched.values():
-            for _, handle in watched.hooked.values():
-                handle.remove()
+        for tap in self._taps:
+            tap.close()
 
     def __enter__(self) -> "Watcher":
         return self
@@ -140,37 +140,23 @@ class Watcher:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # -- the hooks -------------------------------------------------------------------------------
+    # -- the forwards ----------------------------------------------------------------------------
 
-    def _hook(self, watched: Watched, *_: Any) -> None:
-        """Before a block's forward: hook its router and experts, unless they are the same as before.
-
-        An adapter may have been put around them since.
-        """
-        block = watched.block
-        self._hook_part(watched, block.family.router, "register_forward_hook", self._routed)
-        self._hook_part(watched, block.family.experts, "register_forward_pre_hook", self._count, with_kwargs=True)
-
-    def _hook_part(self, watched: Watched, name: str, register: str, act: Callable[..., None], **options: bool) -> None:
-        part = getattr(watched.block.module, name)
-        hooked, handle = watched.hooked.get(name, (None, None))
-        if hooked is not part:
-            if handle is not None:
-                handle.remove()
-            watched.hooked[name] = part, getattr(part, register)(Hook(partial(act, watched)), **options)
-
-    def _routed(self, watched: Watched, _: nn.Module, __: Any, returned: Any) -> None:
-        """After the forward of a block's router: keep what it returned."""
-        watched.returned = logits_from(returned, watched.counted.spec.experts)
+    def _count_routed(self, watched: Watched, routed: Routed) -> None:
+        """After the forward of a router that tells the decision."""
+        watched.routed = routed
+        self._count(watched, [])
 
     @torch.no_grad()
-    def _count(self, watched: Watched, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Before the forward of a block's experts: count its decision."""
+    def _count(self, watched: Watched, given: list[Any]) -> None:
+        """Count a block's decision."""
         if torch._C._current_graph_task_id() != -1:
             return  # a backward is running, so this is activation checkpointing repeating the forward
-        x_TD, expert_TK, gate_TK = decision_in(watched.block, (*args, *kwargs.values()))
-        tokens = self._tokens(x_TD)
-        routing = routing_of(watched.block, watched.take_logits(x_TD), expert_TK, gate_TK, tokens)
+        x_TD, expert_TK, gate_TK = decision_of(watched.block, given, watched.routed)
+        routing = routing_of(watched.block, watched.take_logits(x_TD), expert_TK, gate_TK, self._tokens(x_TD))
+        if watched.counted is None:
+            self._first(watched, routing)
+        assert watched.counted is not None
         watched.counted.count(routing)
         if watched.trace is not None and not watched.full:
             watched.full = not self.trace.add(watched.trace, routing)
@@ -179,6 +165,14 @@ class Watcher:
                     f"the trace has reached its limit of {self.trace.limit} tokens of each layer; later ones are "
                     "counted, but not recorded: watch(..., record=True, limit=N) keeps N of them"
                 )
+
+    def _first(self, watched: Watched, routing: Routing) -> None:
+        """Set up what a block's first forward tells the sizes of."""
+        spec = spec_of(watched.block, routing, self._classes)
+        watched.counted = CountedLayer(self._plugins, watched.block.name, spec)
+        if self._record:
+            watched.trace = _trace(watched.block, spec)
+            self.trace.layers.append(watched.trace)
 
     def _tokens(self, x_TD: Tensor) -> Tokens:
         """The tokens of the block that is running."""
@@ -192,32 +186,62 @@ class Watcher:
         return tokens
 
 
-def watch(engine: Engine, model: nn.Module, record: bool = False, limit: int = LIMIT) -> Watcher:
+def watch(
+    engine: Engine, model: nn.Module, record: bool = False, limit: int = LIMIT, family: str | None = None
+) -> Watcher:
     """Compute the engine's metrics and verdict for the MoE blocks of a transformers model, without changing it.
 
         with watch(engine, model) as watcher:
             model(input_ids, attention_mask=mask)
             print(watcher.metrics())
 
-    model: a Mixtral, OLMoE, Qwen2-MoE, Qwen3-MoE, DeepSeek-V2 or DeepSeek-V3 of transformers, or a module that
-    contains one, adapters (PEFT) included. The innermost module that is called with an `attention_mask` tells which
-    tokens are padding; without a mask all tokens count, with a warning if only inner layers are watched or called. A
-    forward repeated by activation checkpointing counts once, and copies of the model do not count. record: also keep a
-    routing trace of the first `limit` tokens of each layer, padding included, for `watcher.write_routing(path)`.
-    `watcher.labelled(labels)` gives the tokens classes. Raises UsageError for a model without such a block.
+    model: any architecture of transformers with experts, or a module that contains one, adapters (PEFT) included; the
+    family plugin named after its `model_type` reads it, or else the generic one. The innermost module that is called
+    with an `attention_mask` tells which tokens are padding; without a mask all tokens count, with a warning if only
+    inner layers are watched or called. A forward repeated by activation checkpointing counts once, and copies of the
+    model do not count. record: also keep a routing trace of the first `limit` tokens of each layer, padding included,
+    for `watcher.write_routing(path)`. family: another family plugin. `watcher.labelled(labels)` gives the tokens
+    classes. Raises UsageError for a model without a block that a family knows.
     """
-    return Watcher(engine, model, record, limit)
+    return Watcher(engine, model, record, limit, family)
+
+
+def decision_of(block: Block, given: list[Any], routed: Routed | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The hidden states [T, D], the choices [T, K] and their gates [T, K] of a block's forward. Raises UsageError."""
+    decision = block.family.decision(block, given, routed)
+    if decision is None:
+        raise UsageError(
+            f"the experts of {block.name} ({type(block.module).__name__}) are not given hidden states, chosen experts "
+            f"and their weights, as family '{block.family.name}' expects; close the watcher to run this model",
+            code="unknown-decision",
+        )
+    x_TD, expert_TK, gate_TK = (tensor.detach() for tensor in decision)
+    return x_TD, expert_TK.long(), gate_TK
 
 
 def routing_of(block: Block, logits_TE: Tensor, expert_TK: Tensor, gate_TK: Tensor, tokens: Tokens) -> Routing:
     """A block's decision, by its router's logits and the choices and gates that its experts were given."""
-    scores_TE = logits_TE.sigmoid() if block.family.sigmoid else logits_TE.softmax(-1)
+    scores_TE = block.family.score(logits_TE)
     by_TE = scores_TE if block.bias is None else scores_TE + block.bias
     order_TK = by_TE.gather(1, expert_TK).argsort(dim=-1, descending=True, stable=True)  # not every block sorts
     plan = assign(gate_TK.gather(1, order_TK), expert_TK.gather(1, order_TK), tokens)
     probs_TE = scores_TE / scores_TE.sum(-1, keepdim=True).clamp(min=1e-30)
     level = Level("expert", logits_TE, logits_TE, tokens, bias=block.bias)
     return Routing(tokens, (level,), probs_TE, plan, logits_TE.shape[1], expert_TK.shape[1])
+
+
+def spec_of(block: Block, routing: Routing, classes: int | None) -> Spec:
+    """A block's sizes, by one of its decisions. classes: the number of labels."""
+    hidden = block.setting("intermediate_dim", "intermediate_size", default=0)
+    return Spec(
+        routing.tokens.x.shape[1],
+        hidden,
+        experts=routing.experts,
+        top_k=routing.top_k,
+        activation="swiglu",
+        causal=True,
+        classes=classes,
+    )
 
 
 def labels_of(labels: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -236,17 +260,23 @@ def _told(value: Any) -> str:
     return f"a tensor of {value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
 
-def _follow(calls: Calls, model: nn.Module, blocks: list[nn.Module]) -> list[RemovableHandle]:
-    """Follow the forwards of the blocks and of the modules around them."""
-    around = [module for module in model.modules() if any(part in blocks for part in module.modules())]
-    return [handle for module in around for handle in calls.follow(module)]
-
-
 def _trace(block: Block, spec: Spec) -> LayerTrace:
     """An empty trace of a block. Its router is the strategy that decides alike, or else the block's class."""
     bias_E = block.bias
-    like = block.family.decides_like(block, spec.top_k)
-    router, options = like or (type(block.module).__name__, {})
+    router, options = block.family.recipe(block) or (type(block.module).__name__, {})
+    if spec.top_k == 1:  # a gate that is the constant 1 changes no choice, and routers refuse it
+        options = {name: value for name, value in options.items() if name != "renorm"}
     value = {"level": "expert", "name": "e_score_correction_bias", "selection_only": True}
     biases = [] if bias_E is None else [{**value, "value": bias_E.detach().cpu().float().clone()}]
-    return LayerTrace(block.name, router, options, spec, {}, biases)
+    return LayerTrace(block.name, router, dict(options), spec, {}, biases)
+
+
+def are_probabilities(logits_TE: Tensor) -> bool:
+    """Whether every row is a distribution: before transformers 5.10 some routers returned softmax(logits) as logits."""
+    near_T = (logits_TE.sum(-1) - 1).abs() < 1e-5
+    return bool(((logits_TE >= 0).all(-1) & near_T).all())
+
+
+def multiplied(router: Any, x_TD: Tensor) -> Tensor:
+    """The logits [T, E] of a block that multiplies by its router's weight itself (DeepSeek-V2 before 5.16)."""
+    return nn.functional.linear(x_TD.detach().float(), router.weight.detach().float())

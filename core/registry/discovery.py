@@ -26,6 +26,7 @@ KINDS = {  # entry-point group -> what one of its plugins is called
     "reports": "report",
     "tasks": "task",
     "experts": "experts",
+    "families": "family",
 }
 RENAMED_GROUPS = {"sources": "initializers"}  # entry-point groups of earlier versions
 WATCHING = ("metric", "report")  # the kinds that only observe a model

@@ -60,6 +60,7 @@ class Plugins:
         for name in _chosen(names, installed):
             self._add(pick(name, installed))
         self.chosen = set(self._classes) - set(without)
+        self.given = settings or {}
         if task is not None:
             self._add(_task(task, installed))
         self._add_defaults(installed)
@@ -103,6 +104,26 @@ class Plugins:
     def _add_default(self, name: str, installed: Mapping[str, list[Found]]) -> None:
         if not self.manager.is_blocked(name):
             self._add(pick(name, installed))
+
+    @property
+    def default_router(self) -> str | None:
+        """The router, if neither it nor an option of it was chosen."""
+        name = next(name for name, cls in self._classes.items() if _marks(cls, "moe_router") is not None)
+        return None if name in self.chosen or name in self.given else name
+
+    def replace_router(self, name: str) -> None:
+        """Use another router instead of the default one."""
+        default = self.default_router
+        if default in (None, name):
+            return
+        found = pick(name, find())
+        self._classes = {name if old == default else old: cls for old, cls in self._classes.items()}
+        self._classes[name] = load(found)
+        self.found = {name if old == default else old: one for old, one in self.found.items()} | {name: found}
+        made = self._made(name, self._classes[name], {})
+        self.active = {name if old == default else old: one for old, one in self.active.items()} | {name: made}
+        self.manager = Manager()
+        self._register()
 
     def _configured(self, settings: Settings, installed: Mapping[str, list[Found]]) -> dict[str, Any]:
         for name in settings:
@@ -247,8 +268,12 @@ def _chosen(names: Iterable[str], installed: Mapping[str, list[Found]]) -> list[
     for name in names:
         if name in chosen:
             raise UsageError(f"plugin '{name}' is named twice", code="duplicate-plugin")
-        if pick(name, installed).kind == "task":
+        kind = pick(name, installed).kind
+        if kind == "task":
             raise UsageError(f"'{name}' is a task; name it with --task {name}", code="task-among-plugins")
+        if kind == "family":
+            message = f"'{name}' is a family; watch() and adopt() find it by the model's type"
+            raise UsageError(message, code="family-among-plugins")
         chosen.append(name)
     return chosen
 

@@ -14,6 +14,7 @@ docs/conformance.md lists the claims.
 from . import (  # noqa: F401
     biases,
     experts,
+    families,
     initializers,
     layers,
     lifetime,
@@ -34,6 +35,7 @@ from .claims import CLAIMS as CLAIMS
 from .claims import Broken as Broken
 from .claims import Claim as Claim
 from .claims import NotApplicable as NotApplicable
+from .tiny_models import tiny_model as tiny_model
 
 check_router = checker("router")
 check_bias = checker("bias")
@@ -44,3 +46,4 @@ check_metric = checker("metric")
 check_report = checker("report")
 check_task = checker("task")
 check_experts = checker("experts")
+check_family = checker("family")

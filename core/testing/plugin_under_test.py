@@ -26,6 +26,7 @@ HOOK_OF = {
     "report": "moe_report",
     "task": "moe_task",
     "experts": "moe_experts",
+    "family": "moe_family",
 }
 
 
@@ -118,7 +119,7 @@ def plugin_under_test(plugin: Any, settings: Iterable[str] | Settings = (), data
     that is not a plugin.
     """
     installed = discovery.find()
-    given: Settings = dict(settings) if isinstance(settings, dict) else parse_settings(settings)
+    given = parse_settings(settings)
     if isinstance(plugin, str):
         found = discovery.pick(plugin, installed)
     else:

@@ -1,0 +1,167 @@
+"""An adopted block: its entry asks the engine's layer, and what the blocks of one model share.
+
+Suffixes: T tokens, E experts, D model.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from ..contract.families import Block, Routed, Stored, config_value
+from ..layer.moe import MoE
+from .borrowed import BorrowedExperts, BorrowedRouter, plain_forward
+from .calls import Calls
+from .tapping import Tap
+
+LAYER = "moe"  # the name of a block's layer in the block
+
+
+class CopiedHook:
+    """A hook that is copied with its module, as the layers of an adopted model are. Dynamo does not trace it."""
+
+    def __init__(self, act: Callable[..., None]) -> None:
+        self._act = act
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, *args: Any) -> None:
+        self._act(*args)
+
+
+class Entry:
+    """The forward of an adopted block's entry: asks the block's layer."""
+
+    def __init__(self, adopted: "Adopted") -> None:
+        self.adopted = adopted
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        adopted = self.adopted
+        if adopted.bank.passing:
+            return plain_forward(adopted.block.entry)(*args, **kwargs)
+        given = [*args, *kwargs.values()]
+        return adopted.block.family.answer(adopted.block, adopted.layer_output(given), given)
+
+
+class Shared:
+    """What the adopted blocks of one model share: the running forwards, and what was switched off in the model.
+
+    own_loss: (module or config, name, value) of the model's own auxiliary loss. count: where a config holds the number
+    of experts.
+    """
+
+    def __init__(self, model: nn.Module, count: str) -> None:
+        self.calls = Calls()
+        self.model, self.count = [model], count  # in a list: a module must not be registered here
+        self.own_loss: list[tuple[Any, str, Any]] = []
+        self.layers: list[MoE] = []
+
+    def silence(self) -> None:
+        """Switch the model's own auxiliary loss off; the engine's losses take its place."""
+        for module in self.model[0].modules():
+            for owner, name, off in (
+                (module, "router_aux_loss_coef", 0.0),
+                (module, "aux_loss_coef", 0.0),
+                (getattr(module, "config", None), "output_router_logits", False),
+            ):
+                if getattr(owner, name, None):
+                    self.own_loss.append((owner, name, getattr(owner, name)))
+                    setattr(owner, name, off)
+
+    def restore_loss(self) -> None:
+        """Put the model's own auxiliary loss back."""
+        while self.own_loss:
+            setattr(*self.own_loss.pop())
+
+    def resized(self) -> None:
+        """Let the config, and the model's own loss, follow the number of experts once all layers have the same."""
+        sizes = {layer.experts.count for layer in self.layers}
+        if len(sizes) != 1:
+            return
+        (experts,) = sizes
+        for module in self.model[0].modules():
+            where, _, name = self.count.rpartition(".")
+            config = getattr(module, "config", None)
+            holder = config_value(config, where) if where else config
+            if isinstance(getattr(holder, name, None), int):
+                setattr(holder, name, experts)
+            if hasattr(module, "lm_head") and isinstance(getattr(module, "num_experts", None), int):
+                module.num_experts = experts
+
+
+@attrs.define(eq=False, slots=False)
+class Adopted:
+    """One adopted block with its layer. shared: with the other blocks. routed: what its router just returned.
+
+    tap: the hooks that see it. recipe: the layer's router and options decide as the block does. born: its number of
+    experts when it was adopted.
+    """
+
+    block: Block
+    layer: MoE
+    shared: Shared
+    recipe: bool
+    born: int
+    routed: Routed | None = None
+    tap: Tap | None = None
+
+    @property
+    def bank(self) -> BorrowedExperts:
+        """The layer's bank."""
+        bank: BorrowedExperts = self.layer.experts  # type: ignore[assignment]
+        return bank
+
+    def selection_bias(self) -> Tensor:
+        """[E]: the block's own bias that only selection sees, and the engine's."""
+        biases = [bias() for bias in self.layer.bias_levels()[0].values() if bias.selection_only]
+        return torch.stack([bias.float() for bias in biases]).sum(0)
+
+    def see(self, routed: Routed) -> None:
+        """Keep what the block's router returned, for the forward that is running."""
+        if not getattr(self.layer.router, "calling", False):
+            self.routed = routed
+
+    def layer_output(self, given: list[Any]) -> Tensor:
+        """[T, D]: the layer's output for what the entry is given."""
+        routed, self.routed = self.routed, None
+        x = self.block.family.states(given, routed)
+        shape, mask, ids = self._around(x)
+        self.bank.gate_dtype = next((one.dtype for one in given[1:] if _floating(one)), x.dtype)
+        router, self.bank.inside = self.layer.router, True
+        if isinstance(router, BorrowedRouter):
+            router.routed = routed
+        try:
+            y: Tensor = self.layer(x.reshape(*shape, x.shape[-1]), mask, ids)
+        finally:
+            self.bank.inside = False
+            if isinstance(router, BorrowedRouter):
+                router.routed = None
+        return y.reshape(-1, y.shape[-1])
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _around(self, x: Tensor) -> tuple[tuple[int, ...], Tensor | None, Tensor | None]:
+        """(leading shape, mask, token ids) of the forward that is running, as the modules around the block know it."""
+        count, calls = x.shape[:-1].numel(), self.shared.calls
+        shape = calls.shape if torch.Size(calls.shape).numel() == count else tuple(x.shape[:-1])
+        mask, ids = calls.mask(shape), calls.ids(count)
+        return (
+            shape,
+            None if mask is None or bool(mask.all()) else mask.view(shape).to(x.device),
+            None if ids is None else ids.view(shape).to(x.device),
+        )
+
+
+def _floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def adopted_blocks(model: nn.Module) -> list[Adopted]:
+    """The adopted blocks of a model, in order."""
+    entries = (module.__dict__.get("forward") for module in model.modules())
+    return [entry.adopted for entry in entries if isinstance(entry, Entry)]
+
+
+def folded(tensor: Tensor, stored: Stored) -> Tensor:
+    """A flat tensor as it is on disk."""
+    return tensor.flatten(stored.axis, stored.axis + 1)

@@ -1,0 +1,287 @@
+"""adopt(engine, model): the blocks of a transformers model route through engine layers over their own weights.
+
+The block stays where it is, and runs as before, with its kernels, shared experts and adapters. Only its entry, the call
+that carries its decision to its experts, asks an engine layer instead, kept as `block.moe`: its router is given the
+logits that the block's own router returned, and its bank calls the block's own experts.
+
+Suffixes: T tokens, E experts, K chosen per token, D model.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..contract.families import Block, Decision, Routed
+from ..contract.options import Settings, parse_settings
+from ..engine.builder import LayerBuild, layer_name, spec_of
+from ..engine.engine import Engine
+from ..errors import UsageError, listed, nearest
+from ..layer.probing import evaluating
+from .adopted import LAYER, Adopted, CopiedHook, Entry, Shared, adopted_blocks, folded
+from .borrowed import BorrowedBias, BorrowedExperts, borrowed_router
+from .calls import follow
+from .families import blocks_of
+from .tapping import Tap
+
+PROBE = 32  # tokens on which a recipe is compared with its block
+LEAST_SAME = 0.9  # of them that choose the same; in bf16 scores may be equal
+TOLERANCE, HALF_TOLERANCE = 1e-5, 1e-2  # of the gates, relative to the largest, in fp32 and below
+
+
+def adopt(
+    engine: Engine,
+    model: nn.Module,
+    *,
+    family: str | None = None,
+    layers: Iterable[str] | None = None,
+    settings: Iterable[str] | Settings = (),
+    keep_own_loss: bool = False,
+    **spec: Any,
+) -> nn.Module:
+    """Let an engine decide in the MoE blocks of a transformers model; returns the model, changed in place.
+
+    The blocks keep their parameters, names and kernels, and logits stay what they were: the family plugin names the
+    router that decides as the block does, unless the engine was built with a router. From then on every router, bias,
+    loss, trigger and metric of the engine applies, and the engine grows the blocks as it grows its own layers.
+
+        engine = Engine("loss_free,health")
+        adopt(engine, model)
+
+    family: instead of the one named after the model's type. layers: names of the blocks to adopt; all by default.
+    settings: plugin options of these layers. keep_own_loss: keep the model's own auxiliary loss, which is switched off
+    otherwise. spec: more of the layers' `Spec`, such as capacity. Padding tokens get 0 from the experts. Raises
+    UsageError for a model without a block that its family can change, or whose decisions the family's recipe does not
+    reproduce.
+    """
+    blocks = _chosen(blocks_of(model, family), layers)
+    for block in blocks:
+        _refuse_unable(engine, block)
+    recipe = blocks[0].family.recipe(blocks[0])
+    if recipe is not None:
+        engine.plugins.replace_router(recipe[0])
+    shared = Shared(model, blocks[0].family.count)
+    begun: list[Block] = []
+    try:
+        for block in blocks:
+            begun.append(block)
+            _adopt(engine, block, shared, parse_settings(settings), spec)
+    except BaseException:
+        for block in begun:
+            put_back(block)
+        raise
+    follow(shared.calls, model, [block.module for block in blocks], CopiedHook)
+    if not keep_own_loss:
+        shared.silence()
+    return model
+
+
+def _chosen(blocks: list[Block], names: Iterable[str] | None) -> list[Block]:
+    if names is None:
+        return blocks
+    known = {block.name: block for block in blocks}
+    wanted = list(names)
+    for name in wanted:
+        if name not in known:
+            raise UsageError(f"the model has no block '{name}'; {nearest(name, known)}", code="unknown-block")
+    return [known[name] for name in wanted]
+
+
+def _refuse_unable(engine: Engine, block: Block) -> None:
+    """Raise UsageError for a block that can't be adopted."""
+    family = block.family
+    if LAYER in block.module._modules:
+        raise UsageError(f"block '{block.name}' is adopted already; call release() first", code="adopted-already")
+    if not family.tensors:
+        message = (
+            f"family '{family.name}' only reads {type(block.module).__name__}, it does not say where its tensors are; "
+            "watch() it, or start a family for it: moe-engine new-plugin family NAME"
+        )
+        raise UsageError(message, code="family-only-reads")
+    if family.recipe(block) is None and engine.plugins.default_router is not None:
+        message = f"no router plugin decides as {type(block.module).__name__} does; build the engine with a router"
+        raise UsageError(message, code="family-without-recipe")
+    if block.tensor(next(iter(family.tensors))).device.type == "meta":
+        raise UsageError("adopt() needs a model with weights, not one on the meta device", code="meta-model")
+
+
+def _adopt(engine: Engine, block: Block, shared: Shared, settings: Settings, spec: Mapping[str, Any]) -> None:
+    """Put a layer into one block."""
+    own = own_decision(block)
+    _unfold(block)
+    (router,) = (bound.plugin for bound in engine.plugins.bind("moe_router"))
+    name, options = block.family.recipe(block) or ("", {})
+    typed = engine.plugins.given.get(router, {})
+    alike = router == name and not typed and router not in settings
+    if router == name:
+        settings = {**settings, router: {**options, **typed, **settings.get(router, {})}}
+    build = LayerBuild(
+        engine.plugins,
+        spec_of({**engine.defaults, **_sizes(block), **spec}),
+        layer_name(f"{block.name}.{LAYER}", engine.layers, 0),
+        settings,
+        bank=BorrowedExperts(block, shared.resized),
+        borrow=partial(borrowed_router, block=block),
+        extra={} if block.bias is None else {block.family.name: BorrowedBias(block)},
+    )
+    layer = engine.built(build).to(block.tensor(next(iter(block.family.tensors))).device)
+    adopted = Adopted(block, layer, shared, alike, born=layer.spec.experts)
+    if alike and own is not None:
+        _check_alike(adopted, own)
+    block.module.add_module(LAYER, layer.train(block.module.training))
+    shared.layers.append(layer)
+    adopted.tap = Tap(block, adopted.see, None, CopiedHook)
+    block.entry.forward = Entry(adopted)
+
+
+def _sizes(block: Block) -> dict[str, Any]:
+    """A block's sizes, as those of a layer."""
+    rows, at = block.family.first("logit_row")
+    out, of = block.family.first("output")
+    row = block.tensor(rows)
+    _, options = block.family.recipe(block) or ("", {})
+    top_k = block.setting("top_k", "num_experts_per_tok")
+    return {
+        "dim": row.shape[at.fan_in or 1],
+        "hidden": block.tensor(out).shape[of.fan_in or 1],
+        "experts": row.shape[at.axis],
+        "top_k": top_k,
+        "causal": True,
+        # the block may renormalise the one gate of a token to the constant 1
+        "allow_no_gradient": top_k == 1 and bool(options.get("renorm")),
+    }
+
+
+def _unfold(block: Block) -> None:
+    """Give tensors whose experts' rows lie one after the other a dimension of experts."""
+    experts = _sizes(block)["experts"]
+    for path, stored in block.family.tensors.items():
+        if stored.flat:
+            tensor = block.tensor(path)
+            tensor.data = tensor.data.unflatten(stored.axis, (experts, -1))
+
+
+def _fold(block: Block) -> None:
+    """Undo that."""
+    for path, stored in block.family.tensors.items():
+        if stored.flat and block.tensor(path).dim() == 3:
+            tensor = block.tensor(path)
+            tensor.data = folded(tensor.data, stored)
+
+
+# -- does the recipe decide as the block does -----------------------------------------------------------
+
+
+@torch.no_grad()
+def own_decision(block: Block) -> tuple[Tensor, Tensor] | None:
+    """(tokens [T, D], gates [T, E]) of a block's own decision on random tokens, or None if it tells none."""
+    seen: list[Decision] = []
+    routed: list[Routed] = []
+
+    def given(arguments: list[Any]) -> None:
+        decision = block.family.decision(block, arguments, routed[-1] if routed else None)
+        seen.extend([] if decision is None else [decision])
+
+    by_router = block.family.decides == "router"
+    tap = Tap(block, routed.append, None if by_router else given, _same)
+    row, weight = (block.tensor(block.family.first(role)[0]) for role in ("logit_row", "in"))
+    dim = row.shape[-1]
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(1, PROBE, dim, generator=random).to(weight.device, weight.dtype)
+    try:
+        with evaluating(block.module):
+            block.module(x)
+        if by_router:
+            given([])
+    finally:
+        tap.close()
+    if not seen:
+        return None
+    _, expert_TK, gate_TK = seen[-1]
+    experts = int(row.shape[0])
+    gates = torch.zeros(PROBE, experts, device=x.device).scatter(1, expert_TK.long(), gate_TK.float())
+    return x[0], gates
+
+
+def _same(act: Callable[..., None]) -> Callable[..., None]:
+    return act
+
+
+@torch.no_grad()
+def _check_alike(adopted: Adopted, own: tuple[Tensor, Tensor]) -> None:
+    """Raise UsageError unless the layer decides as its block did, wherever scores are not within rounding."""
+    x_TD, own_TE = own
+    layer, block = adopted.layer, adopted.block
+    with evaluating(layer):
+        gate_TE = layer.route(layer.tokens(x_TD)).gates().float()
+    same_T = ((gate_TE > 0) == (own_TE > 0)).all(-1)
+    tolerance = TOLERANCE if x_TD.dtype == torch.float32 else HALF_TOLERANCE
+    worst = float((gate_TE - own_TE)[same_T].abs().max()) if bool(same_T.any()) else 0.0
+    if same_T.float().mean() < LEAST_SAME or not worst <= tolerance * max(1.0, float(own_TE.max())):
+        router, _ = block.family.recipe(block) or ("", {})
+        message = (
+            f"family '{block.family.name}' says that {type(block.module).__name__} decides as router '{router}' does, "
+            f"but of {PROBE} tokens {int(same_T.sum())} choose the same experts, with gates up to {worst:.3g} apart; "
+            "correct its recipe, or build the engine with a router"
+        )
+        raise UsageError(message, code="recipe-disagrees")
+
+
+# -- back -------------------------------------------------------------------------------------------------
+
+
+def release(engine: Engine, model: nn.Module) -> nn.Module:
+    """Undo `adopt`: plain blocks again, with the weights as they are now; returns the model.
+
+    Raises UsageError, and changes nothing, if the plain blocks would decide otherwise: another router, a bias that the
+    block has no place for, or a limit on capacity.
+    """
+    found = adopted_blocks(model)
+    if not found:
+        raise UsageError(f"{type(model).__name__} has no adopted block", code="not-adopted")
+    if lost := lost_in_plain(found):
+        raise UsageError(f"the plain blocks can't hold {lost}; export() or save() the model instead", code="not-plain")
+    for adopted in found:
+        own = adopted.block.bias
+        if own is not None:
+            own.data.copy_(adopted.selection_bias())
+        put_back(adopted.block)
+    found[0].shared.restore_loss()
+    drop_hooks(model)
+    engine.attach(model)
+    return model
+
+
+def lost_in_plain(found: list[Adopted]) -> str:
+    """What plain blocks can't hold of these, in words; "" if they hold all."""
+    lost: dict[str, list[str]] = {}
+    for adopted in found:
+        layer, name = adopted.layer, adopted.block.name
+        if not adopted.recipe:
+            lost.setdefault(f"a router that decides otherwise ({type(layer.router).__name__})", []).append(name)
+        if layer.spec.capacity is not None:
+            lost.setdefault(f"capacity={layer.spec.capacity}", []).append(name)
+        for plugin, bias in layer.bias_levels()[0].items() if layer.bias_levels() else ():
+            fits = bias.selection_only and adopted.block.bias is not None
+            if not (isinstance(bias, BorrowedBias) or fits or not bool(bias().any())):
+                lost.setdefault(f"the bias '{plugin}'", []).append(name)
+    return listed(f"{what} in {listed(names)}" for what, names in lost.items())
+
+
+def put_back(block: Block) -> None:
+    """A plain block again."""
+    entry = block.entry.__dict__.pop("forward", None)
+    if isinstance(entry, Entry) and entry.adopted.tap is not None:
+        entry.adopted.tap.close()
+    block.module._modules.pop(LAYER, None)
+    _fold(block)
+
+
+def drop_hooks(model: nn.Module) -> None:
+    """Remove the hooks that follow the forwards of an adopted model."""
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if isinstance(hook, CopiedHook)]:
+                del hooks[key]

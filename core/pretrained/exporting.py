@@ -1,0 +1,164 @@
+"""export(engine, model, folder): a folder that `from_pretrained` loads, in the architecture's own names and layout."""
+
+import copy
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from ..contract.families import config_value
+from ..engine.engine import Engine
+from ..errors import UsageError, listed
+from ..layer.probing import evaluating, uncounted
+from .adopted import LAYER, Adopted, adopted_blocks, folded
+from .adopting import adopt, lost_in_plain
+
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}  # of logits, relative to the largest; 2e-2 for halves
+TOKENS = 16  # of the probe
+
+
+@attrs.frozen
+class Exported:
+    """What an export wrote. folder. experts: E. change: the largest |difference| of logits after loading it again,
+    relative to the largest |logit|; None if the model takes no token ids. It may be more than rounding only for tokens
+    whose scores are equal, as of exact copies of an expert: transformers parts them by their index.
+    """
+
+    folder: Path
+    experts: int
+    change: float | None
+
+
+def export(
+    engine: Engine, model: Any, folder: str | Path, *, tokenizer: Any = None, max_shard_size: str = "5GB"
+) -> Exported:
+    """Write an adopted model as a plain checkpoint of transformers, load it again and compare the logits.
+
+    The model itself is left as it is. Selection biases of the engine are added to the block's own where the
+    architecture has a place for them. tokenizer: is saved too. Raises UsageError, and leaves no folder, for what the
+    format can't hold: a bias without a place, a router that decides otherwise, a capacity, layers with different
+    numbers of experts, adapters; or if the model that was loaded again answers differently.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise UsageError(f"{folder} already exists; name another folder", code="folder-exists")
+    found = adopted_blocks(model)
+    if not found:
+        raise UsageError(f"{type(model).__name__} has no adopted block; call its save_pretrained()", code="not-adopted")
+    if not hasattr(model, "save_pretrained") or hasattr(model, "peft_config"):
+        message = f"{type(model).__name__} is not a model of transformers, or wraps one; merge adapters, export that"
+        raise UsageError(message, code="not-exportable")
+    experts = _one_size(found)
+    if lost := lost_in_plain(found):
+        raise UsageError(
+            f"{type(model).__name__}'s format can't hold {lost}; remove it, or save the engine's own state with "
+            "moe_engine.save(), from which the adopted model can be loaded",
+            code="not-exportable",
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        with plain_config(model, found, experts):
+            model.save_pretrained(temporary, state_dict=plain_state(model, found), max_shard_size=max_shard_size)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        change = _reloaded(engine, model, temporary)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return Exported(folder, experts, change)
+
+
+def _one_size(found: list[Adopted]) -> int:
+    sizes: dict[int, list[str]] = {}
+    for adopted in found:
+        sizes.setdefault(adopted.bank.count, []).append(adopted.block.name)
+    if len(sizes) > 1:
+        told = listed(f"{size} experts in {listed(names)}" for size, names in sizes.items())
+        raise UsageError(
+            f"the config has one number of experts for all layers: {told}; grow the rest", code="not-one-size"
+        )
+    grown = [adopted.block.name for adopted in found if adopted.bank.count != adopted.born]
+    if grown and not found[0].shared.count:
+        message = f"the config has no number of experts for {listed(grown)} alone, which grew; export it as it was"
+        raise UsageError(message, code="not-exportable")
+    return next(iter(sizes))
+
+
+def plain_state(model: nn.Module, found: list[Adopted]) -> dict[str, Tensor]:
+    """The model's state without the engine's, in the architecture's layout, selection biases added up."""
+    state = {name: value for name, value in model.state_dict().items() if f".{LAYER}." not in name}
+    for adopted in found:
+        block = adopted.block
+        for path, stored in block.family.tensors.items():
+            name = f"{block.name}.{path}"
+            if stored.flat:
+                state[name] = folded(state[name], stored)
+            if stored.role == "state":
+                state[name] = adopted.selection_bias().view_as(state[name]).to(state[name].dtype)
+    return state
+
+
+@contextmanager
+def plain_config(model: Any, found: list[Adopted], experts: int) -> Iterator[None]:
+    """Inside, the model's config is that of the plain model."""
+    shared = found[0].shared
+    before = copy.deepcopy(model.config.__dict__)
+    for config in [model.config, *(value for value in vars(model.config).values() if hasattr(value, "model_type"))]:
+        where, _, name = shared.count.rpartition(".")
+        holder = config_value(config, where) if where else config
+        if isinstance(getattr(holder, name, None), int):
+            setattr(holder, name, experts)
+        for owner, setting, value in shared.own_loss:
+            if owner is config:
+                setattr(config, setting, value)
+    try:
+        yield
+    finally:
+        model.config.__dict__.clear()
+        model.config.__dict__.update(before)
+
+
+@torch.no_grad()
+def _reloaded(engine: Engine, model: Any, folder: Path) -> float | None:
+    """The relative change of logits in the model that was loaded again.
+
+    Raises UsageError if it answers differently although equal scores are parted alike, as they are once it is adopted.
+    """
+    try:
+        again, report = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
+    except (RuntimeError, ValueError, OSError) as error:
+        problem = str(error).strip().splitlines()[-1]
+        raise UsageError(f"what was written does not load: {problem}; nothing is left", code="not-reloaded") from error
+    strange = {kind: sorted(report[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    wrong = listed(f"{kind.replace('_', ' ')} {listed(keys[:3])}" for kind, keys in strange.items() if keys)
+    if wrong:
+        raise UsageError(f"what was written does not load as it was: {wrong}; nothing is left", code="not-reloaded")
+    vocab = config_value(model.config.get_text_config(), "vocab_size")
+    if not isinstance(vocab, int):
+        return None
+    ids = torch.randint(vocab, (1, TOKENS), generator=torch.Generator().manual_seed(0)).to(model.device)
+    again.to(model.device).eval()
+    with evaluating(model), uncounted(engine.layers):
+        before = _logits(model, ids)
+    plain = _logits(again, ids)
+    adopted = _logits(adopt(Engine(), again, family=adopted_blocks(model)[0].block.family.name), ids)
+    scale = before.abs().max().clamp(min=1e-30)
+    moved = float((adopted - before).abs().max() / scale)
+    if not moved <= TOLERANCE.get(model.dtype, 2e-2):
+        message = f"what was written answers differently when loaded, by {moved:.3g} of the largest logit"
+        raise UsageError(f"{message}; nothing is left", code="not-reloaded")
+    return float((plain - before).abs().max() / scale)
+
+
+def _logits(model: Any, ids: Tensor) -> Tensor:
+    extra = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    answer = model(input_ids=ids, **extra)
+    logits: Tensor = answer.logits if hasattr(answer, "logits") else answer.last_hidden_state
+    return logits.float()

@@ -1,0 +1,23 @@
+import attrs
+
+from moe_engine import GATE, STACKED, Family, hookimpl
+
+
+@attrs.define(eq=False)
+class DeepseekV2:
+    """DeepSeek-V2: scaled softmax gates, from the groups with the best experts.
+
+    Source: DeepSeek-AI, 2024 (DeepSeek-V2).
+    """
+
+    @hookimpl
+    def moe_family(self):
+        return Family(tensors={**GATE, **STACKED}, count="n_routed_experts", recipe=recipe)
+
+
+def recipe(block):
+    options = {"renorm": False, "scale": float(block.setting("routed_scaling_factor", default=1.0))}
+    if block.setting("topk_method") == "group_limited_greedy":
+        options |= {"groups": block.setting("num_group", "n_group"), "groups_kept": block.setting("topk_group")}
+        options |= {"group_score": "max"}
+    return "topk", options

@@ -1,0 +1,29 @@
+import attrs
+
+from moe_engine import Family, Stored, hookimpl
+
+
+@attrs.define(eq=False)
+class GptOss:
+    """gpt-oss: a router with a bias, and experts with biases, stored [E, D, 2H] with gate and up interleaved.
+
+    Source: OpenAI, 2025 (gpt-oss-120b & gpt-oss-20b Model Card).
+    """
+
+    @hookimpl
+    def moe_family(self):
+        return Family(router="router", tensors=TENSORS, count="num_local_experts", recipe=recipe)
+
+
+TENSORS = {
+    "router.weight": Stored("logit_row", fan_in=1),
+    "router.bias": Stored("logit_bias"),
+    "experts.gate_up_proj": Stored("in", fan_in=1),
+    "experts.gate_up_proj_bias": Stored("in"),
+    "experts.down_proj": Stored("output", fan_in=1),
+    "experts.down_proj_bias": Stored("output"),
+}
+
+
+def recipe(block):
+    return "topk", {"renorm": True}
