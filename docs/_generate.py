@@ -23,7 +23,11 @@ HOOKS_PAGE, COMMANDS_PAGE = "hooks.md", "commands.md"
 REFERENCE = {
     "Engine and layers": (
         "Build layers, control the training step, compute metrics for models of other libraries.",
-        "Engine MoE Spec Layer LayerBuilder adam evaluating watch",
+        "Engine MoE Spec Layer LayerBuilder adam evaluating",
+    ),
+    "Real models": (
+        "Read, change and export the mixtures of transformers models; describe an architecture.",
+        "watch adopt release export Family Block Stored GATE STACKED unwrapped",
     ),
     "Records of routing": (
         "What a router receives and returns, and what losses and metrics read.",

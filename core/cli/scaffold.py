@@ -24,7 +24,12 @@ FILES = {  # path: template; {kind}, {name} and {module} are filled in
 }
 RESERVED = ("all", "none", "recorded")  # words that flags take instead of a plugin's name
 LONGEST = 64
-NOUNS = {"growth": "growth trigger", "initializer": "initializer of new experts", "experts": "bank of experts"}
+NOUNS = {
+    "growth": "growth trigger",
+    "initializer": "initializer of new experts",
+    "experts": "bank of experts",
+    "family": "family of foreign models",
+}
 
 
 @attrs.frozen

@@ -178,8 +178,13 @@ class LinearRouter(Router):
     weight: Tensor
 
     @property
+    def count(self) -> int:
+        """E."""
+        return self.weight.shape[self.axes["weight"].axis]
+
+    @property
     def levels(self) -> tuple[LevelSpec, ...]:
-        return (LevelSpec("expert", self.weight.shape[0], self.top_k),)
+        return (LevelSpec("expert", self.count, self.top_k),)
 
     def score(self, tokens: Tokens) -> tuple[Tensor, ...]:
         return (self.linear(tokens),)
@@ -204,7 +209,7 @@ class GroupLimitedRouter(LinearRouter):
 
     @property
     def levels(self) -> tuple[LevelSpec, ...]:
-        return (LevelSpec("expert", self.weight.shape[0], self.top_k, limited=self.groups > 1),)
+        return (LevelSpec("expert", self.count, self.top_k, limited=self.groups > 1),)
 
     def select_by(self, level: Level, scores_TE: Tensor) -> Tensor:
         """`level.select_by(scores_TE)`, with -inf outside each token's best groups."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..engine.engine import Engine
+from ..pretrained.adopted import adopted_blocks
 from ..run.checkpoints import load, save
 from . import EngineLoop
 
@@ -25,8 +26,9 @@ class MoECallback(TrainerCallback):
     processes there are; the loss that the Trainer logs is the task's alone. Metrics go into
     `trainer.state.log_history`, and into the logs of the callbacks after this one, as moe/LAYER/NAME, those of an
     evaluation as eval_moe/LAYER/NAME. The Trainer's reporters come before this callback; to change that, reorder
-    `trainer.callback_handler.callbacks`. A checkpoint holds the engine's state, and loads into any number of experts.
-    Growth under DistributedDataParallel is refused: the trainer would have to rebuild the wrapper.
+    `trainer.callback_handler.callbacks`. A checkpoint holds the engine's state, and an adopted model's weights, and
+    loads into any number of experts. Growth under DistributedDataParallel is refused: the trainer would have to rebuild
+    the wrapper.
     """
 
     def __init__(self, engine: Engine, probe: Callable[[], Tensor] | None = None) -> None:
@@ -43,7 +45,7 @@ class MoECallback(TrainerCallback):
             given = args.resume_from_checkpoint
             folder = Path(given) if isinstance(given, str) and Path(given).is_dir() else _folder(args, state)
             if (folder / FILE).exists():
-                load(folder / FILE, engine=self.loop.engine)
+                load(folder / FILE, **self._saved(model))
             else:
                 warnings.warn(
                     f"{folder} holds no {FILE}: the history of triggers and growths starts over", stacklevel=2
@@ -100,8 +102,18 @@ class MoECallback(TrainerCallback):
         if state.log_history:
             state.log_history[-1].update(metrics)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        save(_folder(args, state) / FILE, engine=self.loop.engine)
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
+    ) -> None:
+        save(_folder(args, state) / FILE, **self._saved(model))
+
+    def _saved(self, model: nn.Module) -> dict[str, Any]:
+        """What a checkpoint holds beside the trainer's own files, by name.
+
+        An adopted model too: the trainer writes it in the names of the architecture's checkpoints, which it does not
+        find again when it resumes (transformers 5.24).
+        """
+        return {"engine": self.loop.engine} | ({"model": model} if adopted_blocks(model) else {})
 
 
 def _folder(args: TrainingArguments, state: TrainerState) -> Path:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..contract.families import Block, Routed, Stored, config_value
+from ..contract.parts import Part
 from ..layer.moe import MoE
-from .borrowed import BorrowedExperts, BorrowedRouter, plain_forward
+from .borrowed import BorrowedExperts, BorrowedRouter, Borrowing, plain_forward
 from .calls import Calls
 from .tapping import Tap
 
@@ -112,6 +113,11 @@ class Adopted:
         bank: BorrowedExperts = self.layer.experts  # type: ignore[assignment]
         return bank
 
+    def declaring(self, path: str) -> tuple[Part, str]:
+        """(the part that declares a tensor of the block, its name there)."""
+        parts = [part for _, part in self.layer.parts() if isinstance(part, Borrowing)]
+        return next((part, name) for part in parts for name, one in part.paths.items() if one == path)
+
     def selection_bias(self) -> Tensor:
         """[E]: the block's own bias that only selection sees, and the engine's."""
         biases = [bias() for bias in self.layer.bias_levels()[0].values() if bias.selection_only]
@@ -150,6 +156,31 @@ class Adopted:
             None if mask is None or bool(mask.all()) else mask.view(shape).to(x.device),
             None if ids is None else ids.view(shape).to(x.device),
         )
+
+
+class Resizing:
+    """Before a state is loaded into a block: take on its number of experts, and its own layout of flat tensors."""
+
+    def __init__(self, adopted: Adopted) -> None:
+        self.adopted = adopted
+
+    def __call__(self, _: nn.Module, state: dict[str, Any], prefix: str, *__: Any) -> None:
+        block = self.adopted.block
+        rows, at = block.family.first("logit_row")
+        if prefix + rows not in state:
+            return
+        experts = state[prefix + rows].shape[at.axis]
+        for path, stored in block.family.tensors.items():
+            given, live = state.get(prefix + path), block.tensor(path)
+            if given is None:
+                continue
+            if stored.flat and given.dim() < live.dim():
+                given = state[prefix + path] = given.unflatten(stored.axis, (experts, -1))
+            shape = [*live.shape]
+            shape[stored.axis] = experts
+            if given.shape != live.shape and list(given.shape) == shape:
+                part, name = self.adopted.declaring(path)
+                part.put(name, live.new_zeros(shape))
 
 
 def _floating(value: Any) -> bool:

@@ -11,24 +11,37 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
+import attrs
 import torch
 from torch import Tensor, nn
 
 from ..contract.families import Block, Decision, Routed
+from ..contract.numerics import without_autocast
 from ..contract.options import Settings, parse_settings
+from ..contract.parts import Bias
 from ..engine.builder import LayerBuild, layer_name, spec_of
 from ..engine.engine import Engine
 from ..errors import UsageError, listed, nearest
 from ..layer.probing import evaluating
-from .adopted import LAYER, Adopted, CopiedHook, Entry, Shared, adopted_blocks, folded
+from .adopted import LAYER, Adopted, CopiedHook, Entry, Resizing, Shared, adopted_blocks, folded
 from .borrowed import BorrowedBias, BorrowedExperts, borrowed_router
 from .calls import follow
 from .families import blocks_of
 from .tapping import Tap
 
+IDLE = 1e-6  # a bias below this is rounding
 PROBE = 32  # tokens on which a recipe is compared with its block
 LEAST_SAME = 0.9  # of them that choose the same; in bf16 scores may be equal
 TOLERANCE, HALF_TOLERANCE = 1e-5, 1e-2  # of the gates, relative to the largest, in fp32 and below
+
+
+@attrs.frozen(eq=False)
+class Own:
+    """A block's own decision: tokens x [T, D], gates [T, E], and K."""
+
+    x: Tensor
+    gates: Tensor
+    top_k: int
 
 
 def adopt(
@@ -119,7 +132,7 @@ def _adopt(engine: Engine, block: Block, shared: Shared, settings: Settings, spe
         settings = {**settings, router: {**options, **typed, **settings.get(router, {})}}
     build = LayerBuild(
         engine.plugins,
-        spec_of({**engine.defaults, **_sizes(block), **spec}),
+        spec_of({**engine.defaults, **_sizes(block), **_choices(block, own), **spec}),
         layer_name(f"{block.name}.{LAYER}", engine.layers, 0),
         settings,
         bank=BorrowedExperts(block, shared.resized),
@@ -128,29 +141,35 @@ def _adopt(engine: Engine, block: Block, shared: Shared, settings: Settings, spe
     )
     layer = engine.built(build).to(block.tensor(next(iter(block.family.tensors))).device)
     adopted = Adopted(block, layer, shared, alike, born=layer.spec.experts)
-    if alike and own is not None:
+    if alike:
         _check_alike(adopted, own)
     block.module.add_module(LAYER, layer.train(block.module.training))
     shared.layers.append(layer)
     adopted.tap = Tap(block, adopted.see, None, CopiedHook)
     block.entry.forward = Entry(adopted)
+    block.module.register_load_state_dict_pre_hook(Resizing(adopted))
 
 
-def _sizes(block: Block) -> dict[str, Any]:
+def _sizes(block: Block) -> dict[str, int]:
     """A block's sizes, as those of a layer."""
     rows, at = block.family.first("logit_row")
     out, of = block.family.first("output")
-    row = block.tensor(rows)
-    _, options = block.family.recipe(block) or ("", {})
-    top_k = block.setting("top_k", "num_experts_per_tok")
+    row, weight = block.tensor(rows), block.tensor(out)
     return {
-        "dim": row.shape[at.fan_in or 1],
-        "hidden": block.tensor(out).shape[of.fan_in or 1],
+        "dim": row.shape[1 if at.fan_in is None else at.fan_in],
+        "hidden": weight.shape[1 if of.fan_in is None else of.fan_in],
         "experts": row.shape[at.axis],
-        "top_k": top_k,
+    }
+
+
+def _choices(block: Block, own: Own) -> dict[str, Any]:
+    """How many experts a token of a block is sent to, and what follows from it."""
+    _, options = block.family.recipe(block) or ("", {})
+    # a block may renormalise the one gate of a token to the constant 1
+    return {
+        "top_k": own.top_k,
         "causal": True,
-        # the block may renormalise the one gate of a token to the constant 1
-        "allow_no_gradient": top_k == 1 and bool(options.get("renorm")),
+        "allow_no_gradient": own.top_k == 1 and bool(options.get("renorm")),
     }
 
 
@@ -175,8 +194,8 @@ def _fold(block: Block) -> None:
 
 
 @torch.no_grad()
-def own_decision(block: Block) -> tuple[Tensor, Tensor] | None:
-    """(tokens [T, D], gates [T, E]) of a block's own decision on random tokens, or None if it tells none."""
+def own_decision(block: Block) -> Own:
+    """A block's own decision on random tokens. Raises UsageError if its family can't read it."""
     seen: list[Decision] = []
     routed: list[Routed] = []
 
@@ -186,23 +205,23 @@ def own_decision(block: Block) -> tuple[Tensor, Tensor] | None:
 
     by_router = block.family.decides == "router"
     tap = Tap(block, routed.append, None if by_router else given, _same)
-    row, weight = (block.tensor(block.family.first(role)[0]) for role in ("logit_row", "in"))
-    dim = row.shape[-1]
+    sizes, weight = _sizes(block), block.tensor(block.family.first("output")[0])
     random = torch.Generator().manual_seed(0)
-    x = torch.randn(1, PROBE, dim, generator=random).to(weight.device, weight.dtype)
+    x = torch.randn(1, PROBE, sizes["dim"], generator=random).to(weight.device, weight.dtype)
     try:
-        with evaluating(block.module):
+        with evaluating(block.module), without_autocast(x.device):
             block.module(x)
         if by_router:
             given([])
     finally:
         tap.close()
     if not seen:
-        return None
+        kind = type(block.module).__name__
+        message = f"family '{block.family.name}' finds no decision in {kind}; check its `entry` and `decides`"
+        raise UsageError(message, code="unknown-decision")
     _, expert_TK, gate_TK = seen[-1]
-    experts = int(row.shape[0])
-    gates = torch.zeros(PROBE, experts, device=x.device).scatter(1, expert_TK.long(), gate_TK.float())
-    return x[0], gates
+    gates = torch.zeros(PROBE, sizes["experts"], device=x.device).scatter(1, expert_TK.long(), gate_TK.float())
+    return Own(x[0], gates, expert_TK.shape[1])
 
 
 def _same(act: Callable[..., None]) -> Callable[..., None]:
@@ -210,10 +229,9 @@ def _same(act: Callable[..., None]) -> Callable[..., None]:
 
 
 @torch.no_grad()
-def _check_alike(adopted: Adopted, own: tuple[Tensor, Tensor]) -> None:
+def _check_alike(adopted: Adopted, own: Own) -> None:
     """Raise UsageError unless the layer decides as its block did, wherever scores are not within rounding."""
-    x_TD, own_TE = own
-    layer, block = adopted.layer, adopted.block
+    layer, block, x_TD, own_TE = adopted.layer, adopted.block, own.x, own.gates
     with evaluating(layer):
         gate_TE = layer.route(layer.tokens(x_TD)).gates().float()
     same_T = ((gate_TE > 0) == (own_TE > 0)).all(-1)
@@ -265,9 +283,16 @@ def lost_in_plain(found: list[Adopted]) -> str:
             lost.setdefault(f"capacity={layer.spec.capacity}", []).append(name)
         for plugin, bias in layer.bias_levels()[0].items() if layer.bias_levels() else ():
             fits = bias.selection_only and adopted.block.bias is not None
-            if not (isinstance(bias, BorrowedBias) or fits or not bool(bias().any())):
+            if not (isinstance(bias, BorrowedBias) or fits or _idle(bias)):
                 lost.setdefault(f"the bias '{plugin}'", []).append(name)
     return listed(f"{what} in {listed(names)}" for what, names in lost.items())
+
+
+def _idle(bias: Bias) -> bool:
+    """Whether a bias moves nothing: it is 0, or the same for all experts if only selection sees it."""
+    value = bias().float()
+    moved = value - value.mean() if bias.selection_only else value
+    return float(moved.abs().max()) < IDLE
 
 
 def put_back(block: Block) -> None:
@@ -276,6 +301,9 @@ def put_back(block: Block) -> None:
     if isinstance(entry, Entry) and entry.adopted.tap is not None:
         entry.adopted.tap.close()
     block.module._modules.pop(LAYER, None)
+    hooks = block.module._load_state_dict_pre_hooks
+    for key in [key for key, hook in hooks.items() if isinstance(hook.hook, Resizing)]:
+        del hooks[key]
     _fold(block)
 
 

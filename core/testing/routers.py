@@ -234,20 +234,21 @@ def bias_changes_choices_but_no_gate(bench: Bench) -> None:
 
 @claim("moe_router")
 def capacity_is_respected(bench: Bench) -> str | None:
-    """No expert keeps more than min(ceil(C T K / E), T) of T tokens, for any capacity C."""
+    """No expert keeps more than min(ceil(C T K / E), T) of T tokens, for any capacity C, in training and evaluation."""
     mask = torch.ones(3, 8, dtype=torch.bool)
     mask[2, 3:] = False
     for capacity in (0.3, 1.0, 100.0):
-        trial = bench.trial_or_refusal(capacity=capacity)
+        trial = bench.trial_or_refusal(capacity=capacity, eval_capacity=capacity)
         if isinstance(trial, str):
             return trial
         if trial.layer.router.levels:
             trial.set_logits(*trial.logits(skewed))
-        routing = trial.route(attrs.evolve(data(), mask=mask))
-        kept = torch.bincount(routing.plan.expert[routing.plan.kept], minlength=EXPERTS)
         limit = min(-(-Fraction(str(capacity)) * 19 * TOP_K // EXPERTS), 19)
-        most = int(kept.max())
-        demand(most <= limit, f"with capacity {capacity} an expert keeps {most} of 19 tokens; its limit is {limit}")
+        for training in (True, False):
+            trial.layer.train(training)
+            routing = trial.route(attrs.evolve(data(), mask=mask))
+            most = int(torch.bincount(routing.plan.expert[routing.plan.kept], minlength=EXPERTS).max())
+            demand(most <= limit, f"with capacity {capacity} an expert keeps {most} of 19 tokens; its limit is {limit}")
     return None
 
 

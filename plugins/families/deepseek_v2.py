@@ -16,6 +16,8 @@ class DeepseekV2:
 
 
 def recipe(block):
+    if block.setting("topk_method", default="greedy") not in ("greedy", "group_limited_greedy"):
+        return None
     options = {"renorm": False, "scale": float(block.setting("routed_scaling_factor", default=1.0))}
     if block.setting("topk_method") == "group_limited_greedy":
         options |= {"groups": block.setting("num_group", "n_group"), "groups_kept": block.setting("topk_group")}

@@ -2,6 +2,7 @@ import attrs
 import torch
 
 from moe_engine import Block, Family, hookimpl, unwrapped
+from moe_engine.testing import tiny_model
 
 
 @attrs.define(eq=False)
@@ -13,7 +14,10 @@ class Generic:
 
     @hookimpl
     def moe_family(self):
-        return GenericFamily(decides="entry")
+        return GenericFamily()
+
+    def trial_model(self):
+        return tiny_model("mixtral")
 
 
 class GenericFamily(Family):

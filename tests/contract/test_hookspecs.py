@@ -3,6 +3,7 @@
 import inspect
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import attrs
 import pytest
@@ -13,6 +14,7 @@ from moe_engine import (
     Bias,
     Engine,
     Experts,
+    Family,
     Finding,
     Growth,
     LevelSpec,
@@ -26,6 +28,7 @@ from moe_engine import (
     option,
 )
 from moe_engine.contract.hookspecs import HOOKS
+from moe_engine.pretrained.families import blocks_of
 from moe_engine.run.config import RunConfig
 from moe_engine.run.training import Training
 from moe_engine.tasks.images import image_task
@@ -249,6 +252,23 @@ def test_hook_moe_task(install, tmp_path):
     training = Training(RunConfig(task="noise", epochs=1), {}, tmp_path / "run")
     assert training.total_steps == 1
     assert isinstance(training.model, nn.Module)
+
+
+@attrs.define(eq=False)
+class FamilyPlugin:
+    @hookimpl
+    def moe_family(self, model):
+        return Family(router="scores", experts="bank")
+
+
+def test_hook_moe_family(install):
+    """The plugin of a model's type is asked; its blocks are the modules that have both parts."""
+    install("family", "noise", FamilyPlugin)
+    model = nn.ModuleDict({"scores": nn.Linear(4, 2), "bank": nn.Linear(4, 4)})
+    model.config = SimpleNamespace(model_type="noise")
+    (block,) = blocks_of(model)
+    assert block.family.name == "noise"
+    assert block.router is model["scores"] and block.experts is model["bank"]
 
 
 @attrs.define(eq=False)

@@ -219,7 +219,7 @@ def test_a_run_reads_only_declared_names(reads, tmp_path):
     assert names_read() >= {*hooks, "moe_task", "traits", "weight"}
 
 
-@pytest.mark.parametrize("kind", sorted(set(discovery.KINDS.values()) - {"report", "task"}))
+@pytest.mark.parametrize("kind", sorted(set(discovery.KINDS.values()) - {"report", "task", "family"}))
 def test_an_engine_reads_only_declared_names(reads, installed, kind):
     """An engine with a plugin of each kind, three of a kind at most, is built and takes a step."""
     names = [name for name, (found,) in installed.items() if found.kind == kind]
