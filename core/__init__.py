@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .contract.history import History as History
     from .contract.history import consecutive as consecutive
     from .contract.history import grow_at_peaks as grow_at_peaks
+    from .contract.history import least_experts as least_experts
     from .contract.hookspecs import hookimpl as hookimpl
     from .contract.numerics import at_least_fp32 as at_least_fp32
     from .contract.numerics import centred_log as centred_log
@@ -62,11 +63,13 @@ if TYPE_CHECKING:
     from .contract.tasks import TaskSpec as TaskSpec
     from .contract.traits import Traits as Traits
     from .engine.engine import Engine as Engine
+    from .engine.pruning import prune as prune
     from .errors import PluginError as PluginError
     from .errors import RunError as RunError
     from .errors import UsageError as UsageError
     from .errors import nearest as nearest
     from .files import write_atomically as write_atomically
+    from .growth.merging import merging as merging
     from .layer.activations import ACTIVATIONS as ACTIVATIONS
     from .layer.dense import DenseMLP as DenseMLP
     from .layer.experts import ModuleBank as ModuleBank
@@ -93,7 +96,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "contract.families": ("GATE", "STACKED", "Block", "Family", "Stored", "unwrapped"),
     "contract.growth": ("Grown", "Growth", "NewExpert"),
-    "contract.history": ("History", "grow_at_peaks", "consecutive"),
+    "contract.history": ("History", "grow_at_peaks", "consecutive", "least_experts"),
     "contract.hookspecs": ("hookimpl",),
     "contract.numerics": ("at_least_fp32", "centred_log", "count_by", "cv2", "entropy_of"),
     "contract.options": ("option",),
@@ -130,8 +133,10 @@ _HOMES = {
     "contract.traits": ("Traits",),
     "contract.tasks": ("Task", "TaskSpec"),
     "engine.engine": ("Engine",),
+    "engine.pruning": ("prune",),
     "errors": ("PluginError", "RunError", "UsageError", "nearest"),
     "files": ("write_atomically",),
+    "growth.merging": ("merging",),
     "layer.activations": ("ACTIVATIONS",),
     "layer.dense": ("DenseMLP",),
     "layer.experts": ("ModuleBank", "StackedMLP"),

@@ -2,7 +2,7 @@
 
 import gc
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import compress
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 from .errors import UsageError
 from .processes import shard_like
 
-Moments = Literal["fresh", "copy"]
+Moments = Literal["fresh", "copy", "mean"]
 
 # The initial state of a weight without history. Adam's squared averages start at 0 although the step counter is old, so
 # a new expert's first steps are 3 to 6.5 times lr; it is drawn at random and has nothing to lose. The mean over experts
@@ -38,11 +38,13 @@ def staged_state(
     axis: int,
     origins: Sequence[int | None],
     moments: Mapping[int, Moments],
+    means: Mapping[int, Callable[[Tensor], Tensor]],
 ) -> dict[str, Any]:
     """An optimizer's state of a parameter after its rows are replaced by those of `origins`.
 
-    value: the parameter's new value. moments: position of each new expert -> its initial state. Raises UsageError
-    for a state that is not shaped like the parameter.
+    value: the parameter's new value. moments: position of each new expert -> its initial state. means: position of
+    each merged one -> what averages its parents' rows in any tensor of the parameter's rank. Raises UsageError for a
+    state that is not shaped like the parameter.
     """
     staged = {}
     for key, state in optimizer.state[parameter].items():
@@ -55,7 +57,9 @@ def staged_state(
             continue
         new = reindex(state, axis, origins)
         for position, how in moments.items():
-            if how == "fresh" or origins[position] is None:
+            if position in means:  # only these have several parents; without them, "mean" is "copy"
+                new.select(axis, position).copy_(means[position](state))
+            elif how == "fresh" or origins[position] is None:
                 new.select(axis, position).copy_(_fresh(optimizer, name, key, state, axis, value, position))
         staged[key] = new
     return staged

@@ -47,7 +47,7 @@ REFERENCE = {
     "Controllers": ("What biases and states read after an optimizer step.", "Step ema_update_"),
     "Growth": (
         "Ask for experts, make their weights, read what happened.",
-        "Growth NewExpert Grown History consecutive grow_at_peaks",
+        "Growth NewExpert Grown merging prune History consecutive grow_at_peaks least_experts",
     ),
     "Tasks": ("The data, the model and the score of a run.", "Task TaskSpec"),
     "Numerics": (

@@ -9,7 +9,8 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 
 @pytest.mark.parametrize(
-    "name", ["experts", pytest.param("memory", marks=pytest.mark.long), "step", "growth", "startup"]
+    "name",
+    ["growth", *(pytest.param(name, marks=pytest.mark.long) for name in ("experts", "memory", "step", "startup"))],
 )
 def test_a_benchmark_runs(name, commands):
     before = sorted(FOLDER.glob("results/*"))

@@ -46,8 +46,15 @@ def test_every_strategy_is_an_entry_point_of_its_files_name(setup_cfg):
         for group, text in setup_cfg["options.entry_points"].items()
         if group.startswith(PREFIX)
         for line in lines(text)
+        if not is_alias(line)
     }
     assert listed == expected
+
+
+def is_alias(line):
+    """Whether an entry point gives a family another model type, whose blocks are the same."""
+    name, _, target = line.partition(" = ")
+    return "plugins.families." in target and not target.rpartition(":")[0].endswith(f".{name}")
 
 
 def test_every_test_folder_mirrors_a_source_folder():
@@ -77,31 +84,42 @@ def test_the_wheel_holds_every_source_file(wheel):
                 assert f"{package}/{path.relative_to(ROOT / folder).as_posix()}" in names
 
 
-def test_the_installed_wheel_runs(wheel, tmp_path):
+@pytest.mark.parametrize(
+    ("words", "files"),
+    [
+        (
+            ["new-plugin", "router", "mine", "--out", "out"],
+            {".github", ".gitignore", "README.md", "moe_engine_mine.py"},
+        ),
+        pytest.param(
+            ["run", "--plugins", "saturation,switch_aux", "--steps", "3", "--quiet", "--out", "out"],
+            {
+                "config.toml",
+                "metrics.jsonl",
+                "summary.json",
+                "model.safetensors",
+                "report.html",
+                "plots",
+                "checkpoints",
+            },
+            marks=pytest.mark.long,
+        ),
+    ],
+)
+def test_the_installed_wheel_runs(wheel, tmp_path, words, files):
     """In a folder of its own, where neither the checkout nor its editable install can stand in for it."""
-    install = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--target",
-        str(tmp_path / "site"),
-        str(wheel),
-    ]
-    subprocess.run(install, check=True, capture_output=True)
+    with zipfile.ZipFile(wheel) as file:  # all that pip does with a wheel of Python files alone
+        file.extractall(tmp_path / "site")
     code = f"""
 import sys
 sys.path.insert(0, {str(tmp_path / "site")!r})
 from moe_engine.cli import main
 import moe_engine
 assert moe_engine.__file__.startswith({str(tmp_path)!r}), moe_engine.__file__
-sys.exit(main(["run", "--plugins", "saturation,switch_aux", "--epochs", "1", "--quiet", "--out", "out"]))
+sys.exit(main({words!r}))
 """
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=tmp_path)
-    files = {"config.toml", "metrics.jsonl", "summary.json", "model.safetensors", "report.html", "plots", "checkpoints"}
-    assert files == {path.name for path in (tmp_path / "out").iterdir()}
+    assert files <= {path.name for path in (tmp_path / "out").iterdir()}
 
 
 def test_a_strategy_is_one_file_that_can_be_read_at_a_glance():

@@ -163,7 +163,7 @@ def _built(recorded: LayerTrace, variant: ReplayVariant, settings: Settings) -> 
     used: Settings = {name: dict(settings[name]) for name in plugins if name in settings}
     if variant.router == recorded.router:
         used[variant.router] = {**recorded.options, **used.get(variant.router, {})}
-    spec = {name: getattr(recorded.spec, name) for name in ("experts", "vocab", "classes", "causal")}
+    spec = {name: getattr(recorded.spec, name) for name in ("experts", "capacity_per", "vocab", "classes", "causal")}
     engine = Engine(plugins, used)
     layer = engine.moe(
         recorded.spec.dim,

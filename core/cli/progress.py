@@ -182,9 +182,10 @@ def _facts(record: dict[str, Any] | None, test: dict[str, Any] | None = None) ->
 
 def event(growth: dict[str, Any]) -> str:
     """A growth in words."""
-    added, removed = growth["rows"].count(None), len(growth["drop"])
-    parts = (f"{added} added by {growth['initializer']}" if added else "", f"{removed} removed" if removed else "")
-    what = " and ".join(part for part in parts if part)
+    merged = sum(isinstance(parent, list) for parent in growth["parents"])
+    added, removed = growth["rows"].count(None) - merged, len(growth["drop"])
+    counts = {f"added by {growth['initializer']}": added, "merged": merged, "removed": removed}
+    what = " and ".join(f"{count} {how}" for how, count in counts.items() if count)
     moved = "" if growth["change"] is None else f", output changed by {growth['change']:.1%}"
     return f"{growth['layer']} has {growth['after']} experts, {what}{moved} ({growth['why']})"
 

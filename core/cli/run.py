@@ -15,7 +15,8 @@ from .follow import follow
 
 
 @click.command(short_help="Train a model, watch its balance, and write a report.")
-@flags("plugins", "no_plugin", "task", "experts", "top_k", "capacity", "allow_no_gradient")
+@flags("plugins", "no_plugin", "task", "experts", "top_k")
+@flags("capacity", "eval_capacity", "capacity_per", "allow_no_gradient")
 @flags("epochs", "steps", "batch_size", "lr", "lr_schedule", "weight_decay", "seed")
 @flags("device", "precision", "bf16_matmul", "data_dir")
 @flags("eval_every", "log_every", "checkpoint_every", "record_routing")

@@ -20,6 +20,9 @@ Decision = tuple[Tensor, Tensor, Tensor]  # hidden states [T, D], chosen experts
 Compute = Callable[..., Any]  # what a block's experts did before the block was adopted
 
 
+COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
 @attrs.frozen
 class Stored:
     """A tensor of a block with an expert axis.
@@ -57,10 +60,10 @@ class Family:
     logits [T, E] in what the router returns. entry: the module that the layer of an adopted block replaces: the
     experts, or "" for the block itself. decides: where a decision can be read: in the call of the entry, or of the
     router alone. tensors: those with an expert axis, by their path
-    in the block; empty if the family only reads. count: where the config holds the number of experts, such as
-    "num_local_experts" or "ffn_config.moe_num_experts". recipe: from a block, the router plugin that makes the same
-    choices and gates of the same logits; None if there is none. score: from logits to the scores that losses and
-    metrics see as probabilities.
+    in the block; empty if the family only reads. count: names by which the config may hold the number of experts, such
+    as "ffn_config.moe_num_experts"; none if that number means more than these experts. recipe: from a block, the router
+    plugin that makes the same choices and gates of the same logits; None if there is none. score: from logits to the
+    scores that losses and metrics see as probabilities.
     """
 
     name: str = attrs.field(default="", init=False)
@@ -70,7 +73,7 @@ class Family:
     entry: str = "experts"
     decides: Literal["entry", "router"] = "entry"
     tensors: Mapping[str, Stored] = attrs.field(factory=dict)
-    count: str = ""
+    count: tuple[str, ...] = COUNTS
     recipe: Callable[["Block"], Recipe | None] = no_recipe
     score: Callable[[Tensor], Tensor] = softmax
 

@@ -62,6 +62,22 @@ def consecutive(memory: dict[str, float], layer: Layer, holds: bool) -> float:
     return memory[layer.name]
 
 
+def least_experts(layer: Layer, value_E: Tensor, keep: int) -> list[int]:
+    """The experts to remove so that `keep` remain, least value [E] first; at least as many remain as a token chooses.
+
+    Where experts compete in groups, each group keeps as many as a token chooses in it.
+    """
+    within, levels = layer.router.competes_in("expert"), layer.router.levels
+    group_E = [0] * len(value_E) if within is None else within.tolist()
+    least = layer.spec.top_k if within is None else levels[-1].top_k
+    dropped: list[int] = []
+    for expert in value_E.argsort(stable=True).tolist():
+        left = [group for other, group in enumerate(group_E) if other not in dropped]
+        if len(left) > keep and left.count(group_E[expert]) > least:
+            dropped.append(expert)
+    return dropped
+
+
 def grow_at_peaks(trigger: Any, history: History, memory: dict[str, float], what: str) -> list[Growth]:
     """Grow each layer at the expert with the largest value, once that has stayed above the trigger's threshold.
 

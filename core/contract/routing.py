@@ -30,9 +30,11 @@ class Spec:
     dim: D of the input. hidden: H of an expert. out: D of the output, 0 = dim. experts: E. top_k: K.
     activation: relu, gelu or swiglu. bias: experts have bias vectors. shared: number of shared experts, which
     process every token. shared_gate: multiply their output by a learned sigmoid(x w). capacity: in training an expert
-    keeps at most ceil(capacity*T*K/E) of T real tokens; None drops nothing. vocab: number of token ids, if the layer
-    is given ids. classes: number of labels, if it is given labels. causal: a token must not see later ones.
-    allow_no_gradient: accept, with a remark, that the task gives the router no gradient.
+    keeps at most ceil(capacity*T*K/E) of T real tokens; None drops nothing. eval_capacity: the same in evaluation.
+    capacity_per: T counts a batch, or each sequence, an expert then keeping that many of each; a sequence is the last
+    axis of x before D. vocab: number of token ids, if the layer is given ids. classes: number of labels, if it is given
+    labels. causal: a token must not see later ones. allow_no_gradient: accept, with a remark, that the task gives the
+    router no gradient.
     """
 
     dim: int
@@ -45,6 +47,8 @@ class Spec:
     shared: int = 0
     shared_gate: bool = False
     capacity: float | None = None
+    eval_capacity: float | None = None
+    capacity_per: str = "batch"
     vocab: int | None = None
     classes: int | None = None
     causal: bool = False
@@ -61,8 +65,12 @@ class Spec:
             raise _bad_spec(f"experts={self.experts}: a layer needs at least one expert")
         if not 1 <= self.top_k <= self.experts:
             raise _bad_spec(f"top_k={self.top_k}: with {self.experts} experts it must be 1 to {self.experts}")
-        if self.capacity is not None and not 1e-6 <= self.capacity <= 1e6:
-            raise _bad_spec(f"capacity={self.capacity} must be 1e-6 to 1e6, or unset to drop nothing")
+        for name in ("capacity", "eval_capacity"):
+            value = getattr(self, name)
+            if value is not None and not 1e-6 <= value <= 1e6:
+                raise _bad_spec(f"{name}={value} must be 1e-6 to 1e6, or unset to drop nothing")
+        if self.capacity_per not in ("batch", "sequence"):
+            raise _bad_spec(f"capacity_per is '{self.capacity_per}'; choose batch or sequence")
         if self.activation not in ("relu", "gelu", "swiglu"):
             raise _bad_spec(f"activation is '{self.activation}'; choose relu, gelu or swiglu")
 
@@ -70,6 +78,11 @@ class Spec:
     def out_dim(self) -> int:
         """D of the output."""
         return self.out or self.dim
+
+    @property
+    def limited(self) -> bool:
+        """Whether experts have a capacity, in training or in evaluation."""
+        return self.capacity is not None or self.eval_capacity is not None
 
 
 def _bad_spec(message: str) -> UsageError:

@@ -167,8 +167,8 @@ def _check_staged(plugins: Plugins, layer: MoE, growth: Growth, staged: Staged) 
     plugins.check(Setup(plugins.override(layer.settings), spec, sizes=sizes))
     if growth.require_exact and not set(_effects(plugins, staged)) & set(layer.router.keeps_function):
         (router,) = (bound.plugin for bound in plugins.bind("moe_router"))
-        how = f"initializer '{staged.initializer}' can't preserve" if staged.initializer else "removal can't preserve"
-        message = f"{how} what a layer with router '{router}' computes; remove require_exact"
+        cause = f"initializer '{staged.initializer}'" if staged.initializer else "merging or removal"
+        message = f"{cause} can't preserve what a layer with router '{router}' computes; remove require_exact"
         raise UsageError(message, code="growth-not-exact")
 
 

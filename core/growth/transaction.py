@@ -6,6 +6,7 @@ before the end swaps them back.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import attrs
@@ -14,12 +15,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
-from ..contract.growth import Grown, Growth, NewExpert, Plan
+from ..contract.growth import Grown, Growth, NewExpert, Order, Plan
 from ..contract.parts import Axis, Part
 from ..errors import UsageError, listed
 from ..layer.moe import MoE
 from ..optimizer_state import refuse_odd_state, reindex, staged_state
 from ..seeds import random_state, set_random_state
+from .merged import check_orders, mean_row, merged_row
 from .plans import plans_of
 
 Rows = dict[str, Tensor]  # one expert's rows, by "part.tensor"
@@ -57,6 +59,7 @@ def stage(
     declared = list(_declared(layer))
     _refuse_unable(layer, declared)
     plans = plans_of(layer, growth)
+    check_orders(growth, {where: (getattr(part, name), axis) for where, part, name, axis in declared})
     initializer = None
     born: dict[str, list[NewExpert]] = {}
     changed: dict[tuple[str, int], Rows] = {}  # (population, old position) -> rows of parents that change too
@@ -68,11 +71,15 @@ def stage(
     tensors = [
         (part, name, value)
         for target in (layer, *copies)
-        for part, staged in _staged_parts(target, dict(layer.parts()), plans, born, changed)
+        for part, staged in _staged_parts(target, dict(layer.parts()), plans, born, changed, growth.orders)
         for name, value in staged.items()
     ]
     values = {id(getattr(part, name)): value for part, name, value in tensors}
-    states = [state for optimizer in optimizers for state in _staged_states(optimizer, declared, plans, born, values)]
+    states = [
+        state
+        for optimizer in optimizers
+        for state in _staged_states(optimizer, declared, plans, born, values, growth.orders)
+    ]
     return Staged(plans, initializer, tensors, states)
 
 
@@ -82,6 +89,7 @@ def _staged_states(
     plans: Mapping[str, Plan],
     born: Mapping[str, Sequence[NewExpert]],
     values: Mapping[int, Tensor],
+    orders: Mapping[str, Order],
 ) -> Iterator[tuple[Optimizer, Tensor, dict[str, Any]]]:
     """An optimizer's state of each parameter that changes; values: the parameters' new ones by id."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -92,8 +100,12 @@ def _staged_states(
         if axis.of in plans and id(parameter) in held and optimizer.state.get(parameter):
             plan = plans[axis.of]
             how = {at: new.moments for at, new in zip(plan.added, born[axis.of], strict=True)}
-            value = values[id(parameter)]
-            yield optimizer, parameter, staged_state(optimizer, where, parameter, value, axis.axis, plan.origins, how)
+            means = {
+                at: partial(mean_row, axis=axis.axis, shares=shares, order=orders.get(where))
+                for at, shares in plan.merged.items()
+            }
+            value, at = values[id(parameter)], axis.axis
+            yield optimizer, parameter, staged_state(optimizer, where, parameter, value, at, plan.origins, how, means)
 
 
 def _declared(layer: MoE) -> Iterator[Declared]:
@@ -134,20 +146,25 @@ def _new_experts(
     ask: Ask,
     generator: torch.Generator,
 ) -> tuple[str | None, list[NewExpert]]:
-    """Ask the initializer for each new expert, with copies of its parent's rows on the CPU."""
-    initializer, born = None, []
+    """Ask the initializer for each new expert that is not merged, with copies of its parent's rows on the CPU."""
+    initializer: str | None = None
+    born = []
     roles = {where: axis.role for where, (_, axis) in weights.items()}
     for number, position in enumerate(plan.added):
         origin = plan.origins[position]
+        fresh = {where: _fresh_row(tensor, axis, generator) for where, (tensor, axis) in weights.items()}
+        given = _given_rows(growth, fresh, number, len(plan.added))
+        if position in plan.merged:
+            born.append(NewExpert(given, moments="mean"))  # each layer and copy averages its own rows
+            continue
         parent = None
         if origin is not None:  # as earlier new experts left it
             rows = {where: tensor.detach().select(axis.axis, origin) for where, (tensor, axis) in weights.items()}
             rows |= changed.get((of, origin), {})
             parent = {where: row.cpu().clone() for where, row in rows.items()}
-        fresh = {where: _fresh_row(tensor, axis, generator) for where, (tensor, axis) in weights.items()}
         offer = {"parent": parent, "growth": growth, "index": position, "fresh": fresh, "roles": roles}
         initializer, new = ask(of, origin, {**offer, "generator": generator})
-        new = attrs.evolve(new, values={**new.values, **_given_rows(growth, fresh, number, len(plan.added))})
+        new = attrs.evolve(new, values={**new.values, **given})
         _check_rows(initializer, "", new.values, fresh, all_of_them=True)
         _check_rows(initializer, " of the parent", new.parent_values, fresh if origin is not None else {})
         if origin is not None:
@@ -157,7 +174,7 @@ def _new_experts(
 
 
 def _given_rows(growth: Growth, fresh: Rows, number: int, count: int) -> Rows:
-    """The rows that a growth gives to one of `count` new units. Raises UsageError for one of another shape."""
+    """The rows that a growth gives to one of `count` new units. Raises UsageError for an odd shape or value."""
     rows = {}
     for where, given in growth.rows.items():
         if where not in fresh:  # of another population
@@ -166,7 +183,10 @@ def _given_rows(growth: Growth, fresh: Rows, number: int, count: int) -> Rows:
         if list(given.shape) not in (one, several):
             why = f"rows '{where}' of the growth of '{growth.layer}' are of shape {list(given.shape)}"
             raise UsageError(f"{why}; they must be {several}, or {one} for all", code="bad-growth")
-        rows[where] = (given if list(given.shape) == one else given[number]).to("cpu", fresh[where].dtype)
+        row = (given if list(given.shape) == one else given[number]).detach().to("cpu", fresh[where].dtype)
+        if not bool(row.isfinite().all()):
+            raise UsageError(f"rows '{where}' of the growth of '{growth.layer}' are not finite", code="bad-growth")
+        rows[where] = row
     return rows
 
 
@@ -201,14 +221,16 @@ def _staged_parts(
     plans: Mapping[str, Plan],
     born: Mapping[str, Sequence[NewExpert]],
     changed: Mapping[tuple[str, int], Rows],
+    orders: Mapping[str, Order],
 ) -> Iterator[tuple[Part, Rows]]:
     """Each part that changes, with its new tensors by name. originals: the parts of the live layer."""
     for where, part in layer.parts():
         staged = {}
         for name, axis in part.axes.items():
             if axis.of in plans or axis.values in plans:
-                news = [new.values.get(f"{where}.{name}") for new in born.get(axis.of, ())]
-                staged[name] = _staged_tensor(f"{where}.{name}", getattr(part, name).detach(), axis, plans, news)
+                full, live = f"{where}.{name}", getattr(part, name).detach()
+                news = [new.values.get(full) for new in born.get(axis.of, ())]
+                staged[name] = _staged_tensor(full, live, axis, plans, news, orders.get(full))
         for (of, old), rows in changed.items():
             for name, axis in part.axes.items():
                 if axis.of == of and f"{where}.{name}" in rows:
@@ -226,14 +248,21 @@ def _staged_parts(
 
 
 def _staged_tensor(
-    where: str, tensor: Tensor, axis: Axis, plans: Mapping[str, Plan], news: Sequence[Tensor | None]
+    where: str,
+    tensor: Tensor,
+    axis: Axis,
+    plans: Mapping[str, Plan],
+    news: Sequence[Tensor | None],
+    order: Order | None,
 ) -> Tensor:
     plan = plans.get(axis.of)
     out = tensor.clone() if plan is None else reindex(tensor, axis.axis, plan.origins)
     for number, position in enumerate(plan.added if plan else ()):
         assert plan is not None
         row = news[number] if number < len(news) else None
-        if row is None and (axis.new != "parent" or plan.origins[position] is None):
+        if row is None and axis.new == "parent" and position in plan.merged:
+            row = merged_row(where, tensor, axis.axis, plan.merged[position], order)
+        elif row is None and (axis.new != "parent" or plan.origins[position] is None):
             row = _new_row(where, tensor, axis)
         if row is not None:
             out.select(axis.axis, position).copy_(row)
@@ -256,9 +285,10 @@ def _new_row(where: str, tensor: Tensor, axis: Axis) -> Tensor:
 
 
 def _renamed(out: Tensor, axis: Axis, named: Plan, plan: Plan | None) -> Tensor:
-    """A tensor of unit indices, renumbered; -1 for units that are removed."""
-    new_name = torch.full((1 + max(max(named.kept, default=0), int(out.max())),), -1, device=out.device)
-    for old, new in named.kept.items():
+    """A tensor of unit indices, renumbered: of units merged away the merged one's, -1 for others that are removed."""
+    names = named.heirs | named.kept
+    new_name = torch.full((1 + max(max(names, default=0), int(out.max())),), -1, device=out.device)
+    for old, new in names.items():
         new_name[old] = new
     out = new_name[out].to(out.dtype)
     for position, home in zip(plan.added, plan.homes, strict=True) if plan and plan.homes else ():
@@ -342,7 +372,7 @@ def recorded(
         before=before,
         after=len(plan.origins),
         rows=tuple(None if at in plan.added else old for at, old in enumerate(plan.origins)),
-        parents=tuple(plan.origins[at] for at in plan.added),
+        parents=tuple(tuple(plan.merged[at]) if at in plan.merged else plan.origins[at] for at in plan.added),
         drop=tuple(sorted(set(range(before)) - plan.kept.keys())),
         initializer=staged.initializer,
         why=growth.why,

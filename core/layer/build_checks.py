@@ -45,7 +45,7 @@ def check_terms(layer: str, terms: Mapping[str, Any]) -> None:
         elif value.dim():
             why = f"is of shape {list(value.shape)}, not a scalar; take a mean, say routing.mean(...)"
         elif not value.requires_grad:
-            why = "does not depend on the router, so it has no gradient to train it"
+            why = "does not depend on the router or on any other weight of its layer, so it trains nothing here"
         else:
             continue
         raise UsageError(f"layer '{layer}': loss '{term}' {why}", code="bad-loss-term")

@@ -124,8 +124,9 @@ class MoE(nn.Module):
         slots = plan if isinstance(plan, Slots) else None
         if isinstance(plan, Slots):
             plan = assign(tokens.x.new_empty(0, 1), tokens.x.new_empty(0, 1, dtype=torch.long), tokens)
-        if self.spec.capacity is not None and self.training:
-            plan = within_capacity(plan, self.spec, tokens)
+        capacity = self.spec.capacity if self.training else self.spec.eval_capacity
+        if capacity is not None:
+            plan = within_capacity(plan, self.spec, tokens, capacity)
         return Routing(tokens, levels, probs_TE, plan, self.spec.experts, self.spec.top_k, slots)
 
     # -- sums ------------------------------------------------------------------------------------

@@ -45,14 +45,23 @@ class Entry:
         return adopted.block.family.answer(adopted.block, adopted.layer_output(given), given)
 
 
+def set_count(config: Any, names: tuple[str, ...], experts: int) -> None:
+    """Set a config's number of experts, by whichever of these names it has."""
+    for path in names:
+        where, _, name = path.rpartition(".")
+        holder = config_value(config, where) if where else config
+        if isinstance(getattr(holder, name, None), int):
+            setattr(holder, name, experts)
+
+
 class Shared:
     """What the adopted blocks of one model share: the running forwards, and what was switched off in the model.
 
-    own_loss: (module or config, name, value) of the model's own auxiliary loss. count: where a config holds the number
-    of experts.
+    own_loss: (module or config, name, value) of the model's own auxiliary loss. count: names of the config's
+    number of experts.
     """
 
-    def __init__(self, model: nn.Module, count: str) -> None:
+    def __init__(self, model: nn.Module, count: tuple[str, ...]) -> None:
         self.calls = Calls()
         self.model, self.count = [model], count  # in a list: a module must not be registered here
         self.own_loss: list[tuple[Any, str, Any]] = []
@@ -77,16 +86,12 @@ class Shared:
 
     def resized(self) -> None:
         """Let the config, and the model's own loss, follow the number of experts once all layers have the same."""
-        sizes = {layer.experts.count for layer in self.layers}
+        sizes = {int(layer.experts.count) for layer in self.layers}  # type: ignore[arg-type]
         if len(sizes) != 1:
             return
         (experts,) = sizes
         for module in self.model[0].modules():
-            where, _, name = self.count.rpartition(".")
-            config = getattr(module, "config", None)
-            holder = config_value(config, where) if where else config
-            if isinstance(getattr(holder, name, None), int):
-                setattr(holder, name, experts)
+            set_count(getattr(module, "config", None), self.count, experts)
             if hasattr(module, "lm_head") and isinstance(getattr(module, "num_experts", None), int):
                 module.num_experts = experts
 

@@ -302,7 +302,7 @@ def put_back(block: Block) -> None:
         entry.adopted.tap.close()
     block.module._modules.pop(LAYER, None)
     hooks = block.module._load_state_dict_pre_hooks
-    for key in [key for key, hook in hooks.items() if isinstance(hook.hook, Resizing)]:
+    for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "hook", None), Resizing)]:
         del hooks[key]
     _fold(block)
 

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..contract.families import Block, Routed, Stored, part_of
+from ..contract.families import COUNTS, Block, Routed, Stored, part_of
 from ..contract.parts import Axis, Bias, Experts, LinearRouter, Part, uniform, zeros
 from ..contract.routing import Assignments, Tokens
 from ..errors import UsageError
 from ..layer.probing import evaluating
 
-COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "out_features")
 LINEAR = "weight"  # the name of a linear router's rows
 
 
@@ -57,7 +56,7 @@ class Borrowing(Part):
 def recount(block: Block, holder: nn.Module, experts: int) -> None:
     """Let modules of transformers know their number of experts, which they keep beside their tensors."""
     for module in (holder, block.router, block.experts):
-        for name in COUNTS:
+        for name in (*COUNTS, "out_features"):
             if isinstance(getattr(module, name, None), int):
                 setattr(module, name, experts)
 

@@ -16,7 +16,7 @@ from ..contract.families import config_value
 from ..engine.engine import Engine
 from ..errors import UsageError, listed
 from ..layer.probing import evaluating, uncounted
-from .adopted import LAYER, Adopted, adopted_blocks, folded
+from .adopted import LAYER, Adopted, adopted_blocks, folded, set_count
 from .adopting import adopt, lost_in_plain
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}  # of logits, relative to the largest; 2e-2 for halves
@@ -111,10 +111,7 @@ def plain_config(model: Any, found: list[Adopted], experts: int) -> Iterator[Non
     shared = found[0].shared
     before = copy.deepcopy(model.config.__dict__)
     for config in [model.config, *(value for value in vars(model.config).values() if hasattr(value, "model_type"))]:
-        where, _, name = shared.count.rpartition(".")
-        holder = config_value(config, where) if where else config
-        if isinstance(getattr(holder, name, None), int):
-            setattr(holder, name, experts)
+        set_count(config, shared.count, experts)
         for owner, setting, value in shared.own_loss:
             if owner is config:
                 setattr(config, setting, value)

@@ -153,7 +153,10 @@ class Watcher:
         if torch._C._current_graph_task_id() != -1:
             return  # a backward is running, so this is activation checkpointing repeating the forward
         x_TD, expert_TK, gate_TK = decision_of(watched.block, given, watched.routed)
-        routing = routing_of(watched.block, watched.take_logits(x_TD), expert_TK, gate_TK, self._tokens(x_TD))
+        logits_TE = watched.take_logits(x_TD)
+        if watched.counted is None:
+            check_logits(watched.block, logits_TE, expert_TK)
+        routing = routing_of(watched.block, logits_TE, expert_TK, gate_TK, self._tokens(x_TD))
         if watched.counted is None:
             self._first(watched, routing)
         assert watched.counted is not None
@@ -217,6 +220,17 @@ def decision_of(block: Block, given: list[Any], routed: Routed | None) -> tuple[
         )
     x_TD, expert_TK, gate_TK = (tensor.detach() for tensor in decision)
     return x_TD, expert_TK.long(), gate_TK
+
+
+def check_logits(block: Block, logits_TE: Tensor, expert_TK: Tensor) -> None:
+    """Raise UsageError for logits that can't be those of the experts that were chosen."""
+    tokens, experts = logits_TE.shape
+    if tokens != len(expert_TK) or (tokens and int(expert_TK.max()) >= experts):
+        message = (
+            f"{block.name} chose an expert without a logit: its router's logits are {[tokens, experts]}, its choices "
+            f"{list(expert_TK.shape)} up to {int(expert_TK.max())}; check `logits` of family '{block.family.name}'"
+        )
+        raise UsageError(message, code="unknown-decision")
 
 
 def routing_of(block: Block, logits_TE: Tensor, expert_TK: Tensor, gate_TK: Tensor, tokens: Tokens) -> Routing:

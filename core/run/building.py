@@ -10,7 +10,8 @@ from ..errors import UsageError
 from ..seeds import generator
 from .config import RunConfig
 
-LAYER_OPTIONS = ("dense", "experts", "top_k", "capacity", "allow_no_gradient")  # options of a run that shape layers
+# options of a run that shape layers
+LAYER_OPTIONS = ("dense", "experts", "top_k", "capacity", "eval_capacity", "capacity_per", "allow_no_gradient")
 
 
 def build_engine(config: RunConfig, settings: Settings) -> Engine:

@@ -31,6 +31,10 @@ class RunConfig:
     capacity: float | None = option(
         None, help="Capacity factor C: in training an expert keeps at most ceil(C*T*K/E) of T tokens; unset: no limit."
     )
+    eval_capacity: float | None = option(None, help="The same in evaluation; unset: no limit.")
+    capacity_per: str = option(
+        "batch", help="T is the number of tokens of a batch, or of each sequence.", choices=("batch", "sequence")
+    )
     allow_no_gradient: bool = option(
         False, help="Allow a router that gets no gradient from the task and so cannot learn; the report says so."
     )

@@ -64,22 +64,26 @@ def _batch() -> tuple[Tensor, Tensor]:
 def _run(model: Any, **more: Any) -> Any:
     ids, mask = _batch()
     extra = {"decoder_input_ids": ids} if getattr(model.config, "is_encoder_decoder", False) else {}
-    with torch.no_grad():
-        return model(input_ids=ids, attention_mask=mask, **extra, **more)
+    return model(input_ids=ids, attention_mask=mask, **extra, **more)
 
 
-def _logits(model: nn.Module) -> Tensor:
-    """The logits of the real tokens."""
+def _outputs(model: nn.Module) -> Tensor:
+    """The logits of the real tokens; the hidden states of a model without a head."""
     answer = _run(model)
-    logits: Tensor = answer.logits if hasattr(answer, "logits") else answer.last_hidden_state
-    return logits[_batch()[1].bool()]
+    outputs: Tensor = answer.logits if hasattr(answer, "logits") else answer.last_hidden_state
+    return outputs[_batch()[1].bool()]
+
+
+@torch.no_grad()
+def _logits(model: nn.Module) -> Tensor:
+    return _outputs(model)
 
 
 @claim("moe_family")
 def reads_the_models_own_decisions(bench: Bench) -> None:
     """Watching finds the logits that the model itself returns, and counts every choice of its blocks."""
     model, _ = _trial(bench)
-    with watch(Engine(), model, record=True, family=bench.plugin.name) as watcher:
+    with torch.no_grad(), watch(Engine(), model, record=True, family=bench.plugin.name) as watcher:
         answer = _run(model, output_router_logits=True) if _returns_logits(model) else _run(model)
         metrics = watcher.metrics()
     named = {layer.name: layer for layer in watcher.trace.layers}
@@ -91,7 +95,6 @@ def reads_the_models_own_decisions(bench: Bench) -> None:
         logits_TE = forward.logits["expert"]
         count = len(forward.token)
         demand(bool(logits_TE.isfinite().all()), f"{layer.name} has logits that are not finite; check `logits`")
-        demand(int(forward.expert.max()) < logits_TE.shape[1], f"{layer.name} chose an expert without a logit")
         demand(count == logits_TE.shape[0] * layer.spec.top_k, f"{layer.name} counted {count} choices")
         flat = [one.reshape(-1, one.shape[-1]).float() for one in own]
         same = any(one.shape == logits_TE.shape and torch.equal(one, logits_TE) for one in flat)
@@ -126,8 +129,7 @@ def growth_keeps_names_and_layout(bench: Bench) -> None:
     engine = _adopted(bench, model)
     optimizer = adam(model, 0.0)
     model.train()
-    ids, mask = _batch()
-    (model(input_ids=ids, attention_mask=mask).logits.sum() + engine.aux_loss()).backward()
+    (_outputs(model).sum() + engine.aux_loss()).backward()
     engine.after_backward()
     optimizer.step()
     engine.after_step()

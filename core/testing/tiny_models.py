@@ -62,7 +62,11 @@ def tiny_model(name: str, **settings: Any) -> nn.Module:
 def _causal(transformers: Any, model_type: str) -> Any:
     """The class of a model type that has a language model's head, or the bare model."""
     names = transformers.models.auto.modeling_auto
-    tables = (names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, names.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES)
+    tables = (
+        names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        names.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        names.MODEL_MAPPING_NAMES,
+    )
     found = [table[kind] for table in tables for kind in (model_type, model_type.replace("_", "-")) if kind in table]
     return getattr(transformers, found[0])
 

@@ -56,7 +56,10 @@ class MixedExperts(Experts):
         self.expert_buffer("kind", torch.tensor(kinds, dtype=torch.float32))  # floats, of which growth has a mean
 
     def adjust_rows(self, staged, plans):
-        for position, origin in enumerate(plans["expert"].origins) if "expert" in plans else ():
+        if "expert" not in plans:
+            return
+        plans["expert"].refuse_mixed(self.kind, "kind of expert")
+        for position, origin in enumerate(plans["expert"].origins):
             if origin is None:
                 staged["kind"][position] = MLP
 

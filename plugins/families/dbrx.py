@@ -6,14 +6,16 @@ from moe_engine.testing import tiny_model
 
 @attrs.define(eq=False)
 class Dbrx:
-    """DBRX: softmax gates divided by their p-norm; the experts' rows lie one after the other, [E F, D].
+    """DBRX: softmax gates divided by their p-norm.
+
+    The experts' rows lie one after the other, [E F, D]; an adopted model has them as [E, F, D].
 
     Source: Databricks, 2024 (Introducing DBRX).
     """
 
     @hookimpl
     def moe_family(self):
-        return Family(router="router", tensors=TENSORS, count="ffn_config.moe_num_experts", recipe=recipe)
+        return Family(router="router", tensors=TENSORS, count=("ffn_config.moe_num_experts",), recipe=recipe)
 
     def trial_model(self):
         # what transformers 5 reads, and its default config lacks

@@ -5,14 +5,16 @@ from moe_engine import GATE, STACKED, Family, hookimpl
 
 @attrs.define(eq=False)
 class DeepseekV2:
-    """DeepSeek-V2: scaled softmax gates, from the groups with the best experts.
+    """DeepSeek-V2: scaled softmax gates.
+
+    g_i = s p_i, s = routed_scaling_factor; with group_limited_greedy from the groups whose best expert is best.
 
     Source: DeepSeek-AI, 2024 (DeepSeek-V2).
     """
 
     @hookimpl
     def moe_family(self):
-        return Family(tensors={**GATE, **STACKED}, count="n_routed_experts", recipe=recipe)
+        return Family(tensors={**GATE, **STACKED}, recipe=recipe)
 
 
 def recipe(block):

@@ -6,7 +6,10 @@ from moe_engine import GATE, STACKED, Family, Stored, hookimpl
 
 @attrs.define(eq=False)
 class DeepseekV3:
-    """DeepSeek-V3, GLM-4 MoE and dots.llm1: sigmoid scores with a selection bias, from the best groups of experts.
+    """DeepSeek-V3 and its kin: sigmoid scores.
+
+    Selection by sigmoid(x W) + b, b the correction bias, within the best groups; gates are the sigmoids over their sum,
+    times routed_scaling_factor. GLM-4 MoE and dots.llm1 have the same blocks.
 
     Sources: DeepSeek-AI, 2024 (DeepSeek-V3); GLM-4.5 Team, 2025; rednote-hilab, 2025 (dots.llm1).
     """
@@ -14,7 +17,7 @@ class DeepseekV3:
     @hookimpl
     def moe_family(self):
         tensors = {**GATE, "gate.e_score_correction_bias": Stored("state"), **STACKED}
-        return Family(tensors=tensors, count="n_routed_experts", recipe=recipe, score=torch.sigmoid)
+        return Family(tensors=tensors, recipe=recipe, score=torch.sigmoid)
 
 
 def recipe(block):

@@ -5,7 +5,9 @@ from moe_engine import GATE, STACKED, Family, Stored, hookimpl
 
 @attrs.define(eq=False)
 class Ernie45Moe:
-    """ERNIE 4.5: softmax probabilities with a selection bias, the chosen ones renormalised.
+    """ERNIE 4.5: probabilities with a selection bias.
+
+    Selection by softmax(x W) + b; gates are the chosen probabilities over their sum.
 
     Source: Baidu, 2025 (ERNIE 4.5 Technical Report).
     """
@@ -13,7 +15,7 @@ class Ernie45Moe:
     @hookimpl
     def moe_family(self):
         bias = {"gate.moe_statics.e_score_correction_bias": Stored("state", axis=1)}
-        return Family(tensors={**GATE, **bias, **STACKED}, count="moe_num_experts", recipe=recipe)
+        return Family(tensors={**GATE, **bias, **STACKED}, recipe=recipe)
 
 
 def recipe(block):

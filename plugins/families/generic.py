@@ -7,9 +7,12 @@ from moe_engine.testing import tiny_model
 
 @attrs.define(eq=False)
 class Generic:
-    """Any architecture of transformers, for reading: routers by what the model records as `router_logits`.
+    """Any architecture of transformers, for reading.
 
-    Beside such a router lie experts that are called with the hidden states, the chosen experts and their weights.
+    Routers are found by what the model records as `router_logits`; beside one lie experts that are called with the
+    hidden states, the chosen experts and their weights.
+
+    Source: this project.
     """
 
     @hookimpl

@@ -5,14 +5,16 @@ from moe_engine import Family, Stored, hookimpl
 
 @attrs.define(eq=False)
 class GptOss:
-    """gpt-oss: a router with a bias, and experts with biases, stored [E, D, 2H] with gate and up interleaved.
+    """gpt-oss: a router and experts with biases.
+
+    Softmax over the K largest logits x W + c. Tensors are stored [E, D, 2H], gate and up interleaved.
 
     Source: OpenAI, 2025 (gpt-oss-120b & gpt-oss-20b Model Card).
     """
 
     @hookimpl
     def moe_family(self):
-        return Family(router="router", tensors=TENSORS, count="num_local_experts", recipe=recipe)
+        return Family(router="router", tensors=TENSORS, recipe=recipe)
 
 
 TENSORS = {

@@ -5,7 +5,9 @@ from moe_engine import STACKED, Family, Stored, hookimpl
 
 @attrs.define(eq=False)
 class GraniteMoe:
-    """Granite 3 MoE: top-k of the logits, and a softmax over them.
+    """Granite 3 MoE: a softmax over the top-k logits.
+
+    Which is the softmax over all experts, renormalised over the chosen ones.
 
     Source: IBM, 2024 (Granite 3.0 Language Models).
     """
@@ -13,7 +15,7 @@ class GraniteMoe:
     @hookimpl
     def moe_family(self):
         tensors = {"router.weight": Stored("logit_row", fan_in=1), **STACKED}
-        return Family(router="router", tensors=tensors, count="num_local_experts", recipe=recipe)
+        return Family(router="router", tensors=tensors, recipe=recipe)
 
 
 def recipe(block):

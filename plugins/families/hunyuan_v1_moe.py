@@ -5,7 +5,9 @@ from moe_engine import STACKED, Family, Stored, hookimpl
 
 @attrs.define(eq=False)
 class HunYuanV1Moe:
-    """Hunyuan-A13B: top-k of a softmax in fp32, renormalised.
+    """Hunyuan-A13B: top-k of a softmax, renormalised.
+
+    The router computes in fp32.
 
     Source: Tencent, 2025 (Hunyuan-A13B).
     """
@@ -13,7 +15,7 @@ class HunYuanV1Moe:
     @hookimpl
     def moe_family(self):
         tensors = {"gate.wg.weight": Stored("logit_row", fan_in=1), **STACKED}
-        return Family(tensors=tensors, count="num_experts", recipe=recipe)
+        return Family(tensors=tensors, recipe=recipe)
 
 
 def recipe(block):

@@ -6,9 +6,10 @@ from moe_engine import Family, Stored, hookimpl
 
 @attrs.define(eq=False)
 class JetMoe:
-    """JetMoE: top-k of the logits, and a softmax over them. Its mixture of attention heads is left alone.
+    """JetMoE: a softmax over the top-k logits.
 
-    The config has one number of experts for both mixtures, so a grown one can't be exported.
+    Its mixture of attention heads is left alone. The config has one number of experts for both mixtures, so a grown
+    one can't be exported.
 
     Source: Shen et al., 2024 (JetMoE).
     """
@@ -21,6 +22,7 @@ class JetMoe:
             entry="",
             logits=4,
             decides="router",
+            count=(),
             tensors=TENSORS,
             recipe=recipe,
         )

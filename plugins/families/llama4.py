@@ -6,16 +6,16 @@ from moe_engine import Family, Stored, hookimpl
 
 @attrs.define(eq=False)
 class Llama4:
-    """Llama 4: sigmoid scores scale the experts' inputs, y = sum_i F_i(g_i x).
+    """Llama 4: sigmoid scores scale the experts' inputs.
+
+    y = sum_i F_i(g_i x), g_i = sigmoid of the K largest logits.
 
     Source: Meta, 2025 (The Llama 4 herd).
     """
 
     @hookimpl
     def moe_family(self):
-        return Llama4Family(
-            router="router", logits=1, decides="router", tensors=TENSORS, count="num_local_experts", recipe=recipe
-        )
+        return Llama4Family(router="router", logits=1, decides="router", tensors=TENSORS, recipe=recipe)
 
 
 TENSORS = {

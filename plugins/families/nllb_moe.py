@@ -5,7 +5,9 @@ from moe_engine import Family, hookimpl
 
 @attrs.define(eq=False)
 class NllbMoe:
-    """NLLB-MoE, for reading: the best two experts, and a gate of 0 where one was dropped.
+    """NLLB-MoE, for reading.
+
+    The best two experts, with a gate of 0 where one was dropped.
 
     Source: NLLB Team, 2022 (No Language Left Behind).
     """

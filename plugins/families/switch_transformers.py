@@ -5,7 +5,9 @@ from moe_engine import Family, hookimpl
 
 @attrs.define(eq=False)
 class SwitchTransformers:
-    """Switch Transformer, for reading: the gate is the raw probability, 0 beyond the capacity of each sequence.
+    """Switch Transformer, for reading.
+
+    The gate is the raw probability, 0 beyond the capacity of each sequence.
 
     Source: Fedus et al., 2021 (Switch Transformers).
     """

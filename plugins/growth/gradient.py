@@ -1,7 +1,6 @@
 import attrs
-import torch
 
-from moe_engine import Part, ema_update_, grow_at_peaks, hookimpl, option
+from moe_engine import RunningLoad, ema_update_, grow_at_peaks, hookimpl, option
 
 
 @attrs.define(eq=False)
@@ -30,13 +29,8 @@ class Gradient:
         return grow_at_peaks(self, history, memory, "gradient")
 
 
-class RunningGradient(Part):
+class RunningGradient(RunningLoad):
     wants_expert_grad = True
-
-    def __init__(self, size, decay):
-        super().__init__()
-        self.decay = decay
-        self.expert_buffer("value", torch.ones(size), new=1.0)
 
     def after_step(self, step):
         ema_update_(self.value, step.relative(step.expert_grad), self.decay)

@@ -8,8 +8,8 @@ class Attribution:
     """How much each loss and bias moves the router.
 
     Measured on a fixed held-out batch. effect.LOSS: norm of the weighted term's gradient at the raw logits, over the
-    task loss's, which is router_gradient. effect.BIAS: share of choices that differ without the bias; spread.BIAS:
-    its largest minus its smallest value. Effects below `threshold` are reported, unless K = E.
+    task loss's, which is router_gradient; experts and earlier layers are not in it. effect.BIAS: share of choices that
+    differ without the bias; spread.BIAS: its range. Effects below `threshold` are reported, unless K = E.
 
     Source: this project.
     """
@@ -29,8 +29,8 @@ class Attribution:
         return metrics
 
     def _inert(self, name, value, is_bias, probe):
-        why = f"loss {name} had no effect: its gradient at the router is {value:.1e} of the task's"
-        advice = f"remove {name} or raise {name.partition('.')[0]}.weight"
+        why = f"loss {name} had no effect on this layer's router: its gradient there is {value:.1e} of the task's"
+        advice = f"remove {name} or raise {name.partition('.')[0]}.weight, unless it is meant for other weights"
         if is_bias:
             why = f"bias {name} had no effect: {1 - value:.2%} of choices are the same without it"
             advice = f"remove {name} or raise its strength until effect.{name} is above {self.threshold:g}"

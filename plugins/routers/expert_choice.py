@@ -24,8 +24,8 @@ class ExpertChoice:
 
     @hookimpl
     def moe_check(self, setup):
-        if setup.spec.capacity is not None:
-            return "expert_choice already gives every expert the same load; remove --capacity"
+        if setup.spec.limited:
+            return "expert_choice already gives every expert the same load; set neither capacity nor eval_capacity"
         return causal_problem(setup.spec, "expert_choice", self.allow_noncausal)
 
     @hookimpl

@@ -10,7 +10,8 @@ class Hash:
 
     table[id] in [V, K] gives a token's K different experts; every gate is 1 / K. Each column of the table distributes
     the ids evenly. Nothing is learned, so losses and biases cannot act. A new expert takes every second id of its
-    parent, or, without a parent, an equal share from all experts; a removed expert's ids go to the others in turn.
+    parent, or, without a parent, an equal share from all experts; a removed expert's ids go to the one it is merged
+    into, or else to the others in turn.
 
     Source: Roller et al., 2021 (Hash Layers), where the gate is 1; 1 / K keeps the output's scale independent of K.
     """
@@ -58,7 +59,10 @@ class HashRouter(Router):
         if len(plan.origins) < table_VK.shape[1]:
             why = f"hash gives each token {table_VK.shape[1]} different experts, so at least as many must remain"
             raise UsageError(why, code="too-few-experts")
-        for position in plan.added:
+        for position in plan.merged:  # it has its removed parents' ids, each token's entries once
+            again_VK = (table_VK == position) & ((table_VK == position).cumsum(1) > 1)
+            table_VK[again_VK] = -1
+        for position in (one for one in plan.added if one not in plan.heirs.values()):
             parent = plan.kept.get(plan.origins[position])
             taken_VK = table_VK >= 0 if parent is None else table_VK == parent
             step = len(plan.origins) if parent is None else 2  # no fewer than K: two entries of a row stay two experts

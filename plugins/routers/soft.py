@@ -27,8 +27,8 @@ class Soft:
 
     @hookimpl
     def moe_check(self, setup):
-        if setup.spec.capacity is not None:
-            return "soft has a fixed number of slots instead of a capacity; remove --capacity"
+        if setup.spec.limited:
+            return "soft has a fixed number of slots instead of a capacity; set neither capacity nor eval_capacity"
         return causal_problem(setup.spec, "soft", self.allow_noncausal)
 
     @hookimpl

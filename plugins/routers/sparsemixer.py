@@ -6,7 +6,7 @@ from moe_engine import LinearRouter, assign, hookimpl, option
 
 @attrs.define(eq=False)
 class SparseMixer:
-    """SparseMixer: experts one after the other, each by a softmax over those close to the best.
+    """SparseMixer: each expert drawn among those near the best.
 
     For each choice s in turn, among the experts not chosen yet: those with (max s - s) / max(|s|, max s) <= 2 jitter
     are left. In evaluation the best of them is chosen, in training one is drawn by p, their softmax; the gate is p. In

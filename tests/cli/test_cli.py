@@ -252,7 +252,8 @@ def test_help_shows_every_flag_with_its_default(capsys):
     main(["run", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     for flag in (
-        *("--plugins", "--no-plugin", "--task", "--experts", "--top-k", "--capacity", "--epochs", "--batch-size"),
+        *("--plugins", "--no-plugin", "--task", "--experts", "--top-k", "--capacity", "--eval-capacity", "--epochs"),
+        *("--capacity-per", "--batch-size"),
         *("--lr", "--seed", "--device", "--data-dir", "--set", "--config", "--out", "--log-every", "--json"),
     ):
         assert flag in text

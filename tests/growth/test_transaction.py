@@ -196,8 +196,14 @@ class Fault:
         return self._line
 
 
-@pytest.mark.parametrize("plugins", ["hierarchical,saturation,loss_free,split", "topk,saturation,random"])
-@pytest.mark.parametrize("stride", [11, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("plugins", "stride"),
+    [
+        ("topk,saturation,random", 11),
+        pytest.param("topk,saturation,random", 1, marks=pytest.mark.long),
+        pytest.param("hierarchical,saturation,loss_free,split", 1, marks=pytest.mark.long),
+    ],
+)
 def test_an_error_at_any_line_leaves_everything_as_it_was(plugins, stride, no_search):
     """Every line that growth.py, transaction.py, optimizers.py and parts.py execute in a growth fails once.
 
@@ -239,7 +245,8 @@ def test_a_backward_through_a_growth_is_an_error_and_not_a_crash(plugins):
     rig.train(1)
 
 
-def test_500_growths_and_removals_leave_memory_flat(no_search):
+@pytest.mark.parametrize("count", [100, pytest.param(500, marks=pytest.mark.long)])
+def test_many_growths_and_removals_leave_memory_flat(no_search, count):
     rig = Rig().train(2)
 
     def once():
@@ -251,7 +258,7 @@ def test_500_growths_and_removals_leave_memory_flat(no_search):
         once()
     gc.collect()
     tensors, peak = _tensors(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for _ in range(500):
+    for _ in range(count):
         once()
     gc.collect()
     assert _tensors() <= tensors

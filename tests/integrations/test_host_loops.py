@@ -92,6 +92,7 @@ def _rank(rank, folder, port):
     torch.save(found, f"{folder}/{rank}")
 
 
+@pytest.mark.long  # both processes import transformers anew
 def test_two_processes_have_the_auxiliary_gradient_of_one(tmp_path, free_port):
     """Also where the Trainer multiplies the loss by the number of processes."""
     pytest.importorskip("accelerate")

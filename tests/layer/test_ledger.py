@@ -82,20 +82,31 @@ def autocast_left():
 
 
 @pytest.mark.usefixtures("autocast_left")
-@pytest.mark.parametrize("backend", [pytest.param("eager", marks=pytest.mark.long), "aot_eager"])
-@pytest.mark.parametrize("router", ["topk", "sigmoid_topk", "hierarchical"])
-def test_a_compiled_layer_counts_once_also_under_checkpointing(backend, router):
+@pytest.mark.parametrize(
+    ("router", "wrap", "backend"),
+    [
+        pytest.param(router, wrap, backend, marks=[] if quick else pytest.mark.long)
+        for router in ("topk", "sigmoid_topk", "hierarchical")
+        for wrap in (plain, non_reentrant)
+        for backend in ("eager", "aot_eager")
+        for quick in [(router, wrap, backend) == ("topk", non_reentrant, "aot_eager")]
+    ],
+)
+def test_a_compiled_layer_counts_once_also_under_checkpointing(router, wrap, backend):
     expected = one_step(*build(plain, router), batches())
-    for wrap in (plain, non_reentrant):
-        torch._dynamo.reset()
-        engine, model = build(wrap, router)
-        model.first.compile(fullgraph=True, backend=backend)
-        model.second.compile(fullgraph=True, backend=backend)
-        torch.testing.assert_close(one_step(engine, model, batches()), expected)
+    torch._dynamo.reset()
+    engine, model = build(wrap, router)
+    model.first.compile(fullgraph=True, backend=backend)
+    model.second.compile(fullgraph=True, backend=backend)
+    torch.testing.assert_close(one_step(engine, model, batches()), expected)
 
 
 @pytest.mark.parametrize(
-    "spec", [{"activation": "swiglu", "bias": True, "shared": 1}, {"capacity": 1.0}, {"top_k": 1}, {"top_k": 4}]
+    "spec",
+    [
+        {"activation": "swiglu", "bias": True, "shared": 1, "capacity": 1.0},
+        *(pytest.param({"top_k": top_k}, marks=pytest.mark.long) for top_k in (1, 2, 4)),
+    ],
 )
 def test_a_compiled_layer_agrees_for_every_kind_of_layer(spec):
     def trial(compiled):

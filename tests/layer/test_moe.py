@@ -246,14 +246,11 @@ def test_a_token_id_that_is_none_of_the_vocabulary_is_refused(ids):
     ("precision", "multiplied_in", "limit"),
     [
         ("fp32", torch.float32, 2e-6),
-        ("bf16", torch.bfloat16, 1e-2),
-        ("bf16", torch.float32, 1e-2),
+        pytest.param("bf16", torch.bfloat16, 1e-2, marks=pytest.mark.long),
+        pytest.param("bf16", torch.float32, 1e-2, marks=pytest.mark.long),
         ("autocast", torch.bfloat16, 1e-2),
-        (
-            "autocast",
-            torch.float32,
-            5e-2,
-        ),  # eager does not round its factors; some units are near ReLU's kink
+        # eager does not round its factors; some units are near ReLU's kink
+        pytest.param("autocast", torch.float32, 5e-2, marks=pytest.mark.long),
     ],
 )
 def test_compiles_whole_and_no_more_than_twice(precision, multiplied_in, limit, monkeypatch):

@@ -100,26 +100,24 @@ def _rank(rank, folder, ranks):
     torch.distributed.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def on_several(tmp_path_factory):
-    """What each of two and of four ranks found."""
-    found = {}
-    for ranks in (2, 4):
-        folder = tmp_path_factory.mktemp("ranks")
-        on_ranks(_rank, str(folder), ranks, count=ranks)
-        found[ranks] = [torch.load(folder / str(rank), weights_only=True) for rank in range(ranks)]
-    return found
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.long)])
+def on_several(request, tmp_path_factory):
+    """What each of two or four ranks found."""
+    ranks, folder = request.param, tmp_path_factory.mktemp("ranks")
+    on_ranks(_rank, str(folder), ranks, count=ranks)
+    return [torch.load(folder / str(rank), weights_only=True) for rank in range(ranks)]
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("name", CASES)
-def test_a_strategy_on_several_ranks_is_what_it_is_on_one(on_several, name, ranks):
+def test_a_strategy_on_several_ranks_is_what_it_is_on_one(on_several, name):
+    ranks = len(on_several)
+
     def micro_batches(step):
         batches = [batch(step, rank) for rank in range(ranks)]
         return [torch.cat(batches)] if name in WHOLE else batches
 
     losses, weights, states = trained(name, micro_batches)
-    for found in on_several[ranks]:
+    for found in on_several:
         torch.testing.assert_close(found[name][0], losses, rtol=0, atol=1e-12)
         torch.testing.assert_close(found[name][1], weights, rtol=0, atol=1e-10)
         torch.testing.assert_close(found[name][2], states, rtol=1e-5, atol=1e-7)  # sums are fp32
@@ -168,11 +166,11 @@ def is_number(value):
     return isinstance(value, int | float) or (isinstance(value, torch.Tensor) and value.dim() == 0)
 
 
-def _sharded_rank(rank, folder):
+def _sharded_rank(rank, folder, sharded):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     found = {}
-    for which in ("root", "layer", "experts"):
+    for which in sharded:
         rig = build_sharded(which)
         found[which] = steps_of(*rig, rank)
         save(f"{folder}/{which}.safetensors", engine=rig[0], model=rig[1], optimizer=rig[2])
@@ -184,18 +182,20 @@ def _sharded_rank(rank, folder):
     torch.distributed.destroy_process_group()
 
 
-def test_sharded_weights_are_measured_saved_and_loaded(tmp_path):
+@pytest.mark.parametrize(
+    "sharded", [("root", "experts"), pytest.param(("root", "layer", "experts"), marks=pytest.mark.long)], ids=len
+)
+def test_sharded_weights_are_measured_saved_and_loaded(tmp_path, sharded):
     """As DistributedDataParallel's are: the same metrics, and a file that one process can read."""
-    on_ranks(_sharded_rank, str(tmp_path))
+    on_ranks(_sharded_rank, str(tmp_path), sharded)
     ranks = [torch.load(tmp_path / str(rank), weights_only=True) for rank in range(2)]
-    for which in ("root", "layer", "experts"):
+    for which in sharded:
         assert ranks[0][which][1] == pytest.approx(ranks[1][which][1], rel=1e-5, nan_ok=True)
         assert {"weight_similarity", "output_similarity_cka"} < ranks[0][which][1].keys()
         engine, model, optimizer = build_sharded("whole")
         load(tmp_path / f"{which}.safetensors", engine=engine, model=model, optimizer=optimizer)
         assert engine.step == 3 and engine.layers[0].biases[0]["saturation"].s.sum() > 0
-    torch.testing.assert_close(ranks[0]["root"][0], ranks[0]["layer"][0])
-    torch.testing.assert_close(ranks[0]["root"][0], ranks[0]["experts"][0])
+        torch.testing.assert_close(ranks[0]["root"][0], ranks[0][which][0])
 
 
 def _idle_rank(rank, folder):

@@ -65,6 +65,8 @@ def test_what_a_layer_passes_on_reaches_the_next_router(three):
 
 def test_checkpointing_and_compile_change_no_gradient(three):
     engine, layers = three
+    layers = layers[:2]
+    engine.attach(layers)
     x = torch.randn(9, 6)
     expected = gradients(engine, layers, x, lambda layer, *given: layer(*given))
     again = gradients(engine, layers, x, lambda layer, *given: checkpoint(layer, *given, use_reentrant=False))

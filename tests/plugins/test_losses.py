@@ -554,7 +554,9 @@ ALL = [
 ]
 
 
-@pytest.mark.parametrize("router", ["topk", "sigmoid_topk", "hierarchical"])
+@pytest.mark.parametrize(
+    "router", ["topk", *(pytest.param(name, marks=pytest.mark.long) for name in ("sigmoid_topk", "hierarchical"))]
+)
 def test_every_loss_compiles_and_leaves_padding_out(router):
     """One graph, the same gradients; what stands at padding changes nothing."""
     x, mask = torch.randn(2, 7, 6), torch.arange(7) < torch.tensor([[7], [4]])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from moe_engine import Engine, ModuleBank, Part, Spec, Stats, Traits, UsageError, uniform
+from moe_engine import Engine, ModuleBank, Part, Spec, Stats, Traits, UsageError, hookimpl, option, uniform
 from moe_engine.plugins.metrics.attribution import Attribution
 from moe_engine.plugins.metrics.balance import Balance
 from moe_engine.plugins.metrics.churn import Churn
@@ -184,13 +184,34 @@ def test_attribution_names_terms_without_effect():
     }
     named = {n: v for n, v in got.items() if n.startswith("inert.")}
     assert list(named) == ["inert.weak", "inert.idle"]
-    assert "loss weak had no effect" in named["inert.weak"].why
+    assert "loss weak had no effect on this layer's router: its gradient there is 5.0e-07" in named["inert.weak"].why
     assert "bias idle had no effect" in named["inert.idle"].why
     assert "raise its strength" in named["inert.idle"].advice
     for level in probe.levels:
         level.scores = None  # as if the router had not called select_by
     (deaf,) = [v for n, v in Attribution().moe_metrics(Gone(), layer, probe).items() if n == "inert.idle"]
     assert "the router never calls level.select_by(scores)" in deaf.advice
+
+
+def test_a_loss_that_acts_on_an_earlier_layer_only_is_said_to_have_no_effect_on_this_router(install):
+    @attrs.define(eq=False)
+    class OnInput:
+        weight: float = option(1.0, help="coefficient")
+
+        @hookimpl
+        def moe_aux_loss(self, routing):
+            return routing.tokens.x.square().mean() + 0 * routing.levels[0].logits.sum()
+
+    install("loss", "on_input", OnInput)
+    engine = Engine("topk,on_input", experts=4)
+    first, second = (engine.moe(6, 8).eval() for _ in range(2))
+    x = torch.randn(30, 6)
+    probed = engine.probe(lambda: second(first(x)).square().mean())
+    routing, effects = probed[second]
+    term = second.aux_terms(routing)["on_input"]
+    assert torch.autograd.grad(term, first.router.weight, retain_graph=True)[0].any()
+    why = Attribution().moe_metrics(effects, second, routing)["inert.on_input"].why
+    assert why.startswith("loss on_input had no effect on this layer's router: its gradient there is 0.0e+00 of")
 
 
 def test_effects_are_the_gradients_at_the_logits():

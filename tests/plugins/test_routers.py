@@ -453,7 +453,7 @@ def test_a_router_that_sees_later_tokens_is_refused_in_a_causal_layer(router):
 
 
 def test_soft_has_no_capacity():
-    with pytest.raises(UsageError, match="^soft .*--capacity"):
+    with pytest.raises(UsageError, match="^soft .*set neither capacity nor eval_capacity"):
         Engine("soft", experts=4, top_k=1, capacity=1.0).moe(4, 4)
 
 
@@ -484,7 +484,7 @@ def test_hash_needs_as_many_experts_as_a_token_chooses():
 
 
 def test_expert_choice_has_no_capacity():
-    with pytest.raises(UsageError, match="^expert_choice .*--capacity"):
+    with pytest.raises(UsageError, match="^expert_choice .*set neither capacity nor eval_capacity"):
         Engine("expert_choice", experts=4, top_k=1, capacity=1.0).moe(4, 4)
 
 

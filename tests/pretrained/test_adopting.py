@@ -392,7 +392,7 @@ def test_a_recipe_that_disagrees_is_refused_and_nothing_changes(monkeypatch):
     model = build()
     before = logits(model)
     (block, *_) = blocks_of(model)
-    family = type("Wrong", (Family,), {})(tensors=block.family.tensors, count="num_local_experts", recipe=wrong)
+    family = type("Wrong", (Family,), {})(tensors=block.family.tensors, recipe=wrong)
 
     class Plugin:
         @hookimpl

@@ -96,7 +96,7 @@ class Loom:
             "threads.fabric": Stored("output", axis=1, fan_in=0),
         }
         return LoomFamily(
-            router="picker", experts="threads", entry="threads", tensors=tensors, count="threads", recipe=recipe
+            router="picker", experts="threads", entry="threads", tensors=tensors, count=("threads",), recipe=recipe
         )
 
     def trial_model(self):

@@ -286,21 +286,30 @@ def test_where_every_token_takes_every_expert_no_term_is_blamed(tmp_path):
     assert [one["metric"] for one in run.summary["findings"]] == ["verdict"]
 
 
-def test_a_run_grows_live_from_2_to_16_experts_all_of_which_are_used(tmp_path):
-    """The trigger's defaults, on generated images."""
-    blobs = {"blobs": {"images": 20_000, "classes": 30}}
+@pytest.mark.parametrize(
+    ("most", "classes", "images", "epochs", "trigger"),
+    [
+        (5, 10, 4000, 5, {"cooldown": 10, "patience": 2, "epsilon": 0.1, "max_experts": 5}),
+        pytest.param(16, 30, 20_000, 8, {}, marks=pytest.mark.long),  # the trigger's defaults
+    ],
+)
+def test_a_run_grows_live_from_2_experts_to_the_most_all_of_which_are_used(
+    tmp_path, most, classes, images, epochs, trigger
+):
+    """On generated images."""
+    settings = {"blobs": {"images": images, "classes": classes}, "loss_plateau": trigger}
     plugins = ("saturation", "switch_aux", "loss_plateau")
-    run, _ = train(tmp_path / "run", plugins, blobs, experts=2, epochs=8, log_every=50)
+    run, _ = train(tmp_path / "run", plugins, settings, experts=2, epochs=epochs, log_every=50)
     (layer,) = run.summary["layers"]
-    assert (layer["experts"], layer["active"]) == (16, 16)
+    assert (layer["experts"], layer["active"]) == (most, most)
     assert run.summary["accuracy"] >= 0.97
     growths = run.summary["growths"]
-    assert [(one["before"], one["after"]) for one in growths] == [(size, size + 1) for size in range(2, 16)]
+    assert [(one["before"], one["after"]) for one in growths] == [(size, size + 1) for size in range(2, most)]
     assert growths == [record["growth"] for record in run.records if record["split"] == "growth"]
     assert all(one["change"] > 0 or one["loss_before"] == one["loss_after"] for one in growths)
     assert growths[0]["why"].startswith("loss_plateau: loss ")
     sizes = [len(record["layers"]["moe"]["load"]) for record in run.records if record["split"] == "train"]
-    assert (sizes[0], sizes[-1], sorted(sizes)) == (2, 16, sizes)
+    assert (sizes[0], sizes[-1], sorted(sizes)) == (2, most, sizes)
 
 
 def test_a_remark_on_the_mix_is_said_and_kept_in_the_summary(tmp_path):

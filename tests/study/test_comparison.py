@@ -205,9 +205,10 @@ def test_a_comparison_of_failed_rows_alone_is_a_failure(capsys, install):
     assert "no plugin could be compared; the first reason: router 'odd'" in capsys.readouterr().err
 
 
-def test_ctrl_c_keeps_finished_runs(capsys, commands):
-    """Two processes are stopped as by a terminal; the same command then runs only what is missing."""
-    words = ["compare-plugins", *BLOBS, "--epochs", "8", "--routers", "topk", "--jobs", "2", "--out", "out"]
+@pytest.mark.parametrize("jobs", ["1", pytest.param("2", marks=pytest.mark.long)])
+def test_ctrl_c_keeps_finished_runs(jobs, capsys, commands):
+    """Every process is stopped as by a terminal; the same command then runs only what is missing."""
+    words = ["compare-plugins", *BLOBS, "--epochs", "8", "--routers", "topk", "--jobs", jobs, "--out", "out"]
     read, write = os.pipe()
     with open(write, "w") as stderr:
         process = commands.start([*MOE_ENGINE, *words], stderr=stderr, session=True)

@@ -179,8 +179,9 @@ def test_finished_runs_are_not_run_again(out, ran):
     assert more["rows"][0]["seeds"] == [0, 1, 2]
 
 
-def test_a_killed_study_continues_to_the_same_numbers(finished, tmp_path, commands):
-    words = [*MOE_ENGINE, "study", "mine.toml", "--jobs", "2", "--out", "killed"]
+@pytest.mark.parametrize("jobs", ["1", pytest.param("2", marks=pytest.mark.long)])
+def test_a_killed_study_continues_to_the_same_numbers(jobs, finished, tmp_path, commands):
+    words = [*MOE_ENGINE, "study", "mine.toml", "--jobs", jobs, "--out", "killed"]
     killed = commands.start(words, session=True)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("killed/cells/*.json")) and time.monotonic() < deadline:
@@ -262,7 +263,12 @@ def test_dask_gives_the_same_numbers(finished, commands):
     assert expected == json.loads(Path("dask/study.json").read_text())
 
 
-@pytest.mark.parametrize("name", shipped())
+QUICKEST = ("densenet", "densenet_published")  # the others take 9 to 50 s
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICKEST else pytest.mark.long) for name in shipped()]
+)
 def test_every_shipped_study_runs_in_its_quick_form(name, tmp_path, capsys):
     results = study("--quick", name=name)
     assert all(row["numbers"] for row in results["rows"])

@@ -1,4 +1,4 @@
-"""Faults of initializers, triggers, metrics, reports and tasks."""
+"""Faults of initializers, triggers, metrics, reports, tasks and families."""
 
 import attrs
 import torch
@@ -6,7 +6,8 @@ from faults import fault
 from torch import nn
 from torch.nn import functional as F
 
-from moe_engine import Growth, NewExpert, Task, Traits, hookimpl, option
+from moe_engine import GATE, STACKED, Family, Growth, NewExpert, Stored, Task, Traits, hookimpl, option
+from moe_engine.testing import tiny_model
 
 # -- initializers --------------------------------------------------------------------------------------
 
@@ -392,3 +393,41 @@ class ClimbsUphill(Points):
     def score(self, model, batch):
         x, y = batch
         return {"loss": F.cross_entropy(Reverse.apply(model(x)), y)}
+
+
+# -- families ------------------------------------------------------------------------------------------
+
+
+def of(kind):
+    """A plugin's trial model: a tiny one of this type."""
+    return {"hook": "moe_family", "trial_model": lambda self: tiny_model(kind)}
+
+
+def renormalised(block):
+    return "topk", {"renorm": True}
+
+
+@fault("reads_the_models_own_decisions", message="chose an expert without a logit", **of("mixtral"))
+def takes_gates_for_logits(self):
+    """The second of what the router returns, although the logits come first."""
+    return Family(logits=1)
+
+
+@fault("adopting_changes_no_logit", message="let `recipe` and `score` be functions of a module", **of("mixtral"))
+def keeps_a_lambda(self):
+    """A recipe that can't be pickled."""
+    return Family(tensors={**GATE, **STACKED}, recipe=lambda _: renormalised(None))
+
+
+@fault("growth_keeps_names_and_layout", "exported_model_loads_equal", message="it raises", **of("gpt_oss"))
+def forgets_the_biases(self):
+    """The experts' biases have an expert axis too, which is not declared."""
+    rows = {"router.weight": Stored("logit_row", fan_in=1), "router.bias": Stored("logit_bias")}
+    weights = {"experts.gate_up_proj": Stored("in", fan_in=1), "experts.down_proj": Stored("output", fan_in=1)}
+    return Family(router="router", tensors={**rows, **weights}, recipe=renormalised)
+
+
+@fault("exported_model_loads_equal", message="what was written does not load", **of("mixtral"))
+def counts_under_another_name(self):
+    """The config of these models calls the number of experts otherwise."""
+    return Family(tensors={**GATE, **STACKED}, count=("num_blocks",), recipe=renormalised)

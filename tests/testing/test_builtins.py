@@ -1,7 +1,8 @@
 """Every plugin that moe-engine brings keeps every promise.
 
-`make test-long` tests every claim on every plugin. `make test` leaves out most pairs of a plugin and a claim that
-takes seconds: such a claim is tested on one plugin of each kind that it is about, always the same one.
+`make test-long` tests every claim on every plugin. `make test` tests the claims about layers, of which there are many,
+on every second plugin of a kind: half of them on one plugin and half on the next. A claim that takes seconds is tested
+on one plugin of each kind that it is about. They are always the same ones.
 """
 
 import os
@@ -51,8 +52,10 @@ def assert_kept(name, several):
 
 
 @pytest.mark.parametrize("name", BUILTIN)
-def test_a_built_in_plugin_keeps_every_promise_that_is_quick_to_test(checks_of, name):
-    assert_kept(name, [check for claim, check in checks_of(name).items() if claim not in SLOW])
+def test_a_built_in_plugin_keeps_promises_that_are_quick_to_test(checks_of, name):
+    first = sorted(one for one in BUILTIN if BUILTIN[one] == BUILTIN[name]).index(name) % 2
+    quick = [check for claim, check in checks_of(name).items() if claim not in SLOW]
+    assert_kept(name, quick[first::2] if len(quick) > 20 else quick)
 
 
 @pytest.mark.long

@@ -1,7 +1,7 @@
 """The kit finds faults: a plugin with one fault fails exactly the claims about it, with a message that says so.
 
 `make test-long` tests every claim on every faulty plugin; `make test` tests the claims that a fault breaks, and a
-fifth of the others, which together are all claims.
+fifth of the others that take less than half a second, which together are all of those.
 """
 
 import faults_elsewhere
@@ -9,12 +9,13 @@ import faults_in_layers
 import faults_in_routers
 import pytest
 from faults import FAULTS
+from test_builtins import SLOW as SLOW_ON_MOST
 
 from moe_engine.testing import CLAIMS, checks, results
 
 MODULES = (faults_in_layers, faults_in_routers, faults_elsewhere)  # where faults are registered
 SLOW = {"compiles", "cost_is_bounded"}  # tested only on plugins with that fault
-QUICK = [claim.name for claim in CLAIMS if claim.name not in SLOW]
+EVERY = [claim.name for claim in CLAIMS if claim.name not in SLOW]
 
 
 def assert_caught(fault, others):
@@ -27,13 +28,13 @@ def assert_caught(fault, others):
 
 @pytest.mark.parametrize(("number", "fault"), list(enumerate(FAULTS)), ids=str)
 def test_a_fault_is_caught_by_its_claims(number, fault):
-    assert_caught(fault, QUICK[number % 5 :: 5])
+    assert_caught(fault, [name for name in EVERY[number % 5 :: 5] if name not in SLOW_ON_MOST])
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_a_fault_is_caught_by_its_claims_and_no_others(fault):
-    assert_caught(fault, QUICK)
+    assert_caught(fault, EVERY)
 
 
 def test_every_claim_catches_a_fault():

@@ -1,0 +1,29 @@
+"""The guides about real models run as they stand, on tiny models."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+@pytest.mark.parametrize("page", ["see_experts", "balance_model", "grow_model"])
+def test_a_guide_runs_from_top_to_bottom(page, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    text = (DOCS / f"{page}.md").read_text("utf-8")
+    names = {}
+    for block in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S):
+        exec(block, names)
+    printed = capsys.readouterr().out
+    if page == "see_experts":
+        assert printed.count("share of each expert: [") == 4
+        assert (tmp_path / "routing").exists()
+    if page == "balance_model":
+        assert "can't hold the bias 'saturation' in model.layers.0.mlp" in printed
+    if page == "grow_model":
+        assert names["exported"].experts == 7
+        assert names["exported"].change < 1e-4
+        assert (tmp_path / "grown" / "config.json").exists()
