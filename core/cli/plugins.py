@@ -30,6 +30,7 @@ HEADINGS = {
     "report": "reports: write files about a finished run",
     "task": "tasks: data, model and score (--task NAME)",
     "experts": "experts: the expert networks of a layer",
+    "family": "families: how to read and adopt an architecture of transformers",
 }
 
 

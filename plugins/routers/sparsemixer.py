@@ -40,7 +40,8 @@ class SparseMixerRouter(LinearRouter):
             gates.append(self.gate(p_TE.gather(-1, expert_T1), expert_T1 == best_T1))
             experts.append(expert_T1)
             left_TE = left_TE.scatter(-1, expert_T1, -torch.inf)
-        return level.biased.softmax(-1), assign(torch.cat(gates, -1), torch.cat(experts, -1), tokens)
+        gate_TK, order_TK = torch.cat(gates, -1).sort(dim=-1, descending=True, stable=True)
+        return level.biased.softmax(-1), assign(gate_TK, torch.cat(experts, -1).gather(-1, order_TK), tokens)
 
     def gate(self, p_T1, best_T1):
         """In training the midpoint rule of Heun's method; its gradient is that of p."""
