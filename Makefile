@@ -43,7 +43,7 @@ docs: $(TEST)
 
 bench: $(TEST)
 	$(BIN)/python -m pip install --quiet --editable ".[peers]"
-	missed=; for one in experts memory step growth startup; do $(BIN)/python benchmarks/$$one.py || missed=1; done; \
+	missed=; for one in experts memory step growth startup adopted; do $(BIN)/python benchmarks/$$one.py || missed=1; done; \
 		$(BIN)/python benchmarks/page.py; test -z "$$missed"
 
 results: $(DEMO)

@@ -10,7 +10,10 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 @pytest.mark.parametrize(
     "name",
-    ["growth", *(pytest.param(name, marks=pytest.mark.long) for name in ("experts", "memory", "step", "startup"))],
+    [
+        "growth",
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("experts", "memory", "step", "startup", "adopted")),
+    ],
 )
 def test_a_benchmark_runs(name, commands):
     before = sorted(FOLDER.glob("results/*"))

@@ -93,7 +93,7 @@ class Shared:
         for module in self.model[0].modules():
             set_count(getattr(module, "config", None), self.count, experts)
             if hasattr(module, "lm_head") and isinstance(getattr(module, "num_experts", None), int):
-                module.num_experts = experts
+                module.num_experts = experts  # type: ignore[assignment]
 
 
 @attrs.define(eq=False, slots=False)
