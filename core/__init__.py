@@ -85,7 +85,7 @@ if TYPE_CHECKING:
     from .pretrained.exporting import export as export
     from .pretrained.watching import watch as watch
     from .processes import all_reduce_sum as all_reduce_sum
-    from .processes import mean_over_ranks as mean_over_ranks
+    from .processes import sum_over_ranks as sum_over_ranks
     from .run.checkpoints import load as load
     from .run.checkpoints import save as save
     from .run.report_inputs import expert_loads as expert_loads
@@ -146,7 +146,7 @@ _HOMES = {
     "pretrained.adopting": ("adopt", "release"),
     "pretrained.exporting": ("export",),
     "pretrained.watching": ("watch",),
-    "processes": ("all_reduce_sum", "mean_over_ranks"),
+    "processes": ("all_reduce_sum", "sum_over_ranks"),
     "run.checkpoints": ("load", "save"),
     "run.report_inputs": ("expert_loads", "run_figures"),
     "run.training": ("adam",),

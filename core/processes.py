@@ -57,15 +57,16 @@ def mean_scalar_over_ranks(value: Tensor | float, device: torch.device) -> float
     return float(all_reduce_sum(torch.tensor([local], device=device))) / world_size()
 
 
-def mean_over_ranks(value: Tensor) -> Tensor:
-    """The mean of a tensor over all ranks, with the gradient of this rank's part.
+def sum_over_ranks(local: Tensor) -> Tensor:
+    """The sum of a tensor over all ranks, which all must call, with W times the gradient of this rank's part.
 
-    Use it before a nonlinearity. Averaging the gradients over ranks, as DistributedDataParallel does, then gives the
-    gradient of the nonlinear function of the mean.
+    Averaging the gradients over the W ranks, as DistributedDataParallel and FSDP do, then gives the gradient of any
+    function of the sum.
     """
     if not distributed():
-        return value
-    return value + (all_reduce_sum(value) / world_size() - value.detach())
+        return local
+    total = all_reduce_sum(local)
+    return total + world_size() * (local - local.detach()) if local.requires_grad else total
 
 
 @contextmanager

@@ -42,7 +42,7 @@ class Layer(Protocol):
         """The plugin's state in this layer, or None."""
 
     def step_load(self, routing: Routing) -> Tensor:
-        """[E]: a forward's load plus the load that this process's backward passes of this step have counted so far."""
+        """[E]: a forward's load plus the load that this step's backward passes have counted so far, over all ranks."""
 
 
 class LayerBuilder(Protocol):

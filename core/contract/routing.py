@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
+from ..processes import sum_over_ranks
 from .numerics import at_least_fp32, count_by
 
 # odd factors that spread neighbouring integers, as int32, in which products wrap alike on every device
@@ -34,7 +35,7 @@ class Spec:
     capacity_per: T counts a batch, or each sequence, an expert then keeping that many of each; a sequence is the last
     axis of x before D. vocab: number of token ids, if the layer is given ids. classes: number of labels, if it is given
     labels. causal: a token must not see later ones. allow_no_gradient: accept, with a remark, that the task gives the
-    router no gradient.
+    router no gradient. local_losses: with several ranks, compute losses on each rank's tokens alone.
     """
 
     dim: int
@@ -53,6 +54,7 @@ class Spec:
     classes: int | None = None
     causal: bool = False
     allow_no_gradient: bool = False
+    local_losses: bool = False
 
     def __attrs_post_init__(self) -> None:
         for name in ("dim", "hidden", "out", "experts", "top_k", "shared"):
@@ -96,7 +98,8 @@ class Tokens:
     x [T, D]: the input. shape: the leading shape, (B, S) or (T,). mask [T]: bool, True is a real token; None if all
     are real. ids [T]: token ids, or None. labels [T]: class or domain, or None. count: the number of real tokens, an
     integer scalar. lots [T]: the hash of each token that parts equal scores. carried [T, C]: what the router of the
-    layer before passes on, for a router that `carries`; zeros in the first layer.
+    layer before passes on, for a router that `carries`; zeros in the first layer. summed: count, sums and means are
+    those of all ranks; the tensors stay this rank's.
     """
 
     x: Tensor
@@ -106,6 +109,7 @@ class Tokens:
     labels: Tensor | None = None
     _lots: Tensor | None = None
     carried: Tensor | None = None
+    summed: bool = False
     count: Tensor = attrs.field(init=False)
 
     @property
@@ -120,6 +124,11 @@ class Tokens:
             self.count = torch.full((), self.x.shape[0], dtype=torch.long, device=self.x.device)
         else:
             self.count = self.mask.sum()
+        self.count = self.total(self.count)
+
+    def total(self, own: Tensor) -> Tensor:
+        """A sum over this rank's tokens, added up over the ranks if `summed`: then all ranks must call it."""
+        return sum_over_ranks(own) if self.summed else own
 
     def real(self, values: Tensor) -> Tensor:
         """values [T, ...] with zeros at padding."""
@@ -129,7 +138,11 @@ class Tokens:
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean over real tokens of values [T] or [T, n]; without real tokens 0, still attached to the graph."""
-        return self.real(values).sum(0) / self.count.clamp(min=1)
+        return self.sum(values) / self.count.clamp(min=1)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over real tokens of values [T] or [T, n]."""
+        return self.total(self.real(values).sum(0))
 
 
 def lots_of(x_TD: Tensor, most: int = 256) -> Tensor:
@@ -277,6 +290,9 @@ class Routing:
     distribution over experts, or None. slots: set by a router that mixes tokens; its plan has no assignments.
     carried [T, C]: what a router that `carries` passes on to the next layer.
     load [E]: assignments of real tokens to each expert, before capacity drops any; has no gradient.
+
+    Tensors of [T], [N] and more are this rank's. A loss is given the routing with `load`, sums and means over the
+    tokens of all ranks, unless `Spec.local_losses` is set.
     """
 
     tokens: Tokens
@@ -290,12 +306,24 @@ class Routing:
     load: Tensor = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        self.load = count_by(self.plan.expert, self.plan.selected, self.experts)
+        self.load = self.by_expert(self.plan.selected)
+
+    def over_ranks(self) -> "Routing":
+        """This routing with `load`, sums and means over the tokens of all ranks, which all must call."""
+        return attrs.evolve(self, tokens=attrs.evolve(self.tokens, summed=True))
+
+    def by_expert(self, values_N: Tensor) -> Tensor:
+        """[E]: values [N] of assignments, summed at their experts."""
+        return self.total(count_by(self.plan.expert, values_N, self.experts))
+
+    def total(self, own: Tensor) -> Tensor:
+        """A sum over this rank's tokens or sequences, added up over the ranks that a loss sees."""
+        return self.tokens.total(own)
 
     @property
     def smooth_load(self) -> Tensor | None:
         """[E]: the expected load over the router's noise, attached to the graph; None for a router without noise."""
-        return None if self.plan.chances is None else self.tokens.real(self.plan.chances()).sum(0)
+        return None if self.plan.chances is None else self.tokens.sum(self.plan.chances())
 
     @property
     def work(self) -> Tensor:
@@ -309,11 +337,15 @@ class Routing:
         """[E]: assignments that capacity dropped."""
         if self.plan.kept is self.plan.selected:
             return torch.zeros_like(self.load)
-        return count_by(self.plan.expert, self.plan.dropped, self.experts)
+        return self.by_expert(self.plan.dropped)
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean over real tokens of values [T] or [T, n]."""
         return self.tokens.mean(values)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over real tokens of values [T] or [T, n]."""
+        return self.tokens.sum(values)
 
     def _scattered(self, value_N: Tensor) -> Tensor:
         """[T, E]: value_N summed at its token and expert."""

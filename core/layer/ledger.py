@@ -64,7 +64,7 @@ class Ledger(Function):
     def backward(ctx: Any, grad_TD: Tensor) -> Any:
         sums, scale, *routed = ctx.saved_tensors
         if ctx.signals is not None:
-            sums = torch.cat([sums, ctx.signals(grad_TD, *routed)])
+            sums = torch.cat([sums, ctx.signals(grad_TD, *routed).to(sums.dtype)])
         if sums.shape[0] != ctx.size:
             raise RuntimeError(STALE)
         if torch.compiler.is_compiling():

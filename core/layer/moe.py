@@ -8,14 +8,14 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from ..contract.numerics import without_autocast
+from ..contract.numerics import at_least_fp32, count_by, without_autocast
 from ..contract.options import Settings
 from ..contract.parts import Bias, Experts, Part, Router
 from ..contract.routing import Routing, Slots, Spec, Tokens, assign
 from ..contract.setup import Bound
 from ..errors import UsageError
 from ..optimizer_state import forget_old_shapes
-from ..processes import of_mean_over_ranks
+from ..processes import all_reduce_sum, distributed, of_mean_over_ranks
 from .build_checks import check_plan, check_terms, drawn, output_of
 from .capacity import within_capacity
 from .dense import shared_expert
@@ -164,8 +164,9 @@ class MoE(nn.Module):
     def _attach_ledger(self, y_TO: Tensor, routing: Routing) -> Tensor:
         """Pass a training forward's output through the ledger; see there."""
         with without_autocast(y_TO.device):
-            terms = self.aux_terms(routing)
-            sums = self.training_sums(routing, terms)
+            seen = routing.over_ranks() if self.losses and distributed() and not self.spec.local_losses else routing
+            terms = self.aux_terms(seen)
+            sums = self.training_sums(routing, terms, seen.tokens.count)
             aux = None
             for name, value in terms.items():
                 term = self.weight_of(name) * value
@@ -180,11 +181,12 @@ class MoE(nn.Module):
         out: Tensor = Ledger.apply(y_TO, self.sums.step, sums, aux, self.sums.aux_scale, *routed)
         return out
 
-    def training_sums(self, routing: Routing, terms: Mapping[str, Tensor]) -> Tensor:
-        """What a training forward with these loss terms adds to the step's sums, flat."""
-        real = routing.tokens.count > 0  # a forward without a real token counts as no forward
+    def training_sums(self, routing: Routing, terms: Mapping[str, Tensor], count: Tensor) -> Tensor:
+        """What a training forward with these loss terms of `count` tokens adds to the step's sums, flat."""
+        real = count > 0  # a forward without a real token counts as no forward
         sums = {**self.measure(routing), "forwards": real, **self.bias_sums(routing)}
-        return flat({**sums, **{f"loss.{name}": one.detach() for name, one in terms.items()}}, self.sums.step_layout)
+        losses = {f"loss.{name}": one.detach() for name, one in terms.items()}
+        return flat({**sums, **losses}, self.sums.step_layout, self.sums.step.dtype)
 
     def signals(self, grad_TD: Tensor, token_N: Tensor, expert_N: Tensor, weight_N: Tensor) -> Tensor:
         """The signals of all biases that ask for one, concatenated; called in backward."""
@@ -194,16 +196,17 @@ class MoE(nn.Module):
             unit_N = expert_N if unit_of is None else unit_of[expert_N]
             for bias in biases.values():  # type: ignore[operator]
                 if bias.wants_signal:
-                    signals.append(bias.signal(grad_TD, token_N, unit_N, weight_N).float().view(-1))
+                    signals.append(at_least_fp32(bias.signal(grad_TD, token_N, unit_N, weight_N)).view(-1))
         return torch.cat(signals)
 
     def step_load(self, routing: Routing) -> Tensor:
-        """[E]: a forward's load plus the load that this process's backward passes of this step have counted so far.
+        """[E]: a forward's load plus the load that backward passes of this step have counted so far, over all ranks.
 
         A forward that is recomputed in its backward gets the same result again.
         """
+        load_E = count_by(routing.plan.expert, routing.plan.selected, routing.experts)
         so_far = self.sums.of_step() if hasattr(self, "sums") else None  # there are none in the first rehearsal
-        return routing.load if so_far is None else routing.load + unflat(so_far, self.sums.step_layout)["load"]
+        return all_reduce_sum(load_E if so_far is None else load_E + unflat(so_far, self.sums.step_layout)["load"])
 
     @property
     def load_since_growth(self) -> Tensor | None:
@@ -231,7 +234,8 @@ class MoE(nn.Module):
         if len(found) != sum(sizes.values()):
             message = f"layer '{self.name}': a bias's signal is not one number for each unit of its level"
             raise UsageError(message, code="signal-wrong-length")
-        return LayerSums(*layouts, sizes, next(self.all_parameters(), torch.empty(0)).device)
+        held = next(self.all_parameters(), like)
+        return LayerSums(*layouts, sizes, torch.empty(0, dtype=like.dtype, device=held.device))
 
     # -- parts and sizes ---------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..contract.numerics import at_least_fp32
 from ..contract.protocols import Layer
 from ..contract.routing import Routing
 from ..contract.setup import Bound
@@ -17,7 +18,7 @@ HELD = ("since_log", "load_since_growth", "evaluated")  # the sums that a state_
 
 
 class LayerSums(nn.Module):
-    """One layer's sums as flat vectors, in fp32 or better whatever the layer's dtype.
+    """One layer's sums as flat vectors, in fp32 or better: float64 if the layer is.
 
     layout: names and shapes of the sums of every forward. step_layout: those of a training forward, which has more.
     signal_sizes: length of each bias's signal, by (index of the level, plugin).
@@ -34,37 +35,39 @@ class LayerSums(nn.Module):
     aux_scale: Tensor
 
     def __init__(
-        self, layout: Layout, step_layout: Layout, signal_sizes: Mapping[tuple[int, str], int], device: torch.device
+        self, layout: Layout, step_layout: Layout, signal_sizes: Mapping[tuple[int, str], int], like: Tensor
     ) -> None:
         super().__init__()
         self.layout, self.step_layout, self.signal_sizes = layout, step_layout, dict(signal_sizes)
         self.since_log: Tensor | None = None
         self.load_since_growth: Tensor | None = None
         self.last_terms: dict[str, Tensor] = {}
-        self._open(device)
+        self._open(like.device, at_least_fp32(like).dtype)
 
-    def _open(self, device: torch.device) -> None:
+    def _open(self, device: torch.device, dtype: torch.dtype) -> None:
         # Not buffers: DistributedDataParallel would overwrite them with the first process's, and what materialises a
         # model from the meta device would replace the leaf by a tensor that needs no gradient.
         size = numel(self.step_layout) + sum(self.signal_sizes.values())
-        self.step = torch.zeros(size, requires_grad=True, dtype=torch.float32, device=device)
-        self.aux_value = torch.zeros((), dtype=torch.float32, device=device)
-        self.aux_scale = torch.zeros((), dtype=torch.float32, device=device)
+        self.step = torch.zeros(size, requires_grad=True, dtype=dtype, device=device)
+        self.aux_value = torch.zeros((), dtype=dtype, device=device)
+        self.aux_scale = torch.zeros((), dtype=dtype, device=device)
         wide = torch.float32 if device.type == "mps" else torch.float64  # fp32 would stop counting at 2^24
         self.evaluated = torch.zeros(numel(self.layout), dtype=wide, device=device)
 
-    def move(self, device: torch.device) -> None:
-        """Move to a device; the sums of a step that has begun are dropped. Does nothing where they are already."""
-        if self.step.device == device:
+    def move(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
+        """Move to a device and dtype; the sums of a step that has begun are dropped. Does nothing if they fit."""
+        dtype = dtype or self.step.dtype
+        if (self.step.device, self.step.dtype) == (device, dtype):
             return
         evaluated = self.evaluated
-        self._open(device)
+        self._open(device, dtype)
         if evaluated.device.type != "meta":
             self.evaluated.copy_(evaluated)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "LayerSums":
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.move(fn(torch.empty(0, device=self.step.device)).device)
+        like = fn(torch.empty(0, dtype=self.step.dtype, device=self.step.device))
+        self.move(like.device, at_least_fp32(like).dtype)
         return self
 
     # -- a step ----------------------------------------------------------------------------------
@@ -98,7 +101,7 @@ class LayerSums(nn.Module):
 
     def add_evaluated(self, sums: Mapping[str, Tensor]) -> None:
         """Add the sums of a forward in eval mode."""
-        self.evaluated.add_(flat(sums, self.layout).to(self.evaluated.dtype))
+        self.evaluated.add_(flat(sums, self.layout, self.evaluated.dtype))
 
     def take_evaluated(self) -> dict[str, Tensor]:
         """Take the sums of forwards in eval mode over all processes, by name; they restart at zero."""
@@ -168,12 +171,12 @@ def layouts_of(
     return layout, {**layout, "forwards": scalar, **{name: value.shape for name, value in of_biases.items()}, **losses}
 
 
-def flat(sums: Mapping[str, Tensor], layout: Layout) -> Tensor:
-    """Sums by name as one vector. Raises ValueError if the names are not those of the layout."""
+def flat(sums: Mapping[str, Tensor], layout: Layout, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Sums by name as one vector of a dtype. Raises ValueError if the names are not those of the layout."""
     if sums.keys() != layout.keys():
         changed = sorted(sums.keys() ^ layout.keys())
         raise ValueError(f"measured names must be the same in every forward; {changed} changed")
-    return torch.cat([value.reshape(-1) for value in sums.values()]).float()
+    return torch.cat([value.reshape(-1) for value in sums.values()]).to(dtype)
 
 
 def unflat(vector: Tensor, layout: Layout) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 import attrs
 
-from moe_engine import Traits, entropy_of, hookimpl, mean_over_ranks, option
+from moe_engine import Traits, entropy_of, hookimpl, option
 
 
 @attrs.define(eq=False)
@@ -23,4 +23,4 @@ class Entropy:
     def moe_aux_loss(self, routing):
         if self.form == "token_min":
             return routing.mean(entropy_of(routing.probs))
-        return -entropy_of(mean_over_ranks(routing.mean(routing.probs)))
+        return -entropy_of(routing.mean(routing.probs))

@@ -1,6 +1,6 @@
 import attrs
 
-from moe_engine import Traits, hookimpl, mean_over_ranks, option
+from moe_engine import Traits, hookimpl, option
 
 
 @attrs.define(eq=False)
@@ -18,5 +18,5 @@ class GateVariance:
 
     @hookimpl
     def moe_aux_loss(self, routing):
-        scaled_E = routing.experts * mean_over_ranks(routing.mean(routing.probs))
+        scaled_E = routing.experts * routing.mean(routing.probs)
         return (scaled_E - scaled_E.mean()).square().sum() / max(routing.experts - 1, 1)

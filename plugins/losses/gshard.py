@@ -1,6 +1,6 @@
 import attrs
 
-from moe_engine import Traits, count_by, hookimpl, option
+from moe_engine import Traits, hookimpl, option
 
 
 @attrs.define(eq=False)
@@ -20,6 +20,6 @@ class GShard:
     @hookimpl
     def moe_aux_loss(self, routing):
         plan = routing.plan
-        first_E = count_by(plan.expert, plan.selected & (plan.rank == 0), routing.experts)
+        first_E = routing.by_expert(plan.selected & (plan.rank == 0))
         c_E = first_E / first_E.sum().clamp(min=1)
         return routing.experts * (c_E * routing.mean(routing.probs)).sum()

@@ -1,7 +1,7 @@
 import attrs
 import torch
 
-from moe_engine import Finding, Traits, count_by, cv2, hookimpl, mean_over_ranks, option
+from moe_engine import Finding, Traits, cv2, hookimpl, option
 
 
 @attrs.define(eq=False)
@@ -30,6 +30,6 @@ class ImportanceCV2:
     @hookimpl
     def moe_aux_loss(self, routing):
         if self.of == "probs":
-            return cv2(mean_over_ranks(routing.mean(routing.probs)))
+            return cv2(routing.mean(routing.probs))
         plan = routing.plan
-        return cv2(mean_over_ranks(count_by(plan.expert, torch.where(plan.selected, plan.weight, 0), routing.experts)))
+        return cv2(routing.by_expert(torch.where(plan.selected, plan.weight, 0)))

@@ -1,6 +1,6 @@
 import attrs
 
-from moe_engine import Finding, Traits, entropy_of, hookimpl, mean_over_ranks, option
+from moe_engine import Finding, Traits, entropy_of, hookimpl, option
 
 
 @attrs.define(eq=False)
@@ -26,4 +26,4 @@ class MutualInformation:
 
     @hookimpl
     def moe_aux_loss(self, routing):
-        return routing.mean(entropy_of(routing.probs)) - entropy_of(mean_over_ranks(routing.mean(routing.probs)))
+        return routing.mean(entropy_of(routing.probs)) - entropy_of(routing.mean(routing.probs))

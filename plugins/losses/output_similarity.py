@@ -37,7 +37,8 @@ class OutputSimilarity:
         cos_SEE = torch.einsum("iso,jso->sij", unit_ESO, unit_ESO)
         chosen_SE = routing.chosen()[sample_S]
         pair_SEE = (chosen_SE[:, :, None] * chosen_SE[:, None]).triu(1)
-        return (pair_SEE * cos_SEE.square()).sum() / pair_SEE.sum().clamp(min=1)
+        cos2 = routing.total((pair_SEE * cos_SEE.square()).sum())
+        return cos2 / routing.total(pair_SEE.sum()).clamp(min=1)
 
 
 def spread(tokens, count):
@@ -46,4 +47,4 @@ def spread(tokens, count):
     size = min(count, total)
     real_T = torch.ones(total, device=tokens.x.device) if tokens.mask is None else tokens.mask.float()
     order_T = real_T.argsort(descending=True, stable=True)  # real tokens first, in order
-    return order_T[torch.arange(size, device=real_T.device) * tokens.count.clamp(min=size) // max(size, 1)]
+    return order_T[torch.arange(size, device=real_T.device) * real_T.sum().long().clamp(min=size) // max(size, 1)]

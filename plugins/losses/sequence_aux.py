@@ -30,7 +30,8 @@ class SequenceAux:
         )
         f_BE = chosen_BE / (routing.top_k * length_B1).clamp(min=1)
         P_BE = mass_BE / length_B1.clamp(min=1)
-        return routing.experts * (f_BE * P_BE).sum() / (length_B1 > 0).sum().clamp(min=1)
+        sequences = routing.total((length_B1 > 0).sum())
+        return routing.experts * routing.total((f_BE * P_BE).sum()) / sequences.clamp(min=1)
 
 
 def _unbiased(routing):

@@ -4,15 +4,15 @@ import pytest
 import torch
 
 from moe_engine import RunError
-from moe_engine.processes import agreed, all_reduce_sum, mean_over_ranks, one_thread
+from moe_engine.processes import agreed, all_reduce_sum, one_thread, sum_over_ranks
 from support import on_ranks
 
 
 def _process(rank, folder):
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     x = torch.tensor([1.0 + rank], requires_grad=True)
-    mean = mean_over_ranks(x)
-    mean.square().sum().backward()
+    total = sum_over_ranks(x)
+    total.square().sum().backward()
     outcomes = []
     for what, fails in (("same", False), ("same", rank == 0), (f"of {rank}", False)):
         try:
@@ -22,21 +22,21 @@ def _process(rank, folder):
             outcomes.append("done")
         except (RunError, LookupError) as error:
             outcomes.append(type(error).__name__)
-    torch.save([mean.detach(), x.grad, all_reduce_sum(torch.tensor([1.0 + rank])), outcomes], f"{folder}/{rank}")
+    torch.save([total.detach(), x.grad, all_reduce_sum(torch.tensor([1.0 + rank])), outcomes], f"{folder}/{rank}")
     torch.distributed.destroy_process_group()
 
 
 def test_two_processes_share_sums_means_and_failures(tmp_path):
     on_ranks(_process, str(tmp_path))
     for rank, failed in enumerate(("LookupError", "RunError")):
-        mean, grad, total, outcomes = torch.load(tmp_path / str(rank), weights_only=True)
-        assert (float(mean), float(grad), float(total)) == (1.5, 3.0, 3.0)  # d mean^2 / d own part, times ranks
+        total, grad, plain, outcomes = torch.load(tmp_path / str(rank), weights_only=True)
+        assert (float(total), float(grad), float(plain)) == (3.0, 12.0, 3.0)  # 2 d total^2 / d own part
         assert outcomes == ["done", failed, "RunError"]
 
 
 def test_one_process_keeps_its_values_and_errors():
     x = torch.tensor([2.0])
-    assert mean_over_ranks(x) is x and float(all_reduce_sum(x)) == 2
+    assert sum_over_ranks(x) is x and float(all_reduce_sum(x)) == 2
     with pytest.raises(LookupError, match="mine"), agreed("this", torch.device("cpu")):
         raise LookupError("mine")
 

@@ -24,10 +24,10 @@ WHOLE = {
     **{name: {} for name in ("loss_free", "log_load", "saturation", "absolute_saturation")},
     "saturation signal=weights": {},
     **{name: {} for name in ("z_loss", "entropy", "importance_cv2", "mutual_information", "gate_variance")},
-    **{name: {} for name in ("global_aux", "sequence_aux", "router_diversity")},
+    **{name: {} for name in ("global_aux", "sequence_aux", "router_diversity", "switch_aux", "gshard", "relu")},
 }
 OWN = {
-    **{name: {} for name in ("switch_aux", "gshard", "relu", "quantile", "expert_choice", "sinkhorn")},
+    **{name: {} for name in ("quantile", "expert_choice", "sinkhorn")},
     "output_similarity": {},
     "topk capacity": {"capacity": 1.0},
 }
