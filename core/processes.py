@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from zlib import crc32
 
 import torch
@@ -29,15 +30,19 @@ def all_reduce_sum(local: Tensor) -> Tensor:
     return total
 
 
-def full_tensor(tensor: Tensor) -> Tensor:
-    """A tensor that is sharded over ranks (a DTensor), gathered, for which all must call it; any other as it is."""
-    full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return full
+def is_cut(tensor: Any) -> bool:
+    """Whether a tensor is cut over ranks (a DTensor)."""
+    return hasattr(tensor, "full_tensor")
+
+
+def full_tensor(tensor: Any) -> Any:
+    """A tensor that is cut over ranks, gathered, for which all must call it; anything else as it is."""
+    return tensor.full_tensor() if is_cut(tensor) else tensor
 
 
 def shard_like(whole: Tensor, like: Tensor) -> Tensor:
     """A tensor, the same on all ranks, sharded as another one is; as it is if that is not sharded."""
-    if not hasattr(like, "full_tensor"):
+    if not is_cut(like):
         return whole
     from torch.distributed.tensor import distribute_tensor
 

@@ -28,7 +28,7 @@ class CountedLayer:
     """
 
     def __init__(self, plugins: Plugins, name: str, spec: Spec) -> None:
-        self.name, self.spec = name, spec
+        self.name, self.spec, self.training = name, spec, False
         self._measures, self._metrics = plugins.bind("moe_measure"), plugins.bind("moe_metrics")
         self._memory: dict[str, dict[str, Any]] = {bound.plugin: {} for bound in self._metrics}
         # plugins that need something unknown here: those with a state, and those that turn out to ask for more

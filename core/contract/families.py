@@ -29,18 +29,25 @@ class Stored:
 
     role: its function, as in `Axis`; "state" is a bias that only selection sees. axis: the dimension of the experts.
     fan_in: the dimension whose size scales a new expert's random draw; None for zeros. flat: on disk that dimension is
-    E times as long, the experts' rows one after the other.
+    E times as long, the experts' rows one after the other. hidden: the dimension of the experts' hidden units, or None;
+    twice as long as there are units, it holds those of the gate and then those of the up projection. interleaved: they
+    alternate there instead.
     """
 
     role: Role
     axis: int = 0
     fan_in: int | None = None
     flat: bool = False
+    hidden: int | None = None
+    interleaved: bool = False
 
 
 # what most blocks of transformers have: a router with one row per expert, and stacked, gated MLPs
 GATE = {"gate.weight": Stored("logit_row", fan_in=1)}
-STACKED = {"experts.gate_up_proj": Stored("in", fan_in=2), "experts.down_proj": Stored("output", fan_in=2)}
+STACKED = {
+    "experts.gate_up_proj": Stored("in", fan_in=2, hidden=1),
+    "experts.down_proj": Stored("output", fan_in=2, hidden=2),
+}
 
 
 def softmax(logits_TE: Tensor) -> Tensor:
@@ -108,7 +115,7 @@ class Family:
     def compute(self, block: "Block", plain: Compute, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor) -> Tensor:
         """[T, D]: the sum over a token's K experts of gate times output. plain: the entry's own forward."""
         y_TD: Tensor = plain(x_TD, expert_TK, gate_TK)
-        return y_TD
+        return y_TD.reshape(len(x_TD), -1)  # DBRX's experts take T for a number of sequences
 
     def states(self, given: Sequence[Any], routed: "Routed | None") -> Tensor:
         """The tokens' hidden states [..., D] that the experts work on; by default the entry's first argument."""

@@ -31,6 +31,18 @@ class Order:
 
 
 @attrs.frozen
+class HiddenUnits:
+    """Where a tensor of a bank has the hidden units of its experts: a bank that can be aligned names one for each.
+
+    A bank's `hidden_units` holds these by tensor. axis: the dimension of the tensor, a multiple of H long; a tensor of
+    2H has the gates' places and then those of the up projection. interleaved: they alternate instead.
+    """
+
+    axis: int
+    interleaved: bool = False
+
+
+@attrs.frozen
 class Growth:
     """A change of a layer's experts: add, remove, or replace some.
 

@@ -269,7 +269,12 @@ class RunningLoad(Part):
 
 
 class Experts(Part):
-    """A bank of experts. One that declares no expert axis must define `outputs` and `expert_grad` itself."""
+    """A bank of experts. One that declares no expert axis must define `outputs` and `expert_grad` itself.
+
+    exchange: how rows reach experts of other ranks, (bank, x_ND, counts_E) -> [N, out]; None if all are here.
+    """
+
+    exchange: Callable[["Experts", Tensor, Tensor], Tensor] | None = None
 
     def forward(self, x_ND: Tensor, counts_E: Tensor) -> Tensor:
         """[N, out]: rows sorted by expert, counts_E[e] rows each; rows past the counts' sum come back as 0."""
@@ -281,7 +286,9 @@ class Experts(Part):
         order_N = torch.argsort(expert_N, stable=True)
         counts_E = rows_of(expert_N, experts + 1)[:experts]
         token_N, weight_N = plan.token.index_select(0, order_N), plan.weight.index_select(0, order_N)
-        return self.combined(x_TD, token_N, weight_N, counts_E)
+        if self.exchange is None:
+            return self.combined(x_TD, token_N, weight_N, counts_E)
+        return Experts.combined(self, x_TD, token_N, weight_N, counts_E)
 
     def combined(self, x_TD: Tensor, token_N: Tensor, weight_N: Tensor, counts_E: Tensor) -> Tensor:
         """[T, out] in fp32 or better: for each token the sum over its rows of weight times its expert's output.
@@ -290,7 +297,12 @@ class Experts(Part):
         """
         enters_N = torch.arange(token_N.shape[0], device=token_N.device) < counts_E.sum()
         weight_N = torch.where(enters_N, weight_N, 0)
-        return combine(self(x_TD.index_select(0, token_N), counts_E), token_N, weight_N, x_TD.shape[0])
+        return combine(self.rows(x_TD.index_select(0, token_N), counts_E), token_N, weight_N, x_TD.shape[0])
+
+    def rows(self, x_ND: Tensor, counts_E: Tensor) -> Tensor:
+        """What `forward` returns, of experts on any rank."""
+        out_NO: Tensor = self(x_ND, counts_E) if self.exchange is None else self.exchange(self, x_ND, counts_E)
+        return out_NO
 
     def output_dtype(self, x: Tensor) -> torch.dtype:
         """That of the layer's output: autocast's, or that of its input."""
@@ -319,9 +331,9 @@ def combine(out_NO: Tensor, token_N: Tensor, weight_N: Tensor, tokens: int) -> T
 
 
 def mean_grad(parameter: Tensor, keep: int | None = None) -> Tensor:
-    """Mean |gradient| over all dimensions except `keep`, in fp32; 0 if there is no gradient."""
+    """Mean |gradient| over all dimensions except `keep`, in fp32 or better; 0 if there is no gradient."""
     grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-    size = full_tensor(grad.detach()).float().abs()
+    size = at_least_fp32(full_tensor(grad.detach())).abs()
     return size.mean() if keep is None else size.movedim(keep, 0).reshape(size.shape[keep], -1).mean(1)
 
 

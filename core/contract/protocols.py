@@ -17,11 +17,13 @@ from .routing import Routing, Spec
 class Layer(Protocol):
     """What a hook may read of a layer.
 
-    name: the name that growths, metrics and settings use. spec: its sizes. router, experts: the parts.
+    name: the name that growths, metrics and settings use. training: whether it is in training mode. spec: its sizes.
+    router, experts: the parts.
     load_since_growth [E]: assignments to each expert since the layer last grew, or None.
     """
 
     name: str
+    training: bool
 
     @property
     def spec(self) -> Spec: ...

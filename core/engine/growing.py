@@ -19,6 +19,7 @@ from ..growth.triggers import Triggers
 from ..layer.ledger import invalidate
 from ..layer.moe import MoE
 from ..layer.probing import output_on
+from ..layer.sharded import whole
 from ..optimizer_state import refuse_holders
 from ..processes import agreed
 from ..registry.manager import Plugins
@@ -54,11 +55,26 @@ def grow(
     with agreed(str(growth), device):
         layer = _named(engine, growth.layer)
         copies = [twin for follower in followers for twin in _copies(follower, layer)]
+        refuse_holders(layer, optimizers, followers)
+    with whole([layer, *copies]):
+        record = _grow(engine, layer, copies, growth, optimizers, probe)
+    return record
+
+
+def _grow(
+    engine: Growing,
+    layer: MoE,
+    copies: Sequence[MoE],
+    growth: Growth,
+    optimizers: Sequence[Optimizer],
+    probe: Probe | None,
+) -> Grown:
+    """Stage and commit one growth of a layer whose weights are whole."""
+    device = layer.sums.step.device
     steps = [twin.sums.step for twin in (layer, *copies)]
     with all_or_nothing([layer, *copies], optimizers, engine.growths):
         with agreed(str(growth), device):
             _check_moment(engine, layer, growth, probe)
-            refuse_holders(layer, optimizers, followers)
             before, size = _look(engine, layer, probe), layer.spec.experts
             random = generator(engine.seed, f"growth {len(engine.growths)}")
             asked = initializers(engine.plugins, layer, before.routing if before else None)

@@ -34,7 +34,7 @@ def _soft_dispatch(experts: Experts, x_TD: Tensor, slots: Slots, out: int) -> Te
     with without_autocast(x_TD.device):
         x_GSD = x_TD.view(groups, size, x_TD.shape[1]).to(slots.dispatch.dtype)
         slot_EGnD = torch.einsum("gsen,gsd->egnd", slots.dispatch, x_GSD).to(x_TD.dtype)
-    out_NO = at_least_fp32(experts(slot_EGnD.flatten(0, 2), counts_E)).to(slots.combine.dtype)
+    out_NO = at_least_fp32(experts.rows(slot_EGnD.flatten(0, 2), counts_E)).to(slots.combine.dtype)
     with without_autocast(x_TD.device):
         y_GSO = torch.einsum("gsen,egno->gso", slots.combine, out_NO.view(count, groups, each, out))
     return y_GSO.reshape(-1, out)

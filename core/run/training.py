@@ -40,8 +40,11 @@ from .traces import FILE, record
 def adam(model: nn.Module, lr: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
     """AdamW, which without decay is Adam; fused if possible: one pass over each stacked weight and its moments."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda", "mps") for p in parameters)
-    return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=fused)
+    alike = len({getattr(p, "device_mesh", None) for p in parameters}) <= 1  # spread alike over ranks, if at all
+    fused = alike and all(p.is_floating_point() and p.device.type in ("cpu", "cuda", "mps") for p in parameters)
+    return torch.optim.AdamW(
+        parameters, lr=lr, weight_decay=weight_decay, fused=fused, foreach=None if alike else False
+    )
 
 
 def learning_rate(config: RunConfig, step: int, total_steps: int) -> float:

@@ -1,7 +1,7 @@
 import attrs
 import torch
 
-from moe_engine import Bias, Traits, centred_log, count_by, ema_update_, hookimpl, option
+from moe_engine import Bias, Traits, at_least_fp32, centred_log, count_by, ema_update_, hookimpl, option
 
 
 @attrs.define(eq=False)
@@ -42,7 +42,7 @@ class SaturationBias(Bias):
         return -self.beta * centred_log(self.s, self.eps)
 
     def signal(self, grad_TD, token_N, unit_N, weight_N):
-        norm_N = weight_N.float() * grad_TD.float().norm(dim=-1)[token_N]
+        norm_N = at_least_fp32(weight_N) * at_least_fp32(grad_TD).norm(dim=-1)[token_N]
         return count_by(unit_N, norm_N.pow(self.power), self.s.shape[0])
 
     def after_step(self, step):

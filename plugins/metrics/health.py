@@ -3,7 +3,7 @@ import math
 import attrs
 import torch
 
-from moe_engine import Finding, hookimpl, option
+from moe_engine import Finding, all_reduce_sum, hookimpl, option
 
 
 @attrs.define(eq=False)
@@ -24,9 +24,11 @@ class Health:
     swing: float = option(0.3, help="cv of single forwards above which the load oscillates", min=0)
 
     @hookimpl
-    def moe_measure(self, routing):
-        std, mean = torch.std_mean(routing.load, 0, correction=0, keepdim=True)
-        return {"cv": std / mean.clamp(min=1e-30), "forwards": mean > 0}
+    def moe_measure(self, routing, layer):
+        load = all_reduce_sum(routing.load) if layer.training else routing.load  # in evaluation, ranks go separate ways
+        share = routing.load.sum() / load.sum().clamp(min=1)  # of this forward's, which the ranks add up
+        std, mean = torch.std_mean(load, 0, correction=0, keepdim=True)
+        return {"cv": share * std / mean.clamp(min=1e-30), "forwards": share * (mean > 0)}
 
     @hookimpl
     def moe_metrics(self, stats):

@@ -1,0 +1,1 @@
+"""Several ranks: how a model's weights and experts are spread over them."""
