@@ -16,6 +16,11 @@ def distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
+def rank() -> int:
+    """This process among the ranks; 0 without a process group."""
+    return torch.distributed.get_rank() if distributed() else 0
+
+
 def world_size() -> int:
     """The number of ranks; 1 without a process group."""
     return torch.distributed.get_world_size() if distributed() else 1
@@ -72,6 +77,24 @@ def sum_over_ranks(local: Tensor) -> Tensor:
         return local
     total = all_reduce_sum(local)
     return total + world_size() * (local - local.detach()) if local.requires_grad else total
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether it is so on any rank."""
+    return flag if not distributed() else bool(all_reduce_sum(torch.tensor(float(flag), device=device)))
+
+
+def of_first(text: str) -> str:
+    """Rank 0's text, on all ranks."""
+    if not distributed():
+        return text
+    size = torch.tensor(len(text.encode()))
+    torch.distributed.broadcast(size, 0)
+    content = torch.zeros(int(size), dtype=torch.uint8)
+    if rank() == 0:
+        content = torch.tensor(list(text.encode()), dtype=torch.uint8)
+    torch.distributed.broadcast(content, 0)
+    return bytes(content.tolist()).decode()
 
 
 @contextmanager

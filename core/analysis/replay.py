@@ -134,6 +134,11 @@ def replay(
     return [*rows, _mean(head, rows)]
 
 
+def _sums(layer: MoE, routing: Routing) -> Tensor:
+    """What a training forward with this routing adds to the step's sums."""
+    return layer.training_sums(routing, layer.aux_terms(routing), routing.tokens.count)
+
+
 @torch.no_grad()
 def _replayed(recorded: LayerTrace, variant: ReplayVariant, settings: Settings, batch: int | None) -> dict[str, Any]:
     engine, layer = _built(recorded, variant, settings)
@@ -142,7 +147,7 @@ def _replayed(recorded: LayerTrace, variant: ReplayVariant, settings: Settings, 
         if any(layer.bias_levels()) or layer.parts_of_plugins():
             for forward in steps:
                 routing = _decide(layer, forward)
-                apply_controllers(layer, layer.training_sums(routing, layer.aux_terms(routing)), with_load=False)
+                apply_controllers(layer, _sums(layer, routing), with_load=False)
         counted, sums = CountedLayer(engine.plugins, layer.name, layer.spec), torch.zeros(3, dtype=torch.float64)
         for forward in steps:
             routing = _decide(layer, forward)

@@ -8,10 +8,12 @@ from importlib import metadata
 import click
 
 from ..errors import PluginError, RunError, UsageError
+from ..parallel.launch import rank, started
 from .check import check
 from .compare import compare
 from .compare_plugins import compare_plugins
 from .new_plugin import new_plugin
+from .plan import plan
 from .plugins import plugins
 from .replay import replay
 from .resume import resume
@@ -20,6 +22,7 @@ from .run import run
 from .study import study
 
 USAGE, FAILED, STOPPED = 2, 1, 130
+ON_RANKS = ("run", "resume", "plan", "check", "-h", "--help", "--version")  # what torchrun may start
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 80}
 
 
@@ -59,6 +62,10 @@ def group(context: click.Context) -> None:
         moe-engine routing-stats counts.csv
 
     \b
+    Plan a model on many GPUs:
+        moe-engine plan --layers 16 --dim 1024 --hidden 2048 --experts 64 ...
+
+    \b
     Write a plugin:
         moe-engine new-plugin router my_router
         moe-engine check my_router
@@ -67,7 +74,7 @@ def group(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-COMMANDS = (run, resume, plugins, compare, compare_plugins, study, replay, routing_stats, new_plugin, check)
+COMMANDS = (run, resume, plugins, compare, compare_plugins, study, replay, routing_stats, plan, new_plugin, check)
 for command in COMMANDS:
     group.add_command(command)
 
@@ -77,6 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         with group.make_context("moe-engine", words) as context:  # group.main handles EOFError and EPIPE itself
+            if started() > 1 and words and words[0] not in ON_RANKS:
+                message = f"'{words[0]}' works in one process; call it without torchrun"
+                raise UsageError(message, code="one-process-command")
             return group.invoke(context) or 0
     except click.exceptions.Exit as error:
         return error.exit_code
@@ -87,8 +97,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         sentence, code = _ending(error)
         if "--debug" in words and (code is None or isinstance(error, PluginError)):
             traceback.print_exception(error)
-        print(f"moe-engine: {' '.join(sentence.split())}", file=sys.stderr)
+        joined = "torch" in sys.modules and started() > 1 and _joined()
+        if joined or rank() == 0:  # before they have joined, all ranks fail alike
+            who = f"moe-engine, rank {rank()}:" if joined else "moe-engine:"
+            print(f"{who} {' '.join(sentence.split())}", file=sys.stderr)
         return code or FAILED
+
+
+def _joined() -> bool:
+    """Whether this rank has joined the others; then the first one that failed is the one that gets here."""
+    import torch
+
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _ending(error: BaseException) -> tuple[str, int | None]:

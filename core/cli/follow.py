@@ -10,6 +10,7 @@ import click
 
 from ..errors import RunError
 from ..files import dump, write_atomically
+from ..parallel.launch import rank
 
 if TYPE_CHECKING:
     from ..run.training import Training
@@ -32,13 +33,14 @@ def follow(training: "Training", as_json: bool, quiet: bool, debug: bool) -> int
 
     before = {number: signal.signal(number, stop) for number in STOPS}
     try:
-        with Progress(training, quiet) as progress:
+        with Progress(training, quiet or rank() > 0) as progress:
             training.listener, training.say = progress.show, progress.say
             finished = training.run()
     except Stopped:
         advice = f"continue with: moe-engine resume {training.folder}"
-        click.echo(f"moe-engine: stopped at step {training.step} of {training.total_steps}; {advice}", err=True)
-        return STOPS[signal.Signals(received[0])]
+        if rank() == 0:
+            click.echo(f"moe-engine: stopped at step {training.step} of {training.total_steps}; {advice}", err=True)
+        return STOPS[signal.Signals(received[0])] if received else STOPS[signal.SIGTERM]
     except (Exception, SystemExit) as error:
         failure = training.culprit(error)
         if failure is None:
@@ -47,6 +49,8 @@ def follow(training: "Training", as_json: bool, quiet: bool, debug: bool) -> int
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if rank() > 0:
+        return 0
     if as_json:
         click.echo(dump(finished.summary))
     else:

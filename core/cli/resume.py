@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+import attrs
 import click
 
+from ..parallel.launch import joined
 from ..run.folder import old_folder
 from .flags import debug_flag, json_flag, quiet_flag
 from .follow import follow
@@ -28,6 +30,8 @@ def resume(run: Path, dropped: str | None, as_json: bool, quiet: bool, debug: bo
     """
     names = [name.strip() for name in (dropped or "").split(",") if name.strip()]
     config, settings = old_folder(run, names)
-    from ..run.training import Training
+    with joined(config.device) as device:
+        from ..run.training import Training
 
-    return follow(Training(config, settings, run, resumed=True, dropped=tuple(names)), as_json, quiet, debug)
+        config = attrs.evolve(config, device=device)
+        return follow(Training(config, settings, run, resumed=True, dropped=tuple(names)), as_json, quiet, debug)

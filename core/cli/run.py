@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import attrs
 import click
 
 from ..contract.options import Settings, parse_settings
+from ..parallel.launch import joined
 from ..registry.discovery import find
 from ..registry.manager import Plugins
 from ..run.config import RunConfig, merge_options, read_config
@@ -19,6 +21,7 @@ from .follow import follow
 @flags("capacity", "eval_capacity", "capacity_per", "allow_no_gradient")
 @flags("epochs", "steps", "batch_size", "lr", "lr_schedule", "weight_decay", "seed")
 @flags("device", "precision", "bf16_matmul", "data_dir")
+@flags("parallel", "expert_parallel", "local_losses")
 @flags("eval_every", "log_every", "checkpoint_every", "record_routing")
 @settings_flag
 @click.option(
@@ -62,9 +65,14 @@ def run(
     for plugin, table in parse_settings(settings).items():
         merged_settings.setdefault(plugin, {}).update(table)
 
-    from ..run.training import Training
+    with joined(run_config.device) as device:
+        from ..run.elastic import begun
+        from ..run.training import Training
 
-    return follow(Training(run_config, merged_settings, out), as_json, quiet, debug)
+        run_config = attrs.evolve(run_config, device=device)
+        earlier = begun(out, run_config.task)
+        training = Training(run_config, merged_settings, earlier or out, resumed=earlier is not None)
+        return follow(training, as_json, quiet, debug)
 
 
 def _of_active(settings: Mapping[str, dict[str, Any]], config: RunConfig) -> Settings:

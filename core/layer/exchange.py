@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from ..contract.parts import Experts, Part
 from ..errors import UsageError
-from ..processes import world_size
+from ..processes import full_tensor, world_size
 
 
 class Exchange:
@@ -92,7 +92,7 @@ class Exchange:
         swaps = []
         for part, name, tensor, _ in declared(bank):
             if isinstance(tensor, DTensor):
-                parameter = nn.Parameter(tensor.detach().full_tensor(), tensor.requires_grad)
+                parameter = nn.Parameter(full_tensor(tensor.detach()), tensor.requires_grad)
                 part._parameters[name] = parameter
                 swaps.append((tensor, parameter))
         bank.exchange = None
@@ -169,7 +169,7 @@ def _replaced(bank: Experts) -> Iterator[Any]:
     exchange, before = bank.exchange, []
 
     def put(part: Part, name: str, tensor: Tensor) -> None:
-        table: dict[str, Any] = part._parameters if name in part._parameters else part._buffers  # type: ignore[assignment]
+        table: dict[str, Any] = part._parameters if name in part._parameters else part._buffers
         before.append((table, name, table[name]))
         table[name] = tensor
 

@@ -55,7 +55,7 @@ def whole(layers: Sequence[nn.Module]) -> Iterator[None]:
     inside and afterwards; every live optimizer follows. All ranks must enter it. Raises UsageError where this version
     of torch keeps the cut of `fully_shard` in another way.
     """
-    banks = [module for layer in layers for module in layer.modules() if getattr(module, "exchange", None) is not None]
+    banks: list[Any] = [module for layer in layers for module in layer.modules() if getattr(module, "exchange", None)]
     cutters = [bank.exchange for bank in banks]
     trees = _sharded_with(layers)
     try:

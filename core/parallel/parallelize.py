@@ -94,5 +94,3 @@ def _units(model: nn.Module, layers: list[MoE]) -> Iterator[nn.Module]:
     for module in reversed(list(model.modules())):
         if isinstance(module, nn.ModuleList) and id(module) not in inside:
             yield from (block for block in module if id(block) not in inside and not isinstance(block, CONTAINERS))
-
-

@@ -11,7 +11,10 @@ from ..seeds import generator
 from .config import RunConfig
 
 # options of a run that shape layers
-LAYER_OPTIONS = ("dense", "experts", "top_k", "capacity", "eval_capacity", "capacity_per", "allow_no_gradient")
+LAYER_OPTIONS = (
+    *("dense", "experts", "top_k", "capacity", "eval_capacity", "capacity_per"),
+    *("allow_no_gradient", "local_losses"),
+)
 
 
 def build_engine(config: RunConfig, settings: Settings) -> Engine:
@@ -40,6 +43,8 @@ def build_model(config: RunConfig, engine: Engine, task: Task, device: torch.dev
         torch.manual_seed(generator(config.seed, "weights").initial_seed())
         try:
             model = task.model(engine).to(device)
+            if config.precision == "fp64":
+                model = model.double()
         except UsageError:
             raise
         except (Exception, SystemExit) as error:

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..errors import UsageError, listed
 from ..files import write_atomically
 from ..optimizer_state import restore, wrong_shape
-from ..processes import agreed, full_tensor, shard_like
+from ..processes import agreed, full_tensor, rank, shard_like, world_size
 
 SPECIAL = "$"  # the key of a JSON object that represents a value JSON can't express
 
@@ -210,16 +210,42 @@ class Checkpoints:
         self.folder = folder
 
     def write(self, step: int, tree: Any) -> None:
-        """Write the checkpoint of a step, then remove all but the last two."""
-        self.folder.mkdir(exist_ok=True)
-        write_tree(self.folder / f"step-{step:08}.safetensors", tree)
-        for old in self._files()[:-2]:
+        """Write the checkpoint of a step, then remove all but the last two. All ranks must call it.
+
+        The first rank writes all that is the same everywhere, with what is cut made whole; every other one writes its
+        random draws, next to it and before.
+        """
+        self._write(f"step-{step:08}", tree)
+        for old in self._files()[:-2] if rank() == 0 else ():
             old.unlink()
+            for beside in self.folder.glob(f"{old.stem}.rank-*"):
+                beside.unlink()
 
     def write_best(self, tree: Any) -> None:
-        """Write best.safetensors."""
-        self.folder.mkdir(exist_ok=True)
-        write_tree(self.folder / "best.safetensors", tree)
+        """Write best.safetensors. All ranks must call it."""
+        self._write("best", tree)
+
+    def _write(self, name: str, tree: Any) -> None:
+        packed = _pack(tree)
+        with agreed(f"writing checkpoint {name}", torch.device("cpu")):
+            if rank() and name != "best":
+                self.folder.mkdir(exist_ok=True)
+                write_tree(self.folder / f"{name}.rank-{rank()}", {"draws": tree["draws"]})
+        with agreed(f"writing checkpoint {name}", torch.device("cpu")):
+            if rank() == 0:
+                self.folder.mkdir(exist_ok=True)
+                _write(self.folder / f"{name}.safetensors", *packed)
+
+    def draws(self, tree: Any) -> Any:
+        """The random draws of this rank in a checkpoint; None if it was made by another number of ranks.
+
+        Then every rank but the first begins its draws anew.
+        """
+        if rank() == 0:
+            return tree["draws"]
+        if tree["ranks"] != world_size():
+            return None
+        return read_tree(self.folder / f"step-{tree['loop']['step']:08}.rank-{rank()}")["draws"]
 
     def newest(self, say: Callable[[str], None]) -> Any:
         """The tree of the newest intact checkpoint, or None; `say` receives a remark on each damaged one.
@@ -230,7 +256,8 @@ class Checkpoints:
             try:
                 return read_tree(path)
             except UsageError as error:
-                path.rename(path.with_suffix(".damaged"))
+                if rank() == 0:
+                    path.rename(path.with_suffix(".damaged"))
                 say(f"{error}; trying the one before")
         return None
 

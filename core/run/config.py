@@ -51,7 +51,9 @@ class RunConfig:
     seed: int = option(0, help="Seed of every random draw.", min=0)
     device: str = option("auto", help="Device, such as cpu or cuda:1; auto: the first available of cuda, mps and cpu.")
     precision: str = option(
-        "fp32", help="bf16: run forward passes under autocast; weights stay fp32.", choices=("fp32", "bf16")
+        "fp32",
+        help="bf16: run forward passes under autocast; weights stay fp32. fp64: weights, data and sums in float64.",
+        choices=("fp32", "bf16", "fp64"),
     )
     bf16_matmul: str = option(
         "auto",
@@ -64,6 +66,13 @@ class RunConfig:
     )
     log_every: int = option(50, help="Steps between log points.", min=1)
     checkpoint_every: int = option(500, help="Steps between checkpoints.", min=1)
+    parallel: str = option(
+        "data",
+        help="Under torchrun: each rank holds all weights (data), or its part of them (shard).",
+        choices=("data", "shard"),
+    )
+    expert_parallel: int = option(1, help="Under torchrun: ranks over which each layer's experts are spread.", min=1)
+    local_losses: bool = option(False, help="Under torchrun: compute losses on each rank's tokens alone.")
     record_routing: bool = option(False, help="Save the test set's routing, for replay and routing-stats.")
 
 

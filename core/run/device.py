@@ -30,14 +30,22 @@ def find_device(name: str) -> torch.device:
 
 def resolve_matmul(config: RunConfig, device: torch.device) -> str:
     """The run's `bf16_matmul`. "auto" is resolved by measurement where it matters: under bf16 on a CPU."""
-    if config.bf16_matmul != "auto" or config.precision == "fp32" or device.type != "cpu":
+    if config.bf16_matmul != "auto" or config.precision != "bf16" or device.type != "cpu":
         return config.bf16_matmul
     return next(name for name, dtype in PRECISIONS.items() if dtype == matmul_dtype(torch.bfloat16))
 
 
 @contextmanager
 def precision(config: RunConfig, device: torch.device) -> Iterator[None]:
-    """Run forwards in the body in the run's precision: fp32, or bf16 under autocast."""
+    """Run forwards in the body in the run's precision: that of the weights, or bf16 under autocast."""
+    if config.precision == "fp64":
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)  # what whole numbers, such as pixels, become
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
+        return
     if config.precision == "fp32":
         yield
         return

@@ -10,6 +10,7 @@ from ..engine.engine import Engine
 from ..engine.measuring import backward_culprit
 from ..errors import RunError
 from ..files import write_atomically
+from ..processes import distributed
 
 
 def culprit_of(engine: Engine, error: BaseException, probe: Callable[[], Tensor]) -> str | None:
@@ -18,7 +19,7 @@ def culprit_of(engine: Engine, error: BaseException, probe: Callable[[], Tensor]
     probe: a forward on a held-out batch.
     """
     who = engine.culprit(error)
-    if who is None and isinstance(error, RuntimeError):
+    if who is None and isinstance(error, RuntimeError) and not distributed():  # other ranks would not join the probe
         who = backward_culprit(engine.layers, engine.plugins, probe, error)
     return who
 

@@ -14,10 +14,13 @@ Listener = Callable[[dict[str, Any]], None]
 
 @attrs.frozen(eq=False)
 class RecordFile:
-    """metrics.jsonl: one JSON object per line. listener: receives each record as it is written."""
+    """metrics.jsonl: one JSON object per line. listener: receives each record as it is written.
+
+    file: on ranks other than the first, one that keeps nothing.
+    """
 
     file: IO[bytes]
-    listener: Listener
+    listener: Listener = lambda record: None
 
     def write(self, record: dict[str, Any]) -> None:
         """Write one record."""

@@ -2,10 +2,12 @@
 
 import math
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from functools import partial
+from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +21,23 @@ from ..contract.run import Run
 from ..contract.stats import plain
 from ..contract.tasks import Batch, Task
 from ..engine.engine import Engine
-from ..errors import RunError, UsageError, listed
+from ..errors import RunError, UsageError
 from ..files import dump, write_atomically
-from ..optimizer_state import restore
-from ..seeds import generator, own_random_state, random_state, set_random_state
+from ..parallel.launch import lost
+from ..parallel.parallelize import expert_mesh, parallelize
+from ..processes import agreed, any_rank, distributed, full_tensor, of_first, rank, world_size
+from ..seeds import generator, own_random_state
 from .building import build_engine, build_model, build_task
 from .checkpoints import Checkpoints
 from .config import RunConfig, config_toml
 from .device import StepTimer, deterministic, find_device, resolve_matmul
+from .elastic import remember
 from .failures import culprit_of, write_reports
 from .folder import new_folder, read_run, record_file
 from .loop_state import LoopState
 from .records import Listener, RecordFile
-from .resuming import changes, check_resumable
 from .scores import Scorer, ScoreSums
+from .state import continue_from, newest_state, state_of
 from .summary import summarize, versions
 from .traces import FILE, record
 
@@ -64,7 +69,8 @@ class Training:
     out: the run's folder; with `resumed`, the folder of an earlier run, which continues from its newest checkpoint.
     listener: receives each record of metrics.jsonl as it is written. say: receives remarks. stop: set it to stop
     after the present step. timed: measure each step, for `step_seconds`, which synchronizes a GPU at every step.
-    dropped: metrics and reports that a resumed run leaves out.
+    dropped: metrics and reports that a resumed run leaves out. model: the task's; called: what training calls, which
+    is the model or wraps it. On several ranks, each has a Training; the first one's owns the folder.
     """
 
     config: RunConfig
@@ -80,12 +86,13 @@ class Training:
     task: Task = attrs.field(init=False)
     device: torch.device = attrs.field(init=False)
     model: nn.Module = attrs.field(init=False)
+    called: nn.Module = attrs.field(init=False)
     optimizer: torch.optim.Optimizer = attrs.field(init=False)
     folder: Path = attrs.field(init=False)
     _scorer: Scorer = attrs.field(init=False)
-    _loop: LoopState = attrs.field(init=False)
-    _records: RecordFile = attrs.field(init=False)
-    _started: float = attrs.field(init=False, default=0.0)
+    loop: LoopState = attrs.field(init=False)
+    records: RecordFile = attrs.field(init=False)
+    started: float = attrs.field(init=False, default=0.0)
     _timer: StepTimer = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -96,14 +103,14 @@ class Training:
         self.task = build_task(config, self.engine)
         self.model = build_model(config, self.engine, self.task, self.device)
         self._scorer = Scorer(config, self.task, self.model, self.device)
-        self._loop = self._first_state()
+        self.loop = self._first_state()
         self._timer = StepTimer(self.device)
         self.engine.check_learning(self._scorer.probe)
 
     @property
     def step(self) -> int:
         """Optimizer steps done."""
-        return self._loop.step
+        return self.loop.step
 
     @property
     def total_steps(self) -> int:
@@ -122,6 +129,8 @@ class Training:
 
     def culprit(self, error: BaseException) -> str | None:
         """A sentence on the plugin that an exception came from, or None."""
+        if distributed() and lost(error):  # it came up in whatever communicated next
+            return None
         who = culprit_of(self.engine, error, self._scorer.probe)
         return who and f"{who} failed at step {self.step}: {type(error).__name__}: {error}"
 
@@ -129,56 +138,77 @@ class Training:
 
     def run(self) -> Run:
         """Train, evaluate and write the folder. Raises RunError, Stopped or UsageError."""
-        seed = generator(self.config.seed, "training").initial_seed()  # of the global generators
+        purpose = f"training on rank {rank()}" if rank() else "training"
+        seed = generator(self.config.seed, purpose).initial_seed()  # of the global generators
         with own_random_state(seed), deterministic(self.device):
             return self._run()
 
     def _run(self) -> Run:
-        self._begin()
+        self.started, self.loop = time.monotonic(), self._first_state()
         for name, remark in self.engine.plugins.remarks.items():
             self.say(f"{name}: {remark.why}; {remark.advice}")
-        if self.resumed:
-            assert self.out is not None
-            self.folder = self.out
-        else:
-            self.folder = new_folder(self.out, self.config.task)
-            write_atomically(self.folder / "config.toml", self._config_text().encode())
-        with record_file(self.folder) as file:
-            self._records = RecordFile(file, self.listener)
-            if self.resumed:
-                self._resume()
+        with agreed("opening the run's folder", self.device), ExitStack() as stack:
+            self._open_folder(stack)
+            opened = stack.pop_all()
+        self.folder = Path(of_first(str(self.folder)))
+        with opened:
+            tree = newest_state(self) if self.resumed else None
+            if tree is not None:
+                self.model.load_state_dict(tree["model"])
+            self._spread()
+            self.optimizer = adam(self.model, self.config.lr, self.config.weight_decay)
+            if tree is not None:
+                continue_from(self, tree)
             self._train()
             self._finish()
-        if self.stop:
+        if any_rank(self.stop, self.device):
             raise Stopped
-        run = read_run(self.folder)
-        write_reports(self.engine, run)
-        return run
+        with agreed("writing the reports", self.device):
+            if rank() == 0:
+                write_reports(self.engine, read_run(self.folder))
+        return read_run(self.folder)
+
+    def _open_folder(self, stack: ExitStack) -> None:
+        """Make or find the run's folder, and lock it; the first rank does, for all."""
+        folder = self.out or Path()
+        if rank() == 0:
+            if not self.resumed:
+                folder = new_folder(self.out, self.config.task)
+                remember(folder)
+                write_atomically(folder / "config.toml", self.config_text().encode())
+            file = stack.enter_context(record_file(folder))
+            self.records = RecordFile(file, self.listener)
+        else:
+            self.records = RecordFile(stack.enter_context(tempfile.TemporaryFile()))  # noqa: SIM115 (closed by the stack)
+        self.folder = folder
+
+    def _spread(self) -> None:
+        """Spread the model over the ranks, if there are several."""
+        self.called = self.model
+        if distributed():
+            mesh = expert_mesh(gcd(self.config.expert_parallel, world_size()), self.device.type)
+            self.called = parallelize(self.engine, self.model, mesh, shard=self.config.parallel == "shard")
 
     def _first_state(self) -> LoopState:
         return LoopState(generator(self.config.seed, "data order"))
 
-    def _begin(self) -> None:
-        self._started = time.monotonic()
-        self._loop = self._first_state()
-        self.optimizer = adam(self.model, self.config.lr, self.config.weight_decay)
-
     def _train(self) -> None:
-        loop, config = self._loop, self.config
+        loop, config = self.loop, self.config
         while loop.epoch <= config.epochs:
             self.model.train()
-            for batch in self._scorer.train_batches(loop.order, loop.batch, self.total_steps - loop.step):
+            for batch, weight in self._scorer.train_batches(loop.order, loop.batch, self.total_steps - loop.step):
                 with self._timer.step() if self.timed else nullcontext():
-                    loss = self._learn(batch)
+                    loss = self._learn(batch, weight)
                 if loop.step % config.log_every == 0 or loop.step == self.total_steps:
                     self._log()
                 self._grow(loss)
                 if loop.step % (config.eval_every or sys.maxsize) == 0 and loop.step < self.total_steps:
                     self._evaluate()
                     self.model.train()
-                if self.stop or loop.step % config.checkpoint_every == 0:
+                stop = any_rank(self.stop, self.device)
+                if stop or loop.step % config.checkpoint_every == 0:
                     self._save()
-                if self.stop:
+                if stop:
                     raise Stopped
             if loop.step == self.total_steps:
                 break
@@ -186,57 +216,60 @@ class Training:
                 self._evaluate()
             loop.next_epoch()
 
-    def _learn(self, batch: Batch) -> Tensor:
-        """One step; returns the task's loss."""
+    def _learn(self, batch: Batch, weight: float) -> Tensor:
+        """One step on this rank's part of a batch; returns the task's loss, of the whole batch."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.step, self.total_steps)
         self.optimizer.zero_grad()
-        score = self._scorer.score(batch)
-        (score["loss"] + self.engine.aux_loss()).backward()
+        score = self._scorer.score(batch, self.called)
+        (weight * score["loss"] + self.engine.aux_loss()).backward()
         self.engine.after_backward()
         self.optimizer.step()
         self.engine.after_step()
-        self._loop.step, self._loop.batch = self._loop.step + 1, self._loop.batch + 1
-        self._loop.scores.add(score, batch, self.engine.last_terms())
-        return score["loss"].detach()
+        self.loop.step, self.loop.batch = self.loop.step + 1, self.loop.batch + 1
+        return self.loop.scores.add(score, batch, self.engine.last_terms())
 
     def _grow(self, loss: Tensor) -> None:
         """Grow as the triggers ask. A log point comes first, so each record has one number of experts."""
-        growths = self.engine.due(loss, self._loop.eval_loss)
-        self._loop.eval_loss = None
+        growths = self.engine.due(loss, self.loop.eval_loss)
+        self.loop.eval_loss = None
         if not growths:
             return
-        if self._loop.scores:
+        if self.loop.scores:
             self._log()
         self.optimizer.zero_grad()
         for growth in growths:
             try:
-                grown = self.engine.grow(growth, self.optimizer, probe=self._scorer.probe)
+                followers = [] if self.called is self.model else [self.called]
+                grown = self.engine.grow(growth, self.optimizer, followers, self._scorer.probe)
             except UsageError as error:
                 raise RunError(f"growth at step {self.step}: {error}", code="growth-failed") from error
-            event = {"split": "growth", "step": self.step, "epoch": self._loop.epoch, "layers": {}}
-            self._records.write({**event, "growth": plain(attrs.asdict(grown))})
+            event = {"split": "growth", "step": self.step, "epoch": self.loop.epoch, "layers": {}}
+            self.records.write({**event, "growth": plain(attrs.asdict(grown))})
+        if self.called is not self.model:
+            self._spread()
 
     def _log(self) -> None:
         """Write a record of the steps since the last log point."""
-        scores, self._loop.scores = self._loop.scores, ScoreSums()
+        scores, self.loop.scores = self.loop.scores, ScoreSums()
         scores.check_finite(self.step)
         layers = self.engine.metrics("train", self._scorer.probe)
-        self._records.write_metrics("train", self.step, self._loop.epoch, scores.means(), layers)
+        self.records.write_metrics("train", self.step, self.loop.epoch, scores.means(), layers)
 
     def _evaluate(self, final: bool = False) -> None:
         """Measure on the test set; a final measurement is also the summary."""
         means = self._scorer.evaluate()
         layers = self.engine.metrics("eval", self._scorer.probe)
-        self._records.write_metrics("eval", self.step, self._loop.epoch, means, layers)
+        self.records.write_metrics("eval", self.step, self.loop.epoch, means, layers)
         if final:
-            facts: dict[str, Any] = {"step": self.step, "seconds": self._seconds(), "means": means, "layers": layers}
+            facts: dict[str, Any] = {"step": self.step, "seconds": self.seconds(), "means": means, "layers": layers}
             summary = summarize(self.config, self.engine, perplexity=self.task.perplexity, **facts)
-            write_atomically(self.folder / "summary.json", (dump(summary) + "\n").encode())
-        self._loop.eval_loss = means["loss"]
-        if means["loss"] < self._loop.best:
-            self._loop.best = means["loss"]
-            self._checkpoints.write_best(self._state())
+            if rank() == 0:
+                write_atomically(self.folder / "summary.json", (dump(summary) + "\n").encode())
+        self.loop.eval_loss = means["loss"]
+        if means["loss"] < self.loop.best:
+            self.loop.best = means["loss"]
+            self.checkpoints.write_best(state_of(self))
 
     def _finish(self) -> None:
         """The last evaluation, the summary and the weights."""
@@ -244,67 +277,33 @@ class Training:
         self._evaluate(final=True)
         if self.config.record_routing:
             self._record_routing()
-        tensors = {name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}
-        write_atomically(self.folder / "model.safetensors", safetensors.torch.save(tensors))
+        tensors = {name: full_tensor(tensor).contiguous() for name, tensor in self.model.state_dict().items()}
+        if rank() == 0:
+            write_atomically(self.folder / "model.safetensors", safetensors.torch.save(tensors))
 
     def _record_routing(self) -> None:
         """Save the layers' routing of the test set."""
         about = {"task": self.config.task, "step": self.step, "split": "test", "versions": versions()}
-        forwards = (partial(self._scorer.score, batch) for batch in self._scorer.test_batches())
+        forwards = (partial(self._scorer.score, batch) for batch in self._scorer.test_batches(whole=True))
         trace = record(self.engine, forwards, about)
+        if rank():
+            return
         trace.write(self.folder / FILE)
         held = f"the first {trace.limit} tokens of each layer, not all" if trace.cut else "all tokens"
         self.say(f"routing of the test set: {self.folder / FILE} ({held})")
 
-    # -- checkpoints -------------------------------------------------------------------------------
-
     @property
-    def _checkpoints(self) -> Checkpoints:
+    def checkpoints(self) -> Checkpoints:
+        """The checkpoints in the run's folder."""
         return Checkpoints(self.folder / "checkpoints")
 
     def _save(self) -> None:
-        self._checkpoints.write(self.step, self._state())
+        self.checkpoints.write(self.step, state_of(self))
 
-    def _state(self) -> dict[str, Any]:
-        """The complete state of the run, from which it continues with identical results."""
-        return {
-            **self._made_with(),
-            "config": self._config_text(),
-            "seconds": self._seconds(),
-            "records": self._records.sync(),
-            "draws": random_state(),
-            "loop": self._loop.state_dict(),
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "engine": self.engine.state_dict(),
-        }
-
-    def _resume(self) -> None:
-        """Continue from the newest intact checkpoint; from the start if there is none."""
-        tree = self._checkpoints.newest(self.say)
-        if tree is None:
-            self.say("there is no checkpoint to continue from; starting over")
-            self._records.truncate(0)
-            return
-        check_resumable(self.folder, tree, self._config_text(), self._records.size(), self.dropped)
-        if changed := changes(tree, self._made_with()):
-            self.say(f"since the run began {listed(changed)} changed, so its metrics may differ from here on")
-        self.model.load_state_dict(tree["model"])
-        restore(self.optimizer, tree["optimizer"])
-        self.engine.load_state_dict(tree["engine"])
-        self._records.truncate(tree["records"])
-        self._loop.load_state_dict(tree["loop"])
-        self._started -= tree["seconds"]
-        set_random_state(tree["draws"])
-        self.say(f"continuing from step {self.step} of {self.total_steps}")
-
-    def _made_with(self) -> dict[str, Any]:
-        """The versions of libraries, and the distribution, version and source of each plugin."""
-        plugins = self.engine.plugins
-        return {"versions": versions(), "plugins": plugins.records(), "code": plugins.fingerprints()}
-
-    def _config_text(self) -> str:
+    def config_text(self) -> str:
+        """The content of config.toml."""
         return config_toml(self.config, self.engine.plugins.options(), self.engine.plugins.records())
 
-    def _seconds(self) -> float:
-        return round(time.monotonic() - self._started, 3)
+    def seconds(self) -> float:
+        """Seconds since the run began, without those between a stop and a resume."""
+        return round(time.monotonic() - self.started, 3)

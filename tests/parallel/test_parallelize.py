@@ -5,7 +5,6 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
-
 from torch.nn.parallel import DistributedDataParallel
 
 from moe_engine import Engine, Growth, adam
@@ -35,9 +34,7 @@ class Blocks(nn.Module):
 
     def __init__(self, engine):
         super().__init__()
-        self.blocks = nn.ModuleList(
-            nn.ModuleDict({"mix": nn.Linear(6, 6), "moe": engine.moe(6, 7)}) for _ in range(2)
-        )
+        self.blocks = nn.ModuleList(nn.ModuleDict({"mix": nn.Linear(6, 6), "moe": engine.moe(6, 7)}) for _ in range(2))
         self.head = nn.Linear(6, 6)
 
     def forward(self, x):

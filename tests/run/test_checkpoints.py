@@ -357,7 +357,7 @@ def test_a_source_without_a_trigger_is_refused(capsys):
 
 def test_other_versions_are_said(tmp_path, monkeypatch):
     stopped(tmp_path / "cut", 25)
-    monkeypatch.setattr("moe_engine.run.training.versions", lambda: {"torch": "0"})
+    monkeypatch.setattr("moe_engine.run.state.versions", lambda: {"torch": "0"})
     (said,) = go_on(tmp_path / "cut")
     assert said.startswith("since the run began torch ") and said.endswith("so its metrics may differ from here on")
 

@@ -1,0 +1,90 @@
+"""Processes that torchrun has started: join them, agree on who speaks, and end together.
+
+Nothing here imports torch before it must: the command line asks `started()` on every start.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from ..errors import UsageError
+
+USAGE, FAILED = 2, 1  # exit codes
+CODE = "moe_engine/failed"  # key in the launcher's store: rank and exit code of the first that failed
+LOST = ("Connection closed by peer", "Connection reset", "gloo", "NCCL", "Broken pipe", "Socket")
+
+
+def started() -> int:
+    """The number of processes that torchrun has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def rank() -> int:
+    """This process among those that torchrun has started; 0 without it."""
+    return int(os.environ.get("RANK") or 0) if started() > 1 else 0
+
+
+@contextmanager
+def joined(device: str) -> Iterator[str]:
+    """Join the processes that torchrun has started, if any; gives this rank's device.
+
+    device: "auto", "cpu" or "cuda". Ranks communicate through NCCL on GPUs, one each, and through gloo on CPUs. The
+    first rank on which the body fails tells of it; the others end with its exit code, without a word.
+    """
+    if started() == 1:
+        yield device
+        return
+    import torch
+
+    local = int(os.environ.get("LOCAL_RANK") or 0)
+    on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.device_count() > local)
+    if on_gpu:
+        torch.cuda.set_device(local)
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    try:
+        yield f"cuda:{local}" if on_gpu else "cpu"
+    except Exception as error:
+        code = USAGE if isinstance(error, UsageError) else FAILED
+        if (first := _first_code(error, code)) is not None:
+            raise click.exceptions.Exit(first) from error
+        raise
+    torch.distributed.destroy_process_group()  # after a failure this might wait for a rank that is gone
+
+
+def _first_code(error: BaseException, code: int) -> int | None:
+    """The exit code of the rank that failed first; None if this one did."""
+    store = torch_store()
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
+    if getattr(error, "code", None) in ("other-process-failed", "processes-disagree") or lost(error):
+        _wait_for(store, CODE + attempt)
+    mine = f"{rank()} {code}"
+    first = store.compare_set(CODE + attempt, "", mine).decode()
+    return None if first == mine else int(first.split()[1])
+
+
+def lost(error: BaseException) -> bool:
+    """Whether an error says that another rank is gone."""
+    import torch
+
+    kinds = (torch.distributed.DistBackendError, torch.distributed.DistNetworkError)
+    return isinstance(error, kinds) or (isinstance(error, RuntimeError) and any(word in str(error) for word in LOST))
+
+
+def _wait_for(store: Any, key: str) -> None:
+    """Wait a moment for the rank that failed first to say so; one that was killed never does."""
+    from datetime import timedelta
+
+    try:
+        store.wait([key], timedelta(seconds=3))
+    except Exception:
+        return
+
+
+def torch_store() -> Any:
+    """The key-value store that all ranks share."""
+    import torch
+
+    return torch.distributed.distributed_c10d._get_default_store()
