@@ -12,7 +12,10 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
     "name",
     [
         "growth",
-        *(pytest.param(name, marks=pytest.mark.long) for name in ("experts", "memory", "step", "startup", "adopted")),
+        *(
+            pytest.param(name, marks=pytest.mark.long)
+            for name in ("experts", "memory", "step", "startup", "adopted", "plan")
+        ),
     ],
 )
 def test_a_benchmark_runs(name, commands):

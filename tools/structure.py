@@ -17,7 +17,8 @@ CORE = ROOT / "core"
 ROOMS = (
     *("errors", "seeds", "files", "processes", "optimizer_state"),
     *("contract", "registry", "layer", "growth", "engine"),  # the engine proper
-    *("tasks", "run", "analysis", "pretrained", "study", "integrations", "testing", "cli", "__main__"),
+    "parallel",
+    *("tasks", "run", "analysis", "plan", "pretrained", "study", "integrations", "testing", "cli", "__main__"),
 )
 ENGINE_PROPER = ROOMS[: ROOMS.index("engine") + 1]
 MOST_MODULES = 6  # modules directly in core/

@@ -1,0 +1,1 @@
+"""Plans: memory, bytes and time of a training step on many ranks, before anything runs there."""
