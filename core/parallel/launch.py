@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from ..errors import UsageError
+from ..errors import RunError, UsageError
 
 USAGE, FAILED = 2, 1  # exit codes
 CODE = "moe_engine/failed"  # key in the launcher's store: rank and exit code of the first that failed
@@ -43,25 +43,30 @@ def joined(device: str) -> Iterator[str]:
     on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.device_count() > local)
     if on_gpu:
         torch.cuda.set_device(local)
-    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    store = _store()
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    torch.distributed.init_process_group(backend, store=store, rank=rank(), world_size=started())
     try:
         yield f"cuda:{local}" if on_gpu else "cpu"
     except Exception as error:
         code = USAGE if isinstance(error, UsageError) else FAILED
-        if (first := _first_code(error, code)) is not None:
+        if (first := _first_code(store, error, code)) is not None:
             raise click.exceptions.Exit(first) from error
+        if lost(error):
+            message = "the connection to another rank broke: it was killed, or its machine is gone"
+            raise RunError(
+                f"{message}; with torchrun --max-restarts the run goes on by itself", code="rank-lost"
+            ) from error
         raise
     torch.distributed.destroy_process_group()  # after a failure this might wait for a rank that is gone
 
 
-def _first_code(error: BaseException, code: int) -> int | None:
+def _first_code(store: Any, error: BaseException, code: int) -> int | None:
     """The exit code of the rank that failed first; None if this one did."""
-    store = torch_store()
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
     if getattr(error, "code", None) in ("other-process-failed", "processes-disagree") or lost(error):
-        _wait_for(store, CODE + attempt)
+        _wait_for(store, CODE)
     mine = f"{rank()} {code}"
-    first = store.compare_set(CODE + attempt, "", mine).decode()
+    first = store.compare_set(CODE, "", mine).decode()
     return None if first == mine else int(first.split()[1])
 
 
@@ -83,8 +88,11 @@ def _wait_for(store: Any, key: str) -> None:
         return
 
 
-def torch_store() -> Any:
-    """The key-value store that all ranks share."""
-    import torch
+def _store() -> Any:
+    """The key-value store that all ranks share; torchrun keeps one for all its restarts, so each gets a part of it."""
+    from torch.distributed import PrefixStore, TCPStore
 
-    return torch.distributed.distributed_c10d._get_default_store()
+    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(address, port, started(), is_master=rank() == 0 and not kept)
+    return PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
