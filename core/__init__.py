@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .contract.families import unwrapped as unwrapped
     from .contract.growth import Grown as Grown
     from .contract.growth import Growth as Growth
+    from .contract.growth import HiddenUnits as HiddenUnits
     from .contract.growth import NewExpert as NewExpert
     from .contract.history import History as History
     from .contract.history import consecutive as consecutive
@@ -95,7 +96,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "contract.families": ("GATE", "STACKED", "Block", "Family", "Stored", "unwrapped"),
-    "contract.growth": ("Grown", "Growth", "NewExpert"),
+    "contract.growth": ("Grown", "Growth", "HiddenUnits", "NewExpert"),
     "contract.history": ("History", "grow_at_peaks", "consecutive", "least_experts"),
     "contract.hookspecs": ("hookimpl",),
     "contract.numerics": ("at_least_fp32", "centred_log", "count_by", "cv2", "entropy_of"),

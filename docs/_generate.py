@@ -13,7 +13,7 @@ from moe_engine import tasks
 from moe_engine.cli import group as command_line
 from moe_engine.contract.hookspecs import HOOKS
 from moe_engine.contract.options import options_of
-from moe_engine.contract.traits import traits_of
+from moe_engine.contract.traits import acts_on_tokens, traits_of
 from moe_engine.registry.discovery import KINDS, find, load
 
 ROOT = Path(__file__).parents[1]
@@ -47,7 +47,7 @@ REFERENCE = {
     "Controllers": ("What biases and states read after an optimizer step.", "Step ema_update_"),
     "Growth": (
         "Ask for experts, make their weights, read what happened.",
-        "Growth NewExpert Grown merging prune History consecutive grow_at_peaks least_experts",
+        "Growth NewExpert Grown HiddenUnits merging prune History consecutive grow_at_peaks least_experts",
     ),
     "Tasks": ("The data, the model and the score of a run.", "Task TaskSpec"),
     "Numerics": (
@@ -174,6 +174,9 @@ def _traits(cls):
             yield f"[{field.capitalize()}](../hooks.md#traits): {', '.join(f'`{value}`' for value in values)}"
     if traits.balanced is not None:
         yield f"At perfect balance: {traits.balanced:g}"
+    if acts_on_tokens(hook for hook in HOOKS if hasattr(cls, hook)):
+        where = "each rank's tokens alone" if traits.per_rank else "as one process with all tokens"
+        yield f"[On several ranks](../hooks.md#global-or-per-rank): {where}"
 
 
 def _options(name, cls):

@@ -7,6 +7,7 @@ python tools/architectures.py --write  into docs/architectures.md
 import os
 import sys
 import tempfile
+import textwrap
 import warnings
 from pathlib import Path
 
@@ -128,10 +129,13 @@ def changed(family: str, kind: str) -> str:
 
 
 def shortened(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0][:70]}" if str(error) else type(error).__name__
+    told = str(error).strip().splitlines()
+    return (
+        textwrap.shorten(f"{type(error).__name__}: {told[0]}", 100, placeholder=" …") if told else type(error).__name__
+    )
 
 
-def page(rows: list[Row]) -> str:
+def page(rows: list[Row], version: str = transformers.__version__) -> str:
     """The page, in Markdown."""
     runs = [row for row in rows if row.read != "not tried"]
     read = [row for row in runs if row.read.startswith("yes")]
@@ -139,7 +143,7 @@ def page(rows: list[Row]) -> str:
     lines = [
         "# Architectures",
         "",
-        f"The {len(rows)} architectures of transformers {transformers.__version__} with experts, each tried on a tiny "
+        f"The {len(rows)} architectures of transformers {version} with experts, each tried on a tiny "
         "random model by `tools/architectures.py`. "
         f"Of the {len(runs)} whose tiny model runs, {len(read)} are read; {len(adopted)} are adopted, grown, exported.",
         "",
@@ -148,12 +152,15 @@ def page(rows: list[Row]) -> str:
         "`adopt` changes no logit, copies included; grown by one expert, names and layout stay; what `export` wrote "
         "loads with equal logits (the kit's claims about families).",
         "",
-        "| model type | family | read | changed | |",
-        "|---|---|---|---|---|",
-        *(
-            f"| `{row.kind}` | {f'`{row.family}`' if row.family else ''} | {row.read} | {row.changed} | {row.why} |"
-            for row in rows
-        ),
+        "| model type | family | read | changed |",
+        "|---|---|---|---|",
+        *(f"| `{row.kind}` | `{row.family}` | {row.read} | {row.changed} |" for row in rows if not row.why),
+        "",
+        "## Not read",
+        "",
+        "| class or model type | read | why |",
+        "|---|---|---|",
+        *(f"| `{row.kind}` | {row.read} | {row.why} |" for row in rows if row.why),
         "",
     ]
     return "\n".join(lines)

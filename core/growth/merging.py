@@ -1,15 +1,18 @@
 """The growth that merges experts into one: their shares, and the order of their hidden units."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from ..contract.growth import Growth, Order
+from ..contract.growth import Growth, HiddenUnits, Order
+from ..contract.parts import Experts
 from ..errors import UsageError
 from ..layer.experts import StackedMLP
 from ..layer.moe import MoE
 from .plans import plans_of
+
+OF_STACKED_MLP = {"w_in": HiddenUnits(2), "b_in": HiddenUnits(1), "w_out": HiddenUnits(1)}
 
 
 def merging(
@@ -22,13 +25,14 @@ def merging(
 
     align: permute the hidden units of each expert to match those of the first before averaging; that changes no
     expert's output, and states of optimizers and weight averages are permuted alike. A unit is its row of incoming
-    weights (gate and up together for swiglu), its bias and its outgoing weights. Units are matched greedily, the
+    weights (gate and up together), its bias and its outgoing weights; where they lie, a bank says itself
+    (`HiddenUnits`), and for an adopted block its family (`Stored.hidden`). Units are matched greedily, the
     closest pair first, which finds a permutation of the same units exactly and others approximately: the optimal
     assignment of the source needs a solver that is no dependency here. Memory: H x H numbers.
 
     Sources: Li et al., 2024 (Merge, Then Compress: MC-SMoE), the mean by load; Ainsworth et al., 2023 (Git Re-Basin),
-    the alignment. Raises UsageError for experts that can't be merged, and for align with experts that are no plain
-    StackedMLP.
+    the alignment. Raises UsageError for experts that can't be merged, and for align in a bank that does not say where
+    its hidden units are.
     """
     group, load = tuple(experts), layer.load_since_growth if load is None else torch.as_tensor(load)
     if load is not None and load.shape != (layer.spec.experts,):
@@ -49,25 +53,47 @@ def merging(
 def _orders(layer: MoE, group: Sequence[int]) -> dict[str, Order]:
     """For each tensor with hidden units, the order of each expert's that matches the first one's."""
     bank = layer.experts
-    if not isinstance(bank, StackedMLP) or not bank.axes.keys() <= {"w_in", "b_in", "w_out", "b_out"}:
-        message = f"align matches hidden units of a StackedMLP; layer '{layer.name}' has a {type(bank).__name__}"
-        raise UsageError(message, code="cannot-align")
-    first, *others = (_units(bank, expert) for expert in group)
+    declared = _declared(bank)
+    if not declared:
+        message = f"align needs to know the hidden units of an expert, and {type(bank).__name__} of layer "
+        raise UsageError(f"{message}'{layer.name}' does not declare them", code="cannot-align")
+    hidden = min(getattr(bank, name).shape[at.axis] for name, at in declared.items())
+    first, *others = (_units(bank, declared, hidden, expert) for expert in group)
     match = {expert: _greedy(first, units) for expert, units in zip(group[1:], others, strict=True)}
-    hidden = bank.w_out.shape[1]
-    wide = bank.w_in.shape[2] // hidden  # 2 for swiglu: the gates' columns, then those of the up projection
-    columns = {e: torch.cat([index_H + part * hidden for part in range(wide)]) for e, index_H in match.items()}
-    orders = {"experts.w_in": Order(1, columns), "experts.w_out": Order(0, match)}
-    return orders | ({"experts.b_in": Order(0, columns)} if bank.b_in is not None else {})
+    orders = {}
+    for name, at in declared.items():
+        parts, own = getattr(bank, name).shape[at.axis] // hidden, bank.axes[name].axis
+        places = {expert: _places(match_H, parts, at.interleaved) for expert, match_H in match.items()}
+        orders[f"experts.{name}"] = Order(at.axis - (at.axis > own), places)
+    return orders
 
 
-def _units(bank: StackedMLP, expert: int) -> Tensor:
-    """[H, n]: each hidden unit's incoming weights, biases and outgoing weights, in fp32 or better."""
-    hidden = bank.w_out.shape[1]
-    inside = bank.w_in[expert].unflatten(1, (-1, hidden)).flatten(0, 1).t()  # [H, D] or [H, 2D]
-    bias = [] if bank.b_in is None else [bank.b_in[expert].unflatten(0, (-1, hidden)).t()]
-    units_Hn = torch.cat([inside, *bias, bank.w_out[expert]], 1)
-    return units_Hn.to(torch.promote_types(units_Hn.dtype, torch.float32))
+def _declared(bank: Experts) -> dict[str, HiddenUnits]:
+    """Where a bank has its hidden units, by tensor; empty unless it says so of all that lead into and out of them."""
+    plain = isinstance(bank, StackedMLP) and bank.axes.keys() <= OF_STACKED_MLP.keys() | {"b_out"}
+    found = OF_STACKED_MLP if plain else getattr(bank, "hidden_units", {})
+    declared = {name: at for name, at in found.items() if name in bank.axes}
+    inward = {name for name, axis in bank.axes.items() if axis.role == "in"}
+    outward = any(bank.axes[name].role == "output" for name in declared)
+    return declared if inward and outward and inward <= declared.keys() else {}
+
+
+def _units(bank: Experts, declared: Mapping[str, HiddenUnits], hidden: int, expert: int) -> Tensor:
+    """[H, n]: each hidden unit's weights and biases, incoming and outgoing, in fp32 or better."""
+    columns = []
+    for name, at in declared.items():
+        own = bank.axes[name].axis
+        rows = getattr(bank, name).detach().select(own, expert).movedim(at.axis - (at.axis > own), 0)
+        parts_Hpn = rows.unflatten(0, (hidden, -1)) if at.interleaved else rows.unflatten(0, (-1, hidden)).movedim(1, 0)
+        columns.append(parts_Hpn.flatten(1).to(torch.promote_types(rows.dtype, torch.float32)))
+    return torch.cat(columns, 1)
+
+
+def _places(match_H: Tensor, parts: int, interleaved: bool) -> Tensor:
+    """[parts H]: the order of a dimension that has several places for each hidden unit."""
+    part_p, hidden = torch.arange(parts, device=match_H.device), len(match_H)
+    place_Hp = match_H[:, None] * parts + part_p if interleaved else match_H[:, None] + part_p * hidden
+    return place_Hp.flatten() if interleaved else place_Hp.t().flatten()
 
 
 def _greedy(first_Hn: Tensor, other_Hn: Tensor) -> Tensor:

@@ -7,41 +7,26 @@ logits that the block's own router returned, and its bank calls the block's own 
 Suffixes: T tokens, E experts, K chosen per token, D model.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
-import attrs
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..contract.families import Block, Decision, Routed
-from ..contract.numerics import without_autocast
+from ..contract.families import Block
 from ..contract.options import Settings, parse_settings
 from ..contract.parts import Bias
 from ..engine.builder import LayerBuild, layer_name, spec_of
 from ..engine.engine import Engine
 from ..errors import UsageError, listed, nearest
-from ..layer.probing import evaluating
 from .adopted import LAYER, Adopted, CopiedHook, Entry, Resizing, Shared, adopted_blocks, folded
 from .borrowed import BorrowedBias, BorrowedExperts, borrowed_router
 from .calls import follow
 from .families import blocks_of
+from .recipes import Own, check_alike, own_decision, sizes_of
 from .tapping import Tap
 
 IDLE = 1e-6  # a bias below this is rounding
-PROBE = 32  # tokens on which a recipe is compared with its block
-LEAST_SAME = 0.9  # of them that choose the same; in bf16 scores may be equal
-TOLERANCE, HALF_TOLERANCE = 1e-5, 1e-2  # of the gates, relative to the largest, in fp32 and below
-
-
-@attrs.frozen(eq=False)
-class Own:
-    """A block's own decision: tokens x [T, D], gates [T, E], and K."""
-
-    x: Tensor
-    gates: Tensor
-    top_k: int
 
 
 def adopt(
@@ -132,7 +117,7 @@ def _adopt(engine: Engine, block: Block, shared: Shared, settings: Settings, spe
         settings = {**settings, router: {**options, **typed, **settings.get(router, {})}}
     build = LayerBuild(
         engine.plugins,
-        spec_of({**engine.defaults, **_sizes(block), **_choices(block, own), **spec}),
+        spec_of({**engine.defaults, **sizes_of(block), **_choices(block, own), **spec}),
         layer_name(f"{block.name}.{LAYER}", engine.layers, 0),
         settings,
         bank=BorrowedExperts(block, shared.resized),
@@ -142,24 +127,12 @@ def _adopt(engine: Engine, block: Block, shared: Shared, settings: Settings, spe
     layer = engine.built(build).to(block.tensor(next(iter(block.family.tensors))).device)
     adopted = Adopted(block, layer, shared, alike, born=layer.spec.experts)
     if alike:
-        _check_alike(adopted, own)
+        check_alike(adopted, own)
     block.module.add_module(LAYER, layer.train(block.module.training))
     shared.layers.append(layer)
     adopted.tap = Tap(block, adopted.see, None, CopiedHook)
     block.entry.forward = Entry(adopted)
     block.module.register_load_state_dict_pre_hook(Resizing(adopted))
-
-
-def _sizes(block: Block) -> dict[str, int]:
-    """A block's sizes, as those of a layer."""
-    rows, at = block.family.first("logit_row")
-    out, of = block.family.first("output")
-    row, weight = block.tensor(rows), block.tensor(out)
-    return {
-        "dim": row.shape[1 if at.fan_in is None else at.fan_in],
-        "hidden": weight.shape[1 if of.fan_in is None else of.fan_in],
-        "experts": row.shape[at.axis],
-    }
 
 
 def _choices(block: Block, own: Own) -> dict[str, Any]:
@@ -175,7 +148,7 @@ def _choices(block: Block, own: Own) -> dict[str, Any]:
 
 def _unfold(block: Block) -> None:
     """Give tensors whose experts' rows lie one after the other a dimension of experts."""
-    experts = _sizes(block)["experts"]
+    experts = sizes_of(block)["experts"]
     for path, stored in block.family.tensors.items():
         if stored.flat:
             tensor = block.tensor(path)
@@ -188,63 +161,6 @@ def _fold(block: Block) -> None:
         if stored.flat and block.tensor(path).dim() == 3:
             tensor = block.tensor(path)
             tensor.data = folded(tensor.data, stored)
-
-
-# -- does the recipe decide as the block does -----------------------------------------------------------
-
-
-@torch.no_grad()
-def own_decision(block: Block) -> Own:
-    """A block's own decision on random tokens. Raises UsageError if its family can't read it."""
-    seen: list[Decision] = []
-    routed: list[Routed] = []
-
-    def given(arguments: list[Any]) -> None:
-        decision = block.family.decision(block, arguments, routed[-1] if routed else None)
-        seen.extend([] if decision is None else [decision])
-
-    by_router = block.family.decides == "router"
-    tap = Tap(block, routed.append, None if by_router else given, _same)
-    sizes, weight = _sizes(block), block.tensor(block.family.first("output")[0])
-    random = torch.Generator().manual_seed(0)
-    x = torch.randn(1, PROBE, sizes["dim"], generator=random).to(weight.device, weight.dtype)
-    try:
-        with evaluating(block.module), without_autocast(x.device):
-            block.module(x)
-        if by_router:
-            given([])
-    finally:
-        tap.close()
-    if not seen:
-        kind = type(block.module).__name__
-        message = f"family '{block.family.name}' finds no decision in {kind}; check its `entry` and `decides`"
-        raise UsageError(message, code="unknown-decision")
-    _, expert_TK, gate_TK = seen[-1]
-    gates = torch.zeros(PROBE, sizes["experts"], device=x.device).scatter(1, expert_TK.long(), gate_TK.float())
-    return Own(x[0], gates, expert_TK.shape[1])
-
-
-def _same(act: Callable[..., None]) -> Callable[..., None]:
-    return act
-
-
-@torch.no_grad()
-def _check_alike(adopted: Adopted, own: Own) -> None:
-    """Raise UsageError unless the layer decides as its block did, wherever scores are not within rounding."""
-    layer, block, x_TD, own_TE = adopted.layer, adopted.block, own.x, own.gates
-    with evaluating(layer):
-        gate_TE = layer.route(layer.tokens(x_TD)).gates().float()
-    same_T = ((gate_TE > 0) == (own_TE > 0)).all(-1)
-    tolerance = TOLERANCE if x_TD.dtype == torch.float32 else HALF_TOLERANCE
-    worst = float((gate_TE - own_TE)[same_T].abs().max()) if bool(same_T.any()) else 0.0
-    if same_T.float().mean() < LEAST_SAME or not worst <= tolerance * max(1.0, float(own_TE.max())):
-        router, _ = block.family.recipe(block) or ("", {})
-        message = (
-            f"family '{block.family.name}' says that {type(block.module).__name__} decides as router '{router}' does, "
-            f"but of {PROBE} tokens {int(same_T.sum())} choose the same experts, with gates up to {worst:.3g} apart; "
-            "correct its recipe, or build the engine with a router"
-        )
-        raise UsageError(message, code="recipe-disagrees")
 
 
 # -- back -------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..contract.families import COUNTS, Block, Routed, Stored, part_of
+from ..contract.growth import HiddenUnits
 from ..contract.parts import Axis, Bias, Experts, LinearRouter, Part, uniform, zeros
 from ..contract.routing import Assignments, Tokens
 from ..errors import UsageError
@@ -147,6 +148,12 @@ class BorrowedExperts(Borrowing, Experts):
         name = next(iter(self.paths))
         size: int = getattr(self, name).shape[self.axes[name].axis]
         return size
+
+    @property
+    def hidden_units(self) -> dict[str, HiddenUnits]:
+        """Where the family says that the hidden units are, by tensor."""
+        stored = {name: self.block.family.tensors[path] for name, path in self.paths.items()}
+        return {name: HiddenUnits(at.hidden, at.interleaved) for name, at in stored.items() if at.hidden is not None}
 
     def put(self, name: str, value: Tensor) -> None:
         super().put(name, value)

@@ -63,7 +63,13 @@ class Watcher:
     """
 
     def __init__(
-        self, engine: Engine, model: nn.Module, record: bool = False, limit: int = LIMIT, family: str | None = None
+        self,
+        engine: Engine,
+        model: nn.Module,
+        record: bool = False,
+        limit: int = LIMIT,
+        family: str | None = None,
+        labels: Tensor | int | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise UsageError(f"watch() takes a model, not {model!r}", code="not-a-model")
@@ -80,7 +86,7 @@ class Watcher:
         kinds = list(dict.fromkeys(type(block.module).__name__ for block in blocks))
         self.trace = Trace([], {"model": type(model).__name__, "blocks": kinds}, limit)
         self._calls = Calls()
-        self._labels: Tensor | None = None
+        self._labels = None if labels is None else self._checked(labels)
         self._handles = follow(self._calls, model, [block.module for block in blocks])
         self._taps = [self._tap(watched) for watched in self._watched.values()]
 
@@ -103,23 +109,31 @@ class Watcher:
         }
 
     @contextmanager
-    def labelled(self, labels: Tensor) -> Iterator[None]:
-        """Inside, the model's forwards are of sequences with these labels [B], or of tokens with these [B, S].
+    def labelled(self, labels: Tensor | int) -> Iterator[None]:
+        """Inside, the model's forwards are of sequences with these labels [B], of tokens with these [B, S], or of one.
 
         Labels are whole numbers from 0, of classes or domains, for metrics of specialization and for the trace; the
         engine must know how many there are: Engine(..., classes=N). Raises UsageError.
         """
-        if not self._classes:
-            message = "labels need the number of classes; build the engine with Engine(..., classes=N)"
-            raise UsageError(message, code="no-classes")
-        if not isinstance(labels, Tensor) or labels.dim() not in (1, 2) or labels.is_floating_point():
-            message = f"labels must be a tensor of whole numbers, [batch] or [batch, tokens], not {_told(labels)}"
-            raise UsageError(message, code="bad-labels")
-        before, self._labels = self._labels, labels
+        before, self._labels = self._labels, self._checked(labels)
         try:
             yield
         finally:
             self._labels = before
+
+    def _checked(self, labels: Any) -> Tensor:
+        if not self._classes:
+            message = "labels need the number of classes; build the engine with Engine(..., classes=N)"
+            raise UsageError(message, code="no-classes")
+        if isinstance(labels, int) and not isinstance(labels, bool) and 0 <= labels < self._classes:
+            return torch.tensor(labels)
+        if not isinstance(labels, Tensor) or labels.dim() not in (1, 2) or labels.is_floating_point():
+            message = (
+                "labels must be a tensor of whole numbers, [batch] or [batch, tokens], or one number below "
+                f"classes={self._classes}, not {_told(labels)}"
+            )
+            raise UsageError(message, code="bad-labels")
+        return labels
 
     def write_routing(self, path: str | Path) -> None:
         """Write the recorded trace for `moe-engine replay`. Raises UsageError if nothing was recorded."""
@@ -190,7 +204,12 @@ class Watcher:
 
 
 def watch(
-    engine: Engine, model: nn.Module, record: bool = False, limit: int = LIMIT, family: str | None = None
+    engine: Engine,
+    model: nn.Module,
+    record: bool = False,
+    limit: int = LIMIT,
+    family: str | None = None,
+    labels: Tensor | int | None = None,
 ) -> Watcher:
     """Compute the engine's metrics and verdict for the MoE blocks of a transformers model, without changing it.
 
@@ -203,10 +222,11 @@ def watch(
     with an `attention_mask` tells which tokens are padding; without a mask all tokens count, with a warning if only
     inner layers are watched or called. A forward repeated by activation checkpointing counts once, and copies of the
     model do not count. record: also keep a routing trace of the first `limit` tokens of each layer, padding included,
-    for `watcher.write_routing(path)`. family: another family plugin. `watcher.labelled(labels)` gives the tokens
-    classes. Raises UsageError for a model without a block that a family knows.
+    for `watcher.write_routing(path)`. family: another family plugin. labels: the classes of the tokens in every
+    forward, by sequence [B], by token [B, S], or one number for all, except inside `watcher.labelled(labels)`, which
+    gives the next batch its own. Raises UsageError for a model without a block that a family knows.
     """
-    return Watcher(engine, model, record, limit, family)
+    return Watcher(engine, model, record, limit, family, labels)
 
 
 def decision_of(block: Block, given: list[Any], routed: Routed | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -259,8 +279,8 @@ def spec_of(block: Block, routing: Routing, classes: int | None) -> Spec:
 
 
 def labels_of(labels: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """[T]: the label of each token of a forward of [B, S]. labels: [B] or [B, S]. Raises UsageError."""
-    if tuple(labels.shape) not in (shape, shape[:1]):
+    """[T]: the label of each token of a forward of [B, S]. labels: [], [B] or [B, S]. Raises UsageError."""
+    if tuple(labels.shape) not in (shape, shape[:1], ()):
         message = (
             f"labels of {list(labels.shape)} do not fit a forward of {list(shape)} tokens; "
             "give one of each sequence, or one of each token"

@@ -24,9 +24,9 @@ class Dbrx:
 
 TENSORS = {
     "router.layer.weight": Stored("logit_row", fan_in=1),
-    "experts.mlp.w1": Stored("in", fan_in=2, flat=True),
-    "experts.mlp.v1": Stored("in", fan_in=2, flat=True),
-    "experts.mlp.w2": Stored("output", fan_in=1, flat=True),
+    "experts.mlp.w1": Stored("in", fan_in=2, flat=True, hidden=1),
+    "experts.mlp.v1": Stored("in", fan_in=2, flat=True, hidden=1),
+    "experts.mlp.w2": Stored("output", fan_in=1, flat=True, hidden=1),
 }
 
 

@@ -20,9 +20,9 @@ class GptOss:
 TENSORS = {
     "router.weight": Stored("logit_row", fan_in=1),
     "router.bias": Stored("logit_bias"),
-    "experts.gate_up_proj": Stored("in", fan_in=1),
-    "experts.gate_up_proj_bias": Stored("in"),
-    "experts.down_proj": Stored("output", fan_in=1),
+    "experts.gate_up_proj": Stored("in", fan_in=1, hidden=2, interleaved=True),
+    "experts.gate_up_proj_bias": Stored("in", hidden=1, interleaved=True),
+    "experts.down_proj": Stored("output", fan_in=1, hidden=1),
     "experts.down_proj_bias": Stored("output"),
 }
 

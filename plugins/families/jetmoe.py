@@ -30,8 +30,8 @@ class JetMoe:
 
 TENSORS = {
     "router.layer.weight": Stored("logit_row", fan_in=1),
-    "input_linear.weight": Stored("in", fan_in=2),
-    "output_linear.weight": Stored("output", fan_in=2),
+    "input_linear.weight": Stored("in", fan_in=2, hidden=1),
+    "output_linear.weight": Stored("output", fan_in=2, hidden=2),
 }
 
 

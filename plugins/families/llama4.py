@@ -20,8 +20,8 @@ class Llama4:
 
 TENSORS = {
     "router.weight": Stored("logit_row", fan_in=1),
-    "experts.gate_up_proj": Stored("in", fan_in=1),
-    "experts.down_proj": Stored("output", fan_in=1),
+    "experts.gate_up_proj": Stored("in", fan_in=1, hidden=2),
+    "experts.down_proj": Stored("output", fan_in=1, hidden=1),
 }
 
 

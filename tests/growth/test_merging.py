@@ -9,7 +9,7 @@ import torch
 import moe_engine
 from moe_engine import Engine, Grown, Growth, UsageError, merging
 from moe_engine.cli.progress import event
-from moe_engine.contract.growth import Order
+from moe_engine.contract.growth import HiddenUnits, Order
 from moe_engine.contract.stats import plain
 from moe_engine.growth.merging import _greedy
 from moe_engine.growth.plans import plans_of
@@ -177,10 +177,30 @@ def test_units_are_matched_by_distance_closest_first():
     assert _greedy(torch.ones(3, 2), torch.ones(3, 2)).tolist() == [0, 1, 2]  # ties end
 
 
-def test_only_stacked_mlps_are_aligned():
+def test_a_bank_that_says_where_its_hidden_units_are_is_aligned():
+    """A stranger's bank, transposed; conv says nothing, and a subclass with one more tensor does not say enough."""
     layer = Engine("topk,conv", experts=4, top_k=2).moe(16, 5, name="moe")
-    with refused("cannot-align", "'moe'", "StackedMLP"):
+    with refused("cannot-align", "'moe'", "hidden units"):
         merging(layer, (0, 1), align=True)
+    rig = Rig("topk")
+    bank, order_H = rig.layer.experts, torch.tensor([3, 0, 4, 2, 1])
+    bank.expert_param("gain", (5, 4), fresh=torch.ones, role="in", axis=1)
+    with refused("cannot-align", "'moe'", "StackedMLP"):
+        merging(rig.layer, (0, 2), align=True)
+    bank.hidden_units = {"w_in": HiddenUnits(2), "b_in": HiddenUnits(1), "w_out": HiddenUnits(1)}
+    with refused("cannot-align"):
+        merging(rig.layer, (0, 2), align=True)
+    bank.hidden_units["gain"] = HiddenUnits(0)
+    with torch.no_grad():
+        bank.gain.normal_()
+        for tensor in (bank.w_in, bank.b_in):
+            tensor[2] = tensor[0].index_select(-1, order_H)
+        bank.w_out[2], bank.gain[:, 2] = bank.w_out[0, order_H], bank.gain[order_H, 0]
+    orders = merging(rig.layer, (0, 2), align=True).orders
+    assert {name: order.dim for name, order in orders.items()} == {
+        "experts.w_in": 1, "experts.b_in": 0, "experts.w_out": 0, "experts.gain": 0
+    }  # fmt: skip
+    assert all(torch.equal(order.of[2], order_H.argsort()) for order in orders.values())
 
 
 # -- what is refused, and what is kept ---------------------------------------------------------------

@@ -122,6 +122,23 @@ def test_labels_end_with_their_context():
     assert watcher.metrics()[name(0)]["class_expert"].sum() == 26 * TOP_K
 
 
+@pytest.mark.parametrize("labels", [torch.tensor([2, 0, 1]), torch.tensor([2, 0, 1])[:, None].expand(3, 10), 2])
+def test_labels_given_at_once_hold_for_every_forward(labels):
+    """Until labelled() gives others, and again after it."""
+    model, (ids, mask) = build("Mixtral"), batch()
+    watcher = watch(Engine("specialization", classes=3), model, record=True, labels=labels)
+    model(ids, attention_mask=mask)
+    with watcher.labelled(1):
+        model(ids, attention_mask=mask)
+    model(ids, attention_mask=mask)
+    expected = torch.full((3,), 2) if isinstance(labels, int) else torch.tensor([2, 0, 1])
+    first, second, third = (forward.labels.view(3, 10) for forward in watcher.trace.layers[0].forwards)
+    assert torch.equal(first, expected[:, None].expand(3, 10)) and torch.equal(third, first)
+    assert torch.equal(second, torch.ones_like(second))
+    rows = watcher.metrics()[name(0)]["class_expert"].sum(1) / TOP_K  # of 6, 10 and 10 real tokens
+    assert rows.tolist() == ([0, 26, 52] if isinstance(labels, int) else [20, 46, 12])
+
+
 def test_labels_of_sequences_hold_for_generated_tokens():
     model, (ids, mask) = build("Mixtral"), batch()
     watcher = watch(Engine("specialization", classes=3), model)
@@ -136,9 +153,13 @@ def test_labels_that_can_not_be_used():
     with refused("no-classes", "Engine(..., classes=N)"), watch(Engine(), model).labelled(torch.tensor([0])):
         pass
     watcher = watch(Engine("specialization", classes=3), model)
-    for labels in ([0, 1, 2], torch.zeros(3), torch.zeros(3, 10, 1, dtype=torch.long)):
-        with refused("bad-labels", "[batch] or [batch, tokens]"), watcher.labelled(labels):
+    for labels in ([0, 1, 2], "code", torch.zeros(3), torch.zeros(3, 10, 1, dtype=torch.long), 3, -1, True):
+        with refused("bad-labels", "[batch] or [batch, tokens]", "classes=3"), watcher.labelled(labels):
             pass
+        with refused("bad-labels", "[batch] or [batch, tokens]"):
+            watch(Engine("specialization", classes=3), model, labels=labels)
+    with refused("no-classes", "Engine(..., classes=N)"):
+        watch(Engine(), model, labels=0)
     for count in (2, 30):
         with refused("labels-do-not-fit", f"[{count}]", "[3, 10]"), watcher.labelled(torch.zeros(count).long()):
             model(ids)
