@@ -28,15 +28,28 @@ if TYPE_CHECKING:
     metavar="FOLDER",
     help="Data of task plugins; claims whose data is missing are skipped.",
 )
+@click.option(
+    "--ranks",
+    type=click.IntRange(1, 64),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Also train on N ranks, in N processes, next to one process.",
+)
 @json_flag("the outcomes")
 @click.option("--debug", is_flag=True, help="Show the traceback of each failed claim.")
-def check(names: tuple[str, ...], settings: tuple[str, ...], data_dir: Path, as_json: bool, debug: bool) -> int:
+def check(
+    names: tuple[str, ...], settings: tuple[str, ...], data_dir: Path, ranks: int, as_json: bool, debug: bool
+) -> int:
     """Run the conformance tests on the given plugins.
 
     \b
     Test a router, then again with another setting:
         moe-engine check my_router
         moe-engine check my_router --set my_router.heat=2
+    \b
+    Test also that two ranks compute what one process does:
+        moe-engine check my_router --ranks 2
 
     Each claim is printed as ok, FAILED with what to do, or skipped with the
     reason. Exit code 1 means that a claim failed, 2 that a plugin or an option
@@ -49,7 +62,7 @@ def check(names: tuple[str, ...], settings: tuple[str, ...], data_dir: Path, as_
     from ..testing import checks, results
 
     # build the checks of every plugin first: a wrong option is then reported before the first test runs
-    checks_of = [checks(name, {name: given.get(name, {})}, str(data_dir)) for name in names]
+    checks_of = [checks(name, {name: given.get(name, {})}, str(data_dir), ranks) for name in names]
     rows: list[dict[str, Any]] = []
     outcomes = Counter[str]()
     for plugin, its_checks in zip(found, checks_of, strict=True):

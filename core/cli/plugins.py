@@ -11,7 +11,7 @@ import click
 
 from ..contract.hookspecs import HOOKS
 from ..contract.options import Option, options_of
-from ..contract.traits import EFFECTS, ROUTER_TRAITS, provided_by, traits_of
+from ..contract.traits import EFFECTS, ROUTER_TRAITS, acts_on_tokens, provided_by, traits_of
 from ..errors import UsageError
 from ..registry.discovery import KINDS, Found, find, load, pick
 from ..registry.manager import broken
@@ -157,6 +157,9 @@ def _traits(cls: type, hooks: list[str]) -> Iterator[str]:
         yield f"balanced: {traits.balanced:g} at perfect balance"
     if traits.orphans:
         yield "orphans: asks for new experts without a parent"
+    if acts_on_tokens(hooks):
+        own = "per rank: works on each rank's tokens alone"
+        yield own if traits.per_rank else "global: with several ranks, as one process with all tokens"
 
 
 def _fields(option: Option) -> dict[str, Any]:

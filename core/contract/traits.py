@@ -40,7 +40,7 @@ EFFECTS = {
     "mean_probs_cv2": "penalises the variance of the mean probabilities",
 }
 
-_NAMES = ("provides", "requires", "effects", "balanced", "orphans")
+_NAMES = ("provides", "requires", "effects", "balanced", "orphans", "per_rank")
 # class attributes of earlier versions, and what replaces each
 RENAMED = {
     "gives": "traits = Traits(provides=...)",
@@ -58,7 +58,8 @@ class Traits:
 
     provides: keys of `ROUTER_TRAITS`, for a router; None means `USUAL`. requires: what the chosen router must
     provide. effects: keys of `EFFECTS`. balanced: a loss's value at perfect balance, None if it is not fixed.
-    orphans: the trigger asks for new experts without a parent. A single word counts as a tuple of one.
+    orphans: the trigger asks for new experts without a parent. per_rank: with several ranks, it works on each rank's
+    tokens alone, so its result differs from one process's. A single word counts as a tuple of one.
     """
 
     provides: tuple[str, ...] | None
@@ -66,6 +67,7 @@ class Traits:
     effects: tuple[str, ...]
     balanced: float | None
     orphans: bool
+    per_rank: bool
 
     def __init__(
         self,
@@ -75,20 +77,23 @@ class Traits:
         effects: str | Iterable[str] = (),
         balanced: float | None = None,
         orphans: bool = False,
+        per_rank: bool = False,
         **unknown: Any,
     ) -> None:
         for name in unknown:
             raise UsageError(f"Traits has no '{name}'; {nearest(name, _NAMES)}", code="unknown-trait")
         if balanced is not None and (isinstance(balanced, bool) or not isinstance(balanced, int | float)):
             raise UsageError(f"Traits: balanced is a number or None, not {balanced!r}", code="bad-trait")
-        if not isinstance(orphans, bool):
-            raise UsageError(f"Traits: orphans is True or False, not {orphans!r}", code="bad-trait")
+        for name, value in (("orphans", orphans), ("per_rank", per_rank)):
+            if not isinstance(value, bool):
+                raise UsageError(f"Traits: {name} is True or False, not {value!r}", code="bad-trait")
         self.__attrs_init__(
             None if provides is None else _words("provides", provides, ROUTER_TRAITS),
             _words("requires", requires, ROUTER_TRAITS),
             _words("effects", effects, EFFECTS),
             balanced,
             orphans,
+            per_rank,
         )
 
 
@@ -115,6 +120,11 @@ def provided_by(plugin: Any) -> tuple[str, ...]:
     """What a router provides."""
     provides = traits_of(plugin).provides
     return USUAL if provides is None else provides
+
+
+def acts_on_tokens(hooks: Iterable[str]) -> bool:
+    """Whether a plugin with these hooks computes from tokens, of one rank or of all."""
+    return not {"moe_router", "moe_bias", "moe_aux_loss", "moe_measure"}.isdisjoint(hooks)
 
 
 def weight_of(plugin: Any) -> float:

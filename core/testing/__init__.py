@@ -21,6 +21,7 @@ from . import (  # noqa: F401
     losses,
     metrics,
     numerics,
+    ranks,
     reports,
     routers,
     tasks,

@@ -62,16 +62,18 @@ class Result:
     error: Broken | None = None
 
 
-def checks(plugin: Any, settings: Iterable[str] | Settings = (), data_dir: str = "data") -> list[Check]:
+def checks(plugin: Any, settings: Iterable[str] | Settings = (), data_dir: str = "data", ranks: int = 1) -> list[Check]:
     """The checks of a plugin, one for each claim that applies to its hooks.
 
     plugin: the name of an installed plugin, a plugin class, or an instance with options set. settings:
     "plugin.option=value" texts, or nested dicts. data_dir: the folder with a task's files; without them the claims
-    about the task are skipped. Raises UsageError for an unknown name or option, PluginError for a class that is not
-    a plugin.
+    about the task are skipped. ranks: with more than 1, also the claims about several ranks, in as many processes,
+    which can import the plugin if it is at the top of a module. Raises UsageError for an unknown name or option,
+    PluginError for a class that is not a plugin.
     """
-    tested = plugin_under_test(plugin, settings, data_dir)
-    return [Check(tested, claim) for claim in CLAIMS if tested.hooks & set(claim.hooks)]
+    tested = plugin_under_test(plugin, settings, data_dir, ranks)
+    wanted = [claim for claim in CLAIMS if ranks > 1 or not claim.on_ranks]
+    return [Check(tested, claim) for claim in wanted if tested.hooks & set(claim.hooks)]
 
 
 def results(checks: Iterable[Check]) -> Iterator[Result]:

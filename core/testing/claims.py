@@ -29,24 +29,25 @@ class Claim:
     """One property that every plugin with one of the given hooks must have.
 
     name: a stable id, the name of its function. says: the claim in one sentence. hooks: the hooks to which it
-    applies. test: runs on a `Bench`.
+    applies. test: runs on a `Bench`. on_ranks: it needs several ranks.
     """
 
     name: str
     says: str
     hooks: tuple[str, ...]
     test: Test = attrs.field(repr=False)
+    on_ranks: bool = False
 
 
 CLAIMS: list[Claim] = []  # every claim, in the order in which they are tested
 
 
-def claim(*hooks: str) -> Callable[[Test], Test]:
+def claim(*hooks: str, on_ranks: bool = False) -> Callable[[Test], Test]:
     """Register a function as a claim about plugins that implement one of the hooks; its docstring is the claim."""
 
     def register(test: Test) -> Test:
         says = " ".join((test.__doc__ or "").split()).rstrip(".")
-        CLAIMS.append(Claim(test.__name__, says, hooks, test))
+        CLAIMS.append(Claim(test.__name__, says, hooks, test, on_ranks))
         return test
 
     return register

@@ -52,8 +52,8 @@ class ClassEntryPoint:
 class PluginUnderTest:
     """A plugin with settings, and the installed plugins that it may be combined with.
 
-    data_dir: the folder with a task's files. reference_run: a simulated run, shared by the claims about a trigger
-    because it takes long.
+    data_dir: the folder with a task's files. ranks: in how many processes claims about ranks train. reference_run: a
+    simulated run, shared by the claims about a trigger because it takes long; trainings: the same of those on ranks.
     """
 
     found: Found
@@ -61,7 +61,9 @@ class PluginUnderTest:
     settings: Settings
     installed: dict[str, list[Found]]
     data_dir: str = "data"
+    ranks: int = 1
     reference_run: Any = None
+    trainings: Any = None
 
     @property
     def name(self) -> str:
@@ -72,6 +74,10 @@ class PluginUnderTest:
     def title(self) -> str:
         """Its kind and name, as in errors."""
         return self.found.title
+
+    def __reduce__(self) -> Any:
+        """For another process: what is installed is found there anew, and the class imported."""
+        return _again, (self.found.name, self.found.kind, self.cls, self.settings, self.data_dir)
 
     @cached_property
     def hooks(self) -> set[str]:
@@ -112,7 +118,9 @@ class PluginUnderTest:
         return set(traits_of(self.cls).requires) <= set(provided)
 
 
-def plugin_under_test(plugin: Any, settings: Iterable[str] | Settings = (), data_dir: str = "data") -> PluginUnderTest:
+def plugin_under_test(
+    plugin: Any, settings: Iterable[str] | Settings = (), data_dir: str = "data", ranks: int = 1
+) -> PluginUnderTest:
     """Find the plugin to test: an installed one by name, a plugin class, or an instance with options set.
 
     settings: as for an `Engine`. Raises UsageError for an unknown name or a wrong setting, PluginError for a class
@@ -129,7 +137,12 @@ def plugin_under_test(plugin: Any, settings: Iterable[str] | Settings = (), data
         given = {**given, found.name: {**values_of(plugin), **given.get(found.name, {})}}
     cls = discovery.load(found)
     build(cls, found.title, given.get(found.name, {}))  # refuse a wrong setting before any test runs
-    return PluginUnderTest(found, cls, given, {**installed, found.name: [found]}, data_dir)
+    return PluginUnderTest(found, cls, given, {**installed, found.name: [found]}, data_dir, ranks)
+
+
+def _again(name: str, kind: str, cls: type, settings: Settings, data_dir: str) -> PluginUnderTest:
+    found = _not_installed(name, kind, cls)
+    return PluginUnderTest(found, cls, settings, {**discovery.find(), name: [found]}, data_dir)
 
 
 def _installed_entry(cls: type, installed: dict[str, list[Found]]) -> Found | None:
@@ -147,6 +160,10 @@ def _entry_of(cls: type) -> Found:
             f"{cls.__name__} is not a plugin: it implements none of {listed(HOOK_OF.values())}", code="not-a-plugin"
         )
     name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
-    group = next(group for group, kind in KINDS.items() if kind == kinds[0])
+    return _not_installed(name, kinds[0], cls)
+
+
+def _not_installed(name: str, kind: str, cls: type) -> Found:
+    group = next(group for group, word in KINDS.items() if word == kind)
     point: Any = ClassEntryPoint(name, PREFIX + group, cls)
-    return Found(name, kinds[0], "not installed", "0", point)
+    return Found(name, kind, "not installed", "0", point)

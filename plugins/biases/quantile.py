@@ -17,7 +17,7 @@ class Quantile:
     Source: Su, 2026 (quantile balancing), as in Megatron-LM.
     """
 
-    traits = Traits(requires=("logits", "load", "top_k"), effects=("equal_load",))
+    traits = Traits(requires=("logits", "load", "top_k"), effects=("equal_load",), per_rank=True)
     ema: float = option(0.0, help="share of the old value kept at each step", min=0, max=1)
 
     @hookimpl

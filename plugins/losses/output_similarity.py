@@ -18,7 +18,7 @@ class OutputSimilarity:
     Source: this project, after Guo et al., 2025 (orthogonality loss), whose norm is not given.
     """
 
-    traits = Traits(requires=("choices",), balanced=None)
+    traits = Traits(requires=("choices",), balanced=None, per_rank=True)
     weight: float = option(0.01, help="coefficient", min=0)
     tokens: int = option(64, help="tokens per forward on which outputs are compared", min=1)
 

@@ -22,8 +22,7 @@ class SequenceAux:
     @hookimpl
     def moe_aux_loss(self, routing):
         p_TE = routing.probs
-        top_TK = _unbiased(routing).topk(routing.top_k, dim=-1).indices
-        chosen_TE = torch.zeros_like(p_TE).scatter(1, top_TK, 1.0)
+        chosen_TE = torch.zeros_like(p_TE).scatter(1, _unbiased(routing).topk(routing.top_k, dim=-1).indices, 1.0)
         ones_T1 = torch.ones_like(p_TE[:, :1])
         length_B1, chosen_BE, mass_BE = (
             routing.per_sequence(routing.tokens.real(values)).sum(1) for values in (ones_T1, chosen_TE, p_TE)

@@ -18,7 +18,7 @@ class ExpertChoice:
     Source: Zhou et al., 2022 (Mixture-of-Experts with Expert Choice Routing).
     """
 
-    traits = Traits(provides=("logits", "probs", "choices"))
+    traits = Traits(provides=("logits", "probs", "choices"), per_rank=True)
     group: str = option("batch", help="the tokens an expert chooses among", choices=("batch", "sequence"))
     allow_noncausal: bool = option(False, help="allow use in a causal layer, where it sees later tokens")
 

@@ -18,7 +18,7 @@ class Sinkhorn:
     Source: Clark et al., 2022 (Unified Scaling Laws for Routed Language Models).
     """
 
-    traits = Traits(provides=("logits", "probs", "top_k", "choices"))
+    traits = Traits(provides=("logits", "probs", "top_k", "choices"), per_rank=True)
     iterations: int = option(8, help="rounds of normalisation; sharp logits need more", min=1)
     allow_noncausal: bool = option(False, help="allow use in a causal layer, where it sees later tokens")
 

@@ -257,7 +257,12 @@ def test_help_shows_every_flag_with_its_default(capsys):
         *("--lr", "--seed", "--device", "--data-dir", "--set", "--config", "--out", "--log-every", "--json"),
     ):
         assert flag in text
-    for words in ("[default: 50]", "--precision [fp32|bf16|fp64]", "--parallel [data|shard]", "--lr-schedule [constant|cosine]"):
+    for words in (
+        "[default: 50]",
+        "--precision [fp32|bf16|fp64]",
+        "--parallel [data|shard]",
+        "--lr-schedule [constant|cosine]",
+    ):
         assert words in text
 
 

@@ -45,7 +45,7 @@ class Bare:
 class Full:
     """A plugin that declares everything."""
 
-    traits = Traits(requires=("probs", "load"), effects="token_entropy", balanced=1, orphans=True)
+    traits = Traits(requires=("probs", "load"), effects="token_entropy", balanced=1, orphans=True, per_rank=True)
     weight: float = option(0.5, help="coefficient")
 
     @staticmethod
@@ -69,7 +69,8 @@ def test_declared_facts_are_read_off_the_class_and_the_instance():
     for plugin in (Full, Full()):
         assert traits_of(plugin).requires == ("probs", "load")
         assert traits_of(plugin).effects == ("token_entropy",)
-        assert (traits_of(plugin).balanced, traits_of(plugin).orphans) == (1, True)
+        traits = traits_of(plugin)
+        assert (traits.balanced, traits.orphans, traits.per_rank) == (1, True, True)
     assert weight_of(Full()) == 0.5 and weight_of(Full(weight=3)) == 3.0
     assert trial_options_of(Full)(None, 16, 8) == {"weight": 2.0}
 

@@ -42,8 +42,9 @@ def fault(*claims, message, bugs=(), hook=None, **attributes):
         elif hook is not None:
             body[hook] = hookimpl(broken)
         plugin = broken if hook is None else type(broken.__name__, (), body)
-        FAULTS.append(Fault(attrs.define(eq=False)(plugin), claims, message, bugs))
-        return broken
+        plugin = attrs.define(eq=False)(plugin)
+        FAULTS.append(Fault(plugin, claims, message, bugs))
+        return plugin if hook is None else broken  # another process finds a class by its name
 
     return register
 

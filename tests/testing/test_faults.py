@@ -7,20 +7,25 @@ fifth of the others that take less than half a second, which together are all of
 import faults_elsewhere
 import faults_in_layers
 import faults_in_routers
+import faults_on_ranks
 import pytest
 from faults import FAULTS
 from test_builtins import SLOW as SLOW_ON_MOST
 
 from moe_engine.testing import CLAIMS, checks, results
 
-MODULES = (faults_in_layers, faults_in_routers, faults_elsewhere)  # where faults are registered
+MODULES = (faults_in_layers, faults_in_routers, faults_elsewhere, faults_on_ranks)  # where faults are registered
 SLOW = {"compiles", "cost_is_bounded"}  # tested only on plugins with that fault
+ON_RANKS = {claim.name for claim in CLAIMS if claim.on_ranks}  # tested only on plugins with a fault that shows there
 EVERY = [claim.name for claim in CLAIMS if claim.name not in SLOW]
 
 
 def assert_caught(fault, others):
     """By its own claims, and by none of the others."""
-    to_run = [check for check in checks(fault.plugin) if check.claim.name in {*fault.claims, *others}]
+    on_ranks = ON_RANKS if ON_RANKS & set(fault.claims) else set()
+    ranks = 2 if on_ranks else 1
+    wanted = {*fault.claims, *others, *on_ranks}
+    to_run = [check for check in checks(fault.plugin, ranks=ranks) if check.claim.name in wanted]
     found = {result.claim.name: result.why for result in results(to_run) if result.outcome == "FAILED"}
     assert set(fault.claims) == set(found), found
     assert fault.message in found[fault.claims[0]]

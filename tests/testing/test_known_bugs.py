@@ -7,6 +7,7 @@ from pathlib import Path
 import faults_elsewhere
 import faults_in_layers
 import faults_in_routers
+import faults_on_ranks
 import pytest
 import torch
 from faults import FAULTS
@@ -23,7 +24,7 @@ ROWS, REPORTS = (
     for part in (BUGS, TRIED)
 )
 NAMES = {claim.name for claim in CLAIMS}
-MODULES = (faults_in_layers, faults_in_routers, faults_elsewhere)  # where faults are registered
+MODULES = (faults_in_layers, faults_in_routers, faults_elsewhere, faults_on_ranks)  # where faults are registered
 
 
 def test_the_page_lists_every_claim_with_its_sentence():
