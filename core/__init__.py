@@ -81,6 +81,8 @@ if TYPE_CHECKING:
     from .layer.grouped import row_counts as row_counts
     from .layer.moe import MoE as MoE
     from .layer.probing import evaluating as evaluating
+    from .parallel.parallelize import expert_mesh as expert_mesh
+    from .parallel.parallelize import parallelize as parallelize
     from .pretrained.adopting import adopt as adopt
     from .pretrained.adopting import release as release
     from .pretrained.exporting import export as export
@@ -144,6 +146,7 @@ _HOMES = {
     "layer.grouped": ("grouped_conv", "grouped_linear", "own_values", "row_counts"),
     "layer.moe": ("MoE",),
     "layer.probing": ("evaluating",),
+    "parallel.parallelize": ("expert_mesh", "parallelize"),
     "pretrained.adopting": ("adopt", "release"),
     "pretrained.exporting": ("export",),
     "pretrained.watching": ("watch",),

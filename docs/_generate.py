@@ -54,7 +54,10 @@ REFERENCE = {
         "Sums and statistics that are correct in every precision.",
         "at_least_fp32 centred_log count_by cv2 entropy_of generator",
     ),
-    "Processes": ("Sums and means over the ranks of a distributed run.", "all_reduce_sum sum_over_ranks"),
+    "Several processes": (
+        "Spread a model over ranks; sums over them.",
+        "parallelize expert_mesh all_reduce_sum sum_over_ranks",
+    ),
     "Saving": ("Checkpoints in one file, without pickle.", "save load"),
     "Reports": (
         "Draw a finished run, and write files that a crash can't damage.",

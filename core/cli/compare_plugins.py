@@ -13,7 +13,18 @@ from ..errors import RunError, UsageError
 from ..files import write_atomically
 from ..registry.discovery import find, load, pick
 from ..run.config import RunConfig, merge_options
-from .flags import Decorator, flags, jobs_flag, json_flag, names, out_flag, quiet_flag, settings_flag
+from .flags import (
+    Decorator,
+    address_flag,
+    backend_flag,
+    flags,
+    jobs_flag,
+    json_flag,
+    names,
+    out_flag,
+    quiet_flag,
+    settings_flag,
+)
 
 RESULTS = ("comparison.json", "comparison.md", "comparison.png")
 GROUPS = ("routers", "biases", "losses", "growth")  # the entry-point groups that can be compared
@@ -41,11 +52,21 @@ def _compared(group: str) -> Decorator:
 @flags("data_dir")
 @settings_flag
 @jobs_flag
+@backend_flag
+@address_flag
 @out_flag("Result folder.", "comparisons/TASK")
 @json_flag("the comparison")
 @quiet_flag
 def compare_plugins(
-    seeds: int, settings: tuple[str, ...], jobs: int | None, out: Path | None, as_json: bool, quiet: bool, **flags: Any
+    seeds: int,
+    settings: tuple[str, ...],
+    jobs: int | None,
+    backend: str,
+    address: str | None,
+    out: Path | None,
+    as_json: bool,
+    quiet: bool,
+    **flags: Any,
 ) -> int:
     """Compare plugins with each other and with a dense model: quality,
     balance, dropped tokens and step time, with confidence intervals.
@@ -82,6 +103,7 @@ def compare_plugins(
     signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs with SIGINT ignored
     given = {name: value for name, value in flags.items() if value is not None and name != "plugins"}
 
+    from ..study.clusters import connected
     from ..study.comparison import chosen_plugins, compare, comparison_of
     from .progress import Cells
 
@@ -93,8 +115,8 @@ def compare_plugins(
         if (folder / file).is_dir():
             sentence = f"{folder / file} is a folder, but a file must be written there; name another folder with --out"
             raise UsageError(sentence, code="folder-in-the-way")
-    with Cells(quiet) as cells:
-        comparison = compare(planned, range(seeds), folder, jobs, cells.show)
+    with connected(backend, address, jobs) as chosen, Cells(quiet) as cells:
+        comparison = compare(planned, range(seeds), folder, jobs, cells.show, chosen)
     text = _write(comparison, folder)
     if as_json:
         click.echo(text)

@@ -77,3 +77,15 @@ jobs_flag = click.option(
     metavar="INTEGER",
     help="Runs at a time, one thread each.  [default: one per core]",
 )
+backend_flag = click.option(
+    "--backend",
+    type=click.Choice(["loky", "dask", "ray"]),
+    default="loky",
+    show_default=True,
+    help="Where runs go: to processes of this machine, or to a cluster's workers.",
+)
+address_flag = click.option(
+    "--address",
+    metavar="HOST:PORT",
+    help="The cluster's scheduler.  [default: DASK_SCHEDULER_ADDRESS or RAY_ADDRESS, else one started here]",
+)

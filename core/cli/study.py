@@ -2,8 +2,7 @@
 
 import json
 import signal
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import click
 
 from ..errors import RunError, UsageError
 from ..files import write_atomically
-from .flags import flags, jobs_flag, json_flag, out_flag, quiet_flag
+from .flags import address_flag, backend_flag, flags, jobs_flag, json_flag, out_flag, quiet_flag
 
 
 @click.command(short_help="Run a study: a grid of variants and seeds.")
@@ -24,13 +23,8 @@ from .flags import flags, jobs_flag, json_flag, out_flag, quiet_flag
 )
 @jobs_flag
 @click.option("--quick", is_flag=True, help="Run a short form on generated data, without judging criteria.")
-@click.option(
-    "--backend",
-    type=click.Choice(["loky", "dask"]),
-    default="loky",
-    show_default=True,
-    help="joblib's backend; dask: DASK_SCHEDULER_ADDRESS, or a local cluster.",
-)
+@backend_flag
+@address_flag
 @flags("device", "data_dir")
 @out_flag("Result folder.", "results/NAME")
 @click.option("--check", is_flag=True, help="Judge stored results and run nothing; exit 1 if a criterion fails.")
@@ -42,6 +36,7 @@ def study(
     jobs: int | None,
     quick: bool,
     backend: str,
+    address: str | None,
     out: Path | None,
     check: bool,
     as_json: bool,
@@ -81,7 +76,7 @@ def study(
         results = _stored(folder, chosen)
     else:
         given = {key: value for key, value in flags.items() if value is not None}
-        results = _run(chosen, given, folder, seeds, jobs, backend, quiet)
+        results = _run(chosen, given, folder, seeds, jobs, (backend, address), quiet)
     if as_json:
         click.echo(_text(results))
     else:
@@ -122,15 +117,22 @@ def _count(study: Any) -> int:
 
 
 def _run(
-    study: Any, flags: Mapping[str, Any], folder: Path, seeds: int | None, jobs: int | None, backend: str, quiet: bool
+    study: Any,
+    flags: Mapping[str, Any],
+    folder: Path,
+    seeds: int | None,
+    jobs: int | None,
+    cluster: tuple[str, str | None],
+    quiet: bool,
 ) -> dict[str, Any]:
+    from ..study.clusters import connected
     from ..study.figures import figures_of
     from ..study.page import html_of, markdown_of
     from ..study.results import run_study
     from .progress import Cells
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs with SIGINT ignored
-    with _cluster(backend, jobs), Cells(quiet) as cells:
+    with connected(*cluster, jobs) as backend, Cells(quiet) as cells:
         results, records = run_study(study, flags, folder, seeds, jobs, cells.show, backend)
     figures = figures_of(study, results, records)
     for file, content in figures.items():
@@ -139,33 +141,6 @@ def _run(
     write_atomically(folder / "study.md", markdown_of(results, figures).encode())
     write_atomically(folder / "study.html", html_of(results, figures).encode())
     return results
-
-
-@contextmanager
-def _cluster(backend: str, jobs: int | None) -> Iterator[None]:
-    """A dask client for the scheduler that the environment names, or for a local cluster."""
-    if backend != "dask":
-        yield
-        return
-    try:
-        from distributed import Client, LocalCluster
-    except ImportError as error:
-        sentence = "--backend dask needs dask: pip install 'moe-engine[dask]'"
-        raise UsageError(sentence, code="missing-dependency") from error
-    import os
-
-    import joblib
-
-    address = os.environ.get("DASK_SCHEDULER_ADDRESS")
-    if address:
-        with Client(address):  # type: ignore[no-untyped-call]
-            yield
-        return
-    with (
-        LocalCluster(n_workers=jobs or joblib.cpu_count(), threads_per_worker=1, dashboard_address=None) as cluster,  # type: ignore[no-untyped-call]
-        Client(cluster),  # type: ignore[no-untyped-call]
-    ):
-        yield
 
 
 def _stored(folder: Path, study: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from ..errors import UsageError, listed, nearest
 from ..registry import discovery
 from ..registry.discovery import KINDS, WATCHING
 from ..run.summary import versions
+from .clusters import LOKY, Backend
 from .grid import FINISHED, Record, Show
 from .results import Row, judged, rows_of, run_planned
 from .spec import Choice, Study, StudyPart
@@ -104,16 +105,17 @@ def compare(
     out: Path,
     jobs: int | None = None,
     show: Show = lambda done, total, record: None,
+    backend: Backend = LOKY,
 ) -> dict[str, Any]:
     """Run the missing cells of a comparison; returns the content of comparison.json.
 
     It has the keys of a study's results plus "task", "seeds", "run" (flags), "shared", "legend" and "quality", the
     quantity by which rows are ranked. Rows also have a "kind"; they are sorted by kind, the best of each kind first.
-    jobs: None means one per core. Raises UsageError and RunError.
+    jobs: None means one per core. backend: see `connected`. Raises UsageError and RunError.
     """
     study = comparison.study
     planned = list(study.variants(comparison.flags))
-    records = run_planned(planned, seeds, out, jobs, show)
+    records = run_planned(planned, seeds, out, jobs, show, backend)
     _add_derived(records)
     rows = [row | {"kind": comparison.kinds[row["variant"]]} for row in rows_of(study, planned, records)]
     config = planned[0][2].config(0)

@@ -4,10 +4,12 @@ import ast
 import json
 import os
 import shutil
-import signal
+import socket
+import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from hashlib import sha256
 from importlib import util
 from pathlib import Path
@@ -15,7 +17,6 @@ from typing import Any
 
 import attrs
 import joblib
-from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from ..analysis.flops import forward_flops, model_flops, parameters_of
 from ..contract.options import Settings, values_of
@@ -27,10 +28,12 @@ from ..registry.discovery import defaults
 from ..run.config import RunConfig, merge_options
 from ..run.summary import versions
 from ..run.training import Training
+from .clusters import LOKY, Backend
 
 Record = dict[str, Any]
 Show = Callable[[int, int, Record | None], None]
 FINISHED, REFUSED, FAILED = "finished", "refused", "failed"
+_ALONE = threading.Lock()  # cells of one process share its working folder and torch's random state: one at a time
 
 
 @attrs.frozen
@@ -90,7 +93,7 @@ def run_grid(
     out: Path,
     jobs: int = 1,
     show: Show = lambda done, total, record: None,
-    backend: str = "loky",
+    backend: Backend = LOKY,
 ) -> list[Record]:
     """The records of all cells, sorted by seed, then variant; cells finished in `out` are not run again.
 
@@ -98,9 +101,10 @@ def run_grid(
     "records" (the run's), "dropped" (share over capacity in the last window of training, by layer), "flops" (of the
     layers, "active" and "total"), "model" (the same and parameters, of the whole model) and "step_seconds". A cell
     that was refused (bad input) or failed is tried again the next time. jobs: processes, of one thread each; 1 is
-    this process. backend: joblib's; "dask" uses the workers of the current distributed.Client. show: called with the
-    number of cells done, the total, and the new record, which is None at first. Raises UsageError for a folder that
-    cannot be used, RunError if a process was killed.
+    this process, and a cluster has its own number. backend: see `connected`. show: called with the number of cells
+    done, the total, and the new record, which is None at first. Raises UsageError for a folder that cannot be used,
+    and for a worker that sees other folders or versions; RunError if a process was killed, and, of a cluster, if that
+    happened again and again.
     """
     cells = [cell for variant in variants for cell in cells_of(variant, variant.seeds or seeds)]
     kept = {cell.key for cell in cells if cell.keep}  # several variants may share a run
@@ -117,29 +121,35 @@ def run_grid(
     return [{**records[cell.key], "variant": cell.variant} for cell in cells]
 
 
-def _made(cells: Sequence[Cell], folder: Path, jobs: int, backend: str) -> Iterator[Record]:
+def _made(cells: Sequence[Cell], folder: Path, jobs: int, backend: Backend) -> Iterator[Record]:
     """The records of these cells, each as soon as its run ends."""
-    work = (joblib.delayed(_run)(cell, folder) for cell in cells)
-    # Ctrl-C reaches all processes; this one ends the workers
-    loky: dict[str, Any] = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
-    with joblib.parallel_config(backend, **(loky if backend == "loky" else {})):
-        try:
-            yield from joblib.Parallel(n_jobs=min(jobs, len(cells)) or 1, return_as="generator_unordered")(work)
-        except TerminatedWorkerError as error:
-            message = (
-                "a worker process was killed, perhaps for lack of memory; the same command continues from the "
-                "finished runs, and --jobs 1 needs the least memory"
-            )
-            raise RunError(message, code="worker-killed") from error
+    if not cells:
+        return
+    home = None if backend.workers is None else Path.cwd()
+    work = (joblib.delayed(_run)(cell, folder.absolute(), home) for cell in cells)
+    processes = backend.workers or min(jobs, len(cells))
+    with backend.watched():
+        # one cell in a batch, so that a killed worker takes one along
+        parallel = joblib.Parallel(
+            n_jobs=processes, return_as="generator_unordered", batch_size=1, pre_dispatch=backend.dispatch
+        )
+        yield from parallel(work)
 
 
-def _run(cell: Cell, folder: Path) -> Record:
-    """Run one cell in a scratch folder, which is then deleted, and store its record."""
-    scratch = folder / "running" / cell.key
-    shutil.rmtree(scratch, ignore_errors=True)  # left by a cell that was killed
-    try:
-        with one_thread():
-            result = _result(cell, scratch)
+def _run(cell: Cell, folder: Path, home: Path | None) -> Record:
+    """Run one cell in a scratch folder, which is then deleted, and store its record.
+
+    home: on a worker of a cluster, the folder where the grid was started. Raises UsageError for a worker that can't
+    take part.
+    """
+    if home is not None:
+        _check_worker(cell, folder, home)
+    # a folder of its own: a worker that a cluster believes dead may still run the same cell
+    place = tempfile.TemporaryDirectory(prefix=f"{cell.key}-{os.getpid()}-", dir=folder / "running")
+    with _ALONE, chdir(home or "."), one_thread(), place as scratch:
+        result = _result(cell, Path(scratch) / "run")
+        if not Path(scratch).is_dir():  # so nobody waits for this cell, and another process may have finished it
+            raise RunError("the grid ended before this run did", code="grid-ended")
         record: Record = {
             "variant": cell.variant,
             "seed": cell.config.seed,
@@ -148,13 +158,30 @@ def _run(cell: Cell, folder: Path) -> Record:
             **result,
         }
         if cell.keep and record["status"] == FINISHED:
-            os.replace(scratch / "model.safetensors", weights_of(folder, cell.key))
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+            os.replace(Path(scratch) / "run" / "model.safetensors", weights_of(folder, cell.key))
     text = dump(record)
     write_atomically(_file(folder, cell), (text + "\n").encode())
     stored: Record = json.loads(text)  # exactly as the next call will read it
     return stored
+
+
+def _check_worker(cell: Cell, folder: Path, home: Path) -> None:
+    """Raise UsageError on a worker whose results would be lost, or would not be those of the cell."""
+    worker = f"the worker on {socket.gethostname()}"
+    for needed in (home, folder / "running"):  # the second one exists only while the grid runs
+        if not needed.is_dir():
+            message = f"{worker} does not see the folder {needed}; workers must share this machine's folders"
+            raise UsageError(message, code="worker-without-folder")
+    own = {**versions(), **_plugins(cell.inputs["plugins"])}
+    for name, wanted in {**cell.inputs["versions"], **cell.inputs["plugins"]}.items():
+        if own[name] != wanted:
+            message = f"{worker} has {name} {_named(own[name])}, this machine {_named(wanted)}"
+            raise UsageError(f"{message}; install the same there", code="worker-versions")
+
+
+def _named(version: Any) -> str:
+    """A version, or what identifies a plugin, in words."""
+    return version if isinstance(version, str) else " ".join(str(part) for found in version for part in found) or "not"
 
 
 def _result(cell: Cell, scratch: Path) -> Record:
@@ -212,6 +239,7 @@ def _folder(out: Path) -> Iterator[Path]:
             message = f"{out} is not empty and holds no earlier study or comparison; name another folder with --out"
             raise UsageError(message, code="foreign-folder")
         (out / "cells").mkdir(parents=True, exist_ok=True)
+        (out / "running").mkdir(exist_ok=True)
         (out / ".lock").touch()
     except OSError as error:
         message = f"cannot write to folder {out}: {error.strerror}; name another one with --out"

@@ -10,6 +10,7 @@ import joblib
 
 from ..run.summary import versions
 from ..run.training import Training
+from .clusters import LOKY, Backend
 from .criteria import judge
 from .grid import FINISHED, Record, Show, StudyVariant, run_grid
 from .latency import time_inference
@@ -27,12 +28,12 @@ def run_study(
     seeds: int | None = None,
     jobs: int | None = None,
     show: Show = lambda done, total, record: None,
-    backend: str = "loky",
+    backend: Backend = LOKY,
 ) -> tuple[dict[str, Any], list[Record]]:
     """Run the missing cells of a study; returns (the content of study.json, the records of the cells).
 
     flags: the runs' flags, which override the study's. seeds: the number of seeds for every part, instead of its own.
-    jobs: None means one per core. Raises UsageError, also for missing data, and RunError.
+    jobs: None means one per core. backend: see `connected`. Raises UsageError, also for missing data, and RunError.
     """
     if seeds is not None:
         study = attrs.evolve(study, seeds=seeds, part=tuple(attrs.evolve(part, seeds=None) for part in study.part))
@@ -43,7 +44,7 @@ def run_study(
 
 
 def run_planned(
-    planned: Sequence[Planned], seeds: Sequence[int], out: Path, jobs: int | None, show: Show, backend: str = "loky"
+    planned: Sequence[Planned], seeds: Sequence[int], out: Path, jobs: int | None, show: Show, backend: Backend = LOKY
 ) -> list[Record]:
     """The records of all variants and seeds; see `run_grid`. Raises UsageError and RunError."""
     variants = [variant for _, _, variant in planned]
