@@ -90,7 +90,7 @@ def _wait_for(store: Any, key: str) -> None:
 
 def _store() -> Any:
     """The key-value store that all ranks share; torchrun keeps one for all its restarts, so each gets a part of it."""
-    from torch.distributed import PrefixStore, TCPStore
+    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # public all the same
 
     kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
