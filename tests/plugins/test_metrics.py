@@ -149,9 +149,9 @@ def test_the_cv_of_single_forwards_is_summed():
     for count in (8, 4):
         routing = layer.route(layer.tokens(torch.randn(count, 3)))
         routing.load = torch.tensor([0.0, count])
-        assert Health().moe_measure(routing) == {"cv": torch.ones(1), "forwards": torch.ones(1)}
+        assert Health().moe_measure(routing, layer) == {"cv": torch.ones(1), "forwards": torch.ones(1)}
     padding = layer.route(layer.tokens(torch.randn(4, 3), mask=torch.zeros(4, dtype=torch.bool)))
-    assert Health().moe_measure(padding) == {"cv": torch.zeros(1), "forwards": torch.zeros(1)}
+    assert Health().moe_measure(padding, layer) == {"cv": torch.zeros(1), "forwards": torch.zeros(1)}
 
 
 def test_chance_is_no_imbalance():
