@@ -33,7 +33,7 @@ def _number(name: str, metavar: str, text: str, default: float | None = None) ->
     return click.option(name, type=float, metavar=metavar, default=default, show_default=bool(default), help=text)
 
 
-@click.command(short_help="Plan a model on many GPUs: memory, bytes, time, the best split.")
+@click.command(short_help="Plan memory, bytes and time of a model on many GPUs.")
 @_size("--layers", "Blocks of the model, each with an MoE layer.")
 @_size("--dim", "Model dimension D.")
 @_size("--hidden", "Hidden units H of an expert.")
@@ -89,11 +89,12 @@ def plan(plot: Path | None, as_json: bool, measure: bool, **given: Any) -> None:
 
     \b
     Measure a machine, alone or on all ranks, and get the flags to use:
-        moe-engine plan --measure --layers 16 --dim 1024 --hidden 2048 --experts 64
-        torchrun --nproc-per-node 8 -m moe_engine plan --measure ...
+        moe-engine plan --measure --layers 16 --dim 1024 --hidden 2048 \\
+            --experts 64
+        torchrun --nproc-per-node 8 -m moe_engine plan --measure --dim 1024
     Plan with them:
-        moe-engine plan --layers 16 --dim 1024 --hidden 2048 --experts 64
-            --ranks 64 --memory 80 --rate 300 --bandwidth 50 --latency 15
+        moe-engine plan --layers 16 --dim 1024 --hidden 2048 --experts 64 \\
+            --ranks 64 --memory 80 --rate 300 --bandwidth 50 --latency 15 \\
             --parallel shard --precision bf16 --skew 0.5 --plot plan.png
 
     Experts are cut over P consecutive ranks, ceil(E/P) each, and each part
