@@ -63,7 +63,7 @@ def group(context: click.Context) -> None:
 
     \b
     Plan a model on many GPUs:
-        moe-engine plan --layers 16 --dim 1024 --hidden 2048 --experts 64 ...
+        moe-engine plan --layers 16 --dim 1024 --hidden 2048 --experts 64
 
     \b
     Write a plugin:
