@@ -60,7 +60,7 @@ def whole(layers: Sequence[nn.Module]) -> Iterator[None]:
     trees = _sharded_with(layers)
     try:
         plans = [_Sharding(module) for module in reversed(trees)]
-    except (AttributeError, KeyError) as error:
+    except (AttributeError, ImportError, KeyError) as error:
         message = f"a layer that fully_shard has cut can't grow with torch {torch.__version__}; gather its weights"
         raise UsageError(message, code="layer-cannot-grow") from error
     swaps = [swap for plan in plans for swap in plan.undo()]
@@ -90,10 +90,12 @@ class _Sharding:
 
     def __init__(self, module: Any) -> None:
         from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
+        from torch.distributed._composable_state import _module_state_mapping
 
+        self.states = _module_state_mapping
         self.module, self.keys, self.state = module, (STATE_KEY, REGISTRY_KEY), module._get_fsdp_state()
         groups = getattr(self.state, "_fsdp_param_groups", None)
-        self.groups = [self.state._fsdp_param_group] if groups is None else groups  # one, up to torch 2.11
+        self.groups = [self.state._fsdp_param_group] if groups is None else groups  # older versions have one
         self.groups = [group for group in self.groups if group is not None]
         self.cut = [one for group in self.groups for one in group.fsdp_params]
         self.hooks = [self.state._pre_forward_hook_handle, self.state._post_forward_hook_handle]
@@ -105,8 +107,6 @@ class _Sharding:
 
     def undo(self) -> Iterator[Swap]:
         """Make the module what it was before `fully_shard`, with the present weights."""
-        from torch.distributed._composable_state import _module_state_mapping
-
         self.module.reshard()
         for one in self.cut:
             sharded = one.sharded_param
@@ -118,7 +118,7 @@ class _Sharding:
             handle.remove()
         for key in self.keys:
             vars(self.module).pop(key)
-        _module_state_mapping.pop(self.module)
+        self.states.pop(self.module)
         self.module.__class__ = type(self.module).__mro__[2]  # fully_shard puts two classes before the original
         vars(self.module).pop("outputs", None)  # see gather_for_outputs
 

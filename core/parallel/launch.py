@@ -18,13 +18,16 @@ LOST = ("Connection closed by peer", "Connection reset", "gloo", "NCCL", "Broken
 
 
 def started() -> int:
-    """The number of processes that torchrun has started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE") or 1)
+    """The number of processes that torchrun has started; 1 without it, as where only some of its variables are set."""
+    found = [os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "MASTER_PORT")]
+    if not all(word.isdecimal() for word in found) or not os.environ.get("MASTER_ADDR"):
+        return 1
+    return int(found[0])
 
 
 def rank() -> int:
     """This process among those that torchrun has started; 0 without it."""
-    return int(os.environ.get("RANK") or 0) if started() > 1 else 0
+    return int(os.environ["RANK"]) if started() > 1 else 0
 
 
 @contextmanager

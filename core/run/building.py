@@ -7,6 +7,7 @@ from ..contract.options import Settings
 from ..contract.tasks import Task, TaskSpec
 from ..engine.engine import Engine
 from ..errors import UsageError
+from ..processes import world_size
 from ..seeds import generator
 from .config import RunConfig
 
@@ -15,6 +16,19 @@ LAYER_OPTIONS = (
     *("dense", "experts", "top_k", "capacity", "eval_capacity", "capacity_per"),
     *("allow_no_gradient", "local_losses"),
 )
+
+
+def check_layout(config: RunConfig) -> None:
+    """Raise UsageError if a new run is to be spread in a way that these ranks can't."""
+    ranks = world_size()
+    if ranks == 1 and (config.parallel == "shard" or config.expert_parallel > 1):
+        message = (
+            "--parallel shard and --expert-parallel need several processes; start with: torchrun -m moe_engine run"
+        )
+        raise UsageError(message, code="one-process")
+    if ranks % config.expert_parallel:
+        message = f"--expert-parallel {config.expert_parallel} does not divide {ranks} processes; use a divisor"
+        raise UsageError(message, code="bad-mesh")
 
 
 def build_engine(config: RunConfig, settings: Settings) -> Engine:

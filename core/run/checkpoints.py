@@ -47,8 +47,8 @@ def save(path: str | Path, **objects: Stateful) -> None:
     tree = {name: stateful.state_dict() for name, stateful in objects.items()}
     sharded = next(_sharded(tree), None)
     with nullcontext() if sharded is None else agreed(f"saving {path}", sharded.device):
-        packed = _pack(tree)
-        if sharded is None or torch.distributed.get_rank() == 0:
+        packed = _pack_on_first(tree)
+        if packed is not None:
             try:
                 _write(Path(path), *packed)
             except OSError as error:
@@ -119,6 +119,15 @@ def _pack(tree: Any) -> tuple[str, dict[str, Tensor]]:
     """(the tree as JSON with tensors as names, the tensors by name)."""
     tensors: dict[str, Tensor] = {}
     return json.dumps(_packed(tree, "", tensors), allow_nan=False), tensors
+
+
+def _pack_on_first(tree: Any) -> tuple[str, dict[str, Tensor]] | None:
+    """`_pack` on the first rank; the others only help to gather what is cut, and hold no copy of the rest."""
+    if rank() == 0:
+        return _pack(tree)
+    for cut in _sharded(tree):
+        full_tensor(cut.detach())
+    return None
 
 
 def _write(path: Path, text: str, tensors: Mapping[str, Tensor]) -> None:
@@ -226,13 +235,13 @@ class Checkpoints:
         self._write("best", tree)
 
     def _write(self, name: str, tree: Any) -> None:
-        packed = _pack(tree)
+        packed = _pack_on_first(tree)
         with agreed(f"writing checkpoint {name}", torch.device("cpu")):
             if rank() and name != "best":
                 self.folder.mkdir(exist_ok=True)
                 write_tree(self.folder / f"{name}.rank-{rank()}", {"draws": tree["draws"]})
         with agreed(f"writing checkpoint {name}", torch.device("cpu")):
-            if rank() == 0:
+            if packed is not None:
                 self.folder.mkdir(exist_ok=True)
                 _write(self.folder / f"{name}.safetensors", *packed)
 

@@ -27,7 +27,7 @@ from ..parallel.launch import lost
 from ..parallel.parallelize import expert_mesh, parallelize
 from ..processes import agreed, any_rank, distributed, full_tensor, of_first, rank, world_size
 from ..seeds import generator, own_random_state
-from .building import build_engine, build_model, build_task
+from .building import build_engine, build_model, build_task, check_layout
 from .checkpoints import Checkpoints
 from .config import RunConfig, config_toml
 from .device import StepTimer, deterministic, find_device, resolve_matmul
@@ -98,6 +98,8 @@ class Training:
     def __attrs_post_init__(self) -> None:
         self.device = find_device(self.config.device)
         matmul = resolve_matmul(self.config, self.device)
+        if not self.resumed:
+            check_layout(self.config)
         self.config = config = attrs.evolve(self.config, device=str(self.device), bf16_matmul=matmul)
         self.engine = build_engine(config, self.settings)
         self.task = build_task(config, self.engine)
@@ -186,7 +188,8 @@ class Training:
         """Spread the model over the ranks, if there are several."""
         self.called = self.model
         if distributed():
-            mesh = expert_mesh(gcd(self.config.expert_parallel, world_size()), self.device.type)
+            experts = gcd(self.config.expert_parallel, world_size())  # of a run that began on other ranks
+            mesh = expert_mesh(experts, self.device.type)
             self.called = parallelize(self.engine, self.model, mesh, shard=self.config.parallel == "shard")
 
     def _first_state(self) -> LoopState:

@@ -83,8 +83,23 @@ def _environment(pid):
 def test_other_commands_say_that_they_work_in_one_process(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    assert launch.started() == 1  # not all of torchrun's variables
+    monkeypatch.setenv("MASTER_PORT", "1234")
     assert main(["compare", "a", "b"]) == 2
     assert capsys.readouterr().err == "moe-engine: 'compare' works in one process; call it without torchrun\n"
     monkeypatch.setenv("RANK", "1")
     assert main(["compare", "a", "b"]) == 2 and not capsys.readouterr().err
     assert (launch.started(), launch.rank()) == (2, 1)
+
+
+@pytest.mark.parametrize("words", [("--parallel", "shard"), ("--expert-parallel", "2")])
+def test_a_layout_of_several_ranks_is_refused_in_one_process(words, tmp_path, capsys):
+    assert main(["run", *words, "--out", str(tmp_path / "run")]) == 2
+    assert "torchrun" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_variables_that_are_not_numbers_are_not_those_of_torchrun(monkeypatch):
+    for name in ("WORLD_SIZE", "RANK", "MASTER_PORT", "MASTER_ADDR"):
+        monkeypatch.setenv(name, "many")
+    assert (launch.started(), launch.rank()) == (1, 0)
