@@ -173,6 +173,10 @@ class Watcher:
         routing = routing_of(watched.block, logits_TE, expert_TK, gate_TK, self._tokens(x_TD))
         if watched.counted is None:
             self._first(watched, routing)
+        self._take(watched, routing)
+
+    def _take(self, watched: Watched, routing: Routing) -> None:
+        """Count a decision, and record it."""
         assert watched.counted is not None
         watched.counted.count(routing)
         if watched.trace is not None and not watched.full:
