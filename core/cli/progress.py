@@ -33,7 +33,7 @@ class Progress:
         chosen = [
             name for name, found in engine.plugins.found.items() if name in config.plugins or found.kind not in UNTITLED
         ]
-        model = f"{config.experts} experts, top {config.top_k}"
+        model = f"{config.experts or 'varying'} experts, top {config.top_k or 'varying'}"
         work = f"{self.training.total_steps} steps on {self.training.device.type}"
         self.say(f"{config.task}: {', '.join(chosen)}; {model}; {work}")
         if self.bar is not None:

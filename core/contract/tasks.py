@@ -17,10 +17,16 @@ Batch = tuple[Tensor, ...]
 
 @attrs.frozen
 class TaskSpec:
-    """The settings a task receives. data_dir: the folder of its files and downloads. seed: the run's."""
+    """The settings a task receives.
+
+    data_dir: the folder of its files and downloads. seed: the run's. batch_size: samples of an optimizer step on all
+    ranks. device: where the model is trained, such as "cpu" or "cuda:1".
+    """
 
     data_dir: str = "data"
     seed: int = 0
+    batch_size: int = 64
+    device: str = "cpu"
 
 
 @attrs.define(eq=False)
@@ -33,7 +39,8 @@ class Task:
     uses `test`. perplexity: report exp(loss). ordered: train on the rows in order, as a stream, instead of
     shuffled. augment: transforms a training batch on its device; it draws from torch's global generator, which the
     run seeds. measures: builds torchmetrics for the test set; they receive "predicted" and "true", which score
-    adds in eval mode.
+    adds in eval mode. most_rows: samples of one forward outside of training at most, where a larger one would not fit
+    into memory. note: a sentence shown when the run starts.
     """
 
     train: Batch
@@ -44,3 +51,5 @@ class Task:
     ordered: bool = False
     augment: Callable[[Batch], Batch] | None = None
     measures: Callable[[], "MetricCollection"] | None = None
+    most_rows: int | None = None
+    note: str = ""

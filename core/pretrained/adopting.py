@@ -54,6 +54,9 @@ def adopt(
     UsageError for a model without a block that its family can change, or whose decisions the family's recipe does not
     reproduce.
     """
+    if engine.dense:
+        message = "adopt() keeps a model's blocks, but the engine is dense; build it without dense"
+        raise UsageError(message, code="adopt-dense")
     blocks = _chosen(blocks_of(model, family), layers)
     for block in blocks:
         _refuse_unable(engine, block)

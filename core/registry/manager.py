@@ -52,6 +52,7 @@ class Plugins:
         self.found: dict[str, Found] = {}
         self._classes: dict[str, type] = {}
         self.remarks: dict[str, Finding] = {}  # by the plugin that made it
+        self.of_model: str | None = None  # the router that decides as a model's own blocks do
         self.manager = Manager()
         for name in set(without) - disabled():
             self.manager.set_blocked(pick(name, installed).name)
@@ -112,8 +113,10 @@ class Plugins:
         return None if name in self.chosen or name in self.given else name
 
     def replace_router(self, name: str) -> None:
-        """Use another router instead of the default one."""
+        """Use another router instead of the default one, for the blocks of a model, which set its options."""
         default = self.default_router
+        if default is not None:
+            self.of_model = name
         if default in (None, name):
             return
         found = pick(name, find())
@@ -210,8 +213,8 @@ class Plugins:
         return answer
 
     def options(self) -> Settings:
-        """Every option of every active plugin, as set."""
-        return {name: values_of(plugin) for name, plugin in self.active.items()}
+        """Every option of every active plugin, as set, but those of a router that a model brings along."""
+        return {name: values_of(plugin) for name, plugin in self.active.items() if name != self.of_model}
 
     def records(self) -> list[dict[str, str]]:
         """Name, distribution and version of every active plugin, for a run's record."""

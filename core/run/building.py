@@ -4,9 +4,10 @@ import torch
 from torch import nn
 
 from ..contract.options import Settings
+from ..contract.routing import Spec
 from ..contract.tasks import Task, TaskSpec
 from ..engine.engine import Engine
-from ..errors import UsageError
+from ..errors import UsageError, listed
 from ..processes import world_size
 from ..seeds import generator
 from .config import RunConfig
@@ -16,6 +17,7 @@ LAYER_OPTIONS = (
     *("dense", "experts", "top_k", "capacity", "eval_capacity", "capacity_per"),
     *("allow_no_gradient", "local_losses"),
 )
+SIZES = {"experts": "experts per layer", "top_k": "experts per token"}  # which a task's model may bring along
 
 
 def check_layout(config: RunConfig) -> None:
@@ -33,7 +35,8 @@ def check_layout(config: RunConfig) -> None:
 
 def build_engine(config: RunConfig, settings: Settings) -> Engine:
     """The engine with the run's plugins. Raises UsageError."""
-    layer_options = {name: getattr(config, name) for name in LAYER_OPTIONS}
+    given = {name: getattr(config, name) for name in LAYER_OPTIONS}
+    layer_options = {name: value for name, value in given.items() if value is not None}
     engine = Engine(config.plugins, settings, config.no_plugin, config.task, config.seed, **layer_options)
     engine.check(_task_spec(config))
     return engine
@@ -66,14 +69,37 @@ def build_model(config: RunConfig, engine: Engine, task: Task, device: torch.dev
             message = f"{who} failed while the model was built: {type(error).__name__}: {error}"
             raise UsageError(message, code="model-not-built") from error
     engine.attach(model)
+    _check_sizes(config, engine)
     _check_initializers(config, engine)
     if not engine.layers and not config.dense:
         raise UsageError(f"the model of task '{config.task}' has no MoE layer", code="no-moe-layer")
     return model
 
 
+def sizes_of(config: RunConfig, engine: Engine) -> dict[str, int | None]:
+    """The run's `experts` and `top_k`, from its layers where they are unset; None if those differ."""
+    sizes: dict[str, int | None] = {}
+    for name in SIZES:
+        found = {getattr(layer.spec, name) for layer in engine.layers} or {getattr(Spec(0, 0), name)}
+        sizes[name] = getattr(config, name) or (found.pop() if len(found) == 1 else None)
+    return sizes
+
+
 def _task_spec(config: RunConfig) -> TaskSpec:
-    return TaskSpec(config.data_dir, config.seed)
+    return TaskSpec(config.data_dir, config.seed, config.batch_size, config.device)
+
+
+def _check_sizes(config: RunConfig, engine: Engine) -> None:
+    """Raise UsageError for a number of experts that no layer has, as a loaded model brings its own."""
+    for name in SIZES:
+        wanted = getattr(config, name)
+        found = sorted({getattr(layer.spec, name) for layer in engine.layers})
+        if wanted is not None and found and wanted not in found:
+            flag, what = f"--{name.replace('_', '-')} {wanted}", SIZES[name]
+            message = (
+                f"{flag} has no effect: the model of task '{config.task}' has {listed(found)} {what}; leave it out"
+            )
+            raise UsageError(message, code="sizes-of-model")
 
 
 def _check_initializers(config: RunConfig, engine: Engine) -> None:

@@ -23,8 +23,8 @@ class RunConfig:
     task: str = option(defaults()["task"], help="Task plugin: data, model and score.")
     plugins: tuple[str, ...] = option((), help="Plugins to use; they act in this order.")
     no_plugin: tuple[str, ...] = option((), help="Plugins to leave out, including default ones.")
-    experts: int = option(8, help="Experts per layer.", min=1)
-    top_k: int = option(2, help="Experts per token.", min=1)
+    experts: int | None = option(None, help="Experts per layer; unset: 8, or those of a loaded model.", min=1)
+    top_k: int | None = option(None, help="Experts per token; unset: 2, or those of a loaded model.", min=1)
     dense: bool = option(
         False, help="Replace each MoE layer with an MLP as wide as the experts that one token is sent to."
     )

@@ -106,7 +106,7 @@ class Scorer:
 
     def probe(self) -> Tensor:
         """The task loss on a fixed held-out batch, in eval mode."""
-        return self.score_first(PROBE_SIZE)["loss"]
+        return self.score_first(min(PROBE_SIZE, self.task.most_rows or PROBE_SIZE))["loss"]
 
     def train_batches(self, order: torch.Generator, done: int, most: int) -> Iterator[tuple[Batch, float]]:
         """(this rank's part, its weight) of the batches of an epoch after the first `done`, at most `most` of them.
@@ -123,7 +123,7 @@ class Scorer:
 
     def test_batches(self, whole: bool = False) -> Iterator[Batch]:
         """The test set; whole: all of it on every rank, otherwise this rank's part of each batch."""
-        for rows in torch.arange(self.task.test[0].shape[0]).split(EVAL_BATCH):
+        for rows in torch.arange(self.task.test[0].shape[0]).split(min(EVAL_BATCH, self.task.most_rows or EVAL_BATCH)):
             yield self._batch(self.task.test, rows if whole else rows.tensor_split(world_size())[rank()])
 
     def _batch(self, columns: Batch, rows: Tensor) -> Batch:

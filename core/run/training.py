@@ -27,7 +27,7 @@ from ..parallel.launch import lost
 from ..parallel.parallelize import expert_mesh, parallelize
 from ..processes import agreed, any_rank, distributed, full_tensor, of_first, rank, world_size
 from ..seeds import generator, own_random_state
-from .building import build_engine, build_model, build_task, check_layout
+from .building import build_engine, build_model, build_task, check_layout, sizes_of
 from .checkpoints import Checkpoints
 from .config import RunConfig, config_toml
 from .device import StepTimer, deterministic, find_device, resolve_matmul
@@ -104,6 +104,7 @@ class Training:
         self.engine = build_engine(config, self.settings)
         self.task = build_task(config, self.engine)
         self.model = build_model(config, self.engine, self.task, self.device)
+        self.config = config = attrs.evolve(config, **sizes_of(config, self.engine))
         self._scorer = Scorer(config, self.task, self.model, self.device)
         self.loop = self._first_state()
         self._timer = StepTimer(self.device)
@@ -149,6 +150,8 @@ class Training:
         self.started, self.loop = time.monotonic(), self._first_state()
         for name, remark in self.engine.plugins.remarks.items():
             self.say(f"{name}: {remark.why}; {remark.advice}")
+        if self.task.note:
+            self.say(self.task.note)
         with agreed("opening the run's folder", self.device), ExitStack() as stack:
             self._open_folder(stack)
             opened = stack.pop_all()

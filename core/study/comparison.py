@@ -113,6 +113,8 @@ def compare(
     quantity by which rows are ranked. Rows also have a "kind"; they are sorted by kind, the best of each kind first.
     jobs: None means one per core. backend: see `connected`. Raises UsageError and RunError.
     """
+    from ..contract.routing import Spec
+
     study = comparison.study
     planned = list(study.variants(comparison.flags))
     records = run_planned(planned, seeds, out, jobs, show, backend)
@@ -125,7 +127,8 @@ def compare(
     columns = (quality, *BALANCE, *(name for name in COST if name != "flops.total"))
     if config.capacity is None:
         columns = tuple(name for name in columns if name != "train_dropped")
-    title = f"{config.task}, {config.experts} experts, top {config.top_k}, {config.epochs} epochs"
+    sizes = {name: getattr(config, name) or getattr(Spec(0, 0), name) for name in ("experts", "top_k")}
+    title = f"{config.task}, {sizes['experts']} experts, top {sizes['top_k']}, {config.epochs} epochs"
     title += f", all with {listed(comparison.shared)}" if comparison.shared else ""
     study = attrs.evolve(study, title=title, part=(attrs.evolve(study.part[0], columns=columns),))
     return {
@@ -134,7 +137,7 @@ def compare(
         "quality": quality,
         "seeds": list(seeds),
         "shared": list(comparison.shared),
-        "run": {name: getattr(config, name) for name in ("experts", "top_k", "capacity", "epochs", "batch_size", "lr")},
+        "run": sizes | {name: getattr(config, name) for name in ("capacity", "epochs", "batch_size", "lr")},
         "legend": _legend(len(seeds), config.capacity is not None),
     }
 
