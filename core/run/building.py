@@ -91,14 +91,12 @@ def _task_spec(config: RunConfig) -> TaskSpec:
 
 def _check_sizes(config: RunConfig, engine: Engine) -> None:
     """Raise UsageError for a number of experts that no layer has, as a loaded model brings its own."""
-    for name in SIZES:
+    for name, what in SIZES.items():
         wanted = getattr(config, name)
         found = sorted({getattr(layer.spec, name) for layer in engine.layers})
         if wanted is not None and found and wanted not in found:
-            flag, what = f"--{name.replace('_', '-')} {wanted}", SIZES[name]
-            message = (
-                f"{flag} has no effect: the model of task '{config.task}' has {listed(found)} {what}; leave it out"
-            )
+            flag = f"--{name.replace('_', '-')} {wanted}"
+            message = f"{flag} has no effect: the model of task '{config.task}' has {listed(found)} {what}; remove it"
             raise UsageError(message, code="sizes-of-model")
 
 
