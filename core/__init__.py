@@ -8,9 +8,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .contract.families import DENSE as DENSE
     from .contract.families import GATE as GATE
     from .contract.families import STACKED as STACKED
     from .contract.families import Block as Block
+    from .contract.families import Dense as Dense
+    from .contract.families import DenseBlock as DenseBlock
     from .contract.families import Family as Family
     from .contract.families import Stored as Stored
     from .contract.families import unwrapped as unwrapped
@@ -86,6 +89,8 @@ if TYPE_CHECKING:
     from .pretrained.adopting import adopt as adopt
     from .pretrained.adopting import release as release
     from .pretrained.exporting import export as export
+    from .pretrained.upcycling import Upcycled as Upcycled
+    from .pretrained.upcycling import upcycle as upcycle
     from .pretrained.watching import watch as watch
     from .processes import all_reduce_sum as all_reduce_sum
     from .processes import sum_over_ranks as sum_over_ranks
@@ -97,7 +102,7 @@ if TYPE_CHECKING:
     from .seeds import generator as generator
 
 _HOMES = {
-    "contract.families": ("GATE", "STACKED", "Block", "Family", "Stored", "unwrapped"),
+    "contract.families": ("DENSE", "GATE", "STACKED", "Block", "Dense", "DenseBlock", "Family", "Stored", "unwrapped"),
     "contract.growth": ("Grown", "Growth", "HiddenUnits", "NewExpert"),
     "contract.history": ("History", "grow_at_peaks", "consecutive", "least_experts"),
     "contract.hookspecs": ("hookimpl",),
@@ -149,6 +154,7 @@ _HOMES = {
     "parallel.parallelize": ("expert_mesh", "parallelize"),
     "pretrained.adopting": ("adopt", "release"),
     "pretrained.exporting": ("export",),
+    "pretrained.upcycling": ("Upcycled", "upcycle"),
     "pretrained.watching": ("watch",),
     "processes": ("all_reduce_sum", "sum_over_ranks"),
     "run.checkpoints": ("load", "save"),

@@ -14,8 +14,10 @@ import attrs
 from torch import Tensor, nn
 
 from .parts import Role
+from .routing import Spec
 
 Recipe = tuple[str, Mapping[str, Any]]  # a router plugin and its options
+Native = tuple[str, Mapping[str, Any]]  # a model type and values of its config
 Decision = tuple[Tensor, Tensor, Tensor]  # hidden states [T, D], chosen experts [T, K] and their gates [T, K]
 Compute = Callable[..., Any]  # what a block's experts did before the block was adopted
 
@@ -50,6 +52,28 @@ STACKED = {
 }
 
 
+@attrs.frozen
+class Dense:
+    """Where a dense feed-forward block has its parts, by their names in it: F(x) = down(act(gate(x)) * up(x)).
+
+    up, down, gate: linear maps, nn.Linear or GPT-2's Conv1D. gate: "" for F(x) = down(act(up(x))). act: the activation.
+    """
+
+    up: str
+    down: str
+    gate: str = ""
+    act: str = "act_fn"
+
+    @property
+    def maps(self) -> tuple[str, ...]:
+        """The names of the linear maps: gate, if there is one, up and down."""
+        return tuple(name for name in (self.gate, self.up, self.down) if name)
+
+
+# what most dense models of transformers have: a gated MLP, and GPT-2's
+DENSE = (Dense("up_proj", "down_proj", "gate_proj"), Dense("c_fc", "c_proj", act="act"))
+
+
 def softmax(logits_TE: Tensor) -> Tensor:
     """[T, E]: softmax scores."""
     return logits_TE.softmax(-1)
@@ -57,6 +81,11 @@ def softmax(logits_TE: Tensor) -> Tensor:
 
 def no_recipe(block: "Block") -> None:
     """No router plugin is known to decide alike."""
+
+
+def no_native(config: Any, spec: Spec, dense: Sequence[int]) -> str:
+    """No architecture of transformers is known that holds such a mixture."""
+    return "no architecture of transformers is known that holds it"
 
 
 @attrs.define(eq=False, slots=False)
@@ -71,6 +100,10 @@ class Family:
     as "ffn_config.moe_num_experts"; none if that number means more than these experts. recipe: from a block, the router
     plugin that makes the same choices and gates of the same logits; None if there is none. score: from logits to the
     scores that losses and metrics see as probabilities.
+
+    Of a dense architecture: dense: how its feed-forward blocks may look. native: from its config, the spec of the
+    layers that such blocks became, and the indices of the layers that are still dense, the architecture that holds
+    the mixture, with values of its config; or a sentence that says why none does.
     """
 
     name: str = attrs.field(default="", init=False)
@@ -83,12 +116,25 @@ class Family:
     count: tuple[str, ...] = COUNTS
     recipe: Callable[["Block"], Recipe | None] = no_recipe
     score: Callable[[Tensor], Tensor] = softmax
+    dense: tuple[Dense, ...] = DENSE
+    native: Callable[[Any, Spec, Sequence[int]], Native | str] = no_native
 
     def blocks(self, model: nn.Module) -> Iterator["Block"]:
         """The model's blocks of this family, in order."""
         for name, module in model.named_modules():
             if has(module, self.router) and has(module, self.experts):
                 yield Block(name or type(module).__name__, module, self)
+
+    def dense_blocks(self, model: nn.Module) -> Iterator["DenseBlock"]:
+        """The dense feed-forward blocks of a model's decoder, in order: one of `dense` in an element of a list."""
+        decoder: Any = model.get_decoder() if hasattr(model, "get_decoder") else model  # type: ignore[operator]
+        inside = {id(module) for module in decoder.modules()}
+        for name, layers in model.named_modules():
+            for index, layer in enumerate(layers if isinstance(layers, nn.ModuleList) and id(layers) in inside else ()):
+                for path, module in layer.named_children():
+                    at = next((one for one in self.dense if all(has(module, part) for part in one.maps)), None)
+                    if at is not None:
+                        yield DenseBlock(f"{name}.{index}.{path}", index, module, at)
 
     def first(self, role: Role) -> tuple[str, Stored]:
         """The first tensor of a role: its path in the block, and how it is stored."""
@@ -181,6 +227,16 @@ class Block:
         paths = (path for path, stored in self.family.tensors.items() if stored.role == "state")
         found = [self.tensor(path).reshape(-1) for path in paths]
         return found[0] if found else None
+
+
+@attrs.frozen(eq=False)
+class DenseBlock:
+    """A dense feed-forward block of a model: its name there, the index of its layer, and where its parts are."""
+
+    name: str
+    index: int
+    module: nn.Module
+    at: Dense
 
 
 def unwrapped(module: Any) -> Any:

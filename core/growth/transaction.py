@@ -152,7 +152,7 @@ def _new_experts(
     roles = {where: axis.role for where, (_, axis) in weights.items()}
     for number, position in enumerate(plan.added):
         origin = plan.origins[position]
-        fresh = {where: _fresh_row(tensor, axis, generator) for where, (tensor, axis) in weights.items()}
+        fresh = {where: fresh_row(tensor, axis, generator) for where, (tensor, axis) in weights.items()}
         given = _given_rows(growth, fresh, number, len(plan.added))
         if position in plan.merged:
             born.append(NewExpert(given, moments="mean"))  # each layer and copy averages its own rows
@@ -165,8 +165,8 @@ def _new_experts(
         offer = {"parent": parent, "growth": growth, "index": position, "fresh": fresh, "roles": roles}
         initializer, new = ask(of, origin, {**offer, "generator": generator})
         new = attrs.evolve(new, values={**new.values, **given})
-        _check_rows(initializer, "", new.values, fresh, all_of_them=True)
-        _check_rows(initializer, " of the parent", new.parent_values, fresh if origin is not None else {})
+        check_rows(initializer, "", new.values, fresh, all_of_them=True)
+        check_rows(initializer, " of the parent", new.parent_values, fresh if origin is not None else {})
         if origin is not None:
             changed.setdefault((of, origin), {}).update(new.parent_values)
         born.append(new)
@@ -190,7 +190,8 @@ def _given_rows(growth: Growth, fresh: Rows, number: int, count: int) -> Rows:
     return rows
 
 
-def _fresh_row(tensor: Tensor, axis: Axis, generator: torch.Generator) -> Tensor:
+def fresh_row(tensor: Tensor, axis: Axis, generator: torch.Generator) -> Tensor:
+    """A newly drawn row of one unit, on the CPU."""
     shape = list(tensor.shape)
     shape[axis.axis] = 1
     assert axis.fresh is not None
@@ -198,9 +199,10 @@ def _fresh_row(tensor: Tensor, axis: Axis, generator: torch.Generator) -> Tensor
     return row.detach().to("cpu", tensor.dtype)
 
 
-def _check_rows(
+def check_rows(
     initializer: str, whose: str, rows: Mapping[str, Tensor], fresh: Rows, all_of_them: bool = False
 ) -> None:
+    """Raise UsageError for rows of an initializer that are none of `fresh`, or of another shape, or not finite."""
     problem = f"leaves out {listed(missing)}" if all_of_them and (missing := sorted(fresh.keys() - rows.keys())) else ""
     for where, row in rows.items():
         if where not in fresh:

@@ -51,8 +51,11 @@ class StackedMLP(Experts):
         b_out: Tensor | None,
     ) -> Tensor:
         """[N, out]: each row through its expert; autograd can differentiate it any number of times."""
-        hidden_NH = ACTIVATIONS[self.activation](grouped_linear(x_ND, w_in, b_in, counts))
-        return grouped_linear(hidden_NH, w_out, b_out, counts)
+        return grouped_linear(self.activate(grouped_linear(x_ND, w_in, b_in, counts)), w_out, b_out, counts)
+
+    def activate(self, a_NW: Tensor) -> Tensor:
+        """[N, H]: the hidden units, of what enters them [N, W]. A subclass may have another activation."""
+        return ACTIVATIONS[self.activation](a_NW)
 
     def combined(self, x_TD: Tensor, token_N: Tensor, weight_N: Tensor, counts_E: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or x_TD.device.type != "cpu" or self._must_call_forward():
@@ -69,13 +72,14 @@ class StackedMLP(Experts):
         return fused_mlp(x_TD, token_N, weight_N, counts, self.activation, weights, reference)
 
     def _must_call_forward(self) -> bool:
-        """True if `forward` is overridden or the bank has hooks, so the fused kernel must not bypass it."""
+        """True if a method that the fused kernel would bypass is overridden, or the bank has hooks."""
         hooks = self._forward_hooks, self._forward_pre_hooks, self._backward_hooks, self._backward_pre_hooks
-        return getattr(self.forward, "__func__", None) is not StackedMLP.forward or any(hooks)
+        plain = StackedMLP.forward, StackedMLP.activate
+        return tuple(getattr(one, "__func__", None) for one in (self.forward, self.activate)) != plain or any(hooks)
 
     def outputs(self, x_SD: Tensor) -> Tensor:
         hidden_ESH = x_SD @ self.w_in if self.b_in is None else x_SD @ self.w_in + self.b_in[:, None]
-        out_ESO = ACTIVATIONS[self.activation](hidden_ESH) @ self.w_out
+        out_ESO = self.activate(hidden_ESH) @ self.w_out
         return out_ESO if self.b_out is None else out_ESO + self.b_out[:, None]
 
 

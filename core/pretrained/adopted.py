@@ -137,7 +137,7 @@ class Adopted:
         """[T, D]: the layer's output for what the entry is given."""
         routed, self.routed = self.routed, None
         x = self.block.family.states(given, routed)
-        shape, mask, ids = self._around(x)
+        shape, mask, ids = self.shared.calls.around(x)
         self.bank.gate_dtype = next((one.dtype for one in given[1:] if _floating(one)), x.dtype)
         router, self.bank.inside = self.layer.router, True
         if isinstance(router, BorrowedRouter):
@@ -149,18 +149,6 @@ class Adopted:
             if isinstance(router, BorrowedRouter):
                 router.routed = None
         return y.reshape(-1, y.shape[-1])
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _around(self, x: Tensor) -> tuple[tuple[int, ...], Tensor | None, Tensor | None]:
-        """(leading shape, mask, token ids) of the forward that is running, as the modules around the block know it."""
-        count, calls = x.shape[:-1].numel(), self.shared.calls
-        shape = calls.shape if torch.Size(calls.shape).numel() == count else tuple(x.shape[:-1])
-        mask, ids = calls.mask(shape), calls.ids(count)
-        return (
-            shape,
-            None if mask is None or bool(mask.all()) else mask.view(shape).to(x.device),
-            None if ids is None else ids.view(shape).to(x.device),
-        )
 
 
 class Resizing:

@@ -178,6 +178,18 @@ class Calls:
             )
         return None
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def around(self, x: Tensor) -> tuple[tuple[int, ...], Tensor | None, Tensor | None]:
+        """(leading shape, mask, token ids) of hidden states x [..., D]; mask is None if all are real."""
+        count = x.shape[:-1].numel()
+        shape = self.shape if torch.Size(self.shape).numel() == count else tuple(x.shape[:-1])
+        mask, ids = self.mask(shape), self.ids(count)
+        return (
+            shape,
+            None if mask is None or bool(mask.all()) else mask.view(shape).to(x.device),
+            None if ids is None else ids.view(shape).to(x.device),
+        )
+
     def warn(self, message: str) -> None:
         """Warn once."""
         if message not in self._warned:

@@ -9,18 +9,14 @@ from tempfile import mkdtemp
 from typing import Any
 
 import attrs
-import torch
 from torch import Tensor, nn
 
-from ..contract.families import config_value
 from ..engine.engine import Engine
 from ..errors import UsageError, listed
 from ..layer.probing import evaluating, uncounted
 from .adopted import LAYER, Adopted, adopted_blocks, folded, set_count
 from .adopting import adopt, lost_in_plain
-
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}  # of logits, relative to the largest; 2e-2 for halves
-TOKENS = 16  # of the probe
+from .logits import logits_on, moved, probe_of, tolerance
 
 
 @attrs.frozen
@@ -122,7 +118,6 @@ def plain_config(model: Any, found: list[Adopted], experts: int) -> Iterator[Non
         model.config.__dict__.update(before)
 
 
-@torch.no_grad()
 def _reloaded(engine: Engine, model: Any, folder: Path) -> float | None:
     """The relative change of logits in the model that was loaded again.
 
@@ -137,25 +132,15 @@ def _reloaded(engine: Engine, model: Any, folder: Path) -> float | None:
     wrong = listed(f"{kind.replace('_', ' ')} {listed(keys[:3])}" for kind, keys in strange.items() if keys)
     if wrong:
         raise UsageError(f"what was written does not load as it was: {wrong}; nothing is left", code="not-reloaded")
-    vocab = config_value(model.config.get_text_config(), "vocab_size")
-    if not isinstance(vocab, int):
+    ids = probe_of(model)
+    if ids is None:
         return None
-    ids = torch.randint(vocab, (1, TOKENS), generator=torch.Generator().manual_seed(0)).to(model.device)
     again.to(model.device).eval()
     with evaluating(model), uncounted(engine.layers):
-        before = _logits(model, ids)
-    plain = _logits(again, ids)
-    adopted = _logits(adopt(Engine(), again, family=adopted_blocks(model)[0].block.family.name), ids)
-    scale = before.abs().max().clamp(min=1e-30)
-    moved = float((adopted - before).abs().max() / scale)
-    if not moved <= TOLERANCE.get(model.dtype, 2e-2):
-        message = f"what was written answers differently when loaded, by {moved:.3g} of the largest logit"
+        before = logits_on(model, ids)
+    plain = logits_on(again, ids)
+    adopted = logits_on(adopt(Engine(), again, family=adopted_blocks(model)[0].block.family.name), ids)
+    if not (change := moved(before, adopted)) <= tolerance(model.dtype):
+        message = f"what was written answers differently when loaded, by {change:.3g} of the largest logit"
         raise UsageError(f"{message}; nothing is left", code="not-reloaded")
-    return float((plain - before).abs().max() / scale)
-
-
-def _logits(model: Any, ids: Tensor) -> Tensor:
-    extra = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
-    answer = model(input_ids=ids, **extra)
-    logits: Tensor = answer.logits if hasattr(answer, "logits") else answer.last_hidden_state
-    return logits.float()
+    return moved(before, plain)
