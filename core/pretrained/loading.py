@@ -1,6 +1,7 @@
 """Open a checkpoint folder of transformers: its own files alone, as safetensors or GGUF, and no code from it."""
 
 import json
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from ..errors import UsageError, listed
 WEIGHTS, INDEX, CONFIG, ADAPTER = "*.safetensors", "model.safetensors.index.json", "config.json", "adapter_config.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 KEYS = 3  # weights named in a message
+LARGE = 2e9  # bytes of weights whose reading shows a bar on a terminal
 LOCAL = {"local_files_only": True, "trust_remote_code": False}
 
 
@@ -20,10 +22,9 @@ def load_model(folder: Path, dtype: str = "auto") -> Any:
 
     Pickles, code of the folder's own, adapters and incomplete weights are refused. Raises UsageError.
     """
-    transformers = _transformers()
     gguf = gguf_of(folder)
     named = {} if gguf is None else {"gguf_file": gguf.name}
-    with _quiet(transformers), _refusing(folder, "the model"):
+    with reading(folder, "the model", bar=_is_large(folder) and sys.stderr.isatty()) as transformers:
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
@@ -43,10 +44,9 @@ def load_model(folder: Path, dtype: str = "auto") -> Any:
 
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer in a checkpoint's folder. Raises UsageError."""
-    transformers = _transformers()
     gguf = gguf_of(folder)
     named = {} if gguf is None else {"gguf_file": gguf.name}
-    with _quiet(transformers), _refusing(folder, "the tokenizer"):
+    with reading(folder, "the tokenizer") as transformers:
         return transformers.AutoTokenizer.from_pretrained(folder, **LOCAL, **named)
 
 
@@ -129,12 +129,29 @@ def _transformers() -> Any:
 
 
 @contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """Without transformers' own bar, remarks and warnings while a folder is read."""
+def reading(folder: Path, what: str, bar: bool = False) -> Iterator[Any]:
+    """transformers, while it reads a folder: without remarks, and with a sentence for whatever it raises.
+
+    what: "the model", say. bar: show its progress bar.
+    """
+    transformers = _transformers()
+    with _quiet(transformers, bar), _refusing(folder, what):
+        yield transformers
+
+
+def _is_large(folder: Path) -> bool:
+    """Whether reading the weights takes seconds."""
+    return sum(path.stat().st_size for kind in (WEIGHTS, "*.gguf") for path in folder.glob(kind)) > LARGE
+
+
+@contextmanager
+def _quiet(transformers: Any, shown: bool) -> Iterator[None]:
+    """Without transformers' remarks and warnings while a folder is read, and without its bar unless it is `shown`."""
     logging = transformers.logging
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(50)
-    logging.disable_progress_bar()
+    if not shown:
+        logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
