@@ -66,7 +66,12 @@ def characteristic(id_T: Array, expert_TK: Array, experts: int, most: int) -> li
         at = at[np.lexsort((-count_P[at], -lift_P[at]))][:most]
         out.append(
             [
-                {"id": int(known[token_P[p]]), "count": int(count_P[p]), "of": int(of_P[p] // top_k), "lift": float(lift_P[p])}
+                {
+                    "id": int(known[token_P[p]]),
+                    "count": int(count_P[p]),
+                    "of": int(of_P[p] // top_k),
+                    "lift": float(lift_P[p]),
+                }
                 for p in at
             ]
         )

@@ -12,6 +12,7 @@ from ..parallel.launch import rank, started
 from .check import check
 from .compare import compare
 from .compare_plugins import compare_plugins
+from .inspect import inspect
 from .new_plugin import new_plugin
 from .plan import plan
 from .plugins import plugins
@@ -62,6 +63,10 @@ def group(context: click.Context) -> None:
         moe-engine routing-stats counts.csv
 
     \b
+    See what the experts of a checkpoint do:
+        moe-engine inspect models/olmoe --text prose.txt code.py
+
+    \b
     Plan a model on many GPUs:
         moe-engine plan --layers 16 --dim 1024 --hidden 2048 --experts 64
 
@@ -74,7 +79,20 @@ def group(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-COMMANDS = (run, resume, plugins, compare, compare_plugins, study, replay, routing_stats, plan, new_plugin, check)
+COMMANDS = (
+    run,
+    resume,
+    plugins,
+    compare,
+    compare_plugins,
+    study,
+    inspect,
+    replay,
+    routing_stats,
+    plan,
+    new_plugin,
+    check,
+)
 for command in COMMANDS:
     group.add_command(command)
 

@@ -190,6 +190,12 @@ def event(growth: dict[str, Any]) -> str:
     return f"{growth['layer']} has {growth['after']} experts, {what}{moved} ({growth['why']})"
 
 
+def tracked(items: Sequence[Any], words: str, quiet: bool = False) -> Iterable[Any]:
+    """The items, with a bar and the time left on standard error if that is a terminal."""
+    console = Console(stderr=True)
+    return rich.progress.track(items, words, console=console, transient=True, disable=quiet or not console.is_terminal)
+
+
 # -- what is printed at the end --------------------------------------------------------------------
 
 

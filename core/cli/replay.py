@@ -1,7 +1,7 @@
 """`moe-engine replay`: let other routers choose on a run's recorded routing."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,11 +96,12 @@ def replay(
     from ..analysis.replay import recorded, variants
     from ..analysis.replay import replay as replayed
     from ..run.traces import read_trace
+    from .progress import tracked
 
     read, options = read_trace(trace), parse_settings(settings)
     tried = variants(read, routers, biases, capacities, top_ks, options)
     rows = recorded(read)
-    for variant in _with_progress(tried):
+    for variant in tracked(tried, "replaying"):
         rows += replayed(read, variant, options, batch)
     refused = [row["refused"] for row in rows if "refused" in row]
     if len(refused) == len(tried):
@@ -109,14 +110,6 @@ def replay(
         click.echo(json.dumps({"trace": _about(read), "rows": rows}, indent=2))
     else:
         _show(read, rows)
-
-
-def _with_progress(variants: list[Any]) -> Iterable[Any]:
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    return track(variants, "replaying", console=console, transient=True, disable=not console.is_terminal)
 
 
 def _about(trace: "Trace") -> dict[str, Any]:

@@ -89,11 +89,12 @@ class Layer:
         top, entropy, margin = self.sums / max(self.tokens, 1)
         known = self.top_k < self.experts and self.differing <= DIFFER * self.tokens * self.top_k
         flat = np.log(self.experts)
-        return {
-            "top_probability": float(top),
-            "router_entropy": float(entropy / flat) if flat else None,
-            "margin": float(margin) if known else None,
+        numbers = {
+            "top_probability": top,
+            "router_entropy": entropy / flat if flat else np.nan,
+            "margin": margin if known else np.nan,
         }
+        return {name: float(value) if np.isfinite(value) else None for name, value in numbers.items()}
 
     def add(self, routing: Routing, scores_TE: Tensor) -> None:
         """Add one forward. scores_TE: what the choice took the top K of, if the router has one list of them."""

@@ -6,6 +6,7 @@ Suffixes: C labels, T tokens, K chosen per token, E experts.
 import csv
 import io
 from collections.abc import Iterator, Sequence
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -166,12 +167,12 @@ def _sample(
 
 
 def contrasts(report: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """For each pair of labels the layer in which they differ most, and for each label the expert it prefers most."""
-    names = list(report["labels"])
-    for a, b in ((a, b) for a in range(len(names)) for b in range(a)):
-        row = max(report["layers"], key=lambda row: row["divergence"][a][b])
-        bits, chance = row["divergence"][a][b], row["by_chance"][a][b]
-        yield {"pair": (names[b], names[a]), "layer": row["layer"], "bits": bits, "by_chance": chance}
+    """For each pair of labels the layer in which they differ most."""
+    for (a, one), (b, other) in combinations(enumerate(report["labels"]), 2):
+        bits, layer, chance = max(
+            (row["divergence"][a][b], row["layer"], row["by_chance"][a][b]) for row in report["layers"]
+        )
+        yield {"pair": (one, other), "layer": layer, "bits": bits, "by_chance": chance}
 
 
 def preferences(report: dict[str, Any]) -> Iterator[dict[str, Any]]:

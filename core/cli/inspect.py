@@ -1,0 +1,246 @@
+"""`moe-engine inspect`: see what the experts of a checkpoint do on texts."""
+
+import json
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import UsageError, listed
+from ..files import write_atomically
+from .flags import flags, json_flag, quiet_flag
+
+if TYPE_CHECKING:
+    from ..pretrained.inspecting import Inspector, Passage
+
+LENGTH = 512  # tokens of a window, unless the model takes fewer
+COLUMNS = ("layer", "active", "cv", "maxvio", "entropy", "top prob", "router H", "margin", "labels", "verdict")
+TOLD = 6  # pairs of labels that are told
+
+
+@click.command("inspect", short_help="See what the experts of a checkpoint do on texts.")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("more", nargs=-1, type=click.Path(path_type=Path), metavar="")
+@click.option(
+    "--text",
+    "texts",
+    multiple=True,
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE...",
+    help="Text files, in UTF-8.",
+)
+@click.option(
+    "--label", "labels", multiple=True, metavar="NAME", help="A text's domain, one per text.  [default: its file name]"
+)
+@click.option(
+    "--tokens", type=click.IntRange(1), default=20_000, show_default=True, help="Tokens to read of each text, at most."
+)
+@click.option(
+    "--length",
+    type=click.IntRange(1),
+    metavar="INTEGER",
+    help=f"Tokens of a window.  [default: {LENGTH}, or what the model takes]",
+)
+@click.option("--batch", type=click.IntRange(1), default=4, show_default=True, help="Windows at a time.")
+@flags("device")
+@click.option("--html", type=click.Path(path_type=Path), help="Write a page here.")
+@click.option("--trace", type=click.Path(path_type=Path), help="Write a trace here, for replay.")
+@click.option("--counts", type=click.Path(path_type=Path), help="Write a CSV file here, for routing-stats.")
+@quiet_flag
+@json_flag("all numbers")
+def inspect(
+    folder: Path,
+    more: tuple[Path, ...],
+    texts: tuple[Path, ...],
+    labels: tuple[str, ...],
+    tokens: int,
+    length: int | None,
+    batch: int,
+    device: str | None,
+    html: Path | None,
+    trace: Path | None,
+    counts: Path | None,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Run texts through a mixture of transformers, and show what its experts do:
+    how even their load is, how sure the router is, how differently the texts use
+    them, and which tokens each one gets.
+
+    \b
+    Look at a model on two kinds of text, and open the page:
+        moe-engine inspect models/olmoe --text prose.txt code.py \\
+            --html olmoe.html
+    Name the domains; keep the routing, and try other routers on it:
+        moe-engine inspect models/olmoe --text a.txt --label prose \\
+            --text b.txt --label code --trace olmoe.routing
+        moe-engine replay olmoe.routing --biases none,loss_free --by-label
+
+    FOLDER is a causal language model in safetensors or GGUF, with its tokenizer.
+    Nothing is downloaded, no code of the folder runs, and pickles are refused.
+    Each text is cut into windows, which are not padded; the model decides as it
+    does anyway, in the precision of its file.
+
+    \b
+    top prob  the mean of the router's largest probability
+    router H  the mean entropy of its probabilities, 1 if all are equal
+    margin    the mean of the K-th score minus the next
+    labels    the largest Jensen-Shannon divergence of two labels, in bits
+    """
+    files, names = _files(texts, more), list(labels)
+    indices, names = _labels(files, names)
+    for flag, path in (("--html", html), ("--trace", trace), ("--counts", counts)):
+        _check_target(flag, path)
+    inspector, passages, tokenizer, about = _run(
+        folder, files, indices, names, tokens, length, batch, device, trace is not None, quiet
+    )
+
+    from ..pretrained.inspection import counts_csv, report_of
+
+    report = report_of(inspector, passages, names, tokenizer, about)
+    notes = [*_limits(report, tokens)]
+    if trace is not None:
+        inspector.write_routing(trace)
+    if counts is not None:
+        _write(counts, counts_csv(report))
+    if html is not None:
+        from ..pretrained.inspection_page import page_of
+
+        _write(html, page_of(report, notes))
+    if as_json:
+        click.echo(json.dumps({**report, "notes": notes}, indent=1, allow_nan=False))
+        return
+    _show(report, notes)
+    for what, path in (("page", html), ("trace", trace), ("counts", counts)):
+        if path is not None:
+            click.echo(f"{what}: {path}")
+
+
+# -- what is given -------------------------------------------------------------------------------------------
+
+
+def _files(texts: Sequence[Path], more: Sequence[Path]) -> list[Path]:
+    """The texts of `--text A B` or of `--text A --text B`."""
+    if more and len(texts) > 1:
+        sentence = f"{more[0]} stands alone; give all texts after one --text, or --text before each"
+        raise UsageError(sentence, code="texts-mixed")
+    return [*texts, *more]
+
+
+def _labels(files: Sequence[Path], given: Sequence[str]) -> tuple[list[int], list[str]]:
+    """The index of each text's label, and their names."""
+    if given and len(given) != len(files):
+        sentence = f"{len(files)} texts have {len(given)} labels; give one --label per text, or none"
+        raise UsageError(sentence, code="labels-do-not-fit")
+    short = [file.name for file in files]
+    each = list(given) or [str(file) if short.count(file.name) > 1 else file.name for file in files]
+    names = list(dict.fromkeys(each))
+    return [names.index(name) for name in each], names
+
+
+def _check_target(flag: str, path: Path | None) -> None:
+    """Refuse a file that can't be written before the model runs."""
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        why = "is a folder" if path.is_dir() else "is in a folder that does not exist"
+        raise UsageError(f"{flag} {path} {why}; name a file", code="unwritable-file")
+
+
+# -- the run -------------------------------------------------------------------------------------------------
+
+
+def _run(
+    folder: Path,
+    files: Sequence[Path],
+    indices: Sequence[int],
+    labels: Sequence[str],
+    tokens: int,
+    length: int | None,
+    batch: int,
+    device: str | None,
+    record: bool,
+    quiet: bool,
+) -> tuple["Inspector", list["Passage"], Any, dict[str, Any]]:
+    from ..pretrained.inspecting import inspect as inspected
+    from ..pretrained.inspecting import read_passages
+    from ..pretrained.loading import load_model, load_tokenizer
+    from ..run.device import find_device
+    from .progress import tracked
+
+    place = find_device(device or "auto")
+    tokenizer = load_tokenizer(folder)
+    passages = read_passages(tokenizer, files, indices, tokens)
+    model = load_model(folder).to(place)
+    window = _window(model, length)
+    inspector = inspected(
+        model, passages, labels, window, batch, record, lambda batches: tracked(batches, "inspecting", quiet)
+    )
+    versions = {name: metadata.version(name) for name in ("moe-engine", "transformers", "torch")}
+    about = {"model": type(model).__name__, "folder": str(folder), "length": window, "versions": versions}
+    return inspector, passages, tokenizer, about
+
+
+def _window(model: Any, length: int | None) -> int:
+    """Tokens of a window. Raises UsageError for more than the model takes."""
+    config = model.config.get_text_config()
+    longest = getattr(config, "max_position_embeddings", None) or length or LENGTH
+    if length is not None and length > longest:
+        sentence = f"--length is {length}, but {type(model).__name__} takes {longest} tokens"
+        raise UsageError(sentence, code="too-long-window")
+    return length or min(LENGTH, longest)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        write_atomically(path, text.encode())
+    except OSError as error:
+        raise UsageError(f"{path} can't be written: {error.strerror}", code="unwritable-file") from error
+
+
+# -- what is shown -------------------------------------------------------------------------------------------
+
+
+def _limits(report: dict[str, Any], tokens: int) -> list[str]:
+    """Sentences on what was left out."""
+    cut = [text["file"] for text in report["texts"] if text["cut"]]
+    notes = [f"only the first {tokens:,} tokens of {listed(cut)} were read; --tokens reads more"] if cut else []
+    if report["silent"]:
+        notes.append(f"no token came to {listed(report['silent'])}")
+    return notes
+
+
+def _show(report: dict[str, Any], notes: Sequence[str]) -> None:
+    from ..pretrained.inspection import contrasts, preferences, visible
+    from ..pretrained.inspection_page import farthest, grouped, short_names
+    from .progress import cell, print_line, table
+
+    rows, several = report["layers"], len(report["labels"]) > 1
+    short = short_names([row["layer"] for row in rows])
+    lines = []
+    for row in rows:
+        sure = row["router"]
+        numbers = [row["cv"], row["maxvio"], row["entropy"], *sure.values(), farthest(row) if several else None]
+        verdict = (row["verdict"] or {}).get("name", "-")
+        lines.append([short[row["layer"]], f"{row['active']}/{row['experts']}", *map(_brief, numbers), verdict])
+    table(COLUMNS, lines)
+    for finding in grouped(report["findings"]):
+        layers = f"{len(finding['layers'])} of {len(rows)} layers, worst {finding['layers'][0]}"
+        advice = f"; {finding['advice']}" if finding["advice"] else ""
+        print_line(visible(f"{finding['name']}: {layers}: {finding['why']}{advice}"))
+    if several:
+        pairs = sorted(contrasts(report), key=lambda one: -one["bits"])
+        for one in pairs[:TOLD]:
+            bits = f"{cell(one['bits'])} bits (by chance {cell(one['by_chance'])})"
+            print_line(visible(f"{' and '.join(one['pair'])} differ most in {one['layer']}: {bits}"))
+        for one in preferences(report):
+            much = f"{one['lift']:.2g} times as often as all, {one['share']:.0%} of its choices"
+            print_line(visible(f"{one['label']} prefers expert {one['expert']} of {one['layer']}: {much}"))
+    print_line(f"{report['tokens']:,} tokens in windows of {report['length']}")
+    for note in notes:
+        print_line(visible(note))
+
+
+def _brief(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
