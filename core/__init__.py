@@ -89,6 +89,10 @@ if TYPE_CHECKING:
     from .pretrained.adopting import adopt as adopt
     from .pretrained.adopting import release as release
     from .pretrained.exporting import export as export
+    from .pretrained.language_models import PretrainedLM as PretrainedLM
+    from .pretrained.language_models import train_only as train_only
+    from .pretrained.training_memory import TrainingMemory as TrainingMemory
+    from .pretrained.training_memory import training_memory as training_memory
     from .pretrained.upcycling import Upcycled as Upcycled
     from .pretrained.upcycling import upcycle as upcycle
     from .pretrained.watching import watch as watch
@@ -154,6 +158,8 @@ _HOMES = {
     "parallel.parallelize": ("expert_mesh", "parallelize"),
     "pretrained.adopting": ("adopt", "release"),
     "pretrained.exporting": ("export",),
+    "pretrained.language_models": ("PretrainedLM", "train_only"),
+    "pretrained.training_memory": ("TrainingMemory", "training_memory"),
     "pretrained.upcycling": ("Upcycled", "upcycle"),
     "pretrained.watching": ("watch",),
     "processes": ("all_reduce_sum", "sum_over_ranks"),

@@ -27,7 +27,8 @@ REFERENCE = {
     ),
     "Real models": (
         "Read, change and export the mixtures of transformers models; describe an architecture.",
-        "watch adopt release export Family Block Stored GATE STACKED unwrapped",
+        "watch adopt release export upcycle Upcycled PretrainedLM train_only training_memory TrainingMemory Family Block "
+        "Stored GATE STACKED Dense DenseBlock DENSE unwrapped",
     ),
     "Records of routing": (
         "What a router receives and returns, and what losses and metrics read.",

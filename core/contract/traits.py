@@ -4,8 +4,9 @@
     class MyBias:
         traits = Traits(requires=("logits", "load"), effects=("equal_load",))
 
-The core also reads two other names: the option `weight`, the coefficient of an auxiliary loss, and the static
-method `trial_options`, which configures a plugin for the conformance tests if its defaults can't run.
+The core also reads three other names: the option `weight`, the coefficient of an auxiliary loss; the static method
+`trial_options`, which configures a plugin for the conformance tests if its defaults can't run; and the method
+`language_model` of a task, which rebuilds the model of a run.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -49,7 +50,7 @@ RENAMED = {
     "orphans": "traits = Traits(orphans=True)",
     "parts_copies": 'traits = Traits(effects=("parts_copies",))',
 }
-DECLARED = ("traits", "weight", "trial_options")  # names that the core reads from a plugin besides hooks and options
+DECLARED = ("traits", "weight", "trial_options", "language_model")  # names that the core reads from a plugin besides hooks and options
 
 
 @attrs.frozen(init=False)

@@ -135,7 +135,7 @@ def reading(folder: Path, what: str, bar: bool = False) -> Iterator[Any]:
     what: "the model", say. bar: show its progress bar.
     """
     transformers = _transformers()
-    with _quiet(transformers, bar), _refusing(folder, what):
+    with quietly(transformers, bar), _refusing(folder, what):
         yield transformers
 
 
@@ -145,8 +145,8 @@ def _is_large(folder: Path) -> bool:
 
 
 @contextmanager
-def _quiet(transformers: Any, shown: bool) -> Iterator[None]:
-    """Without transformers' remarks and warnings while a folder is read, and without its bar unless it is `shown`."""
+def quietly(transformers: Any, shown: bool = False) -> Iterator[None]:
+    """Without transformers' remarks and warnings inside, and without its progress bar unless it is `shown`."""
     logging = transformers.logging
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(50)

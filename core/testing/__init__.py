@@ -36,6 +36,7 @@ from .claims import CLAIMS as CLAIMS
 from .claims import Broken as Broken
 from .claims import Claim as Claim
 from .claims import NotApplicable as NotApplicable
+from .tiny_models import tiny_checkpoint as tiny_checkpoint
 from .tiny_models import tiny_model as tiny_model
 
 check_router = checker("router")

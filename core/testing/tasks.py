@@ -5,11 +5,12 @@ import torch
 from torch import Tensor, nn
 
 from ..contract.tasks import Batch, Task, TaskSpec
+from ..contract.traits import trial_options_of
 from ..engine.engine import Engine
 from ..errors import PluginError, UsageError
 from ..layer.moe import MoE
 from ..run.training import adam
-from .bench import Bench
+from .bench import DIM, HIDDEN, Bench
 from .claims import NotApplicable, claim, demand
 from .comparing import demand_finite, same_bits
 
@@ -35,7 +36,14 @@ class TaskTrial:
 
 def _engine(bench: Bench) -> Engine:
     plugin = bench.plugin
-    return Engine(settings=plugin.settings, without=plugin.observers, task=plugin.name, experts=4)
+    trial_options = trial_options_of(plugin.cls)
+    try:
+        given = dict(trial_options(bench.folder, DIM, HIDDEN)) if trial_options else {}
+    except ImportError as error:
+        raise NotApplicable(f"its trial needs {error.name}, which is not installed") from error
+    given |= plugin.settings.get(plugin.name, {})
+    settings = {**plugin.settings, **({plugin.name: given} if given else {})}
+    return Engine(settings=settings, without=plugin.observers, task=plugin.name, experts=4)
 
 
 def _task(bench: Bench, engine: Engine) -> Task:
@@ -152,7 +160,8 @@ def every_router_learns(bench: Bench) -> None:
     trial.engine.check_learning(lambda: trial.score()["loss"])
     trial.score()["loss"].backward()
     for layer in trial.engine.layers:
-        touched = any(p.grad is not None and bool(p.grad.any()) for p in layer.parameters())
+        tensors = (getattr(part, name) for _, part in layer.parts() for name in part.axes)  # of foreign blocks, too
+        touched = any(one.grad is not None and bool(one.grad.any()) for one in (*tensors, *layer.parameters()))
         demand(touched, f"layer '{layer.name}' gets no gradient; call it in the model's forward, and detach nothing")
 
 

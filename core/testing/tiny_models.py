@@ -1,9 +1,12 @@
 """Tiny random models of transformers' architectures, on which families are tried. Nothing is downloaded."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+
+from ..pretrained.loading import quietly
 
 EXPERTS, TOP_K, LAYERS, VOCAB = 8, 2, 4, 64
 # whatever a config calls its sizes; a name that it does not have is left out
@@ -57,6 +60,23 @@ def tiny_model(name: str, **settings: Any) -> nn.Module:
     torch.manual_seed(0)
     model: nn.Module = kind(config)
     return model.eval()
+
+
+def tiny_checkpoint(folder: str | Path, name: str, **settings: Any) -> Path:
+    """A folder with a `tiny_model` as safetensors and a tokenizer that reads text byte by byte; returns it."""
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    byte_level = Tokenizer(models.BPE(vocab={byte: index for index, byte in enumerate(alphabet)}, merges=[]))
+    byte_level.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    byte_level.decoder = decoders.ByteLevel()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=byte_level)
+    model: Any = tiny_model(name, vocab_size=len(alphabet), **settings)
+    with quietly(transformers):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return Path(folder)
 
 
 def _causal(transformers: Any, model_type: str) -> Any:
