@@ -27,8 +27,8 @@ REFERENCE = {
     ),
     "Real models": (
         "Read, change and export the mixtures of transformers models; describe an architecture.",
-        "watch adopt release export upcycle Upcycled PretrainedLM train_only training_memory TrainingMemory Family Block "
-        "Stored GATE STACKED Dense DenseBlock DENSE unwrapped",
+        "watch adopt release export upcycle Upcycled PretrainedLM train_only training_memory TrainingMemory Family "
+        "Block Stored GATE STACKED Dense DenseBlock DENSE unwrapped",
     ),
     "Records of routing": (
         "What a router receives and returns, and what losses and metrics read.",
@@ -265,7 +265,7 @@ def _item(text):
 
 def _signature(name, obj):
     """The signature as it is called, on one line if it fits."""
-    if isinstance(obj, dict):
+    if isinstance(obj, dict | tuple):
         return f"{name}: {', '.join(map(repr, obj))}"
     if getattr(obj, "_is_protocol", False) or name in NOTES:
         return name
