@@ -40,3 +40,11 @@ def nearest(name: str, known: object) -> str:
     if close:
         return "did you mean " + " or ".join(f"'{match}'" for match in close) + "?"
     return f"choose from {listed(names)}" if names else "there is none"
+
+
+def visible(text: str, space: str = " ") -> str:
+    """Text that is safe to show anywhere: line breaks and tabs are arrows, whatever else does not print is escaped."""
+    shown = {"\n": "\u21b5", "\t": "\u21e5", " ": space}
+    return "".join(
+        shown.get(char) or (char if char.isprintable() else char.encode("unicode_escape").decode()) for char in text
+    )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..contract.options import Settings, build
 from ..contract.parts import Bias
-from ..contract.routing import Routing
+from ..contract.routing import Routing, Spec
 from ..contract.stats import Finding, plain
 from ..engine.controllers import apply_controllers
 from ..engine.engine import Engine
@@ -70,8 +70,10 @@ def variants(
     """All combinations. Raises UsageError for a name or an option that does not exist.
 
     By default the router is the recorded one, and the biases are the recorded ones for the recorded router and none
-    for any other.
+    for any other. Without anything to try, a trace whose router is not a plugin has no variants.
     """
+    if trace.router not in find() and not (routers or biases or capacities or top_ks or settings):
+        return []
     routers = routers or [trace.router]
     _check_names(trace, routers, [bias for bias in biases if bias not in (RECORDED, NONE)], settings)
     usual = {router: RECORDED if trace.biased and router == trace.router else NONE for router in routers}
@@ -100,22 +102,26 @@ def _check_names(trace: Trace, routers: Sequence[str], biases: Sequence[str], se
         raise UsageError(message, code="unused-options")
 
 
-def recorded(trace: Trace) -> list[dict[str, Any]]:
-    """The rows of the recorded decisions, as the reference of the others."""
+def recorded(trace: Trace, by_label: bool = False) -> list[dict[str, Any]]:
+    """The rows of the recorded decisions, as the reference of the others. by_label: as for `replay`."""
     names = dict.fromkeys(bias["name"] for layer in trace.layers for bias in layer.biases)
     head = {"recorded": True, "router": trace.router, "bias": ",".join(names) or NONE, "capacity": None}
     rows: list[dict[str, Any]] = []
     for layer in trace.layers:
-        counted = CountedLayer(Plugins(), layer.name, layer.spec)
+        counted = _Counts(Plugins(), layer.name, layer.spec, labels_of(layer) if by_label else [])
         for forward in layer.forwards:
-            counted.count(forward.routing(layer.spec))
-        row = {**head, "layer": layer.name, "top_k": layer.spec.top_k, **_numbers(counted)}
-        rows.append({**row, "agreement": 1.0, "first": 1.0})
-    return [*rows, _mean(head, rows)]
+            routing = forward.routing(layer.spec)
+            counted.add(routing, routing)
+        rows += [{**head, "layer": layer.name, **row, "agreement": 1.0, "first": 1.0} for row in counted.rows(trace)]
+    return [*rows, *_means(head, rows)]
 
 
 def replay(
-    trace: Trace, variant: ReplayVariant, settings: Settings | None = None, batch: int | None = None
+    trace: Trace,
+    variant: ReplayVariant,
+    settings: Settings | None = None,
+    batch: int | None = None,
+    by_label: bool = False,
 ) -> list[dict[str, Any]]:
     """One row per layer and one with their means; or one row whose `refused` says why it can't be replayed.
 
@@ -123,15 +129,71 @@ def replay(
     over the trace, one step per forward; the metrics are those of its final values. batch: split forwards into steps
     of at most that many rows (samples, or sequences); capacity applies to each step. Rows hold `NUMBERS`, the load
     and the verdict. agreement: mean over tokens of |S ∩ S'| / max(|S|, |S'|), where S and S' are the experts chosen
-    then and now, before capacity drops any. first: the share of tokens with the same first choice.
+    then and now, before capacity drops any. first: the share of tokens with the same first choice. by_label: after
+    each row, one for the tokens of each label; `label` is its name, or None in the rows of all tokens.
     """
     rows, head = [], attrs.asdict(variant)
     for layer in trace.layers:
         try:
-            rows.append({**head, "layer": layer.name, **_replayed(layer, variant, settings or {}, batch)})
+            labels = labels_of(layer) if by_label else []
+            counted = _replayed(layer, variant, settings or {}, batch, labels)
+            rows += [{**head, "layer": layer.name, **row} for row in counted.rows(trace)]
         except (Refused, UsageError) as error:
             return [{**head, "layer": layer.name, "refused": str(error)}]
-    return [*rows, _mean(head, rows)]
+    return [*rows, *_means(head, rows)]
+
+
+def labels_of(layer: LayerTrace) -> list[int]:
+    """The labels of a layer's tokens, smallest first; those below 0 mean none."""
+    found = [forward.labels.unique() for forward in layer.forwards if forward.labels is not None]
+    return sorted({int(label) for labels in found for label in labels if label >= 0})
+
+
+def label_names(trace: Trace) -> dict[int, str]:
+    """The names of a trace's labels, where it has them."""
+    names = trace.about.get("labels")
+    return dict(enumerate(map(str, names))) if isinstance(names, list) else {}
+
+
+class _Counts:
+    """The decisions of a layer that are compared with the recorded ones: of all tokens, and of each label's."""
+
+    def __init__(self, plugins: Plugins, name: str, spec: Spec, labels: Sequence[int]) -> None:
+        self.top_k = spec.top_k
+        self._layers = {label: CountedLayer(plugins, name, spec) for label in (None, *labels)}
+        self._sums = {label: torch.zeros(3, dtype=torch.float64) for label in self._layers}
+        self._known = False
+
+    def add(self, now: Routing, then: Routing) -> None:
+        """Count one forward, as it is decided now and was recorded then."""
+        self._known |= bool(then.plan.selected.any())
+        for label, counted in self._layers.items():
+            part = now if label is None else only(now, label)
+            counted.count(part)
+            self._sums[label] += _agreement(part, then if label is None else only(then, label))
+
+    def rows(self, trace: Trace) -> Iterator[dict[str, Any]]:
+        """A row for all tokens, and one for each label."""
+        names = label_names(trace)
+        for label, counted in self._layers.items():
+            tokens = float(self._sums[label][2])
+            total = self._sums[label].tolist()
+            agreement, first = (total[0] / tokens, total[1] / tokens) if tokens and self._known else (None, None)
+            name = None if label is None else names.get(label, str(label))
+            yield {"label": name, "top_k": self.top_k, **_numbers(counted), "agreement": agreement, "first": first}
+
+
+def only(routing: Routing, label: int) -> Routing:
+    """The decision on the tokens of one label alone; the others are as padding."""
+    labels_T, tokens, plan = routing.tokens.labels, routing.tokens, routing.plan
+    assert labels_T is not None
+    mask_T = (labels_T == label) if tokens.mask is None else (labels_T == label) & tokens.mask
+    inside_N = mask_T[plan.token]
+    return attrs.evolve(
+        routing,
+        tokens=attrs.evolve(tokens, mask=mask_T, lots=tokens.lots),
+        plan=attrs.evolve(plan, selected=plan.selected & inside_N, kept=plan.kept & inside_N),
+    )
 
 
 def _sums(layer: MoE, routing: Routing) -> Tensor:
@@ -140,7 +202,9 @@ def _sums(layer: MoE, routing: Routing) -> Tensor:
 
 
 @torch.no_grad()
-def _replayed(recorded: LayerTrace, variant: ReplayVariant, settings: Settings, batch: int | None) -> dict[str, Any]:
+def _replayed(
+    recorded: LayerTrace, variant: ReplayVariant, settings: Settings, batch: int | None, labels: Sequence[int]
+) -> _Counts:
     engine, layer = _built(recorded, variant, settings)
     steps = list(_steps(recorded.forwards, batch))
     try:
@@ -148,18 +212,13 @@ def _replayed(recorded: LayerTrace, variant: ReplayVariant, settings: Settings, 
             for forward in steps:
                 routing = _decide(layer, forward)
                 apply_controllers(layer, _sums(layer, routing), with_load=False)
-        counted, sums = CountedLayer(engine.plugins, layer.name, layer.spec), torch.zeros(3, dtype=torch.float64)
+        counted = _Counts(engine.plugins, layer.name, layer.spec, labels)
         for forward in steps:
-            routing = _decide(layer, forward)
-            counted.count(routing)
-            sums += _agreement(routing, forward.routing(recorded.spec))
+            counted.add(_decide(layer, forward), forward.routing(recorded.spec))
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:  # it used what is not recorded
         why = f"it can't decide on recorded logits alone ({type(error).__name__}: {error})"
         raise Refused(f"router '{variant.router}': {why}") from error
-    tokens = float(sums[2])
-    known = tokens and any(forward.selected.any() for forward in recorded.forwards)
-    agreement, first = (float(total) / tokens if known else None for total in sums[:2])
-    return {"top_k": layer.spec.top_k, **_numbers(counted), "agreement": agreement, "first": first}
+    return counted
 
 
 def _built(recorded: LayerTrace, variant: ReplayVariant, settings: Settings) -> tuple[Engine, MoE]:
@@ -264,11 +323,13 @@ def _numbers(counted: CountedLayer) -> dict[str, Any]:
     return {**numbers, "verdict": verdict.name if isinstance(verdict, Finding) else None}
 
 
-def _mean(head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A row of means over the layers."""
-    means: dict[str, float | None] = {}
-    for name in NUMBERS:
-        values = [row[name] for row in rows if row.get(name) is not None]
-        means[name] = sum(values) / len(values) if values else None
-    top_ks = {row["top_k"] for row in rows}
-    return {**head, "top_k": top_ks.pop() if len(top_ks) == 1 else None, "layer": "mean", **means}
+def _means(head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """A row of means over the layers, for all tokens and for each label."""
+    for label in dict.fromkeys(row["label"] for row in rows):
+        of_label = [row for row in rows if row["label"] == label]
+        means: dict[str, float | None] = {}
+        for name in NUMBERS:
+            values = [row[name] for row in of_label if row.get(name) is not None]
+            means[name] = sum(values) / len(values) if values else None
+        top_ks = {row["top_k"] for row in of_label}
+        yield {**head, "top_k": top_ks.pop() if len(top_ks) == 1 else None, "layer": "mean", "label": label, **means}

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..contract.routing import Spec
+from ..contract.routing import Routing, Spec
 from ..contract.run import Run
 from ..contract.stats import plain
 from ..errors import UsageError, listed
@@ -18,6 +18,7 @@ from ..run.folder import read_run
 from ..run.traces import FILE, read_trace
 from .count_series import Array, Series
 from .counted_layer import CountedLayer
+from .replay import label_names, labels_of, only
 
 TAIL = 0.9  # of a run's steps: the log points after that represent its training load
 
@@ -180,6 +181,36 @@ def _between(series: Sequence[Series]) -> Iterator[str]:
             yield f"{low.file}: {where}: assignments are {totals}; layers of the same tokens have equal totals"
 
 
+# -- a trace ---------------------------------------------------------------------------------------
+
+
+def is_trace(file: Path) -> bool:
+    """Whether this is the file of a routing trace; False for one that can't be read, or for a pipe."""
+    if not file.is_file():
+        return False
+    try:
+        with open(file, "rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            return length < file.stat().st_size and b"routing_trace" in opened.read(length)
+    except OSError:
+        return False
+
+
+def of_trace(file: Path) -> list[Series]:
+    """The loads of a trace's layers: of each label by itself, or of all tokens if it has none. Raises UsageError."""
+    trace, out = read_trace(file), []
+    names = label_names(trace)
+    source = f"counts of {'the first' if trace.cut else 'all'} {trace.tokens} recorded tokens of each layer"
+    for layer in trace.layers:
+        for label in labels_of(layer) or [None]:
+            forwards = [forward.routing(layer.spec) for forward in layer.forwards]
+            parts = forwards if label is None else [only(routing, label) for routing in forwards]
+            count_E, tokens = _summed(parts)
+            split = "all" if label is None else names.get(label, str(label))
+            out.append(Series(str(file), {}, layer.name, split, count_E, tokens, layer.spec.top_k, source=source))
+    return out
+
+
 # -- a run's folder --------------------------------------------------------------------------------
 
 
@@ -245,7 +276,12 @@ def _traced(folder: Path) -> dict[str, tuple[Any, float]]:
     """The load [E] and number of tokens of each layer in the run's trace."""
     out = {}
     for layer in read_trace(folder).layers:
-        sums = [sums_of(forward.routing(layer.spec)) for forward in layer.forwards]
-        load_E = torch.stack([of_forward["load"].double() for of_forward in sums]).sum(0)
-        out[layer.name] = (load_E.numpy(), float(sum(float(of_forward["tokens"].sum()) for of_forward in sums)))
+        out[layer.name] = _summed([forward.routing(layer.spec) for forward in layer.forwards])
     return out
+
+
+def _summed(routings: Sequence[Routing]) -> tuple[Array, float]:
+    """The load [E] of some decisions, and their number of tokens."""
+    sums = [sums_of(routing) for routing in routings]
+    load_E: Array = torch.stack([of_forward["load"].double() for of_forward in sums]).sum(0).numpy()
+    return load_E, float(sum(float(of_forward["tokens"].sum()) for of_forward in sums))

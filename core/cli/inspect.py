@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import UsageError, listed
+from ..errors import UsageError, listed, visible
 from ..files import write_atomically
 from .flags import flags, json_flag, quiet_flag
 
@@ -212,7 +212,7 @@ def _limits(report: dict[str, Any], tokens: int) -> list[str]:
 
 
 def _show(report: dict[str, Any], notes: Sequence[str]) -> None:
-    from ..pretrained.inspection import contrasts, preferences, visible
+    from ..pretrained.inspection import contrasts, preferences
     from ..pretrained.inspection_page import farthest, grouped, short_names
     from .progress import cell, print_line, table
 

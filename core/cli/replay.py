@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..contract.options import parse_settings
-from ..errors import UsageError
+from ..errors import UsageError, visible
 from .flags import json_flag, settings_flag
 
 if TYPE_CHECKING:
     from ..run.traces import Trace
 
-KEYS = ("router", "bias", "capacity", "top_k", "layer")
-COLUMNS = (*KEYS, "cv", "maxvio", "active", "entropy", "dropped", "agreement", "first", "verdict")
+KEYS = ("router", "bias", "capacity", "top_k", "layer", "label")
+COLUMNS = ("cv", "maxvio", "active", "entropy", "dropped", "agreement", "first", "verdict")
 
 
 def _values(kind: type) -> Callable[[Any, click.Option, str | None], list[Any]]:
@@ -60,6 +60,7 @@ def _values(kind: type) -> Callable[[Any, click.Option, str | None], list[Any]]:
     metavar="INTEGER",
     help="Samples or sequences per step, the unit of a bias update and of a capacity.  [default: as evaluated]",
 )
+@click.option("--by-label", is_flag=True, help="Add rows for the tokens of each label.")
 @settings_flag
 @json_flag("the table")
 def replay(
@@ -69,11 +70,12 @@ def replay(
     capacities: list[float | None],
     top_ks: list[int],
     batch: int | None,
+    by_label: bool,
     settings: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Show how other routers, biases and capacities would have routed the tokens
-    of a run, given its recorded logits.
+    of a run or of a checkpoint, given its recorded logits.
 
     \b
     Record the routing of a run's test set, then let other routers choose:
@@ -83,8 +85,11 @@ def replay(
         moe-engine replay runs/A --capacity none,1.0,1.25
     See how far a bias evens out the load when it steps every 64 samples:
         moe-engine replay runs/A --biases none,loss_free --batch 64
+    Try it on a checkpoint, each label of its texts by itself:
+        moe-engine inspect models/olmoe --text a.txt b.txt --trace olmoe.routing
+        moe-engine replay olmoe.routing --biases none,loss_free --by-label
 
-    TRACE is a run's folder or a trace file. All combinations are tried. Routers
+    TRACE is a run's folder or a trace file, as of `inspect`. All combinations are tried. Routers
     choose as in evaluation; a bias passes over the trace once, and its final
     state is measured. Gates and experts do not train here, so replay shows load
     and choices, not quality.
@@ -93,18 +98,20 @@ def replay(
     averaged over tokens; first is the share of tokens whose first choice is the
     recorded one. A variant that cannot be replayed states the reason.
     """
-    from ..analysis.replay import recorded, variants
+    from ..analysis.replay import labels_of, recorded, variants
     from ..analysis.replay import replay as replayed
     from ..run.traces import read_trace
     from .progress import tracked
 
     read, options = read_trace(trace), parse_settings(settings)
     tried = variants(read, routers, biases, capacities, top_ks, options)
-    rows = recorded(read)
+    if by_label and not any(map(labels_of, read.layers)):
+        raise UsageError(f"{trace} holds no labels; remove --by-label", code="no-labels")
+    rows = recorded(read, by_label)
     for variant in tracked(tried, "replaying"):
-        rows += replayed(read, variant, options, batch)
+        rows += replayed(read, variant, options, batch, by_label)
     refused = [row["refused"] for row in rows if "refused" in row]
-    if len(refused) == len(tried):
+    if tried and len(refused) == len(tried):
         raise UsageError("; ".join(dict.fromkeys(refused)), code="nothing-to-replay")
     if as_json:
         click.echo(json.dumps({"trace": _about(read), "rows": rows}, indent=2))
@@ -120,8 +127,13 @@ def _show(trace: "Trace", rows: list[dict[str, Any]]) -> None:
     from .progress import cell, print_line, table
 
     shown = [row for row in rows if "refused" not in row and (row["layer"] != "mean" or len(trace.layers) > 1)]
+    shown = [{**row, "label": visible(row["label"] or "all")} for row in shown]
     shown = [{**row, "router": f"{row['router']}, recorded"} if "recorded" in row else row for row in shown]
-    table(list(COLUMNS), [[cell(row.get(name)) for name in COLUMNS] for row in shown], keys=len(KEYS))
+    keys = KEYS if any(row["label"] != "all" for row in shown) else KEYS[:-1]
+    columns = [*keys, *COLUMNS]
+    table(columns, [[cell(row.get(name)) for name in columns] for row in shown], keys=len(keys))
     for reason in dict.fromkeys(row["refused"] for row in rows if "refused" in row):
         print_line(f"not replayed: {' '.join(reason.split())}")
+    if all("recorded" in row for row in rows):
+        print_line(f"its router, {trace.router}, is not a plugin; --routers names some to compare with it")
     print_line(f"{'the first' if trace.cut else 'all'} {trace.tokens} tokens of each layer, padding included")

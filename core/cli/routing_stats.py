@@ -74,11 +74,11 @@ def routing_stats(
     Compare training with test in a finished run:
         moe-engine routing-stats runs/A
 
-    FILE is CSV, JSON or JSONL, - for standard input, or a run's folder. A row
-    has the columns layer, split and expert0, expert1, ... (or e0, e1, ...), or
-    layer, split, expert and count; layer_id, expert_counts and other usual
-    names are known. Counts may be shares. The columns tokens and
-    choices_per_token are used if present.
+    FILE is CSV, JSON or JSONL, - for standard input, a run's folder, or a trace
+    of `inspect`, whose labels are compared. A row has the columns layer, split
+    and expert0, expert1, ... (or e0, e1, ...), or layer, split, expert and
+    count; layer_id, expert_counts and other usual names are known. Counts may
+    be shares. The columns tokens and choices_per_token are used if present.
 
     Every other column that all experts of a layer share is a label. Rows with
     the same labels, layer and split are added up, as they are over step, epoch
@@ -136,15 +136,14 @@ def _read(
 ) -> tuple[list["Series"], list[str]]:
     """The series of all files, and notes on how they were read."""
     from ..analysis.counts import read_counts
+    from ..analysis.routing_stats import is_trace, of_run, of_trace
 
     series: list[Series] = []
     notes: list[str] = []
     known: set[str] = set()
     for file in files:
-        if file.is_dir():
-            from ..analysis.routing_stats import of_run
-
-            series += of_run(file)
+        if file.is_dir() or is_trace(file):
+            series += of_run(file) if file.is_dir() else of_trace(file)
             continue
         in_file, header = read_counts(file, over, split, experts, each_row)
         series += in_file
@@ -262,9 +261,19 @@ def _notes(report: dict[str, Any], series: Sequence["Series"]) -> Iterator[str]:
         yield "top_k is not given; assuming 1 (set it with --top-k)"
     if not all(counts.whole for counts in series if counts.source is None):
         yield "counts that are not whole numbers are taken as shares, without sampling noise"
-    for counts in series:
-        if counts.source is not None:
-            yield f"{counts.file}, {counts.title()}: {counts.source}"
+    yield from _sources(series)
     yield from report["notes"]
     if report["unanswered"]:
         yield f"counts alone do not give {listed(report['unanswered'])}"
+
+
+def _sources(series: Sequence["Series"]) -> Iterator[str]:
+    """Where counts come from; in one line if it is the same for a whole file."""
+    by_file: dict[str, list[Series]] = {}
+    for counts in series:
+        by_file.setdefault(counts.file, []).append(counts)
+    for file, of_file in by_file.items():
+        if of_file[0].source is not None and len({counts.source for counts in of_file}) == 1:
+            yield f"{file}: {of_file[0].source}"
+            continue
+        yield from (f"{file}, {one.title()}: {one.source}" for one in of_file if one.source is not None)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from ..analysis.count_series import Series
 from ..analysis.routing_stats import row_of
 from ..analysis.usage import by_chance, characteristic, divergences, lifts
+from ..errors import visible
 from ..registry.manager import Plugins
 from .inspecting import Inspector, Layer, Passage
 
@@ -24,14 +25,6 @@ SAMPLE = 320  # tokens of each label that are shown whole
 NUMBERS = ("active", "cv", "cv2", "gini", "entropy", "max_min", "maxvio")
 
 Array = NDArray[Any]
-
-
-def visible(text: str, spaces: str = " ") -> str:
-    """Text as it can be shown anywhere: a line break is an arrow, and what does not print is escaped."""
-    shown = {"\n": "\u21b5", "\t": "\u21e5", " ": spaces}
-    return "".join(
-        shown.get(char) or (char if char.isprintable() else char.encode("unicode_escape").decode()) for char in text
-    )
 
 
 class Words:

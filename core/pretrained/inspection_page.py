@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, PackageLoader
 
 from ..analysis.usage import LEAST
-from .inspection import CONTEXTS, SAMPLE, TOKENS, preferences, visible
+from ..errors import visible
+from .inspection import CONTEXTS, SAMPLE, TOKENS, preferences
 
 LARGEST = 3_000_000  # bytes of a page
 SHADES = 33  # colours of a heatmap
@@ -123,7 +124,10 @@ def tint(share: float, experts: int) -> Tint:
     """The colour of a share: its ratio to an even one, on a logarithmic scale from 1/8 to 8."""
     ratio = share * experts
     at = 0 if ratio <= 1 / 8 else min(round((math.log2(ratio) + 3) / 6 * (SHADES - 1)), SHADES - 1)
-    return Tint(f"h{at} deep" if abs(at - SHADES // 2) > SHADES // 3 else f"h{at}", f"{ratio:.2g}")
+    return Tint(
+        f"h{at} deep" if abs(at - SHADES // 2) > SHADES // 3 else f"h{at}",
+        f"{ratio:.1f}" if ratio >= 1 else f"{ratio:.2f}",
+    )
 
 
 def _colours() -> list[str]:

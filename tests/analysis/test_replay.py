@@ -461,7 +461,7 @@ class Seer:
         (["topk"], ["sigmoid_topk"], {}, ("'sigmoid_topk'", "router", "bias")),
         (["topk"], [], {"topk": {"nonsense": "1"}}, ("router 'topk'", "'nonsense'")),
         (["topk"], [], {"loss_free": {"rate": "1"}}, ("loss_free", "not replayed")),
-        ([], [], {}, ("'SomeBlock'", "--routers")),
+        ([], ["loss_free"], {}, ("'SomeBlock'", "--routers")),
     ],
 )
 def test_names_that_are_wrong(routers, biases, settings, words):
