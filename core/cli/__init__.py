@@ -12,6 +12,9 @@ from ..parallel.launch import rank, started
 from .check import check
 from .compare import compare
 from .compare_plugins import compare_plugins
+from .evaluate import evaluate
+from .export import export
+from .generate import generate
 from .inspect import inspect
 from .new_plugin import new_plugin
 from .plan import plan
@@ -63,6 +66,11 @@ def group(context: click.Context) -> None:
         moe-engine routing-stats counts.csv
 
     \b
+    Fine-tune a mixture of transformers (--task causal_lm), and use it:
+        moe-engine evaluate runs/A --text prose.txt
+        moe-engine export runs/A models/A
+
+    \b
     See what the experts of a checkpoint do:
         moe-engine inspect models/olmoe --text prose.txt code.py
 
@@ -86,6 +94,9 @@ COMMANDS = (
     compare,
     compare_plugins,
     study,
+    evaluate,
+    generate,
+    export,
     inspect,
     replay,
     routing_stats,

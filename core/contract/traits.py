@@ -50,7 +50,8 @@ RENAMED = {
     "orphans": "traits = Traits(orphans=True)",
     "parts_copies": 'traits = Traits(effects=("parts_copies",))',
 }
-DECLARED = ("traits", "weight", "trial_options", "language_model")  # names that the core reads from a plugin besides hooks and options
+# names that the core reads from a plugin besides hooks and options
+DECLARED = ("traits", "weight", "trial_options", "language_model")
 
 
 @attrs.frozen(init=False)

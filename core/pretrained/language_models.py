@@ -55,6 +55,16 @@ class PretrainedLM:
         found = self.tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)
         return torch.tensor(found["input_ids"], dtype=torch.long)
 
+    def read(self, path: Path) -> Tensor:
+        """[T]: the ids of a UTF-8 text file, without a byte order mark. Raises UsageError."""
+        try:
+            text = path.read_text("utf-8-sig")
+        except OSError as error:
+            raise UsageError(f"the text {path} can't be read: {error.strerror}", code="unreadable-file") from error
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{path} is not UTF-8 text: byte {error.start} is invalid", code="not-a-text") from error
+        return self.encode(text)
+
     def load(self) -> Any:
         """The model in float32, in training mode. Raises UsageError."""
         model = load_model(self.folder, "float32").train()

@@ -101,7 +101,7 @@ class CausalLM:
         )
 
     def language_model(self, engine, language=None):
-        """(the model, its tokenizer, tokens in a window), without reading the texts."""
+        """(the model, where it was opened, tokens in a window), without reading the texts."""
         language = language or PretrainedLM.open(self.model)
         model = language.load()
         if self.upcycle:
@@ -113,7 +113,7 @@ class CausalLM:
             _adapt(engine, model, self.lora)
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        return model, language.tokenizer, self.length
+        return model, language, self.length
 
     def _layers(self):
         words = self.layers.split()
@@ -129,7 +129,7 @@ class CausalLM:
             raise UsageError(message, code="duplicate-text")
         columns = {"train": [], "test": []}
         for number, path in enumerate(paths):
-            id_T = language.encode(_read(path))
+            id_T = language.read(path)
             train, test = id_T.split([len(id_T) - len(id_T) // 10, len(id_T) // 10])
             if len(test) <= length:
                 need = f"windows of causal_lm.length={length} need {10 * (length + 1)}"
@@ -148,15 +148,6 @@ def _found(name, data_dir):
             return path
     why = f"there is no text file {name}, neither at that path nor in {data_dir}; set causal_lm.file"
     raise UsageError(why, code="missing-file")
-
-
-def _read(path):
-    try:
-        return path.read_text("utf-8-sig")
-    except OSError as error:
-        raise UsageError(f"the text {path} can't be read: {error.strerror}", code="unreadable-file") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 text: byte {error.start} is invalid", code="not-a-text") from error
 
 
 def _next_token(model, batch):
