@@ -191,7 +191,7 @@ def rank_of(rank: int, folder: str, ranks: int, model: Model, repetitions: int) 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
     splits = [Split(ranks // experts, experts) for experts in (1, 2, 4, 8) if not ranks % experts]
-    measured = measure(model, TRAINING)
+    measured = measure(model, TRAINING, torch.device("cpu"))
     rows = [compared(model, split, measured, repetitions) for split in splits]
     if rank == 0:
         found = {"ranks": ranks, **measured._asdict(), "splits": rows}

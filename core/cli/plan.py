@@ -174,12 +174,13 @@ def _cluster(given: dict[str, Any]) -> "Cluster":
 
 def _show_measured(model: "Model", training: "Training", as_json: bool) -> None:
     """Print what was measured as flags, on the first rank alone."""
-    import os
-
+    from ..parallel.launch import joined, rank
     from ..plan.measuring import measure
+    from ..run.device import find_device
 
-    measured = measure(model, training)
-    if int(os.environ.get("RANK", "0")):
+    with joined("auto") as device:
+        measured = measure(model, training, find_device(device))
+    if rank():
         return
     flags = _flags(measured)
     if as_json:

@@ -18,15 +18,17 @@ from ..processes import all_reduce_sum, distributed, is_cut, world_size
 CONTAINERS = (nn.ModuleList, nn.ModuleDict)  # which are never called
 
 
-def expert_mesh(experts: int = 1, device: str = "cpu") -> DeviceMesh:
+def expert_mesh(experts: int = 1, device: str | None = None) -> DeviceMesh:
     """A DeviceMesh of ("data", "experts"): all W ranks as W / experts rows of `experts` ranks.
 
-    Raises UsageError if W is not a multiple of `experts`.
+    device: "cuda" or "cpu"; None: GPUs if the process group communicates through NCCL. Raises UsageError if W is not
+    a multiple of `experts`.
     """
     ranks = world_size()
     if experts < 1 or ranks % experts:
         message = f"experts can't be spread over {experts} of {ranks} ranks; use a divisor of {ranks}"
         raise UsageError(message, code="bad-mesh")
+    device = device or ("cuda" if "nccl" in torch.distributed.get_backend_config() else "cpu")
     return init_device_mesh(device, (ranks // experts, experts), mesh_dim_names=("data", "experts"))
 
 
@@ -39,8 +41,13 @@ def parallelize(engine: Engine, model: nn.Module, mesh: DeviceMesh | None = None
     answer is a DistributedDataParallel, which must be made again from `.module` after a growth. Weights and buffers
     become those of rank 0 first. Make optimizers afterwards. All ranks must call it. Raises UsageError.
     """
+    from torch.distributed.fsdp import FSDPModule
+
     if not distributed():
         raise UsageError("parallelize() needs several ranks: start with torchrun", code="one-process")
+    if isinstance(model, DistributedDataParallel | FSDPModule):
+        message = "the model is spread over ranks already; give parallelize() the model as it was"
+        raise UsageError(message, code="already-parallel")
     layers = [layer for layer in engine.layers if any(layer is one for one in model.modules())]
     mesh = mesh or expert_mesh(device=next(model.parameters()).device.type)
     spread = "experts" in (mesh.mesh_dim_names or ()) and mesh["experts"].size() > 1

@@ -1,10 +1,8 @@
 """Measure what a plan needs of a machine: the rate of matrix products, and all-to-all's bandwidth and latency."""
 
-import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -30,17 +28,15 @@ class Measured(NamedTuple):
     latency: float | None
 
 
-def measure(model: Model, training: Training) -> Measured:
-    """Measure here; under a launcher such as torchrun, on all ranks at once, which all must call.
+def measure(model: Model, training: Training, device: torch.device) -> Measured:
+    """Measure on a device of this process, or on one of each rank at once; then all must call it.
 
     All ranks measure at the same time, so ranks that share cores or links get what they get in training.
     """
-    with _process_group():
-        device = _device()
-        rate = 1 / _slowest(1 / _rate(model, training, device), device)
-        if world_size() == 1:
-            return Measured(1, rate, None, None)
-        return Measured(world_size(), rate, *_connection(model, training, device))
+    rate = 1 / _slowest(1 / _rate(model, training, device), device)
+    if world_size() == 1:
+        return Measured(1, rate, None, None)
+    return Measured(world_size(), rate, *_connection(model, training, device))
 
 
 def _rate(model: Model, training: Training, device: torch.device) -> float:
@@ -114,25 +110,3 @@ def _slowest(seconds: float, device: torch.device) -> float:
     slowest = torch.tensor([seconds], dtype=torch.float64, device=device)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     return float(slowest)
-
-
-def _device() -> torch.device:
-    """This rank's GPU, or the CPU; a process group that was made before decides."""
-    if not torch.cuda.is_available() or (distributed() and dist.get_backend() == "gloo"):
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-
-
-@contextmanager
-def _process_group() -> Iterator[None]:
-    """The process group that there is; or one of the launcher's ranks, for the body."""
-    if distributed() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield
-        return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()

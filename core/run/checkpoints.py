@@ -1,29 +1,18 @@
-"""Checkpoints: anything with a state_dict, in one safetensors file with a checksum, without pickle.
+"""Checkpoints: anything with a state_dict, in one file with a checksum, without pickle; and those of a run."""
 
-A state is a tree of dicts, lists and plain values with tensors as leaves. The tensors are stored as the file's
-tensors; the rest of the tree, with the tensors' names as placeholders, is JSON in the file's metadata.
-"""
-
-import json
-import math
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
 
-import safetensors
 import torch
-from safetensors.torch import save as to_bytes
-from torch import Tensor
 
 from ..errors import UsageError, listed
-from ..files import write_atomically
 from ..optimizer_state import restore, wrong_shape
-from ..processes import agreed, full_tensor, rank, shard_like, world_size
-
-SPECIAL = "$"  # the key of a JSON object that represents a value JSON can't express
+from ..processes import agreed, rank, shard_like, world_size
+from .shards import write_shards
+from .trees import cut_in, packed, packed_on_first, read_tree, shards_of, write_tree
 
 
 class Stateful(Protocol):
@@ -45,22 +34,14 @@ def save(path: str | Path, **objects: Stateful) -> None:
     that holds anything but tensors and plain values, and UsageError if the file can't be written.
     """
     tree = {name: stateful.state_dict() for name, stateful in objects.items()}
-    sharded = next(_sharded(tree), None)
-    with nullcontext() if sharded is None else agreed(f"saving {path}", sharded.device):
-        packed = _pack_on_first(tree)
-        if packed is not None:
+    cut = next(cut_in(tree), None)
+    with nullcontext() if cut is None else agreed(f"saving {path}", cut.device):
+        ready = packed(tree) if cut is None else packed_on_first(tree)
+        if ready is not None:
             try:
-                _write(Path(path), *packed)
+                ready.write(Path(path))
             except OSError as error:
                 raise UsageError(f"{path} can't be written: {error.strerror}", code="unwritable-path") from error
-
-
-def _sharded(tree: Any) -> Iterator[Tensor]:
-    """The tensors of a tree that are sharded over ranks."""
-    if hasattr(tree, "full_tensor"):
-        yield tree
-    for child in tree.values() if isinstance(tree, Mapping) else tree if isinstance(tree, list | tuple) else ():
-        yield from _sharded(child)
 
 
 def load(path: str | Path, **objects: Stateful) -> None:
@@ -107,111 +88,6 @@ def _check_shapes(path: str | Path, name: str, optimizer: torch.optim.Optimizer,
             )
 
 
-# -- trees and files -------------------------------------------------------------------------------
-
-
-def write_tree(path: Path, tree: Any) -> None:
-    """Write a tree into a file, atomically."""
-    _write(path, *_pack(tree))
-
-
-def _pack(tree: Any) -> tuple[str, dict[str, Tensor]]:
-    """(the tree as JSON with tensors as names, the tensors by name)."""
-    tensors: dict[str, Tensor] = {}
-    return json.dumps(_packed(tree, "", tensors), allow_nan=False), tensors
-
-
-def _pack_on_first(tree: Any) -> tuple[str, dict[str, Tensor]] | None:
-    """`_pack` on the first rank; the others only help to gather what is cut, and hold no copy of the rest."""
-    if rank() == 0:
-        return _pack(tree)
-    for cut in _sharded(tree):
-        full_tensor(cut.detach())
-    return None
-
-
-def _write(path: Path, text: str, tensors: Mapping[str, Tensor]) -> None:
-    write_atomically(path, to_bytes(dict(tensors), {"tree": text, "sha256": _checksum(text, tensors)}))
-
-
-def read_tree(path: Path, kind: str = "checkpoint") -> Any:
-    """The tree that `write_tree` wrote. kind: the kind of file, for error messages.
-
-    Raises UsageError for a file that is missing, damaged or of another kind.
-    """
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            meta = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no Mapping)
-        if "tree" not in meta:
-            raise UsageError(f"{path} holds tensors, but is not a moe_engine {kind}", code="foreign-file")
-        if meta.get("sha256") != _checksum(meta["tree"], tensors):
-            raise UsageError(f"{path} is damaged: its checksum is wrong", code="damaged-file")
-        return _unpacked(json.loads(meta["tree"]), tensors)
-    except FileNotFoundError as error:
-        raise UsageError(f"there is no {kind} {path}", code="missing-file") from error
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise UsageError(f"{path} is damaged: {error}", code="damaged-file") from error
-
-
-def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
-    digest = sha256(text.encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _packed(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        while where in tensors:  # {"a.b": x, "a": {"b": y}}
-            where += "'"
-        tensors[where] = full_tensor(value.detach()).cpu().contiguous().clone()
-        return {SPECIAL: "tensor", "name": where}
-    if isinstance(value, Mapping):
-        return _packed_dict(value, where, tensors)
-    if isinstance(value, list | tuple):
-        items = [_packed(item, f"{where}.{index}", tensors) for index, item in enumerate(value)]
-        return items if isinstance(value, list) else {SPECIAL: "tuple", "values": items}
-    if isinstance(value, float) and not math.isfinite(value):
-        return {SPECIAL: "float", "value": str(value)}
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    kind = type(value).__name__
-    raise TypeError(f"a checkpoint holds tensors, numbers, strings, lists and dicts; {where} is a {kind}")
-
-
-def _packed_dict(value: Mapping[Any, Any], where: str, tensors: dict[str, Tensor]) -> Any:
-    pairs = [(key, _packed(item, f"{where}.{key}" if where else str(key), tensors)) for key, item in value.items()]
-    kind = "counter" if isinstance(value, Counter) else "dict"  # MultiStepLR keeps its milestones in a Counter
-    if kind == "dict" and all(isinstance(key, str) and key != SPECIAL for key in value):
-        return dict(pairs)
-    return {SPECIAL: kind, "pairs": [[_packed(key, "", {}), item] for key, item in pairs]}
-
-
-def _unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    def unpacked(values: list[Any]) -> list[Any]:
-        return [_unpacked(item, tensors) for item in values]
-
-    if isinstance(value, list):
-        return unpacked(value)
-    if not isinstance(value, dict):
-        return value
-    if SPECIAL not in value:
-        return dict(zip(value, unpacked(list(value.values())), strict=True))
-    special: dict[str, Callable[[], Any]] = {
-        "tensor": lambda: tensors[value["name"]],
-        "tuple": lambda: tuple(unpacked(value["values"])),
-        "dict": lambda: dict(map(unpacked, value["pairs"])),
-        "counter": lambda: Counter(dict(value["pairs"])),
-        "float": lambda: float(value["value"]),
-    }
-    return special[value[SPECIAL]]()
-
-
-# -- a run's checkpoints -----------------------------------------------------------------------------
-
-
 class Checkpoints:
     """A run's checkpoints folder: the last two, and best.safetensors, the one with the lowest test loss."""
 
@@ -221,29 +97,40 @@ class Checkpoints:
     def write(self, step: int, tree: Any) -> None:
         """Write the checkpoint of a step, then remove all but the last two. All ranks must call it.
 
-        The first rank writes all that is the same everywhere, with what is cut made whole; every other one writes its
-        random draws, next to it and before.
+        On several ranks, each writes what it holds of cut tensors, and every one but the first its random draws; then
+        the first writes all that is the same everywhere, which makes the checkpoint count.
         """
-        self._write(f"step-{step:08}", tree)
-        for old in self._files()[:-2] if rank() == 0 else ():
-            old.unlink()
-            for beside in self.folder.glob(f"{old.stem}.rank-*"):
-                beside.unlink()
+        path = self.folder / f"step-{step:08}.safetensors"
+        cut = list(cut_in(tree))
+        shards = write_shards(shards_of(path), cut) if cut else None
+        with agreed(f"writing {path.name}", torch.device("cpu")):
+            if rank():
+                self.folder.mkdir(exist_ok=True)
+                write_tree(path.with_suffix(f".rank-{rank()}"), {"draws": tree["draws"]})
+        with agreed(f"writing {path.name}", torch.device("cpu")):
+            if rank() == 0:
+                self.folder.mkdir(exist_ok=True)
+                packed(tree, shards).write(path)
+                self._keep(self._files()[-2:])
 
     def write_best(self, tree: Any) -> None:
-        """Write best.safetensors. All ranks must call it."""
-        self._write("best", tree)
+        """Write best.safetensors, with what is cut made whole. All ranks must call it."""
+        ready = packed_on_first(tree)
+        with agreed("writing best.safetensors", torch.device("cpu")):
+            if ready is not None:
+                self.folder.mkdir(exist_ok=True)
+                ready.write(self.folder / "best.safetensors")
 
-    def _write(self, name: str, tree: Any) -> None:
-        packed = _pack_on_first(tree)
-        with agreed(f"writing checkpoint {name}", torch.device("cpu")):
-            if rank() and name != "best":
-                self.folder.mkdir(exist_ok=True)
-                write_tree(self.folder / f"{name}.rank-{rank()}", {"draws": tree["draws"]})
-        with agreed(f"writing checkpoint {name}", torch.device("cpu")):
-            if packed is not None:
-                self.folder.mkdir(exist_ok=True)
-                _write(self.folder / f"{name}.safetensors", *packed)
+    def _keep(self, last: list[Path]) -> None:
+        """Remove all other steps' files, and what interrupted saves have left."""
+        steps = {path.stem for path in last}
+        for path in self.folder.glob("step-*"):
+            if path.stem in steps or path.suffix == ".damaged":
+                continue
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
     def draws(self, tree: Any) -> Any:
         """The random draws of this rank in a checkpoint; None if it was made by another number of ranks.

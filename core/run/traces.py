@@ -19,7 +19,7 @@ from ..errors import UsageError
 from ..layer.moe import MoE
 from ..layer.probing import uncounted
 from ..layer.sums import sums_of
-from .checkpoints import read_tree, write_tree
+from .trees import read_tree, write_tree
 
 FILE = "routing.safetensors"  # in a run's folder
 LIMIT = 20_000  # tokens of a layer, padding included

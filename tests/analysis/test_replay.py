@@ -14,7 +14,7 @@ from moe_engine.cli import main
 from moe_engine.contract.routing import Level, Routing, Slots, Spec, Tokens
 from moe_engine.registry.discovery import find
 from moe_engine.run import training
-from moe_engine.run.checkpoints import read_tree, write_tree
+from moe_engine.run.trees import read_tree, write_tree
 from moe_engine.run.folder import old_folder
 from moe_engine.run.traces import FILE, LayerTrace, Trace, begin, read_trace, record
 from support import refused

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from moe_engine import Engine, Growth, adam
+from moe_engine import Engine, Growth, UsageError, adam
 from moe_engine.parallel.parallelize import expert_mesh, parallelize
-from moe_engine.processes import all_reduce_sum, full_tensor
+from moe_engine.processes import all_reduce_sum, full_tensor, is_cut
 from support import on_ranks
 
 LAYOUTS = {
@@ -125,3 +125,34 @@ def test_a_layout_computes_what_one_process_does(tmp_path, ranks):
                 torch.testing.assert_close(there[1], weights, rtol=0, atol=1e-10, msg=where)
                 torch.testing.assert_close(there[2], sums, rtol=1e-12, atol=1e-12, msg=where)
                 torch.testing.assert_close(there[3], cvs, rtol=1e-5, atol=1e-6, msg=where)
+
+
+def _refused(rank, folder):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    codes = []
+
+    def refusal(call, *arguments):
+        with pytest.raises(UsageError) as error:
+            call(*arguments)
+        codes.append(error.value.code)
+
+    refusal(expert_mesh, 3)
+    for shard in (True, False):
+        engine, model = build("topk,saturation,switch_aux")
+        refusal(parallelize, engine, parallelize(engine, model, shard=shard))
+    engine, model = build("topk,saturation,switch_aux")
+    model.blocks[0].moe.experts.axes = {}
+    refusal(parallelize, engine, model, expert_mesh(2))
+    assert not any(map(is_cut, model.parameters()))
+    assert codes == ["bad-mesh", "already-parallel", "already-parallel", "bank-cannot-spread"], codes
+    torch.distributed.destroy_process_group()
+
+
+def test_what_can_not_be_spread_is_refused(tmp_path):
+    on_ranks(_refused, str(tmp_path))
+
+
+def test_one_process_is_told_to_start_several():
+    engine, model = build("soft")
+    with pytest.raises(UsageError, match="torchrun"):
+        parallelize(engine, model)

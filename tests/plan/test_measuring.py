@@ -12,13 +12,13 @@ MODEL = Model(layers=1, dim=16, hidden=16, experts=4, sequence=16)
 
 
 def test_one_process_has_a_rate_and_no_connection():
-    measured = measure(MODEL, Training(batch=1))
+    measured = measure(MODEL, Training(batch=1), torch.device("cpu"))
     assert measured.rate > 0 and measured[0] == 1 and measured[2:] == (None, None)
 
 
 def _rank(rank, folder):
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    measured = measure(MODEL, Training(batch=1))
+    measured = measure(MODEL, Training(batch=1), torch.device("cpu"))
     with open(f"{folder}/{rank}.json", "w") as file:
         json.dump({**measured._asdict(), "slowest": _slowest(1.0 + rank, torch.device("cpu"))}, file)
     torch.distributed.destroy_process_group()

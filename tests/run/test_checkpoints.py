@@ -13,10 +13,11 @@ from torch import nn
 from moe_engine import Engine, Growth, UsageError, adam, hookimpl, load, save
 from moe_engine.cli import main
 from moe_engine.registry import discovery
-from moe_engine.run.checkpoints import Checkpoints, read_tree, write_tree
+from moe_engine.run.checkpoints import Checkpoints
 from moe_engine.run.config import RunConfig
 from moe_engine.run.folder import old_folder
 from moe_engine.run.training import Stopped, Training
+from moe_engine.run.trees import read_tree, write_tree
 from support import refused
 from warm import MOE_ENGINE
 
