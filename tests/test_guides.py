@@ -10,7 +10,7 @@ pytest.importorskip("transformers")
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-@pytest.mark.parametrize("page", ["see_experts", "balance_model", "grow_model"])
+@pytest.mark.parametrize("page", ["see_experts", "balance_model", "grow_model", "upcycle_model"])
 def test_a_guide_runs_from_top_to_bottom(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     text = (DOCS / f"{page}.md").read_text("utf-8")
@@ -27,3 +27,6 @@ def test_a_guide_runs_from_top_to_bottom(page, tmp_path, monkeypatch, capsys):
         assert names["exported"].experts == 7
         assert names["exported"].change < 1e-4
         assert (tmp_path / "grown" / "config.json").exists()
+    if page == "upcycle_model":
+        assert names["upcycled"].change < 1e-5 < names["varied"].change
+        assert "can't hold the bias 'saturation' in model.layers.1.mlp" in printed

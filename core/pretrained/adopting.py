@@ -7,7 +7,7 @@ logits that the block's own router returned, and its bank calls the block's own 
 Suffixes: T tokens, E experts, K chosen per token, D model.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from ..contract.parts import Bias
 from ..engine.builder import LayerBuild, layer_name, spec_of
 from ..engine.engine import Engine
 from ..errors import UsageError, listed, nearest
+from ..layer.moe import MoE
 from .adopted import LAYER, Adopted, CopiedHook, Entry, Resizing, Shared, adopted_blocks, folded
 from .borrowed import BorrowedBias, BorrowedExperts, borrowed_router
 from .calls import follow
@@ -193,18 +194,34 @@ def release(engine: Engine, model: nn.Module) -> nn.Module:
 
 def lost_in_plain(found: list[Adopted]) -> str:
     """What plain blocks can't hold of these, in words; "" if they hold all."""
-    lost: dict[str, list[str]] = {}
-    for adopted in found:
-        layer, name = adopted.layer, adopted.block.name
-        if not adopted.recipe:
-            lost.setdefault(f"a router that decides otherwise ({type(layer.router).__name__})", []).append(name)
-        if layer.spec.capacity is not None:
-            lost.setdefault(f"capacity={layer.spec.capacity}", []).append(name)
-        for plugin, bias in layer.bias_levels()[0].items() if layer.bias_levels() else ():
-            fits = bias.selection_only and adopted.block.bias is not None
-            if not (isinstance(bias, BorrowedBias) or fits or _idle(bias)):
-                lost.setdefault(f"the bias '{plugin}'", []).append(name)
-    return listed(f"{what} in {listed(names)}" for what, names in lost.items())
+    return told(
+        (what, adopted.block.name)
+        for adopted in found
+        for what in lost_of(adopted.layer, adopted.recipe, adopted.block.bias is not None)
+    )
+
+
+def lost_of(layer: MoE, alike: bool, has_place: bool) -> Iterator[str]:
+    """What a block of transformers can't hold of a layer.
+
+    alike: its router decides as the block would. has_place: the block has one for a bias that only selection sees.
+    """
+    if not alike:
+        yield f"a router that decides otherwise ({type(layer.router).__name__})"
+    for name in ("capacity", "eval_capacity"):
+        if getattr(layer.spec, name) is not None:
+            yield f"{name}={getattr(layer.spec, name)}"
+    for plugin, bias in layer.bias_levels()[0].items() if layer.bias_levels() else ():
+        if not (isinstance(bias, BorrowedBias) or (bias.selection_only and has_place) or _idle(bias)):
+            yield f"the bias '{plugin}'"
+
+
+def told(lost: Iterable[tuple[str, str]]) -> str:
+    """What is lost in which blocks, as a list in words."""
+    names: dict[str, list[str]] = {}
+    for what, name in lost:
+        names.setdefault(what, []).append(name)
+    return listed(f"{what} in {listed(blocks)}" for what, blocks in names.items())
 
 
 def _idle(bias: Bias) -> bool:

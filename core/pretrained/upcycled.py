@@ -93,13 +93,13 @@ _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class DenseCopies(StackedMLP):
-    """Experts that start as copies of a dense block, with its own activation."""
+    """Experts that start as copies of a dense block, with its own activation. They are built in fp32."""
 
     def __init__(self, spec: Spec, dense: DenseWeights) -> None:
         with torch.device("meta"):  # nothing is drawn
             super().__init__(spec)
         for name, row in dense.rows.items():
-            setattr(self, name, nn.Parameter(row.expand(spec.experts, *row.shape).clone()))
+            setattr(self, name, nn.Parameter(row.float().expand(spec.experts, *row.shape).clone()))
         if dense.own is not None:
             self.activate = dense.own  # type: ignore[method-assign]
 

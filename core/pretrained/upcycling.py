@@ -173,6 +173,8 @@ def _filled(layer: MoE, block: DenseBlock, dense: DenseWeights, making: _Making 
     """A new layer that computes what its block does, if gates sum to 1 and no initializer varies the copies."""
     like = next(block.module.parameters())
     layer = layer.to(like.device, like.dtype).train(block.module.training)
+    for name, row in dense.rows.items():
+        getattr(layer.experts, name).copy_(row)  # what fp32 can't hold, too
     _check_alike(layer, block, like)
     if making is not None:
         _vary(layer, dense, making)

@@ -14,6 +14,8 @@ from ..pretrained.adopted import adopted_blocks
 from ..pretrained.adopting import adopt
 from ..pretrained.exporting import export
 from ..pretrained.families import family_plugin
+from ..pretrained.upcycled import upcycled_layers
+from ..pretrained.upcycling import upcycle
 from ..pretrained.watching import watch
 from ..run.training import adam
 from .bench import Bench
@@ -45,6 +47,10 @@ def _adoptable(bench: Bench) -> nn.Module:
     if not family.tensors:
         raise NotApplicable("the family only reads")
     return model
+
+
+def _is_dense(model: nn.Module, family: Family) -> bool:
+    return not any(family.blocks(model)) and any(family.dense_blocks(model))
 
 
 def _adopted(bench: Bench, model: nn.Module) -> Engine:
@@ -82,7 +88,9 @@ def _logits(model: nn.Module) -> Tensor:
 @claim("moe_family")
 def reads_the_models_own_decisions(bench: Bench) -> None:
     """Watching finds the logits that the model itself returns, and counts every choice of its blocks."""
-    model, _ = _trial(bench)
+    model, family = _trial(bench)
+    if _is_dense(model, family):
+        raise NotApplicable("the family's blocks are dense")
     with torch.no_grad(), watch(Engine(), model, record=True, family=bench.plugin.name) as watcher:
         answer = _run(model, output_router_logits=True) if _returns_logits(model) else _run(model)
         metrics = watcher.metrics()
@@ -165,3 +173,22 @@ def exported_model_loads_equal(bench: Bench) -> str | None:
     moved = float((_logits(again) - _logits(model)).abs().max() / _logits(model).abs().max())
     demand(moved <= CLOSE, f"the logits of the exported model differ by {moved:.2g} of the largest; check `tensors`")
     return None if counted else "the family names no `count`, so only a model that did not grow can be exported"
+
+
+@claim("moe_family")
+def upcycling_changes_no_logit(bench: Bench) -> str | None:
+    """Dense blocks become mixtures of their copies with equal logits; the mixture that is exported has them too."""
+    model, family = _trial(bench)
+    if not any(family.dense_blocks(model)):
+        raise NotApplicable("the family's models have no dense block of this kind")
+    mixed, before, engine = any(family.blocks(model)), _logits(model), Engine()
+    upcycle(engine, model, experts=4, layers="all", family=bench.plugin.name)
+    moved = float((_logits(model) - before).abs().max() / before.abs().max())
+    demand(moved <= CLOSE, f"upcycling moves the logits by {moved:.2g} of the largest; check `dense`")
+    (spec, *_) = (layer.spec for _, layer in upcycled_layers(model))
+    native = family.native(getattr(model, "config", None), spec, [])
+    if mixed or isinstance(native, str):
+        return None if mixed else f"not exported: {native}"
+    exported = export(engine, model, bench.folder / "upcycled")
+    demand(exported.change is None or exported.change <= CLOSE, f"the exported mixture differs by {exported.change}")
+    return None
