@@ -44,6 +44,8 @@ def nearest(name: str, known: object) -> str:
 
 def visible(text: str, space: str = " ") -> str:
     """Text that is safe to show anywhere: line breaks and tabs are arrows, whatever else does not print is escaped."""
+    if text.isprintable() and space == " ":
+        return text
     shown = {"\n": "\u21b5", "\t": "\u21e5", " ": space}
     return "".join(
         shown.get(char) or (char if char.isprintable() else char.encode("unicode_escape").decode()) for char in text

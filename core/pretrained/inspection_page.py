@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -19,15 +20,19 @@ DETAIL = ((TOKENS, CONTEXTS, 1000, SAMPLE), (6, 2, 48, SAMPLE), (5, 1, 24, 160),
 
 
 class Tint(NamedTuple):
-    """A cell of a heatmap: its classes, and the load over an even share."""
+    """A cell of a heatmap: its colour, and the load over an even share."""
 
-    colour: str
+    shade: int
     ratio: str
 
 
 def page_of(report: dict[str, Any], notes: Sequence[str]) -> str:
     """The page. notes: sentences for its head. Of a large model it shows less detail, and says so."""
+    experts = max(row["experts"] for row in report["layers"])
     for tokens, contexts, layers, sample in DETAIL:
+        rows = min(layers, len(report["layers"])) * experts
+        if rows * (60 + 90 * tokens + 250 * contexts) > 2 * LARGEST and layers > DETAIL[-1][2]:
+            continue  # far too large, by what a row takes
         left_out = _left_out(report, tokens, contexts, layers, sample)
         text = _rendered(report, [*notes, *left_out], tokens, contexts, layers, sample)
         if len(text.encode()) < LARGEST:
@@ -120,18 +125,20 @@ def broken(token: str) -> str:
     return visible(token).replace("\u21b5", "\u21b5\n")
 
 
+@cache
 def tint(share: float, experts: int) -> Tint:
     """The colour of a share: its ratio to an even one, on a logarithmic scale from 1/8 to 8."""
     ratio = share * experts
-    at = 0 if ratio <= 1 / 8 else min(round((math.log2(ratio) + 3) / 6 * (SHADES - 1)), SHADES - 1)
-    return Tint(
-        f"h{at} deep" if abs(at - SHADES // 2) > SHADES // 3 else f"h{at}",
-        f"{ratio:.1f}" if ratio >= 1 else f"{ratio:.2f}",
-    )
+    shade = 0 if ratio <= 1 / 8 else min(round((math.log2(ratio) + 3) / 6 * (SHADES - 1)), SHADES - 1)
+    return Tint(shade, f"{ratio:.1f}" if ratio >= 1 else f"{ratio:.2f}")
 
 
-def _colours() -> list[str]:
+def _colours() -> list[tuple[str, str]]:
+    """Each colour of a heatmap, and that of text on it."""
     import matplotlib as mpl
 
-    scale = mpl.colormaps["RdBu_r"]
-    return [mpl.colors.to_hex(scale(at / (SHADES - 1))) for at in range(SHADES)]
+    scale, middle = mpl.colormaps["RdBu_r"], SHADES // 2
+    return [
+        (mpl.colors.to_hex(scale(at / (SHADES - 1))), "#fff" if abs(at - middle) > 2 / 3 * middle else "#1b1f24")
+        for at in range(SHADES)
+    ]
