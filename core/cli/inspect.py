@@ -1,7 +1,7 @@
 """`moe-engine inspect`: see what the experts of a checkpoint do on texts."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,8 @@ from ..files import write_atomically
 from .flags import flags, json_flag, quiet_flag
 
 if TYPE_CHECKING:
-    from ..pretrained.inspecting import Inspector, Passage
+    from ..engine.engine import Engine
+    from ..pretrained.inspecting import EngineInspector, Inspector, Passage
 
 LENGTH = 512  # tokens of a window, unless the model takes fewer
 COLUMNS = ("layer", "active", "cv", "maxvio", "entropy", "top prob", "router H", "margin", "labels", "verdict")
@@ -21,7 +22,7 @@ TOLD = 6  # pairs of labels that are told
 
 
 @click.command("inspect", short_help="See what the experts of a checkpoint do on texts.")
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=click.Path(path_type=Path), metavar="RUN|FOLDER")
 @click.argument("more", nargs=-1, type=click.Path(path_type=Path), metavar="")
 @click.option(
     "--text",
@@ -79,10 +80,11 @@ def inspect(
             --text b.txt --label code --trace olmoe.routing
         moe-engine replay olmoe.routing --biases none,loss_free --by-label
 
-    FOLDER is a causal language model in safetensors or GGUF, with its tokenizer.
-    Nothing is downloaded, no code of the folder runs, and pickles are refused.
-    Each text is cut into windows, which are not padded; the model decides as it
-    does anyway, in the precision of its file.
+    FOLDER is a causal language model in safetensors or GGUF, with its tokenizer;
+    RUN is a run of task causal_lm, by its newest intact checkpoint. Nothing is
+    downloaded, no code of the folder runs, and pickles are refused. Each text is
+    cut into windows, which are not padded; the model decides as it does anyway,
+    in the precision of its file.
 
     \b
     top prob  the mean of the router's largest probability
@@ -103,7 +105,7 @@ def inspect(
     report = report_of(inspector, passages, names, tokenizer, about)
     notes = [*_limits(report, tokens)]
     if trace is not None:
-        inspector.write_routing(trace)
+        inspector.trace.write(trace)
     if counts is not None:
         _write(counts, counts_csv(report))
     if html is not None:
@@ -162,24 +164,35 @@ def _run(
     device: str | None,
     record: bool,
     quiet: bool,
-) -> tuple["Inspector", list["Passage"], Any, dict[str, Any]]:
+) -> tuple["Inspector | EngineInspector", list["Passage"], Any, dict[str, Any]]:
     from ..pretrained.inspecting import inspect as inspected
     from ..pretrained.inspecting import read_passages
-    from ..pretrained.loading import load_model, load_tokenizer
-    from ..run.device import find_device
     from .progress import tracked
 
-    place = find_device(device or "auto")
-    tokenizer = load_tokenizer(folder)
+    tokenizer, load, engine = _opened(folder, device or "auto")
     passages = read_passages(tokenizer, files, indices, tokens)
-    model = load_model(folder).to(place)
+    model = load()
     window = _window(model, length)
     inspector = inspected(
-        model, passages, labels, window, batch, record, lambda batches: tracked(batches, "inspecting", quiet)
+        model, passages, labels, window, batch, record, lambda batches: tracked(batches, "inspecting", quiet), engine
     )
     versions = {name: metadata.version(name) for name in ("moe-engine", "transformers", "torch")}
     about = {"model": type(model).__name__, "folder": str(folder), "length": window, "versions": versions}
     return inspector, passages, tokenizer, about
+
+
+def _opened(folder: Path, device: str) -> tuple[Any, Callable[[], Any], "Engine | None"]:
+    """The tokenizer, what loads the model, and the engine of a run."""
+    from ..pretrained.loading import load_model, load_tokenizer
+    from ..run.device import find_device
+
+    place = find_device(device)
+    if (folder / "config.toml").exists():
+        from ..pretrained.trained import of_run
+
+        trained = of_run(folder, place, lambda remark: click.echo(f"moe-engine: {remark}", err=True))
+        return trained.language.tokenizer, lambda: trained.model, trained.engine
+    return load_tokenizer(folder), lambda: load_model(folder).to(place), None
 
 
 def _window(model: Any, length: int | None) -> int:

@@ -4,6 +4,8 @@ Suffixes: T tokens, E experts, K chosen per token, M best places of an expert.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from torch import Tensor
 from ..contract.routing import Routing
 from ..engine.engine import Engine
 from ..errors import RunError, UsageError
+from ..layer.probing import uncounted
+from ..run.traces import Trace, begin
 from .watching import Watched, Watcher
 
 PLACES = 12  # most probable places of each expert that are kept, to choose contexts from
@@ -96,15 +100,20 @@ class Layer:
         }
         return {name: float(value) if np.isfinite(value) else None for name, value in numbers.items()}
 
-    def add(self, routing: Routing, scores_TE: Tensor) -> None:
-        """Add one forward. scores_TE: what the choice took the top K of, if the router has one list of them."""
-        probs_TE = routing.probs
-        assert probs_TE is not None
-        expert_TK = routing.plan.expert.view(len(probs_TE), self.top_k)
+    def add(self, routing: Routing, scores_TE: Tensor | None) -> None:
+        """Add one forward. scores_TE: what the choice took the top K of, or None. Raises UsageError."""
+        probs_TE, plan = routing.probs, routing.plan
+        if probs_TE is None or plan.each != self.top_k:
+            sentence = f"the router of {self.name} gives tokens no probabilities, or varying numbers of experts"
+            raise UsageError(f"{sentence}; inspect reads routers with a top K", code="not-a-top-k")
+        expert_TK = plan.expert.view(len(probs_TE), self.top_k)
         self.choices.append(expert_TK.cpu().numpy().astype(np.int32))
-        best_TK = scores_TE.topk(min(self.top_k + 1, self.experts), dim=-1).values
-        self.differing += int((scores_TE.gather(1, expert_TK) < best_TK[:, self.top_k - 1, None]).sum())
+        best_TK = (probs_TE if scores_TE is None else scores_TE).topk(min(self.top_k + 1, self.experts), dim=-1).values
         margin_T = best_TK[:, self.top_k - 1] - best_TK[:, -1]
+        if scores_TE is None:
+            self.differing += expert_TK.numel()
+        else:
+            self.differing += int((scores_TE.gather(1, expert_TK) < best_TK[:, self.top_k - 1, None]).sum())
         entropy_T = -torch.special.xlogy(probs_TE, probs_TE).sum(-1)
         for at, value_T in enumerate((probs_TE.amax(-1), entropy_T, margin_T)):
             self.sums[at] += float(value_T.double().sum())
@@ -130,9 +139,14 @@ class Inspector(Watcher):
     layers: those that have decided, by name in the order of the model.
     """
 
-    def __init__(self, engine: Engine, model: Any, record: bool, limit: int) -> None:
+    def __init__(self, model: Any, labels: int, record: bool, limit: int) -> None:
         self._kept: dict[str, Layer] = {}
-        super().__init__(engine, model, record=record, limit=limit)
+        super().__init__(Engine(classes=labels), model, record=record, limit=limit)
+
+    def decide(self, forward: Callable[[], object], label: int) -> None:
+        """Run a forward of tokens with this label."""
+        with self.labelled(label):
+            forward()
 
     def _take(self, watched: Watched, routing: Routing) -> None:
         super()._take(watched, routing)
@@ -153,6 +167,36 @@ class Inspector(Watcher):
         return [name for name in self._watched if name not in self._kept]
 
 
+class EngineInspector:
+    """The same for a model whose layers are an engine's, as in a run of task causal_lm. Nothing is counted."""
+
+    def __init__(self, engine: Engine, model: Any, record: bool, limit: int) -> None:
+        self._engine, self._record = engine, record
+        self.layers = [Layer(layer.name, layer.spec.experts, layer.spec.top_k) for layer in engine.layers]
+        if not self.layers:
+            raise UsageError(f"{type(model).__name__} has no layers of experts to inspect", code="no-blocks")
+        self.trace = Trace([begin(engine, layer) for layer in engine.layers], {"model": type(model).__name__}, limit)
+        self.silent: list[str] = []
+
+    def decide(self, forward: Callable[[], object], label: int) -> None:
+        """Run a forward of tokens with this label."""
+        with uncounted(self._engine.layers):
+            forward()
+            decided = [layer.watched or [] for layer in self._engine.layers]
+        for kept, recorded, routings in zip(self.layers, self.trace.layers, decided, strict=True):
+            for routing in routings:
+                level, *more = routing.levels or (None,)
+                scores_TE = None if level is None or more else level.scores
+                if level is not None and scores_TE is not None and level.bias is not None:
+                    scores_TE = scores_TE + level.bias
+                kept.add(routing, scores_TE)
+                if self._record:
+                    tokens = routing.tokens
+                    label_T = torch.full((tokens.x.shape[0],), label)
+                    tokens = attrs.evolve(tokens, labels=label_T, lots=tokens.lots)
+                    self.trace.add(recorded, attrs.evolve(routing, tokens=tokens))
+
+
 def inspect(
     model: Any,
     passages: Sequence[Passage],
@@ -161,21 +205,26 @@ def inspect(
     batch: int,
     record: bool = False,
     progress: Callable[[Sequence[Any]], Any] = iter,
-) -> Inspector:
+    engine: Engine | None = None,
+) -> Inspector | EngineInspector:
     """Run passages through a language model in windows of `length` tokens, `batch` windows at a time, unpadded.
 
-    record: also keep a trace of all of it, with the labels. progress: wraps the batches. Raises UsageError for a model
-    without a known block, or whose layers do not see every token, and RunError if the model fails.
+    record: also keep a trace of all of it, with the labels. progress: wraps the batches. engine: whose layers the model
+    has, of a run. Raises UsageError for a model without a known block, or whose layers do not see every token, and
+    RunError if the model fails.
     """
     _check_ids(model, passages)
     total = sum(len(passage.id_T) for passage in passages)
-    inspector = Inspector(Engine(classes=len(labels)), model, record, total)
+    inspector = (
+        Inspector(model, len(labels), record, total)
+        if engine is None
+        else EngineInspector(engine, model, record, total)
+    )
     inspector.trace.about["labels"] = list(labels)
     done = 0
-    with torch.no_grad(), inspector:
+    with torch.no_grad(), inspector if isinstance(inspector, Inspector) else nullcontext():
         for label, id_BS in progress([*_batches(passages, length, batch)]):
-            with inspector.labelled(label):
-                _forward(model, id_BS)
+            inspector.decide(partial(_forward, model, id_BS), label)
             done += id_BS.size
             for layer in inspector.layers:
                 if layer.tokens != done:

@@ -17,7 +17,7 @@ from ..analysis.routing_stats import row_of
 from ..analysis.usage import by_chance, characteristic, divergences, lifts
 from ..errors import visible
 from ..registry.manager import Plugins
-from .inspecting import Inspector, Layer, Passage
+from .inspecting import EngineInspector, Inspector, Layer, Passage
 
 TOKENS, CONTEXTS = 8, 3  # of each expert
 BEFORE, AFTER = 12, 6  # tokens of a context
@@ -49,7 +49,11 @@ class Words:
 
 
 def report_of(
-    inspector: Inspector, passages: Sequence[Passage], labels: Sequence[str], tokenizer: Any, about: dict[str, Any]
+    inspector: Inspector | EngineInspector,
+    passages: Sequence[Passage],
+    labels: Sequence[str],
+    tokenizer: Any,
+    about: dict[str, Any],
 ) -> dict[str, Any]:
     """All numbers, as JSON can hold them. about: what was inspected.
 

@@ -189,6 +189,39 @@ def test_a_margin_needs_one_list_of_scores():
             assert first.expert_TK[:20].tolist() == by_TE.topk(TOP_K).indices.tolist()
 
 
+def test_an_adopted_model_is_inspected_by_its_engine():
+    """The same choices as those of the plain model, with its labels in the trace, and nothing counted."""
+    from moe_engine import Engine, adopt
+    from moe_engine.pretrained.inspecting import Passage, inspect
+
+    ids = np.random.default_rng(0).integers(3, 50, 100)
+    passages = [Passage("a", 0, ids[:60], False), Passage("b", 1, ids[60:], False)]
+    plain = inspect(build("Mixtral"), passages, ["a", "b"], 16, 2, record=True)
+    engine = Engine()
+    model = adopt(engine, build("Mixtral"))
+    own = inspect(model, passages, ["a", "b"], 16, 2, record=True, engine=engine)
+    for one, other in zip(plain.layers, own.layers, strict=True):
+        assert np.array_equal(one.expert_TK, other.expert_TK)
+        assert one.sure()["top_probability"] == pytest.approx(other.sure()["top_probability"])
+        assert other.sure()["margin"] > 0
+    for trace in (plain.trace, own.trace):
+        labels = [label for forward in trace.layers[0].forwards for label in forward.labels.tolist()]
+        assert labels == [0] * 60 + [1] * 40
+    assert not any("load" in metrics for metrics in engine.metrics("eval").values())
+
+
+def test_a_run_is_inspected_by_its_newest_checkpoint(here, capsys):
+    settings = {"model": here / "model", "file": here / "prose.txt", "length": 16}
+    words = [word for name, value in settings.items() for word in ("--set", f"causal_lm.{name}={value}")]
+    quick = ("--steps", "1", "--batch-size", "2", "--no-plugin", "plots,html", "--device", "cpu", "--quiet")
+    assert main(["run", "--task", "causal_lm", *words, *quick, "--out", "run"]) == 0
+    capsys.readouterr()
+    assert main(["inspect", "run", "--text", "prose.txt", "code.py", "--trace", "run.routing", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] == sum(map(len, TEXTS.values()))
+    assert main(["replay", "run.routing", "--by-label"]) == 0
+    assert "code.py" in capsys.readouterr().out
+
+
 # -- what is written -------------------------------------------------------------------------------------
 
 
