@@ -148,7 +148,7 @@ class Family:
     def decision(self, block: "Block", given: Sequence[Any], routed: "Routed | None") -> Decision | None:
         """A block's own decision, by what its entry is given and its router returned in the same forward.
 
-        By default the one tensor of whole numbers among what experts are given, and the one of the same shape beside
+        By default the one tensor of whole numbers among what experts are given, and the one of the same shape next to
         it: the names of arguments differ between families. None if it is not there.
         """
         tensors = [value for value in given if isinstance(value, Tensor)]

@@ -331,7 +331,7 @@ def combine(out_NO: Tensor, token_N: Tensor, weight_N: Tensor, tokens: int) -> T
 
 
 def mean_grad(parameter: Tensor, keep: int | None = None) -> Tensor:
-    """Mean |gradient| over all dimensions except `keep`, in fp32 or better; 0 if there is no gradient."""
+    """Mean |gradient| over all dimensions except `keep`, in fp32 or better; 0 without a gradient."""
     grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
     size = at_least_fp32(full_tensor(grad.detach())).abs()
     return size.mean() if keep is None else size.movedim(keep, 0).reshape(size.shape[keep], -1).mean(1)

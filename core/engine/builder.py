@@ -37,7 +37,7 @@ class LayerBuild:
 
     chosen: the engine's plugins. settings: plugin options for this layer alone. modules: one module per expert, or
     None for a plugin's bank or stacked MLPs. The rest is for a layer over the tensors of a foreign block: bank: instead
-    of all those. borrow: what becomes of the router. extra: biases of the first level by name, beside the plugins'.
+    of all those. borrow: what becomes of the router. extra: biases of the first level by name, next to the plugins'.
     Raises UsageError for a combination that makes no sense.
     """
 

@@ -37,14 +37,14 @@ def merged_row(where: str, tensor: Tensor, axis: int, shares: Mapping[int, float
 
 
 def check_orders(growth: Growth, declared: Mapping[str, tuple[Tensor, Axis]]) -> None:
-    """Raise UsageError for an order of a tensor that does not exist, or one that is no permutation."""
+    """Raise UsageError for an order of a tensor that does not exist, or one that is not a permutation."""
     for where, order in growth.orders.items():
         if where not in declared:
-            message = f"an order of the growth of '{growth.layer}' is for '{where}', which is no tensor of its experts"
+            message = f"an order of the growth of '{growth.layer}' is for '{where}', which is not a tensor of its experts"
             raise UsageError(message, code="bad-growth")
         tensor, axis = declared[where]
         sizes = [size for dim, size in enumerate(tensor.shape) if dim != axis.axis % tensor.dim()]
         size = sizes[order.dim] if -len(sizes) <= order.dim < len(sizes) else -1
         if any(sorted(index.tolist()) != list(range(size)) for index in order.of.values()):
-            message = f"an order of '{where}' in the growth of '{growth.layer}' is no permutation of its places"
+            message = f"an order of '{where}' in the growth of '{growth.layer}' is not a permutation of its places"
             raise UsageError(message, code="bad-growth")

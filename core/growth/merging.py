@@ -28,7 +28,7 @@ def merging(
     weights (gate and up together), its bias and its outgoing weights; where they lie, a bank says itself
     (`HiddenUnits`), and for an adopted block its family (`Stored.hidden`). Units are matched greedily, the
     closest pair first, which finds a permutation of the same units exactly and others approximately: the optimal
-    assignment of the source needs a solver that is no dependency here. Memory: H x H numbers.
+    assignment of the source needs a solver that the engine does not depend on. Memory: H x H numbers.
 
     Sources: Li et al., 2024 (Merge, Then Compress: MC-SMoE), the mean by load; Ainsworth et al., 2023 (Git Re-Basin),
     the alignment. Raises UsageError for experts that can't be merged, and for align in a bank that does not say where

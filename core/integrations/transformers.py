@@ -108,7 +108,7 @@ class MoECallback(TrainerCallback):
         save(_folder(args, state) / FILE, **self._saved(model))
 
     def _saved(self, model: nn.Module) -> dict[str, Any]:
-        """What a checkpoint holds beside the trainer's own files, by name.
+        """What a checkpoint holds next to the trainer's own files, by name.
 
         An adopted model too: the trainer writes it in the names of the architecture's checkpoints, which it does not
         find again when it resumes (transformers 5.24).

@@ -48,7 +48,7 @@ def _check_ids(layer: str, vocab: int, ids: Tensor) -> None:
 
 
 def biased_level(name: str, index: int, raw_Tn: Tensor, tokens: Tokens, biases: Iterable[Bias]) -> Level:
-    """A level of the router with the biases that gates see added, and the selection-only ones beside them."""
+    """A level of the router with the biases that gates see added, and the selection-only ones next to them."""
     biased_Tn, selection_n = raw_Tn, None
     for bias in biases:
         if bias.selection_only:

@@ -80,7 +80,7 @@ def _replicated(model: nn.Module, cut: set[nn.Parameter]) -> nn.Module:
 def _sharded(model: nn.Module, layers: Iterable[MoE], mesh: DeviceMesh, cut: set[nn.Parameter]) -> nn.Module:
     from torch.distributed.fsdp import fully_shard
 
-    # a layer's output is a view of [T, out]; nobody changes it in place
+    # a layer's output is a view of [T, out]; it is never changed in place
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
     scalars = {parameter for parameter in model.parameters() if parameter.dim() == 0}  # fully_shard takes none
     for scalar in scalars:

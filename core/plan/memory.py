@@ -34,7 +34,7 @@ def weights_held(model: Model, training: Training, split: Split) -> int:
 
 
 def gathered_bytes(model: Model, training: Training, split: Split) -> int:
-    """Bytes of sharded weights of two layers and gradients of one while they are whole, beside the shards."""
+    """Bytes of sharded weights of two layers and gradients of one while they are whole, next to the shards."""
     shared, own = split.sharded(training.parallel)
     if split.ranks == 1:
         return 0

@@ -96,7 +96,7 @@ class Cluster:
 
     ranks: W. memory: bytes per rank. rate: FLOP/s of a rank's matrix products. bandwidth: bytes/s that leave a rank,
     and at the same time arrive. latency: seconds per message. node: consecutive ranks that are connected faster, with
-    node_bandwidth; 1 = there are no such nodes.
+    node_bandwidth; 1 = each rank is a node.
     """
 
     ranks: int

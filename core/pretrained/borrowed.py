@@ -55,7 +55,7 @@ class Borrowing(Part):
 
 
 def recount(block: Block, holder: nn.Module, experts: int) -> None:
-    """Let modules of transformers know their number of experts, which they keep beside their tensors."""
+    """Let modules of transformers know their number of experts, which they keep next to their tensors."""
     for module in (holder, block.router, block.experts):
         for name in (*COUNTS, "out_features"):
             if isinstance(getattr(module, name, None), int):

@@ -94,6 +94,6 @@ def _not_found(model: nn.Module, names: list[str]) -> str:
     looked = f"tried the {listed(map(repr, names))} {'family' if len(names) == 1 else 'families'}"
     return (
         f"{titled(model)} has no block that is known; {looked}: modules with a router, as transformers "
-        "records router_logits, beside experts that are called with the chosen experts and their weights; "
+        "records router_logits, next to experts that are called with the chosen experts and their weights; "
         "`moe-engine new-plugin family NAME` starts a family for it; for layers of engine.moe() call engine.metrics()"
     )

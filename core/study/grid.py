@@ -148,7 +148,7 @@ def _run(cell: Cell, folder: Path, home: Path | None) -> Record:
     place = tempfile.TemporaryDirectory(prefix=f"{cell.key}-{os.getpid()}-", dir=folder / "running")
     with _ALONE, chdir(home or "."), one_thread(), place as scratch:
         result = _result(cell, Path(scratch) / "run")
-        if not Path(scratch).is_dir():  # so nobody waits for this cell, and another process may have finished it
+        if not Path(scratch).is_dir():  # so this cell is not waited for, and another process may have finished it
             raise RunError("the grid ended before this run did", code="grid-ended")
         record: Record = {
             "variant": cell.variant,
