@@ -1,4 +1,6 @@
-from contextlib import contextmanager
+import json
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import attrs
 import safetensors
@@ -7,21 +9,24 @@ from safetensors.torch import save_file
 
 from moe_engine import StackedMLP, UsageError, hookimpl, nearest, option
 
+INDEX = "model.safetensors.index.json"
+
 
 @attrs.define(eq=False)
 class Upcycle:
     """Every expert starts as a copy of a trained dense network.
 
     W_e = W for each expert e (sparse upcycling); the router is random. Where gates sum to 1 and nothing is dropped,
-    the new layer computes what the dense network does. Tensors are read from a safetensors file in nn.Linear's
-    layout [out, in]; nothing is unpickled. For swiglu (Llama's gate_proj, up_proj, down_proj) name w_gate, w_in,
-    w_out. To read other tensors in each layer of a model, set them per layer: engine.moe(...,
-    settings=["upcycle.w_in=..."]).
+    the new layer computes what the dense network does. Tensors are read from a safetensors file, or from the shards
+    that a folder or an index (model.safetensors.index.json) names, in nn.Linear's layout [out, in]; nothing is
+    unpickled. For swiglu (Llama's gate_proj, up_proj, down_proj) name w_gate, w_in, w_out. To read other tensors in
+    each layer of a model, set them per layer: engine.moe(..., settings=["upcycle.w_in=..."]); the function
+    `upcycle(engine, model)` does so for a model of transformers.
 
     Source: Komatsuzaki et al., 2022 (Sparse Upcycling).
     """
 
-    file: str | None = option(None, help="safetensors file of the dense network; required")
+    file: str | None = option(None, help="safetensors file, index or folder of the dense network; required")
     w_in: str = option("w_in", help="name of the first matrix, for swiglu the one without activation")
     w_out: str = option("w_out", help="name of the last matrix")
     w_gate: str = option("w_gate", help="name of the gate's matrix, for swiglu only")
@@ -51,27 +56,55 @@ class Upcycle:
         shape_in, shape_out = (spec.hidden, spec.dim), (spec.out_dim, spec.hidden)
         first = (self.w_gate, self.w_in) if spec.activation == "swiglu" else (self.w_in,)
         bank = StackedMLP(spec)
-        with _opened(self.file) as file, torch.no_grad():
-            bank.w_in.copy_(torch.cat([_tensor(file, self.file, name, shape_in) for name in first]).t())
-            bank.w_out.copy_(_tensor(file, self.file, self.w_out, shape_out).t())
+        with _opened(self.file) as held, torch.no_grad():
+            bank.w_in.copy_(torch.cat([_tensor(held, self.file, name, shape_in) for name in first]).t())
+            bank.w_out.copy_(_tensor(held, self.file, self.w_out, shape_out).t())
             for bias, name in ((bank.b_in, self.b_in), (bank.b_out, self.b_out)) if spec.bias else ():
-                bias.copy_(_tensor(file, self.file, name, (bias.shape[1],)) if name else torch.zeros(()))
+                bias.copy_(_tensor(held, self.file, name, (bias.shape[1],)) if name else torch.zeros(()))
         return bank
 
 
 @contextmanager
 def _opened(path):
+    """{name: the open file that holds the tensor}."""
+    held, file = {}, path
+    with ExitStack() as stack:
+        try:
+            for file in _files(Path(path)):
+                opened = stack.enter_context(safetensors.safe_open(file, framework="pt"))
+                held |= dict.fromkeys(opened.keys(), opened)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise UsageError(
+                f"upcycle: {file} can't be read as safetensors: {error}", code="unreadable-file"
+            ) from error
+        yield held
+
+
+def _files(path):
+    """The safetensors files that a path means: itself, those of an index, or those of a folder."""
+    if path.is_dir():
+        index, files = path / INDEX, sorted(path.glob("*.safetensors"))
+        if not index.exists() and not files:
+            message = f"upcycle: folder {path} holds no *.safetensors; name one with a checkpoint, or a file"
+            raise UsageError(message, code="unreadable-file")
+        return _files(index) if index.exists() else files
+    if path.suffix != ".json":
+        return [path]
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            yield file
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UsageError(f"upcycle: {path} can't be read as safetensors: {error}", code="unreadable-file") from error
+        names = sorted(set(json.loads(path.read_text("utf-8"))["weight_map"].values()))
+        if strange := [name for name in names if Path(name).name != name]:
+            raise ValueError(f"it names {strange[0]!r}, which is not a file next to it")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        why = f"it has no {error}" if isinstance(error, KeyError) else error
+        message = f"upcycle: {path} can't be read as an index of safetensors: {why}"
+        raise UsageError(message, code="unreadable-file") from error
+    return [path.parent / name for name in names]
 
 
-def _tensor(file, path, name, shape):
-    if name not in file.keys():  # noqa: SIM118 (not a Mapping)
-        raise UsageError(f"upcycle: {path} has no tensor '{name}'; {nearest(name, file.keys())}", code="unknown-tensor")
-    tensor = file.get_tensor(name)
+def _tensor(held, path, name, shape):
+    if name not in held:
+        raise UsageError(f"upcycle: {path} has no tensor '{name}'; {nearest(name, held)}", code="unknown-tensor")
+    tensor = held[name].get_tensor(name)
     if tuple(tensor.shape) != shape or not tensor.is_floating_point():
         found, wanted = f"{list(tensor.shape)} of {tensor.dtype}", f"{list(shape)} of floats, [out, in]"
         raise UsageError(f"upcycle: '{name}' of {path} is {found}; the layer needs {wanted}", code="wrong-tensor")

@@ -1,10 +1,11 @@
 """Banks of experts: each held against a plain loop over its experts, grown, saved, loaded and run."""
 
+import json
 from math import isqrt
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from moe_engine import ACTIVATIONS, Engine, Experts, Growth, UsageError, adam, load, save
@@ -397,6 +398,31 @@ def test_half_precision_is_read_and_tensors_of_other_names_are_left_alone(dense)
     assert bank.w_in.dtype == torch.float32
 
 
+def of(*files):
+    """An index that names these shards."""
+    return {"weight_map": {f"tensor{at}": file for at, file in enumerate(files)}}
+
+
+def in_shards(tensors, folder):
+    """A folder with one tensor per file, and an index that names them, as large checkpoints have."""
+    folder.mkdir()
+    for name, tensor in tensors.items():
+        save_file({name: tensor}, folder / f"{name}.safetensors")
+    index = {"weight_map": {name: f"{name}.safetensors" for name in tensors}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
+
+
+@pytest.mark.parametrize("file", ["folder", "folder/model.safetensors.index.json", "single"])
+def test_a_checkpoint_may_be_a_folder_or_an_index_of_shards(dense, tmp_path, file):
+    in_shards(dense, tmp_path / "folder")
+    (tmp_path / "single").mkdir()
+    save_file(dense, tmp_path / "single" / "model.safetensors")
+    names = ["upcycle.b_in=b_in", "upcycle.b_out=b_out"]
+    bank = build("upcycle", settings=[f"upcycle.file={file}", *names], bias=True)[1].experts
+    assert torch.equal(bank.w_in[1], dense["w_in"].t())
+    assert torch.equal(bank.b_out[2], dense["b_out"])
+
+
 @pytest.mark.parametrize("name", ["upcycle", "lora"])
 def test_equal_experts_are_no_router_that_cannot_learn(name):
     """Their gates move with the logits; only the gradients cancel, until the experts have parted."""
@@ -406,7 +432,12 @@ def test_equal_experts_are_no_router_that_cannot_learn(name):
 
 FILES = {
     "absent": (["file=a.safetensors"], "unreadable-file", "a.safetensors", "No such file"),
-    "folder": (["file=."], "unreadable-file", "."),
+    "empty folder": (["file=empty"], "unreadable-file", "empty", "no *.safetensors"),
+    "lost shard": (["file=lost.json"], "unreadable-file", "gone.safetensors"),
+    "no index": (["file=text.json"], "unreadable-file", "text.json", "index"),
+    "index without a map": (["file=other.json"], "unreadable-file", "other.json", "weight_map"),
+    "index that leads elsewhere": (["file=away.json"], "unreadable-file", "away.json", "'../dense.safetensors'"),
+    "no tensor in any shard": (["file=folder", "w_in=w_im"], "unknown-tensor", "folder", "'w_im'", "'w_in'"),
     "no safetensors": (["file=text"], "unreadable-file", "text", "header"),
     "cut short": (["file=cut"], "unreadable-file", "cut"),
     "no tensor": (["w_in=w_im"], "unknown-tensor", "dense.safetensors", "'w_im'", "'w_in'"),
@@ -420,6 +451,15 @@ def test_a_file_without_the_networks_tensors_is_refused(tmp_path, settings, code
     (tmp_path / "text").write_text("no tensors", "utf-8")
     (tmp_path / "cut").write_bytes((tmp_path / "dense.safetensors").read_bytes()[:-9])
     save_file({"w_in": torch.zeros(HIDDEN, DIM, dtype=torch.int64)}, "whole")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.json").write_text("[", "utf-8")
+    for name, value in {
+        "other": {"map": 1},
+        "lost": of("gone.safetensors"),
+        "away": of("../dense.safetensors"),
+    }.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(value), "utf-8")
+    in_shards(load_file("dense.safetensors"), tmp_path / "folder")
     with refused(code, "upcycle", *words) as caught:
         build("upcycle", settings=[f"upcycle.{setting}" for setting in settings])
     assert "\n" not in str(caught.value)
