@@ -40,7 +40,8 @@ def check_orders(growth: Growth, declared: Mapping[str, tuple[Tensor, Axis]]) ->
     """Raise UsageError for an order of a tensor that does not exist, or one that is not a permutation."""
     for where, order in growth.orders.items():
         if where not in declared:
-            message = f"an order of the growth of '{growth.layer}' is for '{where}', which is not a tensor of its experts"
+            of = f"an order of the growth of '{growth.layer}'"
+            message = f"{of} is for '{where}', which is not a tensor of its experts"
             raise UsageError(message, code="bad-growth")
         tensor, axis = declared[where]
         sizes = [size for dim, size in enumerate(tensor.shape) if dim != axis.axis % tensor.dim()]
