@@ -202,7 +202,8 @@ def of_trace(file: Path) -> list[Series]:
     names = label_names(trace)
     source = f"counts of {'the first' if trace.cut else 'all'} {trace.tokens} recorded tokens of each layer"
     for layer in trace.layers:
-        for label in labels_of(layer) or [None]:
+        labels: list[int | None] = [*labels_of(layer)]
+        for label in labels or [None]:
             forwards = [forward.routing(layer.spec) for forward in layer.forwards]
             parts = forwards if label is None else [only(routing, label) for routing in forwards]
             count_E, tokens = _summed(parts)

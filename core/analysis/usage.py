@@ -34,9 +34,9 @@ def by_chance(count_CE: Array) -> Array:
     used = max(int((count_CE.sum(0) > 0).sum()), 1)
     with np.errstate(divide="ignore"):
         inverse_C = 1 / count_CE.sum(1)
-    chance_CC = (used - 1) * (inverse_C[:, None] + inverse_C[None]) / (8 * np.log(2))
+    chance_CC: Array = np.minimum((used - 1) * (inverse_C[:, None] + inverse_C[None]) / (8 * np.log(2)), 1)
     np.fill_diagonal(chance_CC, 0)
-    return np.minimum(chance_CC, 1)
+    return chance_CC
 
 
 def lifts(count_CE: Array) -> Array:

@@ -247,6 +247,8 @@ def _show(report: dict[str, Any], notes: Sequence[str]) -> None:
         for one in pairs[:TOLD]:
             bits = f"{cell(one['bits'])} bits (by chance {cell(one['by_chance'])})"
             print_line(visible(f"{' and '.join(one['pair'])} differ most in {one['layer']}: {bits}"))
+        if len(pairs) > TOLD:
+            print_line(f"and {len(pairs) - TOLD} more pairs of labels, which differ less; --json has all")
         for one in preferences(report):
             much = f"{one['lift']:.2g} times as often as all, {one['share']:.0%} of its choices"
             print_line(visible(f"{one['label']} prefers expert {one['expert']} of {one['layer']}: {much}"))

@@ -22,6 +22,7 @@ from .inspecting import EngineInspector, Inspector, Layer, Passage
 TOKENS, CONTEXTS = 8, 3  # of each expert
 BEFORE, AFTER = 12, 6  # tokens of a context
 SAMPLE = 320  # tokens of each label that are shown whole
+FOND = 1.2  # lift from which a label is said to prefer an expert
 NUMBERS = ("active", "cv", "cv2", "gini", "entropy", "max_min", "maxvio")
 
 Array = NDArray[Any]
@@ -173,7 +174,7 @@ def contrasts(report: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def preferences(report: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """For each label the expert of all layers with its largest lift among those that get a fair part of it."""
+    """For each label the expert of all layers with its largest lift, at least `FOND`, among those with a fair share."""
     for name in report["labels"]:
         found = [
             {"label": name, "layer": row["layer"], "expert": expert, "lift": lift, "share": share}
@@ -181,7 +182,7 @@ def preferences(report: dict[str, Any]) -> Iterator[dict[str, Any]]:
             for expert, (lift, share) in enumerate(
                 zip(row["labels"][name]["lift"], row["labels"][name]["load"], strict=True)
             )
-            if lift is not None and share * row["experts"] >= 1
+            if lift is not None and lift >= FOND and share * row["experts"] >= 1
         ]
         if found:
             yield max(found, key=lambda one: one["lift"])

@@ -64,9 +64,10 @@ def _rendered(
         {**one, "tokens": one["tokens"][:sample], "first": [of_layer[:sample] for of_layer in one["first"]]}
         for one in report["sample"]
     ]
-    pairs = sorted(
+    every = sorted(
         combinations(range(len(names)), 2), key=lambda pair: -max(row["divergence"][pair[0]][pair[1]] for row in rows)
-    )[:PAIRS]
+    )
+    pairs = every[:PAIRS]
     return page.get_template("inspection.html.jinja").render(
         report=report,
         notes=notes,
@@ -74,6 +75,7 @@ def _rendered(
         colours=_colours(),
         names=names,
         pairs=pairs,
+        further=len(every) - len(pairs),
         chances=[max(row["by_chance"][a][b] for row in rows) for a, b in pairs],
         preferred=list(preferences(report)) if pairs else [],
         short=short,
@@ -81,6 +83,7 @@ def _rendered(
         loads=[(short[row["layer"]], row["load"]) for row in rows],
         most=max(row["experts"] for row in rows),
         sample=shown,
+        shown=sample,
         firsts=[one["first"] for one in shown],
         opened=opened,
         detailed=[row for row in rows if row["layer"] in kept],
@@ -102,7 +105,7 @@ def grouped(findings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def farthest(row: dict[str, Any]) -> float:
     """The largest divergence between two labels in a layer."""
-    return max(max(of_label) for of_label in row["divergence"])
+    return max(float(bits) for of_label in row["divergence"] for bits in of_label)
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:
