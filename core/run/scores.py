@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from ..contract.tasks import Batch, Task
-from ..errors import RunError, listed
 from ..layer.probing import evaluating
 from ..processes import all_reduce_sum, distributed, rank, world_size
 from .config import RunConfig
@@ -58,18 +57,15 @@ class ScoreSums:
             if counts.get(name, 1)
         }
 
-    def check_finite(self, step: int) -> None:
-        """Raise RunError for the first step whose loss, or a term of it, was not finite; step: the last one added."""
+    def not_finite(self) -> Iterator[tuple[int, str]]:
+        """(a step, what was not finite): the task's loss, or a term of it; -1 is the last step that was added."""
+        if not self.sums:
+            return
         values = {"the task loss": torch.stack([sums["loss"] for sums in self.sums])}
         values |= {f"the loss term {name}": torch.cat([terms[name] for terms in self.terms]) for name in self.terms[0]}
-        bad = {name: (~value.isfinite()).nonzero().flatten().tolist() for name, value in values.items()}
-        first = min((steps[0] for steps in bad.values() if steps), default=None)
-        if first is not None:
-            names = listed(name for name, steps in bad.items() if first in steps)
-            raise RunError(
-                f"{names} stopped being finite at step {step - len(self) + first + 1}; lower --lr, or a loss's weight",
-                code="loss-not-finite",
-            )
+        for name, value in values.items():
+            for index in (~value.isfinite()).nonzero().flatten().tolist():
+                yield index - len(self), name
 
 
 def _over_ranks(sums: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

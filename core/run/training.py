@@ -33,6 +33,7 @@ from .config import RunConfig, config_toml
 from .device import StepTimer, deterministic, find_device, resolve_matmul
 from .elastic import remember
 from .failures import culprit_of, write_reports
+from .finite import FiniteCheck
 from .folder import new_folder, read_run, record_file
 from .loop_state import LoopState
 from .records import Listener, RecordFile
@@ -94,6 +95,7 @@ class Training:
     records: RecordFile = attrs.field(init=False)
     started: float = attrs.field(init=False, default=0.0)
     _timer: StepTimer = attrs.field(init=False)
+    _finite: FiniteCheck = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
         self.device = find_device(self.config.device)
@@ -162,6 +164,7 @@ class Training:
                 self.model.load_state_dict(tree["model"])
             self._spread()
             self.optimizer = adam(self.model, self.config.lr, self.config.weight_decay)
+            self._finite = FiniteCheck(self.engine, self.model, self.optimizer, self.device)
             if tree is not None:
                 continue_from(self, tree)
             self._train()
@@ -232,6 +235,7 @@ class Training:
         self.engine.after_backward()
         self.optimizer.step()
         self.engine.after_step()
+        self._finite.after_step()
         self.loop.step, self.loop.batch = self.loop.step + 1, self.loop.batch + 1
         return self.loop.scores.add(score, batch, self.engine.last_terms())
 
@@ -258,7 +262,7 @@ class Training:
     def _log(self) -> None:
         """Write a record of the steps since the last log point."""
         scores, self.loop.scores = self.loop.scores, ScoreSums()
-        scores.check_finite(self.step)
+        self._finite.check(scores, self.step)
         layers = self.engine.metrics("train", self._scorer.probe)
         self.records.write_metrics("train", self.step, self.loop.epoch, scores.means(), layers)
 
@@ -275,6 +279,7 @@ class Training:
         self.loop.eval_loss = means["loss"]
         if means["loss"] < self.loop.best:
             self.loop.best = means["loss"]
+            self._finite.check_state(self.step)
             self.checkpoints.write_best(state_of(self))
 
     def _finish(self) -> None:
@@ -282,21 +287,10 @@ class Training:
         self._save()  # a run that is killed from here on has only this to do again
         self._evaluate(final=True)
         if self.config.record_routing:
-            self._record_routing()
+            _record_routing(self)
         tensors = {name: full_tensor(tensor).contiguous() for name, tensor in self.model.state_dict().items()}
         if rank() == 0:
             write_atomically(self.folder / "model.safetensors", safetensors.torch.save(tensors))
-
-    def _record_routing(self) -> None:
-        """Save the layers' routing of the test set."""
-        about = {"task": self.config.task, "step": self.step, "split": "test", "versions": versions()}
-        forwards = (partial(self._scorer.score, batch) for batch in self._scorer.test_batches(whole=True))
-        trace = record(self.engine, forwards, about)
-        if rank():
-            return
-        trace.write(self.folder / FILE)
-        held = f"the first {trace.limit} tokens of each layer, not all" if trace.cut else "all tokens"
-        self.say(f"routing of the test set: {self.folder / FILE} ({held})")
 
     @property
     def checkpoints(self) -> Checkpoints:
@@ -304,6 +298,8 @@ class Training:
         return Checkpoints(self.folder / "checkpoints")
 
     def _save(self) -> None:
+        self._finite.check(self.loop.scores, self.step)
+        self._finite.check_state(self.step)
         self.checkpoints.write(self.step, state_of(self))
 
     def config_text(self) -> str:
@@ -313,3 +309,15 @@ class Training:
     def seconds(self) -> float:
         """Seconds since the run began, without those between a stop and a resume."""
         return round(time.monotonic() - self.started, 3)
+
+
+def _record_routing(run: Training) -> None:
+    """Save the layers' routing of the test set."""
+    about = {"task": run.config.task, "step": run.step, "split": "test", "versions": versions()}
+    forwards = (partial(run._scorer.score, batch) for batch in run._scorer.test_batches(whole=True))
+    trace = record(run.engine, forwards, about)
+    if rank():
+        return
+    trace.write(run.folder / FILE)
+    held = f"the first {trace.limit} tokens of each layer, not all" if trace.cut else "all tokens"
+    run.say(f"routing of the test set: {run.folder / FILE} ({held})")

@@ -244,7 +244,7 @@ def test_a_loss_that_is_not_finite_names_step_and_term(tmp_path, install):
             return routing.probs.sum() * (torch.inf if self.steps == 10 else 0.0)  # one is the rehearsal's
 
     install("loss", "explodes", Explodes)
-    with refused("loss-not-finite", "the loss term 'explodes' of layer 'moe'", "step 9", kind=RunError):
+    with refused("not-finite", "the loss term 'explodes' of layer 'moe'", "step 9", kind=RunError):
         train(tmp_path / "run", plugins=("explodes",))
 
 
