@@ -63,6 +63,17 @@ class Stopped(Exception):
     """The run was told to stop, and has written a checkpoint."""
 
 
+def _parted(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that share no memory, as a language model's embedding and head may: all but the first are copied."""
+    seen: set[int] = set()
+    parted = {}
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        parted[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return parted
+
+
 @attrs.define(eq=False)
 class Training:
     """One run, from its configuration to its folder. Building it checks everything and writes nothing.
@@ -290,7 +301,7 @@ class Training:
             _record_routing(self)
         tensors = {name: full_tensor(tensor).contiguous() for name, tensor in self.model.state_dict().items()}
         if rank() == 0:
-            write_atomically(self.folder / "model.safetensors", safetensors.torch.save(tensors))
+            write_atomically(self.folder / "model.safetensors", safetensors.torch.save(_parted(tensors)))
 
     @property
     def checkpoints(self) -> Checkpoints:
