@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from ..contract.parts import Router
 from ..engine.engine import Engine
 from ..errors import UsageError
+from .families import blocks_of
 from .loading import LOCAL, gguf_of, load_model, load_tokenizer, reading
 
 TRAINED = ("all", "moe", "router")
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen(eq=False, slots=False)
 class PretrainedLM:
     """A causal language model of transformers in a folder: what is known before its weights are read.
 
@@ -81,6 +82,14 @@ class PretrainedLM:
         with reading(self.folder, "the model"), torch.device("meta"):
             model: nn.Module = AutoModelForCausalLM.from_config(self.config, trust_remote_code=False)
         return model
+
+    @cached_property
+    def is_mixture(self) -> bool:
+        """Whether the model has MoE blocks that a family knows."""
+        try:
+            return bool(blocks_of(self.outline))
+        except UsageError:
+            return False
 
 
 def _config(folder: Path) -> Any:

@@ -55,10 +55,7 @@ def open_trained(folder: Path, device: torch.device, say: Say) -> Trained:
     language = PretrainedLM.open(folder)
     model = language.load().to(device).eval()
     engine = Engine()
-    try:
-        watcher = watch(engine, model)
-    except UsageError:  # a dense model
-        watcher = None
+    watcher = watch(engine, model) if language.is_mixture else None
     most = getattr(language.config.get_text_config(), "max_position_embeddings", None) or LENGTH
     return Trained(model, language, min(LENGTH, most), engine, watcher)
 

@@ -19,7 +19,7 @@ MOMENTS = 2  # of Adam, for each trained weight
 KEPT_BY_LAYER = 16  # values that backward keeps of a token, in widths of the model: norms, q, k, v, their mix, sums
 KEPT_BY_HEAD = 3  # logits, their log-softmax and its gradient, in sizes of the vocabulary
 CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
-COPIES = 2  # of what a checkpoint holds, in main memory while it is written
+COPIES = 3  # of what a checkpoint holds, in main memory while it is written
 GIGA = 1e9
 
 
@@ -45,15 +45,15 @@ class TrainingMemory:
 
     def __str__(self) -> str:
         parts = {name: size for name, size in attrs.asdict(self).items() if size}
-        told = ", ".join(f"{name} {size / GIGA:.2g}" for name, size in parts.items())
-        return f"about {self.total / GIGA:.2g} GB at most ({told})"
+        told = ", ".join(f"{name} {size / GIGA:.3g}" for name, size in parts.items())
+        return f"about {self.total / GIGA:.3g} GB at most ({told})"
 
     def check(self, device: str, advice: Sequence[str]) -> None:
         """Raise UsageError, with advice, if a device has less memory free."""
         free = free_memory(device)
         if free is not None and self.total > free:
             where = "main memory" if device == "cpu" else device
-            message = f"training needs {self}, but {where} has {free / GIGA:.2g} GB free; {', or '.join(advice)}"
+            message = f"training needs {self}, but {where} has {free / GIGA:.3g} GB free; {', or '.join(advice)}"
             raise UsageError(message, code="not-enough-memory")
 
 
@@ -62,6 +62,7 @@ def training_memory(
     *,
     train: str,
     tokens: int,
+    probed: int = 0,
     device: str = "cpu",
     recompute: bool = False,
     experts: int = 0,
@@ -70,9 +71,10 @@ def training_memory(
 ) -> TrainingMemory:
     """What training a language model needs, by its config alone.
 
-    train: as for `train_only`. tokens: of a batch. recompute: gradient checkpointing, which keeps the input of each
-    layer, and the rest of one. experts, layers, top_k: of a dense model that is upcycled. Raises UsageError for a model
-    without MoE blocks, or, if it is upcycled, without dense ones.
+    train: as for `train_only`. tokens: of a batch. probed: of a forward whose effects are measured, which is never
+    recomputed. recompute: gradient checkpointing, which keeps the input of each layer, and the rest of one. experts,
+    layers, top_k: of a dense model that is upcycled. Raises UsageError for a model without MoE blocks, or, if it is
+    upcycled, without dense ones.
     """
     text, model = language.config.get_text_config(), language.outline
     weights = _count(model)
@@ -88,12 +90,13 @@ def training_memory(
     hidden = next(size for name in HIDDEN if (size := getattr(text, name, None)))
     layer = KEPT_BY_LAYER * text.hidden_size + chosen * (4 * hidden + 2 * text.hidden_size)
     kept = text.num_hidden_layers * text.hidden_size + layer if recompute else text.num_hidden_layers * layer
-    held = weights + MOMENTS * trained
+    head, held = KEPT_BY_HEAD * text.vocab_size, weights + MOMENTS * trained
+    probe = probed * (text.num_hidden_layers * layer + head)
     return TrainingMemory(
         weights=FLOAT * weights,
         gradients=FLOAT * trained,
         moments=FLOAT * MOMENTS * trained,
-        activations=FLOAT * tokens * (kept + KEPT_BY_HEAD * text.vocab_size),
+        activations=FLOAT * max(tokens * (kept + head), probe),
         checkpoint=FLOAT * COPIES * held if device == "cpu" else 0,
     )
 

@@ -19,7 +19,7 @@ from moe_engine import (
     upcycle,
 )
 
-TOKENS = 4096  # of one forward in evaluation
+TOKENS, FEW_TOKENS = 4096, 1024  # of one forward in evaluation, at most; where memory is scarce
 
 
 @attrs.define(eq=False)
@@ -76,10 +76,13 @@ class CausalLM:
     @hookimpl
     def moe_task(self, spec):
         language = PretrainedLM.open(self.model)
+        self._check_kind(language)
+        rows = min(spec.batch_size, (FEW_TOKENS if self.gradient_checkpointing else TOKENS) // self.length) or 1
         needed = training_memory(
             language,
             train=self.train,
             tokens=spec.batch_size * self.length,
+            probed=rows * self.length,
             device=spec.device,
             recompute=self.gradient_checkpointing,
             experts=self.upcycle or 0,
@@ -96,7 +99,7 @@ class CausalLM:
             score=_next_token,
             perplexity=True,
             measures=(lambda: MetricCollection([TextPerplexity(names)])) if len(names) > 1 else None,
-            most_rows=max(TOKENS // self.length, 1),
+            most_rows=rows,
             note=f"memory: {needed}",
         )
 
@@ -112,8 +115,18 @@ class CausalLM:
         if self.lora:
             _adapt(engine, model, self.lora)
         if self.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
         return model, language, self.length
+
+    def _check_kind(self, language):
+        kind = language.config.model_type
+        if language.is_mixture and self.upcycle:
+            message = f"{self.model} ({kind}) has experts already; remove causal_lm.upcycle"
+            raise UsageError(message, code="already-a-mixture")
+        if not language.is_mixture and not self.upcycle:
+            message = f"{self.model} ({kind}) has no experts; let causal_lm.upcycle=8 make some of its dense blocks"
+            raise UsageError(message, code="dense-model")
 
     def _layers(self):
         words = self.layers.split()
