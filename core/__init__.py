@@ -72,6 +72,7 @@ if TYPE_CHECKING:
     from .errors import RunError as RunError
     from .errors import UsageError as UsageError
     from .errors import nearest as nearest
+    from .files import safetensors_of as safetensors_of
     from .files import write_atomically as write_atomically
     from .growth.merging import merging as merging
     from .layer.activations import ACTIVATIONS as ACTIVATIONS
@@ -147,7 +148,7 @@ _HOMES = {
     "engine.engine": ("Engine",),
     "engine.pruning": ("prune",),
     "errors": ("PluginError", "RunError", "UsageError", "nearest"),
-    "files": ("write_atomically",),
+    "files": ("safetensors_of", "write_atomically"),
     "growth.merging": ("merging",),
     "layer.activations": ("ACTIVATIONS",),
     "layer.dense": ("DenseMLP",),

@@ -1,14 +1,19 @@
-"""Files that a crash or a second process can't damage."""
+"""Files that a crash or a second process can't damage, and the files of a checkpoint."""
 
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any
 
 from .errors import UsageError
+
+SEAL = "sha256"  # the key of a checksum in a JSON object
+
+INDEX = "model.safetensors.index.json"
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -39,3 +44,46 @@ def locked(path: Path, folder: Path) -> Iterator[IO[bytes]]:
 def dump(value: Any) -> str:
     """JSON on one line, without NaN or Infinity."""
     return json.dumps(value, allow_nan=False, ensure_ascii=False)
+
+
+def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object with the SHA-256 of all else in it, as "sha256", so that a changed bit is noticed."""
+    return {**value, SEAL: sha256(dump(value).encode()).hexdigest()}
+
+
+def unsealed(text: str) -> dict[str, Any]:
+    """The object that `sealed` made, read from JSON, without its checksum. Raises ValueError if it is another one."""
+    value = json.loads(text)
+    if not isinstance(value, dict) or SEAL not in value:
+        raise ValueError("it has no checksum")
+    seal = value.pop(SEAL)
+    if sealed(value)[SEAL] != seal:
+        raise ValueError("its checksum is wrong")
+    return value
+
+
+def safetensors_of(path: str | Path) -> list[Path]:
+    """The safetensors files of a checkpoint: a file, a folder, or an index such as model.safetensors.index.json.
+
+    Raises OSError or ValueError if an index can't be read, or if there are none.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if (path / INDEX).exists():
+            return safetensors_of(path / INDEX)
+        if not (files := sorted(path.glob("*.safetensors"))):
+            raise ValueError("the folder holds no *.safetensors")
+        return files
+    if path.suffix != ".json":
+        return [path]
+    try:
+        index = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the index is not JSON ({error})") from error
+    names = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(names, dict):
+        raise ValueError("the index holds no weight_map")
+    for name in names.values():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ValueError(f"the index names {name!r}, which is not a file next to it")
+    return [path.parent / name for name in sorted(set(names.values()))]

@@ -59,7 +59,7 @@ REFERENCE = {
         "Spread a model over ranks; sums over them.",
         "parallelize expert_mesh all_reduce_sum sum_over_ranks",
     ),
-    "Saving": ("Checkpoints in one file, without pickle.", "save load"),
+    "Saving": ("Checkpoints in one file, without pickle; the files of others.", "save load safetensors_of"),
     "Reports": (
         "Draw a finished run, and write files that a crash can't damage.",
         "run_figures expert_loads write_atomically",

@@ -13,7 +13,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}  # of logits, relative to
 
 def probe_of(model: Any) -> Tensor | None:
     """[1, S]: the probe's token ids; None for a model that takes none."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     vocab = config_value(config.get_text_config(), "vocab_size") if hasattr(config, "get_text_config") else None
     if not isinstance(vocab, int):
         return None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..contract.families import Block, Family, Stored
+from ..contract.parts import LinearRouter
 from ..engine.engine import Engine
 from ..errors import UsageError, listed
 from ..layer.moe import MoE
@@ -18,7 +19,7 @@ from ..registry.discovery import find, pick
 from .adopted import folded
 from .adopting import lost_of, told
 from .families import dense_blocks_of, families_of, family_plugin
-from .upcycled import upcycled_layers
+from .upcycled import DenseCopies, upcycled_layers
 
 INSTEAD = "save the engine's own state with moe_engine.save(), from which the upcycled model can be loaded"
 
@@ -100,10 +101,11 @@ def _refuse_lost(engine: Engine, model: Any, blocks: list[Block], layers: Mappin
 
 def _stored(family: Family, layer: MoE) -> dict[str, Tensor]:
     """A layer's tensors by their paths in a block, laid out as a family stores them."""
-    bank, found = layer.experts, {}
+    bank, router, found = layer.experts, layer.router, {}
+    assert isinstance(bank, DenseCopies) and isinstance(router, LinearRouter)
     for path, stored in family.tensors.items():
         if stored.role == "logit_row":
-            found[path] = layer.router.weight.movedim(0, stored.axis)
+            found[path] = router.weight.movedim(0, stored.axis)
         elif stored.role in ("in", "output"):
             found[path] = _laid_out(bank.w_in if stored.role == "in" else bank.w_out, stored)
     return {path: value.detach().contiguous() for path, value in found.items()}

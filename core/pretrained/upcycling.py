@@ -225,7 +225,7 @@ def _share(layer: MoE, dense: DenseWeights) -> None:
         repeated = value.unflatten(0, (parts, -1)).repeat(1, count, *[1] * (value.dim() - 1))
         getattr(shared.enter, name).copy_(repeated.flatten(0, 1))
     shared.leave.weight.copy_(dense.rows["w_out"].t().repeat(1, count))
-    outputs = [bank.w_out, shared.leave.weight]
+    outputs: list[Any] = [bank.w_out, shared.leave.weight]
     if layer.spec.bias:
         shared.leave.bias.copy_(count * dense.rows["b_out"])
         outputs += [bank.b_out, shared.leave.bias]

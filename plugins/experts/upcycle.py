@@ -1,15 +1,11 @@
-import json
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from contextlib import ExitStack
 
 import attrs
 import safetensors
 import torch
 from safetensors.torch import save_file
 
-from moe_engine import StackedMLP, UsageError, hookimpl, nearest, option
-
-INDEX = "model.safetensors.index.json"
+from moe_engine import StackedMLP, UsageError, hookimpl, nearest, option, safetensors_of
 
 
 @attrs.define(eq=False)
@@ -18,10 +14,8 @@ class Upcycle:
 
     W_e = W for each expert e (sparse upcycling); the router is random. Where gates sum to 1 and nothing is dropped,
     the new layer computes what the dense network does. Tensors are read from a safetensors file, or from the shards
-    that a folder or an index (model.safetensors.index.json) names, in nn.Linear's layout [out, in]; nothing is
-    unpickled. For swiglu (Llama's gate_proj, up_proj, down_proj) name w_gate, w_in, w_out. To read other tensors in
-    each layer of a model, set them per layer: engine.moe(..., settings=["upcycle.w_in=..."]); the function
-    `upcycle(engine, model)` does so for a model of transformers.
+    of a folder or an index, in nn.Linear's layout [out, in]. For swiglu (Llama's gate_proj, up_proj, down_proj) name
+    w_gate, w_in, w_out. Name other tensors for each layer: engine.moe(..., settings=["upcycle.w_in=..."]).
 
     Source: Komatsuzaki et al., 2022 (Sparse Upcycling).
     """
@@ -35,9 +29,8 @@ class Upcycle:
 
     @staticmethod
     def trial_options(folder, dim, hidden):
-        """Write a small dense network for the conformance tests."""
-        w_in = torch.eye(hidden, dim)
-        save_file({"w_in": w_in, "w_out": w_in.t().contiguous()}, folder / "dense.safetensors")
+        """For the conformance tests."""
+        save_file({"w_in": torch.eye(hidden, dim), "w_out": torch.eye(dim, hidden)}, folder / "dense.safetensors")
         return {"file": str(folder / "dense.safetensors")}
 
     @hookimpl
@@ -56,7 +49,8 @@ class Upcycle:
         shape_in, shape_out = (spec.hidden, spec.dim), (spec.out_dim, spec.hidden)
         first = (self.w_gate, self.w_in) if spec.activation == "swiglu" else (self.w_in,)
         bank = StackedMLP(spec)
-        with _opened(self.file) as held, torch.no_grad():
+        with ExitStack() as stack, torch.no_grad():
+            held = _opened(self.file, stack)
             bank.w_in.copy_(torch.cat([_tensor(held, self.file, name, shape_in) for name in first]).t())
             bank.w_out.copy_(_tensor(held, self.file, self.w_out, shape_out).t())
             for bias, name in ((bank.b_in, self.b_in), (bank.b_out, self.b_out)) if spec.bias else ():
@@ -64,41 +58,16 @@ class Upcycle:
         return bank
 
 
-@contextmanager
-def _opened(path):
-    """{name: the open file that holds the tensor}."""
+def _opened(path, stack):
+    """The open files of a checkpoint by the tensors in them."""
     held, file = {}, path
-    with ExitStack() as stack:
-        try:
-            for file in _files(Path(path)):
-                opened = stack.enter_context(safetensors.safe_open(file, framework="pt"))
-                held |= dict.fromkeys(opened.keys(), opened)
-        except (OSError, safetensors.SafetensorError) as error:
-            raise UsageError(
-                f"upcycle: {file} can't be read as safetensors: {error}", code="unreadable-file"
-            ) from error
-        yield held
-
-
-def _files(path):
-    """The safetensors files that a path means: itself, those of an index, or those of a folder."""
-    if path.is_dir():
-        index, files = path / INDEX, sorted(path.glob("*.safetensors"))
-        if not index.exists() and not files:
-            message = f"upcycle: folder {path} holds no *.safetensors; name one with a checkpoint, or a file"
-            raise UsageError(message, code="unreadable-file")
-        return _files(index) if index.exists() else files
-    if path.suffix != ".json":
-        return [path]
     try:
-        names = sorted(set(json.loads(path.read_text("utf-8"))["weight_map"].values()))
-        if strange := [name for name in names if Path(name).name != name]:
-            raise ValueError(f"it names {strange[0]!r}, which is not a file next to it")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        why = f"it has no {error}" if isinstance(error, KeyError) else error
-        message = f"upcycle: {path} can't be read as an index of safetensors: {why}"
-        raise UsageError(message, code="unreadable-file") from error
-    return [path.parent / name for name in names]
+        for file in safetensors_of(path):
+            opened = stack.enter_context(safetensors.safe_open(file, "pt"))
+            held |= dict.fromkeys(opened.keys(), opened)
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise UsageError(f"upcycle: {file} can't be read as safetensors: {error}", code="unreadable-file") from error
+    return held
 
 
 def _tensor(held, path, name, shape):
