@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from moe_engine.cli import main
+from moe_engine.files import unsealed
 from moe_engine.study.page import markdown_of
 from moe_engine.study.reading import read_study, shipped
 from moe_engine.study.results import judged
@@ -18,7 +19,7 @@ PAGE = (DOCS / "results.md").read_text("utf-8")
 @pytest.mark.parametrize("name", STORED)
 def test_committed_results_are_those_of_the_study(name):
     """Its variants and columns, and every run is there."""
-    study, stored = read_study(name), json.loads((DOCS / "results" / name / "study.json").read_text("utf-8"))
+    study, stored = read_study(name), unsealed((DOCS / "results" / name / "study.json").read_text("utf-8"))
     assert json.loads(json.dumps(judged(study, stored))) == stored
     planned = [(part.name, at) for part, at, _ in study.variants({})]
     assert planned == [(row["part"], row["at"]) for row in stored["rows"]]
@@ -29,7 +30,7 @@ def test_committed_results_are_those_of_the_study(name):
 
 @pytest.mark.parametrize("name", STORED)
 def test_the_results_page_reports_every_criterion_and_its_verdict(name):
-    stored = json.loads((DOCS / "results" / name / "study.json").read_text("utf-8"))
+    stored = unsealed((DOCS / "results" / name / "study.json").read_text("utf-8"))
     assert stored["criteria"]
     for criterion in stored["criteria"]:
         assert f"| {criterion['claim']} | {criterion['verdict']} |" in PAGE, criterion
@@ -54,7 +55,7 @@ def test_results_are_small(name):
 
 def test_checking_committed_results_fails_where_a_criterion_does(capsys):
     for name in STORED:
-        stored = json.loads((DOCS / "results" / name / "study.json").read_text("utf-8"))
+        stored = unsealed((DOCS / "results" / name / "study.json").read_text("utf-8"))
         failed = any(criterion["verdict"] != "passed" for criterion in stored["criteria"])
         assert main(["study", name, "--check", "--out", str(DOCS / "results" / name)]) == failed
         capsys.readouterr()

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from ..errors import RunError, UsageError
-from ..files import write_atomically
+from ..files import sealed, unsealed, write_atomically
 from .flags import address_flag, backend_flag, flags, jobs_flag, json_flag, out_flag, quiet_flag
 
 
@@ -137,7 +137,7 @@ def _run(
     figures = figures_of(study, results, records)
     for file, content in figures.items():
         write_atomically(folder / file, content)
-    write_atomically(folder / "study.json", (_text(results) + "\n").encode())
+    write_atomically(folder / "study.json", (_text(sealed(results)) + "\n").encode())
     write_atomically(folder / "study.md", markdown_of(results, figures).encode())
     write_atomically(folder / "study.html", html_of(results, figures).encode())
     return results
@@ -149,7 +149,7 @@ def _stored(folder: Path, study: Any) -> dict[str, Any]:
 
     file = folder / "study.json"
     try:
-        stored = json.loads(file.read_text("utf-8"))
+        stored = unsealed(file.read_text("utf-8"))
         return judged(study, stored)
     except OSError as error:
         sentence = f"{file} can't be read: {error.strerror}; run the study first, or name its folder with --out"

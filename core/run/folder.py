@@ -5,6 +5,7 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
+from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any
 
@@ -12,10 +13,12 @@ import attrs
 
 from ..contract.options import Settings
 from ..contract.run import Run
-from ..errors import UsageError, nearest
-from ..files import locked
+from ..errors import UsageError, listed, nearest
+from ..files import dump, locked, sealed, unsealed, write_atomically
 from ..registry.discovery import WATCHING, find
 from .config import RunConfig, merge_options, read_config
+
+FILES = ("config.toml", "metrics.jsonl")  # whose checksums summary.json holds
 
 
 def new_folder(out: Path | None, task: str) -> Path:
@@ -86,19 +89,33 @@ def read_run(folder: Path) -> Run:
     try:
         if not folder.is_dir():
             raise UsageError(f"there is no run folder {folder}", code="unknown-run")
-        summary = json.loads((folder / "summary.json").read_text("utf-8"))
-        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
-        config = tomllib.loads((folder / "config.toml").read_text("utf-8"))
+        summary = unsealed((folder / "summary.json").read_text("utf-8"))
+        kept, known = {name: (folder / name).read_bytes() for name in FILES}, summary.pop("files")
+        if changed := [name for name in FILES if _digest(kept[name]) != known[name]]:
+            raise ValueError(f"{listed(changed)} changed after the run ended")
+        records = [json.loads(line) for line in kept["metrics.jsonl"].decode().splitlines()]
+        config = tomllib.loads(kept["config.toml"].decode())
     except FileNotFoundError as error:
         begun = (folder / "config.toml").exists() and (folder / "metrics.jsonl").exists()
         advice = f"; moe-engine resume {folder} continues it" if begun else ""
         message = f"{folder} holds no finished run: {Path(error.filename).name} is missing{advice}"
         raise UsageError(message, code="unfinished-run") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
         raise UsageError(f"run folder {folder} is damaged: {error}", code="damaged-run") from error
     if problem := _problem(summary, records, config):
         raise UsageError(f"run folder {folder} is damaged: {problem}", code="damaged-run")
     return Run(folder, summary, records, config)
+
+
+def write_summary(folder: Path, summary: Mapping[str, Any], records: Mapping[str, Any]) -> None:
+    """Write summary.json, with its checksum and those of the other files that are read again. records: as synced."""
+    config = _digest((folder / "config.toml").read_bytes())
+    files = dict(zip(FILES, (config, records), strict=True))
+    write_atomically(folder / "summary.json", (dump(sealed({**summary, "files": files})) + "\n").encode())
+
+
+def _digest(content: bytes) -> dict[str, Any]:
+    return {"bytes": len(content), "sha256": sha256(content).hexdigest()}
 
 
 def number_of(summary: Mapping[str, Any], name: str) -> Any:

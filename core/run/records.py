@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping
+from hashlib import sha256
 from typing import IO, Any
 
 import attrs
@@ -36,15 +37,19 @@ class RecordFile:
         head = {"split": split, "step": step, "epoch": epoch}
         self.write({**head, **{name: plain(value) for name, value in means.items()}, "layers": numbers})
 
-    def sync(self) -> int:
-        """Make sure that all records are on the disk; returns the file's size in bytes."""
+    def sync(self) -> dict[str, Any]:
+        """Make sure that all records are on the disk; returns the file's size in "bytes" and its "sha256"."""
         self.file.flush()
         os.fsync(self.file.fileno())
-        return os.fstat(self.file.fileno()).st_size
+        self.file.seek(0)
+        content = self.file.read()
+        return {"bytes": len(content), "sha256": sha256(content).hexdigest()}
 
-    def size(self) -> int:
-        """The file's size in bytes."""
-        return self.file.seek(0, os.SEEK_END)
+    def begins(self, with_: Mapping[str, Any]) -> bool:
+        """Whether the file begins with the records of an earlier `sync`."""
+        self.file.seek(0)
+        content = self.file.read(with_["bytes"])
+        return len(content) == with_["bytes"] and sha256(content).hexdigest() == with_["sha256"]
 
     def truncate(self, size: int) -> None:
         """Discard everything after the first `size` bytes."""

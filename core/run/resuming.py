@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from .records import RecordFile
 
 
 def check_resumable(
-    folder: Path, tree: Mapping[str, Any], config_text: str, recorded: int, dropped: Iterable[str] = ()
+    folder: Path, tree: Mapping[str, Any], config_text: str, records: RecordFile, dropped: Iterable[str] = ()
 ) -> None:
-    """Raise UsageError if the configuration or the `recorded` bytes of records do not match the checkpoint `tree`.
+    """Raise UsageError if the configuration or the records are not those of the checkpoint `tree`.
 
     dropped: plugins that are left out from here on.
     """
@@ -21,8 +22,8 @@ def check_resumable(
             "moe-engine run --config",
             code="config-changed",
         )
-    if recorded < tree["records"]:
-        message = f"{folder / 'metrics.jsonl'} is damaged: it is shorter than its checkpoint says"
+    if not records.begins(tree["records"]):
+        message = f"{folder / 'metrics.jsonl'} is damaged: it does not begin with the records that its checkpoint knows"
         raise UsageError(message, code="damaged-run")
 
 

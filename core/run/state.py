@@ -68,7 +68,7 @@ def newest_state(run: Running) -> Any:
     with agreed("reading the checkpoint", run.device):
         tree = run.checkpoints.newest(run.say)
         if tree is not None and rank() == 0:
-            check_resumable(run.folder, tree, run.config_text(), run.records.size(), run.dropped)
+            check_resumable(run.folder, tree, run.config_text(), run.records, run.dropped)
     if tree is None:
         run.say("there is no checkpoint to continue from; starting over")
         run.records.truncate(0)
@@ -82,7 +82,7 @@ def continue_from(run: Running, tree: Any) -> None:
     """Restore all but the model, which must have its state already."""
     restore(run.optimizer, tree["optimizer"])
     run.engine.load_state_dict(tree["engine"])
-    run.records.truncate(tree["records"])
+    run.records.truncate(tree["records"]["bytes"])
     run.loop.load_state_dict(tree["loop"])
     run.started -= tree["seconds"]
     if (draws := run.checkpoints.draws(tree)) is not None:

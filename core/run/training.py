@@ -22,7 +22,7 @@ from ..contract.stats import plain
 from ..contract.tasks import Batch, Task
 from ..engine.engine import Engine
 from ..errors import RunError, UsageError
-from ..files import dump, write_atomically
+from ..files import write_atomically
 from ..parallel.launch import lost
 from ..parallel.parallelize import expert_mesh, parallelize
 from ..processes import agreed, any_rank, distributed, full_tensor, of_first, rank, world_size
@@ -34,7 +34,7 @@ from .device import StepTimer, deterministic, find_device, resolve_matmul
 from .elastic import remember
 from .failures import culprit_of, write_reports
 from .finite import FiniteCheck
-from .folder import new_folder, read_run, record_file
+from .folder import new_folder, read_run, record_file, write_summary
 from .loop_state import LoopState
 from .records import Listener, RecordFile
 from .scores import Scorer, ScoreSums
@@ -286,7 +286,7 @@ class Training:
             facts: dict[str, Any] = {"step": self.step, "seconds": self.seconds(), "means": means, "layers": layers}
             summary = summarize(self.config, self.engine, perplexity=self.task.perplexity, **facts)
             if rank() == 0:
-                write_atomically(self.folder / "summary.json", (dump(summary) + "\n").encode())
+                write_summary(self.folder, summary, self.records.sync())
         self.loop.eval_loss = means["loss"]
         if means["loss"] < self.loop.best:
             self.loop.best = means["loss"]

@@ -21,7 +21,7 @@ import joblib
 from ..analysis.flops import forward_flops, model_flops, parameters_of
 from ..contract.options import Settings, values_of
 from ..errors import RunError, UsageError
-from ..files import dump, locked, write_atomically
+from ..files import dump, locked, sealed, unsealed, write_atomically
 from ..processes import one_thread
 from ..registry import discovery
 from ..registry.discovery import defaults
@@ -159,10 +159,9 @@ def _run(cell: Cell, folder: Path, home: Path | None) -> Record:
         }
         if cell.keep and record["status"] == FINISHED:
             os.replace(Path(scratch) / "run" / "model.safetensors", weights_of(folder, cell.key))
-    text = dump(record)
+    text = dump(sealed(record))
     write_atomically(_file(folder, cell), (text + "\n").encode())
-    stored: Record = json.loads(text)  # exactly as the next call will read it
-    return stored
+    return unsealed(text)  # exactly as the next call will read it
 
 
 def _check_worker(cell: Cell, folder: Path, home: Path) -> None:
@@ -265,7 +264,7 @@ def _read(folder: Path, cell: Cell) -> Record | None:
     if cell.keep and not weights_of(folder, cell.key).exists():
         return None
     try:
-        record: Record = json.loads(_file(folder, cell).read_text("utf-8"))
+        record = unsealed(_file(folder, cell).read_text("utf-8"))
         return record if record["status"] == FINISHED and record["key"] == cell.key else None
     except (OSError, ValueError, TypeError, KeyError):
         return None

@@ -1,6 +1,5 @@
 """Inference time of trained models, measured in turns on one thread."""
 
-import json
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -12,7 +11,7 @@ import safetensors.torch
 import torch
 
 from ..contract.options import build
-from ..files import dump, write_atomically
+from ..files import dump, sealed, unsealed, write_atomically
 from ..processes import one_thread
 from ..run.config import RunConfig
 from ..run.training import Training
@@ -36,7 +35,7 @@ def time_inference(planned: Sequence[Planned], records: Sequence[Record], out: P
     if timed.keys() - known.keys():
         with one_thread():
             known |= _measured({key: _forward(record, out) for key, record in timed.items()})
-        write_atomically(file, (dump(known) + "\n").encode())
+        write_atomically(file, (dump(sealed(known)) + "\n").encode())
     for key, record in timed.items():
         record["latency"] = known[key]
 
@@ -44,8 +43,7 @@ def time_inference(planned: Sequence[Planned], records: Sequence[Record], out: P
 def _read(file: Path) -> dict[str, Any]:
     """Earlier measurements; empty if the file is missing or damaged."""
     try:
-        known: dict[str, Any] = json.loads(file.read_text("utf-8"))
-        return known if isinstance(known, dict) else {}
+        return unsealed(file.read_text("utf-8"))
     except (OSError, ValueError):
         return {}
 

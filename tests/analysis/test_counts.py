@@ -17,6 +17,7 @@ from moe_engine import hookimpl
 from moe_engine.analysis.counts import read_counts
 from moe_engine.cli import main
 from moe_engine.run.folder import read_run
+from support import forge
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "counts"
 SMALL = "layer,split,e0,e1\n0,train,3,1\n"
@@ -502,6 +503,7 @@ def test_a_run_without_classes_is_read_from_its_trace_or_its_shares(stats, folde
     for line in lines:
         line["layers"]["moe"].pop("class_expert", None)
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    forge(tmp_path)
     whole, report = stats(folder)["rows"][1], stats(tmp_path)["rows"][1]
     assert whole["cv"] == pytest.approx(report["cv"])
     assert (whole["total"] if trace else pytest.approx(1)) == report["total"]
@@ -515,9 +517,9 @@ def test_a_run_without_classes_is_read_from_its_trace_or_its_shares(stats, folde
 )
 def test_a_run_without_loads_is_refused(tmp_path, capsys, layer, sentence):
     (tmp_path / "config.toml").write_text("[run]\n")
-    (tmp_path / "summary.json").write_text('{"loss": 1, "layers": [{"name": "moe", "top_k": 2}]}')
     record = {"split": "eval", "step": 1, "layers": {"moe": layer}}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(record))
+    forge(tmp_path, {"loss": 1, "layers": [{"name": "moe", "top_k": 2}]})
     assert main(["routing-stats", str(tmp_path)]) == 2
     assert sentence in capsys.readouterr().err
 

@@ -14,9 +14,9 @@ from moe_engine.cli import main
 from moe_engine.contract.routing import Level, Routing, Slots, Spec, Tokens
 from moe_engine.registry.discovery import find
 from moe_engine.run import training
-from moe_engine.run.trees import read_tree, write_tree
 from moe_engine.run.folder import old_folder
 from moe_engine.run.traces import FILE, LayerTrace, Trace, begin, read_trace, record
+from moe_engine.run.trees import read_tree, write_tree
 from support import refused
 
 QUICK = ["--task", "blobs", "--set", "blobs.images=500", "--set", "blobs.test_images=100", "--epochs", "2"]

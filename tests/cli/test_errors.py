@@ -17,6 +17,7 @@ import pytest
 from moe_engine.cli import main
 from moe_engine.registry.discovery import find
 from sentences import check, sentence_of
+from support import forge
 from warm import MOE_ENGINE
 
 QUICK = ("run", "--epochs", "1", "--no-plugin", "plots,html", "--quiet")
@@ -556,6 +557,34 @@ def test_a_damaged_run_is_refused_by_its_folder(refusal, copied, name, content):
     """Whatever is wrong with its files, no figure is left."""
     (copied / name).write_bytes(content)
     check(refusal("compare", copied), copied, "damaged")
+
+
+@pytest.mark.parametrize(("name", "content"), BROKEN_RUN.values(), ids=BROKEN_RUN)
+def test_checksums_of_nonsense_do_not_make_it_sense(refusal, copied, name, content):
+    """As a program could write them that knows the checksum."""
+    if name != "summary.json":
+        (copied / name).write_bytes(content)
+        forge(copied)
+    elif content in (b"{}", b'{"layers": 3}', b'{"layers": [3]}'):
+        forge(copied, json.loads(content))
+    else:
+        pytest.skip("it is not an object, so it has no checksum")
+    check(refusal("compare", copied), copied, "damaged")
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.toml", "summary.json"])
+@pytest.mark.parametrize("command", [["compare"], ["routing-stats"]])
+def test_one_changed_bit_in_a_run_is_noticed(refusal, copied, name, command):
+    content = bytearray((copied / name).read_bytes())
+    digits = [at for at, byte in enumerate(content) if 48 <= byte < 58]
+    content[digits[len(digits) // 2]] ^= 1  # a digit becomes another one
+    (copied / name).write_bytes(content)
+    check(refusal(*command, copied), copied, "damaged")
+
+
+def test_a_config_that_was_emptied_is_noticed(refusal, copied):
+    (copied / "config.toml").write_bytes(b"")
+    check(refusal("compare", copied), copied, "config.toml changed after the run ended")
 
 
 def test_a_figure_of_another_format_is_refused(refusal, finished):

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from integrations.test_integrations import ByItems, Wrapped, data, fit, module_of, same, trainer_of
-from moe_engine import Engine
+from moe_engine import Engine, adam, expert_mesh, parallelize
 from moe_engine.integrations import EngineLoop
+from moe_engine.processes import full_tensor
 from support import on_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -100,10 +101,73 @@ def test_two_processes_have_the_auxiliary_gradient_of_one(tmp_path, free_port):
     found = torch.load(tmp_path / "0", weights_only=True)
     assert len(found) == 12
     for name, state in found.items():
-        windows = [2] * 4 if name.endswith("1") else [4] * 2
-        expected = by_hand(windows, epochs=1).state_dict()
+        windows = [1] * 4 if name.endswith("1") else [2] * 2
+        expected = by_hand(windows, batch=16, epochs=1).state_dict()  # the losses see both ranks' micro-batches
         for key, value in expected.items():
             torch.testing.assert_close(state[key], value, rtol=1e-5, atol=1e-6, msg=f"{name}: {key}")
+
+
+def _spread(rank, folder, port, which):
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    warnings.simplefilter("ignore")
+    net = {"trainer": _with_trainer, "lightning": _with_lightning}[which](folder)
+    bank = net[1].experts
+    assert bank.exchange is not None and bank.w_in.to_local().shape[0] == 2 - rank  # of three experts
+    torch.save({name: full_tensor(tensor) for name, tensor in net.state_dict().items()}, f"{folder}/{rank}")
+
+
+def _with_trainer(folder):
+    from moe_engine.integrations.transformers import MoECallback
+
+    torch.distributed.init_process_group("gloo")
+    engine, net = build()
+    model = parallelize(engine, Wrapped(net), expert_mesh(2), shard=False).module
+    more = {"ddp_backend": "gloo", "num_train_epochs": 1, "optimizers": (adam(model, 1e-2), None)}
+    trainer_of(model, MoECallback(engine), folder, **more).train()
+    return net
+
+
+def _with_lightning(folder):
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.strategies import DDPStrategy
+    from torch.utils.data import DataLoader, TensorDataset
+
+    from moe_engine.integrations.lightning import MoECallback
+
+    engine, net = build()
+    module = module_of(net)
+    module.configure_model = lambda: parallelize(engine, module, expert_mesh(2), shard=False)
+    module.configure_optimizers = lambda: adam(module, 1e-2)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    strategy = DDPStrategy(process_group_backend="gloo")
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy=strategy,
+        max_epochs=1,
+        limit_val_batches=0,
+        enable_checkpointing=False,
+        use_distributed_sampler=True,
+        callbacks=[MoECallback(engine)],
+        **quiet,
+    )
+    trainer.fit(module, DataLoader(TensorDataset(*data()), batch_size=8))
+    return net
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("which", "library"), [("trainer", "accelerate"), ("lightning", "lightning.pytorch")])
+def test_experts_on_two_ranks_train_as_on_one(tmp_path, free_port, which, library):
+    """The trainer shards the data and averages the rest; the experts' exchange is its own affair."""
+    pytest.importorskip(library)
+    on_ranks(_spread, str(tmp_path), free_port, which)
+    expected = by_hand([1] * 4, batch=16, epochs=1).state_dict()
+    for rank in range(2):
+        found = torch.load(tmp_path / str(rank), weights_only=True)
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-6, msg=f"rank {rank}: {key}")
 
 
 def test_an_interrupted_trainer_leaves_nothing_on_the_model(tmp_path):

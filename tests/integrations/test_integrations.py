@@ -77,7 +77,7 @@ class ByItems(Wrapped):
         return {"loss": (y - labels).square().sum() / items, "logits": y}
 
 
-def trainer_of(model, callback, folder, accumulate=1, **more):
+def trainer_of(model, callback, folder, accumulate=1, optimizers=(None, None), **more):
     from transformers import Trainer, TrainingArguments
 
     more = {"save_strategy": "no", "num_train_epochs": 2, **more}
@@ -99,7 +99,8 @@ def trainer_of(model, callback, folder, accumulate=1, **more):
     )
     x, y = data()
     rows = [{"x": one, "labels": two} for one, two in zip(x, y, strict=True)]
-    return Trainer(model, arguments, train_dataset=rows, eval_dataset=rows[:16], callbacks=[callback])
+    data_sets = {"train_dataset": rows, "eval_dataset": rows[:16]}
+    return Trainer(model, arguments, **data_sets, callbacks=[callback], optimizers=optimizers)
 
 
 @pytest.mark.filterwarnings("ignore")

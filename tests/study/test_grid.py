@@ -90,10 +90,16 @@ def test_only_missing_cells_are_run(tmp_path, ran):
     assert ran == [(("sigmoid_topk",), 0), (("topk",), 1), (("sigmoid_topk",), 1)]
 
 
-def test_a_damaged_cell_is_run_again(tmp_path, ran):
+@pytest.mark.parametrize(
+    "damage", [lambda _: '{"status": "fini', lambda text: text.replace('"seconds": ', '"seconds": 1', 1)]
+)
+def test_a_damaged_cell_is_run_again(tmp_path, ran, damage):
     out = tmp_path / "out"
     (record,) = run_grid([variant("topk")], [0], out)
-    (out / "cells" / f"{record['key']}.json").write_text('{"status": "fini')
+    cell = out / "cells" / f"{record['key']}.json"
+    before = cell.read_text()
+    cell.write_text(damage(before))
+    assert cell.read_text() != before
     ran.clear()
     assert record["summary"]["loss"] == run_grid([variant("topk")], [0], out)[0]["summary"]["loss"]
     assert ran == [(("topk",), 0)]

@@ -205,6 +205,14 @@ def test_results_are_judged_again_without_a_run(out, ran, capsys):
     assert stored == Path("out/study.json").read_bytes()
 
 
+def test_results_with_a_changed_digit_are_refused(out, capsys):
+    text = Path("out/study.json").read_text()
+    at = text.index('"mean": 0.') + len('"mean": 0.')
+    Path("out/study.json").write_text(text[:at] + str((int(text[at]) + 1) % 10) + text[at + 1 :])
+    study("--check", code=2)
+    assert "damaged (its checksum is wrong)" in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("out")
 def test_a_failed_criterion_is_shown_and_does_not_fail_the_run():
     Path("mine.toml").write_text(MINE.replace("at_least = 0.11", "at_least = 1.01"))
