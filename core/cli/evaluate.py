@@ -67,12 +67,13 @@ def evaluate(
     trained = open_trained(
         folder, find_device(device or "auto"), lambda remark: click.echo(f"moe-engine: {remark}", err=True)
     )
-    losses = [*text_losses(trained, files, length or trained.length)]
+    window = trained.language.window(length or trained.length)
+    losses = [*text_losses(trained, files, window)]
     layers = {
         name: {key: plain(metrics.get(key)) for key in BALANCE} | {"experts": len(metrics.get("load", ())) or None}
         for name, metrics in trained.balance().items()
     }
-    report = _report(losses, layers, length or trained.length)
+    report = _report(losses, layers, window)
     if as_json:
         click.echo(json.dumps(report, indent=2, allow_nan=False))
     else:

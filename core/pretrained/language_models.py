@@ -17,6 +17,7 @@ from ..errors import UsageError
 from .families import blocks_of
 from .loading import LOCAL, gguf_of, load_model, load_tokenizer, reading
 
+LENGTH = 512  # tokens of a window
 TRAINED = ("all", "moe", "router")
 
 
@@ -82,6 +83,14 @@ class PretrainedLM:
         with reading(self.folder, "the model"), torch.device("meta"):
             model: nn.Module = AutoModelForCausalLM.from_config(self.config, trust_remote_code=False)
         return model
+
+    def window(self, wanted: int | None = None) -> int:
+        """Tokens in a window: as many as wanted, or 512, or what the model takes. Raises UsageError for more."""
+        most = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        if wanted is not None and most is not None and wanted > most:
+            message = f"a window of {wanted} tokens is more than {self.folder} takes, {most}; lower the length"
+            raise UsageError(message, code="window-too-long")
+        return wanted or min(LENGTH, most or LENGTH)
 
     @cached_property
     def is_mixture(self) -> bool:

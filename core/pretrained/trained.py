@@ -25,7 +25,6 @@ from ..seeds import generator, own_random_state
 from .language_models import PretrainedLM
 from .watching import Watcher, watch
 
-LENGTH = 512  # tokens of a window, of a model that was not trained here
 TOKENS = 4096  # of one forward
 Say = Callable[[str], None]
 
@@ -56,8 +55,7 @@ def open_trained(folder: Path, device: torch.device, say: Say) -> Trained:
     model = language.load().to(device).eval()
     engine = Engine()
     watcher = watch(engine, model) if language.is_mixture else None
-    most = getattr(language.config.get_text_config(), "max_position_embeddings", None) or LENGTH
-    return Trained(model, language, min(LENGTH, most), engine, watcher)
+    return Trained(model, language, language.window(), engine, watcher)
 
 
 def of_run(folder: Path, device: torch.device, say: Say) -> Trained:

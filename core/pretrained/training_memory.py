@@ -16,8 +16,9 @@ from .upcycling import _wanted as wanted_layers
 
 FLOAT = 4  # bytes of a weight, a gradient, a moment or a kept value in float32
 MOMENTS = 2  # of Adam, for each trained weight
-KEPT_BY_LAYER = 16  # values that backward keeps of a token, in widths of the model: norms, q, k, v, their mix, sums
-KEPT_BY_HEAD = 3  # logits, their log-softmax and its gradient, in sizes of the vocabulary
+# values that backward keeps of a token, as measured on a Mixtral: per layer in widths of the model, for each chosen
+# expert in its hidden units and in widths, and at the head in sizes of the vocabulary
+KEPT_BY_LAYER, KEPT_BY_UNIT, KEPT_BY_EXPERT, KEPT_BY_HEAD = 24, 6, 2, 3
 CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
 COPIES = 3  # of what a checkpoint holds, in main memory while it is written
 GIGA = 1e9
@@ -88,7 +89,7 @@ def training_memory(
         chosen = next((k for name in CHOSEN if isinstance(k := getattr(text, name, None), int)), 1)
     trained = {"all": weights, "moe": of_experts, "router": 0}[train]
     hidden = next(size for name in HIDDEN if (size := getattr(text, name, None)))
-    layer = KEPT_BY_LAYER * text.hidden_size + chosen * (4 * hidden + 2 * text.hidden_size)
+    layer = (KEPT_BY_LAYER + KEPT_BY_EXPERT * chosen) * text.hidden_size + KEPT_BY_UNIT * chosen * hidden
     kept = text.num_hidden_layers * text.hidden_size + layer if recompute else text.num_hidden_layers * layer
     head, held = KEPT_BY_HEAD * text.vocab_size, weights + MOMENTS * trained
     probe = probed * (text.num_hidden_layers * layer + head)

@@ -39,7 +39,7 @@ class CausalLM:
     file: str | None = option(
         None, help="UTF-8 texts, comma-separated, paths or names under --data-dir; each is a domain; required"
     )
-    length: int = option(512, help="tokens in a window", min=2)
+    length: int | None = option(None, help="tokens in a window; unset: 512, or what the model takes", min=2)
     stride: int | None = option(None, help="tokens between the starts of training windows; unset: length", min=1)
     train: str = option(
         "all",
@@ -77,12 +77,13 @@ class CausalLM:
     def moe_task(self, spec):
         language = PretrainedLM.open(self.model)
         self._check_kind(language)
-        rows = min(spec.batch_size, (FEW_TOKENS if self.gradient_checkpointing else TOKENS) // self.length) or 1
+        length = language.window(self.length)
+        rows = min(spec.batch_size, (FEW_TOKENS if self.gradient_checkpointing else TOKENS) // length) or 1
         needed = training_memory(
             language,
             train=self.train,
-            tokens=spec.batch_size * self.length,
-            probed=rows * self.length,
+            tokens=spec.batch_size * length,
+            probed=rows * length,
             device=spec.device,
             recompute=self.gradient_checkpointing,
             experts=self.upcycle or 0,
@@ -91,7 +92,7 @@ class CausalLM:
         )
         advice = ["lower --batch-size or causal_lm.length", "set causal_lm.gradient_checkpointing=true"]
         needed.check(spec.device, [*advice, "train less with causal_lm.train"])
-        train, test, names = self._windows(language, Path(spec.data_dir))
+        train, test, names = self._windows(language, length, Path(spec.data_dir))
         return Task(
             train=train,
             test=test,
@@ -117,7 +118,7 @@ class CausalLM:
         if self.gradient_checkpointing:
             enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
             enable({"use_reentrant": False})
-        return model, language, self.length
+        return model, language, language.window(self.length)
 
     def _check_kind(self, language):
         kind = language.config.model_type
@@ -132,9 +133,9 @@ class CausalLM:
         words = self.layers.split()
         return [int(word) for word in words] if all(word.isdecimal() for word in words) else self.layers
 
-    def _windows(self, language, data_dir):
+    def _windows(self, language, length, data_dir):
         """Training and test windows of all texts, each with the index of its text, and the names of the texts."""
-        stride, length = self.stride or self.length, self.length
+        stride = self.stride or length
         paths = [_found(name.strip(), data_dir) for name in self.file.split(",") if name.strip()]
         names = [path.stem for path in paths]
         if twice := next((name for name in names if names.count(name) > 1), None):

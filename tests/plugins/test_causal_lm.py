@@ -143,7 +143,8 @@ REFUSALS = {
     "quantised": ("quantised-checkpoint", ["gptq"], {"model": "quantised"}),
     "an encoder": ("not-a-language-model", ["clip"], {"model": "other"}),
     "not a text": ("not-a-text", ["bytes.txt"], {"file": "bytes.txt"}),
-    "short": ("text-too-short", ["causal_lm.length=4000"], {"length": 4000}),
+    "short": ("text-too-short", ["causal_lm.length=250", "name a longer text"], {"length": 250}),
+    "long": ("window-too-long", ["300", "256"], {"length": 300}),
     "same name": ("duplicate-text", ["lower"], {"file": "lower.txt,lower.txt"}),
     "no file": ("missing-file", ["none.txt"], {"file": "none.txt"}),
 }
