@@ -1,10 +1,12 @@
 """Files that a crash or a second process can't damage, and the files of a checkpoint."""
 
+import errno
 import fcntl
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any
@@ -15,27 +17,98 @@ SEAL = "sha256"  # the key of a checksum in a JSON object
 
 INDEX = "model.safetensors.index.json"
 
+ADVICE = {  # what to do about what the operating system refuses
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some of your quota",
+    errno.EROFS: "choose a place that is not read-only",
+    errno.EACCES: "allow yourself access",
+    errno.EPERM: "allow yourself access",
+    errno.ENOENT: "put back what was moved or deleted",
+    errno.ENOTDIR: "move the file that stands where a folder belongs",
+    errno.EEXIST: "move what stands in its place",
+    errno.EISDIR: "move the folder that stands where a file belongs",
+    errno.ENOTEMPTY: "move the folder that stands where a file belongs",
+    errno.ESTALE: "reconnect the network's file system",
+    errno.EIO: "check the disk",
+    errno.EMFILE: "allow more open files (ulimit -n)",
+    errno.ENFILE: "close other programs",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOMEM: "free some memory",
+}
+
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file atomically: readers, and a crash, see the old file or the new one, never a partial one."""
+    """Write a file atomically: readers, and a crash, see the old file or the new one, never a partial one.
+
+    Raises OSError, which names the file.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with naming(path):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def naming(path: object) -> Iterator[None]:
+    """Let an error of the operating system name this path: that of a full disk names none, others a temporary file."""
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def refused(error: OSError) -> str:
+    """What the operating system refused, and what to do, without a full stop."""
+    where = f"{error.filename} can't be used: " if error.filename is not None else ""
+    advice = ADVICE.get(error.errno or 0)
+    return f"{where}{error.strerror or error}" + (f"; {advice}" if advice else "")
+
+
+def read_file(path: Path, most: int | None = None) -> bytes:
+    """The content of a regular file: not of a pipe or device, which may never end.
+
+    most: the largest size in bytes. Raises OSError, whose `strerror` is a reason in words, too, for another kind of
+    file or a larger one.
+    """
+    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would wait for its writer
+    with naming(path), open(number, "rb") as file:
+        _check_file(os.fstat(number), path, most)
+        return file.read()
+
+
+def check_file(path: Path) -> None:
+    """Raise OSError if this is not a regular file, for libraries that open it by its name."""
+    _check_file(os.stat(path), path)
+
+
+def _check_file(status: os.stat_result, path: Path, most: int | None = None) -> None:
+    if stat.S_ISDIR(status.st_mode):
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "it is a pipe or a device, not a file", str(path))
+    if most is not None and status.st_size > most:
+        reason = f"its {status.st_size} bytes are more than the {most} that are allowed here"
+        raise OSError(errno.EFBIG, reason, str(path))
 
 
 @contextmanager
 def locked(path: Path, folder: Path) -> Iterator[IO[bytes]]:
-    """Open a file for reading and appending, and lock other processes out of its folder. Raises UsageError."""
-    with open(path, "a+b") as file:
+    """Open a file for reading and appending, and lock other processes out of its folder. Raises UsageError.
+
+    The file is not buffered: what `write` returns is how much was written.
+    """
+    with open(path, "a+b", buffering=0) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             message = f"another process is writing {folder}; wait for it, or stop it"
             raise UsageError(message, code="folder-in-use") from error
         yield file

@@ -1,6 +1,8 @@
 """The command line: one file per command. Nothing here imports torch before it must."""
 
+import os
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from importlib import metadata
@@ -8,6 +10,7 @@ from importlib import metadata
 import click
 
 from ..errors import PluginError, RunError, UsageError
+from ..files import refused
 from ..parallel.launch import rank, started
 from .check import check
 from .compare import compare
@@ -17,6 +20,7 @@ from .export import export
 from .generate import generate
 from .inspect import inspect
 from .new_plugin import new_plugin
+from .output import answering, echo, flush, prepare
 from .plan import plan
 from .plugins import plugins
 from .replay import replay
@@ -24,6 +28,7 @@ from .resume import resume
 from .routing_stats import routing_stats
 from .run import run
 from .study import study
+from .view import view
 
 USAGE, FAILED, STOPPED = 2, 1, 130
 ON_RANKS = ("run", "resume", "plan", "check", "-h", "--help", "--version")  # what torchrun may start
@@ -48,6 +53,7 @@ def group(context: click.Context) -> None:
     Train on the built-in digits, and write a report:
         moe-engine run --plugins saturation,switch_aux
         moe-engine resume runs/A
+        moe-engine view runs/A
 
     \b
     Find plugins and their options:
@@ -84,12 +90,13 @@ def group(context: click.Context) -> None:
         moe-engine check my_router
     """
     if context.invoked_subcommand is None:
-        click.echo(context.get_help())
+        echo(context.get_help())
 
 
 COMMANDS = (
     run,
     resume,
+    view,
     plugins,
     compare,
     compare_plugins,
@@ -105,32 +112,58 @@ COMMANDS = (
     check,
 )
 for command in COMMANDS:
-    group.add_command(command)
+    group.add_command(answering(command))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for bad input, 1 for a failed run, 130 or 143 if stopped."""
     words = list(sys.argv[1:] if argv is None else argv)
+    prepare()
     try:
-        with group.make_context("moe-engine", words) as context:  # group.main handles EOFError and EPIPE itself
-            if started() > 1 and words and words[0] not in ON_RANKS:
-                message = f"'{words[0]}' works in one process; call it without torchrun"
-                raise UsageError(message, code="one-process-command")
-            return group.invoke(context) or 0
+        code = _invoke(words)
+        sys.stdout.flush()
+        return code
     except click.exceptions.Exit as error:
         return error.exit_code
     except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output is gone, so a message is pointless
+        flush()  # its reader is gone, so a message is pointless
         return FAILED
-    except (Exception, KeyboardInterrupt) as error:
-        sentence, code = _ending(error)
-        if "--debug" in words and (code is None or isinstance(error, PluginError)):
+    except BaseException as error:  # a plugin may raise any kind
+        flush()
+        return _report(error, words)
+
+
+def script() -> None:
+    """The program `moe-engine`: run the command line and exit, also if a plugin has left a thread running."""
+    code = main()
+    flush()
+    if any(thread is not threading.main_thread() and not thread.daemon for thread in threading.enumerate()):
+        os._exit(code)  # Python would wait for it
+    sys.exit(code)
+
+
+def _invoke(words: list[str]) -> int:
+    """Call the command; returns its exit code."""
+    with group.make_context("moe-engine", words) as context:  # group.main handles EOFError and EPIPE itself
+        if started() > 1 and words and words[0] not in ON_RANKS:
+            message = f"'{words[0]}' works in one process; call it without torchrun"
+            raise UsageError(message, code="one-process-command")
+        return group.invoke(context) or 0
+
+
+def _report(error: BaseException, words: list[str]) -> int:
+    """Say in one sentence why a command ends; returns the exit code."""
+    sentence, code = _ending(error)
+    try:
+        if "--debug" in words and (code is None or PluginError in (type(error), type(error.__cause__))):
             traceback.print_exception(error)
         joined = "torch" in sys.modules and started() > 1 and _joined()
         if joined or rank() == 0:  # before they have joined, all ranks fail alike
             who = f"moe-engine, rank {rank()}:" if joined else "moe-engine:"
-            print(f"{who} {' '.join(sentence.split())}", file=sys.stderr)
-        return code or FAILED
+            echo(f"{who} {' '.join(sentence.split())}", err=True)
+    except OSError:
+        flush()
+    return code or FAILED
 
 
 def _joined() -> bool:
@@ -148,4 +181,17 @@ def _ending(error: BaseException) -> tuple[str, int | None]:
         return "stopped", STOPPED
     if isinstance(error, UsageError | RunError):
         return str(error), USAGE if isinstance(error, UsageError) else FAILED
+    if sentence := _of_system(error):
+        return sentence, FAILED
     return f"unexpected {type(error).__name__}: {error}; this is a bug, --debug shows the traceback", None
+
+
+def _of_system(error: BaseException) -> str:
+    """What the operating system refused, and what to do; empty for any other exception."""
+    if isinstance(error, OSError):
+        return refused(error)
+    if isinstance(error, MemoryError):
+        return f"the memory is full{f' ({error})' if str(error) else ''}; free some, or choose smaller sizes"
+    if isinstance(error, UnicodeEncodeError) and error.encoding != "utf-8":  # a path
+        return f"{error.object!a} can't be encoded here; choose a UTF-8 locale, such as LC_ALL=C.UTF-8"
+    return ""

@@ -1,6 +1,5 @@
 """`moe-engine check`: run the conformance tests on plugins."""
 
-import json
 import traceback
 from collections import Counter
 from pathlib import Path
@@ -12,6 +11,7 @@ from ..contract.options import Settings, parse_settings
 from ..errors import UsageError, nearest
 from ..registry.discovery import find, pick
 from .flags import json_flag, settings_flag
+from .output import echo, echo_json
 
 if TYPE_CHECKING:
     from ..testing import Result
@@ -67,7 +67,7 @@ def check(
     outcomes = Counter[str]()
     for plugin, its_checks in zip(found, checks_of, strict=True):
         if not as_json:
-            click.echo(f"{plugin.name}: {plugin.kind} ({plugin.distribution} {plugin.version})")
+            echo(f"{plugin.name}: {plugin.kind} ({plugin.distribution} {plugin.version})")
         for result in results(its_checks):
             outcomes[result.outcome] += 1
             if debug and result.error is not None:
@@ -75,12 +75,12 @@ def check(
             if as_json:
                 rows.append({"plugin": plugin.name, "kind": plugin.kind, **_row(result)})
             else:
-                click.echo(_line(result))
+                echo(_line(result))
     if as_json:
-        click.echo(json.dumps(rows, indent=2))
+        echo_json(rows, 2)
     else:
         failed, skipped = outcomes["FAILED"], outcomes["skipped"]
-        click.echo(f"{outcomes.total()} claims: {outcomes['ok']} ok, {failed} failed, {skipped} skipped")
+        echo(f"{outcomes.total()} claims: {outcomes['ok']} ok, {failed} failed, {skipped} skipped")
     return 1 if outcomes["FAILED"] else 0
 
 

@@ -1,6 +1,5 @@
 """`moe-engine compare`: finished runs in one table and one figure."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from ..contract.run import Run
 from ..run.folder import number_of, read_run
 from .figures import check_figure, write_figure
 from .flags import json_flag
+from .output import echo, echo_json
 
 COLUMNS = (
     *("accuracy", "perplexity", "loss", "verdict", "cv", "maxvio"),
@@ -49,7 +49,7 @@ def compare(runs: tuple[Path, ...], out: Path, as_json: bool) -> None:
 
     write_figure(out, overlaid(finished), "--out")
     if as_json:
-        click.echo(json.dumps(rows, indent=2))
+        echo_json(rows, 2)
         return
     from .progress import cell, table
 
@@ -58,7 +58,7 @@ def compare(runs: tuple[Path, ...], out: Path, as_json: bool) -> None:
         ["run", "plugins", *columns],
         [[row["run"], row["plugins"], *(cell(row[column]) for column in columns)] for row in rows],
     )
-    click.echo(f"figure: {out}")
+    echo(f"figure: {out}")
 
 
 def row(run: Run) -> dict[str, Any]:

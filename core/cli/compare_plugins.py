@@ -25,6 +25,7 @@ from .flags import (
     quiet_flag,
     settings_flag,
 )
+from .output import echo_json
 
 RESULTS = ("comparison.json", "comparison.md", "comparison.png")
 GROUPS = ("routers", "biases", "losses", "growth")  # the entry-point groups that can be compared
@@ -117,9 +118,9 @@ def compare_plugins(
             raise UsageError(sentence, code="folder-in-the-way")
     with connected(backend, address, jobs) as chosen, Cells(quiet) as cells:
         comparison = compare(planned, range(seeds), folder, jobs, cells.show, chosen)
-    text = _write(comparison, folder)
+    _write(comparison, folder)
     if as_json:
-        click.echo(text)
+        echo_json(comparison, 2)
     else:
         _print(comparison, folder)
     return _ending([row for row in comparison["rows"] if row["kind"] != "dense"])
@@ -146,8 +147,8 @@ def _options(settings: Sequence[str]) -> Settings:
     return options
 
 
-def _write(comparison: Mapping[str, Any], folder: Path) -> str:
-    """Write the three files of the result; returns the text of comparison.json."""
+def _write(comparison: Mapping[str, Any], folder: Path) -> None:
+    """Write the three files of the result."""
     from ..run.figures import compared, figure_bytes
     from ..study.page import markdown_of
 
@@ -156,7 +157,6 @@ def _write(comparison: Mapping[str, Any], folder: Path) -> str:
     contents = ((text + "\n").encode(), markdown_of(comparison, RESULTS[2:]).encode(), figure)
     for file, content in zip(RESULTS, contents, strict=True):
         write_atomically(folder / file, content)
-    return text
 
 
 def _print(comparison: Mapping[str, Any], folder: Path) -> None:

@@ -1,6 +1,5 @@
 """`moe-engine evaluate`: the loss of a language model on texts, and how even the load of its experts is."""
 
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +8,7 @@ import click
 
 from .flags import flags, json_flag
 from .inspect import _files as texts_of
+from .output import echo, echo_json
 
 if TYPE_CHECKING:
     from ..pretrained.trained import TextLoss
@@ -65,7 +65,7 @@ def evaluate(
 
     files = texts_of(texts, more)
     trained = open_trained(
-        folder, find_device(device or "auto"), lambda remark: click.echo(f"moe-engine: {remark}", err=True)
+        folder, find_device(device or "auto"), lambda remark: echo(f"moe-engine: {remark}", err=True)
     )
     window = trained.language.window(length or trained.length)
     losses = [*text_losses(trained, files, window)]
@@ -75,7 +75,7 @@ def evaluate(
     }
     report = _report(losses, layers, window)
     if as_json:
-        click.echo(json.dumps(report, indent=2, allow_nan=False))
+        echo_json(report, 2)
     else:
         _show(report)
 

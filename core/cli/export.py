@@ -1,11 +1,11 @@
 """`moe-engine export`: write the model of a run as a folder of transformers."""
 
-import json
 from pathlib import Path
 
 import click
 
 from .flags import json_flag
+from .output import echo, echo_json
 
 
 @click.command("export", short_help="Write the model of a run as a folder of transformers.")
@@ -36,13 +36,13 @@ def export(run: Path, folder: Path, as_json: bool) -> None:
 
     if folder.exists():
         raise UsageError(f"{folder} already exists; name another folder", code="folder-exists")
-    trained = of_run(run, find_device("cpu"), lambda remark: click.echo(f"moe-engine: {remark}", err=True))
+    trained = of_run(run, find_device("cpu"), lambda remark: echo(f"moe-engine: {remark}", err=True))
     merged = merge_adapters(trained.model)
     with reading(folder, "the export"):
         written = write(trained.engine, trained.model, folder, tokenizer=trained.language.tokenizer)
     if as_json:
         facts = {"folder": str(folder), "experts": written.experts, "change": written.change, "adapters": merged}
-        click.echo(json.dumps(facts))
+        echo_json(facts)
         return
     change = "" if written.change is None else f"; loaded again, logits differ by {written.change:.1e} of the largest"
-    click.echo(f"{folder}: {written.experts} experts per layer{change}")
+    echo(f"{folder}: {written.experts} experts per layer{change}")

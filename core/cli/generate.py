@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from .flags import flags
+from .output import echo
 
 
 @click.command("generate", short_help="Let a language model continue a text.")
@@ -42,8 +43,8 @@ def generate(folder: Path, prompt: str, tokens: int, temperature: float, seed: i
     from ..run.device import find_device
 
     trained = open_trained(
-        folder, find_device(device or "auto"), lambda remark: click.echo(f"moe-engine: {remark}", err=True)
+        folder, find_device(device or "auto"), lambda remark: echo(f"moe-engine: {remark}", err=True)
     )
     with reading(folder, "the model"):
         text = continuation(trained, prompt, tokens, temperature, seed)
-    click.echo(prompt + text)
+    echo(prompt + text)

@@ -1,6 +1,5 @@
 """`moe-engine inspect`: see what the experts of a checkpoint do on texts."""
 
-import json
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -11,6 +10,7 @@ import click
 from ..errors import UsageError, listed, visible
 from ..files import write_atomically
 from .flags import flags, json_flag, quiet_flag
+from .output import echo, echo_json
 
 if TYPE_CHECKING:
     from ..engine.engine import Engine
@@ -113,12 +113,12 @@ def inspect(
 
         _write(html, page_of(report, notes))
     if as_json:
-        click.echo(json.dumps({**report, "notes": notes}, indent=1, allow_nan=False))
+        echo_json({**report, "notes": notes}, 1)
         return
     _show(report, notes)
     for what, path in (("page", html), ("trace", trace), ("counts", counts)):
         if path is not None:
-            click.echo(f"{what}: {path}")
+            echo(f"{what}: {path}")
 
 
 # -- what is given -------------------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ def _opened(folder: Path, device: str) -> tuple[Any, Callable[[], Any], "Engine 
     if (folder / "config.toml").exists():
         from ..pretrained.trained import of_run
 
-        trained = of_run(folder, place, lambda remark: click.echo(f"moe-engine: {remark}", err=True))
+        trained = of_run(folder, place, lambda remark: echo(f"moe-engine: {remark}", err=True))
         return trained.language.tokenizer, lambda: trained.model, trained.engine
     return load_tokenizer(folder), lambda: load_model(folder).to(place), None
 

@@ -6,6 +6,7 @@ import click
 
 from ..registry.discovery import KINDS
 from .flags import out_flag
+from .output import echo
 
 
 @click.command("new-plugin", short_help="Write a new plugin package that runs as generated.")
@@ -17,7 +18,7 @@ def new_plugin(kind: str, name: str, out: Path | None) -> None:
 
     package = project(kind, name, out)
     write(package)
-    click.echo(package.render("next.txt"), nl=False)
+    echo(package.render("next.txt"), nl=False)
 
 
 new_plugin.help = f"""Write a new plugin package that runs as generated.

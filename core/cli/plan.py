@@ -1,6 +1,5 @@
 """`moe-engine plan`: memory, bytes and time of a model on many ranks, and the best split of them."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ import click
 from ..errors import UsageError, listed
 from .figures import check_figure, write_figure
 from .flags import json_flag
+from .output import echo, echo_json
 
 if TYPE_CHECKING:
     from ..plan.measuring import Measured
@@ -129,11 +129,11 @@ def plan(plot: Path | None, as_json: bool, measure: bool, **given: Any) -> None:
 
         write_figure(plot, figure_of(fitting, steps), "--plot")
     if as_json:
-        click.echo(json.dumps(_report(model, training, cluster, fitting, others, steps), indent=2, allow_nan=False))
+        echo_json(_report(model, training, cluster, fitting, others, steps), 2)
     else:
         _show(cluster, fitting, others, steps)
         if plot is not None:
-            click.echo(f"figure: {plot}")
+            echo(f"figure: {plot}")
 
 
 def _model(given: dict[str, Any]) -> "Model":
@@ -184,9 +184,9 @@ def _show_measured(model: "Model", training: "Training", as_json: bool) -> None:
         return
     flags = _flags(measured)
     if as_json:
-        click.echo(json.dumps({name.strip("-"): value for name, value in flags.items()}))
+        echo_json({name.strip("-"): value for name, value in flags.items()})
     else:
-        click.echo(" ".join(f"{name} {value:.4g}" for name, value in flags.items()))
+        echo(" ".join(f"{name} {value:.4g}" for name, value in flags.items()))
 
 
 def _flags(measured: "Measured") -> dict[str, float]:

@@ -1,7 +1,6 @@
 """`moe-engine plugins`: the installed plugins, the options of one, and the broken ones."""
 
 import inspect
-import json
 import textwrap
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +15,7 @@ from ..errors import UsageError
 from ..registry.discovery import KINDS, Found, find, load, pick
 from ..registry.manager import broken
 from .flags import json_flag
+from .output import echo, echo_json
 from .plugin_lines import summary_of
 
 WIDTH = 80
@@ -60,7 +60,7 @@ def plugins(name: str | None, check: bool, as_json: bool) -> int:
         rows = [
             {**_row(found), "summary": summary_of(found), **more} for found, more in zip(listed, extra, strict=True)
         ]
-        click.echo(json.dumps(rows, indent=2))
+        echo_json(rows, 2)
     else:
         _list(listed)
         if check:
@@ -82,19 +82,19 @@ def _list(listed: list[Found]) -> None:
     for found in listed:
         if found.kind != kind:
             kind = found.kind
-            click.echo(HEADINGS.get(kind, kind))
+            echo(HEADINGS.get(kind, kind))
         origin = "" if found.distribution == BUILT_IN else f" [{found.distribution} {found.version}]"
         room = max(WIDTH - len(f"  {found.name:{width}}  {origin}"), 20)
-        click.echo(f"  {found.name:{width}}  {textwrap.shorten(summary_of(found), room, placeholder='...')}{origin}")
-    click.echo("`moe-engine plugins NAME` shows a plugin's documentation and options")
+        echo(f"  {found.name:{width}}  {textwrap.shorten(summary_of(found), room, placeholder='...')}{origin}")
+    echo("`moe-engine plugins NAME` shows a plugin's documentation and options")
 
 
 def _report(listed: list[Found], errors: dict[str, str | None]) -> None:
     """Print what is wrong with each broken plugin, and how many are fine."""
     messages = [message for found in listed if (message := errors[found.name])]
     for message in dict.fromkeys(messages):
-        click.echo(f"broken: {' '.join(message.split())}")
-    click.echo(f"{len(listed) - len(messages)} of {len(listed)} plugins are fine")
+        echo(f"broken: {' '.join(message.split())}")
+    echo(f"{len(listed) - len(messages)} of {len(listed)} plugins are fine")
 
 
 # -- one plugin ------------------------------------------------------------------------------------
@@ -107,20 +107,20 @@ def _show(found: Found, cls: type, as_json: bool) -> None:
     text = inspect.getdoc(cls) or ""
     if as_json:
         parts = {"help": text, "hooks": hooks, "traits": attrs.asdict(traits_of(cls))}
-        click.echo(json.dumps({**_row(found), **parts, "options": [_fields(option) for option in options]}, indent=2))
+        echo_json({**_row(found), **parts, "options": [_fields(option) for option in options]}, 2)
         return
-    click.echo(f"{found.name}: {found.kind} ({found.distribution} {found.version})\n")
-    click.echo("\n".join(_wrapped(text)))
-    click.echo("\n" + _fold(f"Hooks: {', '.join(hooks)}"))
+    echo(f"{found.name}: {found.kind} ({found.distribution} {found.version})\n")
+    echo("\n".join(_wrapped(text)))
+    echo("\n" + _fold(f"Hooks: {', '.join(hooks)}"))
     if traits := list(_traits(cls, hooks)):
-        click.echo("\n".join(["\nTraits:", *(_fold(line, "  ") for line in traits)]))
+        echo("\n".join(["\nTraits:", *(_fold(line, "  ") for line in traits)]))
     if not options:
-        click.echo("\nOptions: none")
+        echo("\nOptions: none")
         return
-    click.echo(f"\nOptions (--set {found.name}.OPTION=VALUE):")
+    echo(f"\nOptions (--set {found.name}.OPTION=VALUE):")
     for option in options:
-        click.echo(_fold(f"{option.name}: {_values(option)}  [default: {_default(option.default)}]", "  "))
-        click.echo(_fold(option.help, "      "))
+        echo(_fold(f"{option.name}: {_values(option)}  [default: {_default(option.default)}]", "  "))
+        echo(_fold(option.help, "      "))
 
 
 def _wrapped(text: str) -> Iterator[str]:

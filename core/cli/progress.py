@@ -2,12 +2,16 @@
 
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import rich.progress
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
+
+from ..errors import visible
+from .output import standard_output
 
 if TYPE_CHECKING:
     from ..contract.run import Run
@@ -59,6 +63,11 @@ class Progress:
     def say(self, remark: str) -> None:
         """Print a remark, above the progress bar if there is one."""
         if not self.quiet:
+            self.warn(remark)
+
+    def warn(self, remark: str) -> None:
+        """Print a remark even if quiet. A standard error that fails ends no run."""
+        with suppress(OSError):
             _print(self.bar.console if self.bar is not None else self.console, remark)
 
     def finish(self, run: "Run") -> None:
@@ -136,7 +145,7 @@ class Cells:
             words = f"{total - done} runs to do" + (f", {done} already done" if done else "")
         else:
             words = f"{record['variant']}, seed {record['seed']}: {_result(record)}"
-        self.bar.update(self.task_id, completed=done, total=total, description=words)
+        self.bar.update(self.task_id, completed=done, total=total, description=visible(words))
         if not self.quiet and not self.console.is_terminal:
             self._line(done, total, words)
 
@@ -201,12 +210,13 @@ def tracked(items: Sequence[Any], words: str, quiet: bool = False) -> Iterable[A
 
 def _print(console: Console, line: str) -> None:
     """Print plain text: folded at words on a terminal, and one whole line in a file, for grep."""
-    console.print(Text(line), highlight=False, soft_wrap=not console.is_terminal)
+    console.print(Text(visible(line)), highlight=False, soft_wrap=not console.is_terminal)
 
 
 def print_line(line: str) -> None:
     """Print plain text on standard output: folded at words on a terminal, whole in a file."""
-    _print(Console(highlight=False, markup=False, emoji=False), line)
+    with standard_output() as stream:
+        _print(Console(file=stream, highlight=False, markup=False, emoji=False), line)
 
 
 def cell(value: Any) -> str:
@@ -222,16 +232,25 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], keys: int = 1) 
     If the terminal is too narrow, the columns are split into several tables, each with the first `keys` columns,
     which name the rows. In a file there is one table with one line per row, for grep.
     """
-    terminal = Console()
-    console = terminal if terminal.is_terminal else Console(width=10_000)
+    columns, rows = list(map(visible, columns)), [list(map(visible, row)) for row in rows]
     widths = [max(len(row[index]) for row in [columns, *rows]) for index in range(len(columns))]
-    for number, block in enumerate(blocks(widths, keys, console.width)):
+    with standard_output() as stream:
+        terminal = Console(file=stream)
+        console = terminal if terminal.is_terminal else Console(file=stream, width=10_000)
+        _print_blocks(console, columns, rows, blocks(widths, keys, console.width))
+
+
+def _print_blocks(
+    console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]], parts: Sequence[Sequence[int]]
+) -> None:
+    """Print one table for each part of the columns."""
+    for number, block in enumerate(parts):
         if number:
             console.print()
         drawn = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0))
         for index in block:
             numeric = index and all(row[index][:1] in "-+.0123456789" for row in rows)
-            drawn.add_column(columns[index], justify="right" if numeric else "left", overflow="fold")
+            drawn.add_column(Text(columns[index]), justify="right" if numeric else "left", overflow="fold")
         for row in rows:
             drawn.add_row(*(Text(row[index]) for index in block))
         console.print(drawn)

@@ -1,6 +1,5 @@
 """`moe-engine replay`: let other routers choose on a run's recorded routing."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ import click
 from ..contract.options import parse_settings
 from ..errors import UsageError, visible
 from .flags import json_flag, settings_flag
+from .output import echo_json
 
 if TYPE_CHECKING:
     from ..run.traces import Trace
@@ -114,7 +114,7 @@ def replay(
     if tried and len(refused) == len(tried):
         raise UsageError("; ".join(dict.fromkeys(refused)), code="nothing-to-replay")
     if as_json:
-        click.echo(json.dumps({"trace": _about(read), "rows": rows}, indent=2))
+        echo_json({"trace": _about(read), "rows": rows}, 2)
     else:
         _show(read, rows)
 

@@ -1,6 +1,5 @@
 """`moe-engine routing-stats`: balance metrics of routing counts."""
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from ..registry.discovery import find, pick
 from ..registry.manager import Plugins
 from .figures import check_figure, write_figure
 from .flags import json_flag, names, settings_flag
+from .output import echo, echo_json
 
 if TYPE_CHECKING:
     from ..analysis.count_series import Series
@@ -110,11 +110,11 @@ def routing_stats(
         drawn = shares([counts.count_E.tolist() for counts in series], _titles(series))
         write_figure(figure, drawn, "--figure")
     if as_json:
-        click.echo(json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False))
+        echo_json(report, 2)
     else:
         _show(report, series)
         if figure is not None:
-            click.echo(f"figure: {figure}")
+            echo(f"figure: {figure}")
 
 
 def _metrics(chosen: Sequence[str]) -> Sequence[str]:

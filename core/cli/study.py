@@ -11,6 +11,7 @@ import click
 from ..errors import RunError, UsageError
 from ..files import sealed, unsealed, write_atomically
 from .flags import address_flag, backend_flag, flags, jobs_flag, json_flag, out_flag, quiet_flag
+from .output import echo, echo_json
 
 
 @click.command(short_help="Run a study: a grid of variants and seeds.")
@@ -78,7 +79,7 @@ def study(
         given = {key: value for key, value in flags.items() if value is not None}
         results = _run(chosen, given, folder, seeds, jobs, (backend, address), quiet)
     if as_json:
-        click.echo(_text(results))
+        echo_json(results, 1)
     else:
         _print(results, folder, check)
     _fail(results, check)
@@ -104,7 +105,7 @@ def _list() -> int:
 
     studies = [read_study(name) for name in shipped()]
     table(["study", "runs", "question"], [[study.name, str(_count(study)), study.question] for study in studies])
-    click.echo("`moe-engine study NAME` runs one; add --quick to try it in a minute")
+    echo("`moe-engine study NAME` runs one; add --quick to try it in a minute")
     return 0
 
 
@@ -168,7 +169,7 @@ def _print(results: Mapping[str, Any], folder: Path, check: bool) -> None:
 
     print_line(f"{results['title']}: {results['question']}")
     for title, columns, lines in () if check else tables_of(results):
-        click.echo(f"\n{title}")
+        echo(f"\n{title}")
         table(columns, lines)
     if results["criteria"]:
         table(*criteria_table(results))

@@ -14,6 +14,8 @@ from ..processes import agreed, rank, shard_like, world_size
 from .shards import write_shards
 from .trees import cut_in, packed, packed_on_first, read_tree, shards_of, write_tree
 
+DAMAGED = ("damaged-file", "foreign-file")  # codes of errors that mean another checkpoint is needed
+
 
 class Stateful(Protocol):
     """Anything with a state: a model, an optimizer, a scheduler, a GradScaler, an engine."""
@@ -152,6 +154,8 @@ class Checkpoints:
             try:
                 return read_tree(path)
             except UsageError as error:
+                if error.code not in DAMAGED:
+                    raise
                 if rank() == 0:
                     path.rename(path.with_suffix(".damaged"))
                 say(f"{error}; trying the one before")

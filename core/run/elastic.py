@@ -6,8 +6,7 @@ from pathlib import Path
 from ..files import write_atomically
 from ..parallel.launch import rank, started
 from ..processes import of_first
-
-MARK = "torchrun.id"  # a file in the run's folder
+from .folder import MARK
 
 
 def begun(out: Path | None, task: str) -> Path | None:

@@ -3,9 +3,10 @@
 import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from hashlib import sha256
+from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,28 +15,61 @@ import attrs
 from ..contract.options import Settings
 from ..contract.run import Run
 from ..errors import UsageError, listed, nearest
-from ..files import dump, locked, sealed, unsealed, write_atomically
+from ..files import dump, locked, read_file, refused, sealed, unsealed, write_atomically
 from ..registry.discovery import WATCHING, find
 from .config import RunConfig, merge_options, read_config
 
 FILES = ("config.toml", "metrics.jsonl")  # whose checksums summary.json holds
+MARK = "torchrun.id"  # the job of torchrun that the run belongs to
 
 
 def new_folder(out: Path | None, task: str) -> Path:
-    """Create a run's folder, which must be empty or absent; runs/TASK-TIME if none is named. Raises UsageError."""
-    folder = out or _unused(Path("runs") / f"{task}-{datetime.now():%Y%m%d-%H%M%S}")
+    """Create a run's folder; runs/TASK-TIME if none is named. Raises UsageError.
+
+    It must be empty or absent, but for what a start leaves behind that was killed before there was a configuration.
+    """
+    folder = out or Path("runs") / f"{task}-{datetime.now():%Y%m%d-%H%M%S}"
     try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            message = f"{folder} is not an empty folder; name another one with --out"
-            raise UsageError(message, code="folder-not-empty")
+        if out is None:
+            return _unused(folder)
+        if folder.exists():
+            _check_unused(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
     except OSError as error:
-        message = f"folder {folder} can't be written: {error.strerror}; name another one with --out"
-        raise UsageError(message, code="unwritable-path") from error
+        raise _unwritable(folder, error) from error
     return folder
+
+
+def _check_unused(folder: Path) -> None:
+    """Raise UsageError if a folder holds a run or files of others."""
+    if not folder.is_dir() or not all(_is_leftover(path) for path in folder.iterdir()):
+        message = f"{folder} is not an empty folder; name another one with --out"
+        if (folder / "config.toml").exists():
+            message += f", or continue the run in it with: moe-engine resume {folder}"
+        raise UsageError(message, code="folder-not-empty")
+
+
+def _is_leftover(path: Path) -> bool:
+    """Whether a file is one that a start leaves behind that was killed before there was a configuration."""
+    if path.name == "metrics.jsonl":
+        return path.is_file() and not path.stat().st_size
+    return path.name == MARK or any(path.match(f".{name}.*.tmp") for name in ("config.toml", MARK))
+
+
+def _unwritable(folder: Path, error: OSError) -> UsageError:
+    message = f"folder {folder} can't be written: {error.strerror}; name another one with --out"
+    return UsageError(message, code="unwritable-path")
+
+
+def _unused(folder: Path) -> Path:
+    """Create a folder of this name, or with a number after it if there is one, also if other processes do the same."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for number in count(1):
+        made = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
+        with suppress(FileExistsError):
+            made.mkdir()
+            return made
+    raise AssertionError  # there is always a number that is free
 
 
 def old_folder(folder: Path, dropped: Sequence[str] = ()) -> tuple[RunConfig, Settings]:
@@ -46,7 +80,8 @@ def old_folder(folder: Path, dropped: Sequence[str] = ()) -> tuple[RunConfig, Se
     if not folder.is_dir():
         raise UsageError(f"there is no run folder {folder}", code="unknown-run")
     if not (folder / "config.toml").exists():
-        raise UsageError(f"{folder} holds no config.toml, so no run was begun in it", code="unknown-run")
+        message = f"{folder} holds no config.toml, so no run was begun in it; begin one with: moe-engine run --out"
+        raise UsageError(f"{message} {folder}", code="unknown-run")
     options, settings = read_config(folder / "config.toml", dropped)
     config = merge_options(options, {})
     known = find()
@@ -63,25 +98,24 @@ def old_folder(folder: Path, dropped: Sequence[str] = ()) -> tuple[RunConfig, Se
 
 
 @contextmanager
-def record_file(folder: Path) -> Iterator[IO[bytes]]:
-    """Open metrics.jsonl for reading and appending, exclusively for this process. Raises UsageError."""
+def record_file(folder: Path, new: bool = False) -> Iterator[IO[bytes]]:
+    """Open metrics.jsonl for reading and appending, exclusively for this process. Raises UsageError.
+
+    new: a run begins in the folder. Another process may have begun one there since the folder was chosen.
+    """
     path = folder / "metrics.jsonl"
     try:
         path.touch()
     except OSError as error:
-        raise UsageError(f"{path} can't be written: {error.strerror}", code="unwritable-path") from error
+        if new:
+            raise _unwritable(folder, error) from error
+        raise UsageError(refused(error), code="unwritable-path") from error
     with locked(path, folder) as file:
+        if new:
+            _check_unused(folder)
         for leftover in (*folder.glob(".*.tmp"), *folder.glob("checkpoints/.*.tmp")):
             leftover.unlink(missing_ok=True)  # from a write that was killed
         yield file
-
-
-def _unused(folder: Path) -> Path:
-    count, free = 1, folder
-    while free.exists():
-        count += 1
-        free = folder.with_name(f"{folder.name}-{count}")
-    return free
 
 
 def read_run(folder: Path) -> Run:
@@ -89,8 +123,8 @@ def read_run(folder: Path) -> Run:
     try:
         if not folder.is_dir():
             raise UsageError(f"there is no run folder {folder}", code="unknown-run")
-        summary = unsealed((folder / "summary.json").read_text("utf-8"))
-        kept, known = {name: (folder / name).read_bytes() for name in FILES}, summary.pop("files")
+        summary = unsealed(read_file(folder / "summary.json").decode())
+        kept, known = {name: read_file(folder / name) for name in FILES}, summary.pop("files")
         if changed := [name for name in FILES if _digest(kept[name]) != known[name]]:
             raise ValueError(f"{listed(changed)} changed after the run ended")
         records = [json.loads(line) for line in kept["metrics.jsonl"].decode().splitlines()]

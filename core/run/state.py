@@ -32,6 +32,7 @@ class Running(Protocol):
     started: float
     dropped: tuple[str, ...]
     say: Callable[[str], None]
+    warn: Callable[[str], None]
 
     @property
     def checkpoints(self) -> Checkpoints: ...
@@ -66,15 +67,15 @@ def state_of(run: Running) -> dict[str, Any]:
 def newest_state(run: Running) -> Any:
     """That of the newest intact checkpoint; None if there is none. Raises UsageError if the run can't continue."""
     with agreed("reading the checkpoint", run.device):
-        tree = run.checkpoints.newest(run.say)
+        tree = run.checkpoints.newest(run.warn)
         if tree is not None and rank() == 0:
             check_resumable(run.folder, tree, run.config_text(), run.records, run.dropped)
     if tree is None:
-        run.say("there is no checkpoint to continue from; starting over")
+        run.warn("there is no checkpoint to continue from; starting over")
         run.records.truncate(0)
         return None
     if changed := changes(tree, _made_with(run)):
-        run.say(f"since the run began {listed(changed)} changed, so its metrics may differ from here on")
+        run.warn(f"since the run began {listed(changed)} changed, so its metrics may differ from here on")
     return tree
 
 

@@ -32,7 +32,7 @@ from .checkpoints import Checkpoints
 from .config import RunConfig, config_toml
 from .device import StepTimer, deterministic, find_device, resolve_matmul
 from .elastic import remember
-from .failures import culprit_of, write_reports
+from .failures import culprit_of, failing, write_reports
 from .finite import FiniteCheck
 from .folder import new_folder, read_run, record_file, write_summary
 from .loop_state import LoopState
@@ -79,7 +79,8 @@ class Training:
     """One run, from its configuration to its folder. Building it checks everything and writes nothing.
 
     out: the run's folder; with `resumed`, the folder of an earlier run, which continues from its newest checkpoint.
-    listener: receives each record of metrics.jsonl as it is written. say: receives remarks. stop: set it to stop
+    listener: receives each record of metrics.jsonl as it is written. say: receives remarks. warn: receives those that
+    no quietness may hide, such as on damage; `say`, unless given. stop: set it to stop
     after the present step. timed: measure each step, for `step_seconds`, which synchronizes a GPU at every step.
     dropped: metrics and reports that a resumed run leaves out. model: the task's; called: what training calls, which
     is the model or wraps it. On several ranks, each has a Training; the first one's owns the folder.
@@ -91,6 +92,7 @@ class Training:
     resumed: bool = False
     listener: Listener = lambda record: None
     say: Callable[[str], None] = lambda remark: None
+    warn: Callable[[str], None] = attrs.field(default=attrs.Factory(lambda self: self.say, takes_self=True))
     stop: bool = False
     timed: bool = False
     dropped: tuple[str, ...] = ()
@@ -178,25 +180,26 @@ class Training:
             self._finite = FiniteCheck(self.engine, self.model, self.optimizer, self.device)
             if tree is not None:
                 continue_from(self, tree)
-            self._train()
-            self._finish()
+            with failing(self.engine):
+                self._train()
+                self._finish()
         if any_rank(self.stop, self.device):
             raise Stopped
         with agreed("writing the reports", self.device):
             if rank() == 0:
-                write_reports(self.engine, read_run(self.folder))
+                write_reports(self.engine, self.folder)
         return read_run(self.folder)
 
     def _open_folder(self, stack: ExitStack) -> None:
         """Make or find the run's folder, and lock it; the first rank does, for all."""
         folder = self.out or Path()
         if rank() == 0:
+            folder = folder if self.resumed else new_folder(self.out, self.config.task)
+            file = stack.enter_context(record_file(folder, new=not self.resumed))
             if not self.resumed:
-                folder = new_folder(self.out, self.config.task)
                 remember(folder)
                 write_atomically(folder / "config.toml", self.config_text().encode())
-            file = stack.enter_context(record_file(folder))
-            self.records = RecordFile(file, self.listener)
+            self.records = RecordFile(file, folder / "metrics.jsonl", self.listener)
         else:
             self.records = RecordFile(stack.enter_context(tempfile.TemporaryFile()))  # noqa: SIM115 (closed by the stack)
         self.folder = folder

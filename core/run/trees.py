@@ -21,7 +21,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from ..errors import UsageError
-from ..files import write_atomically
+from ..files import check_file, refused, write_atomically
 from ..processes import full_tensor, is_cut, rank
 from .shards import read_shards
 
@@ -99,6 +99,7 @@ def read_tree(path: Path, kind: str = "checkpoint") -> Any:
     Raises UsageError for a file that is missing, damaged or of another kind.
     """
     try:
+        check_file(path)
         with safetensors.safe_open(path, framework="pt") as file:
             meta = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no Mapping)
@@ -112,7 +113,11 @@ def read_tree(path: Path, kind: str = "checkpoint") -> Any:
         return _unpacked(json.loads(found.tree), tensors, cut)
     except FileNotFoundError as error:
         raise UsageError(f"there is no {kind} {path}", code="missing-file") from error
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
+    except OSError as error:  # a file that can't be read now may be intact
+        raise UsageError(
+            refused(error) if error.filename else f"{path}: {refused(error)}", code="unreadable-file"
+        ) from error
+    except (ValueError, KeyError, TypeError, RecursionError, safetensors.SafetensorError) as error:
         raise UsageError(f"{path} is damaged: {error}", code="damaged-file") from error
 
 
