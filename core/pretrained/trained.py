@@ -99,7 +99,7 @@ def merge_adapters(model: nn.Module) -> int:
     """Add every adapter (PEFT) to the weights under it and take it away; returns how many there were."""
     adapted = [(name, module) for name, module in model.named_modules() if hasattr(module, "get_delta_weight")]
     for name, module in adapted:
-        module.merge(safe_merge=True)  # type: ignore[operator]
+        module.merge(safe_merge=True)
         where, _, own = name.rpartition(".")
         setattr(model.get_submodule(where), own, module.base_layer)
     for left in ("peft_config", "_hf_peft_config_loaded"):

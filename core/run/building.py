@@ -1,5 +1,7 @@
 """Build and check the engine, task and model of a run. Nothing is written here."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -76,9 +78,9 @@ def build_model(config: RunConfig, engine: Engine, task: Task, device: torch.dev
     return model
 
 
-def sizes_of(config: RunConfig, engine: Engine) -> dict[str, int | None]:
+def sizes_of(config: RunConfig, engine: Engine) -> dict[str, Any]:
     """The run's `experts` and `top_k`, from its layers where they are unset; None if those differ."""
-    sizes: dict[str, int | None] = {}
+    sizes: dict[str, Any] = {}
     for name in SIZES:
         found = {getattr(layer.spec, name) for layer in engine.layers} or {getattr(Spec(0, 0), name)}
         sizes[name] = getattr(config, name) or (found.pop() if len(found) == 1 else None)
