@@ -70,7 +70,8 @@ def evaluate(
     window = trained.language.window(length or trained.length)
     losses = [*text_losses(trained, files, window)]
     layers = {
-        name: {key: plain(metrics.get(key)) for key in BALANCE} | {"experts": len(plain(metrics.get("load")) or ()) or None}
+        name: {key: plain(metrics.get(key)) for key in BALANCE}
+        | {"experts": len(plain(metrics.get("load")) or ()) or None}
         for name, metrics in trained.balance().items()
     }
     report = _report(losses, layers, window)
