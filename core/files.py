@@ -15,6 +15,8 @@ from .errors import UsageError
 
 SEAL = "sha256"  # the key of a checksum in a JSON object
 
+MOST_TOML = 1 << 20  # bytes of a configuration or a study: they have a few lines
+
 INDEX = "model.safetensors.index.json"
 
 ADVICE = {  # what to do about what the operating system refuses

@@ -14,6 +14,7 @@ from typing import Any
 import attrs
 
 from ..errors import UsageError, listed
+from ..files import read_file
 from .count_columns import (
     COUNTS,
     LAYER,
@@ -27,6 +28,7 @@ from .count_columns import (
     plain,
 )
 
+MOST_PIPED = 1 << 26  # bytes of standard input
 CHUNK, MOST_CELLS = 2_000, 1_000_000  # rows and cells held at once; few enough to stay in the processor's cache
 DELIMITERS = ",;\t|"
 HOLDERS = ("layers", "blocks", "data", "records", "rows", "results")
@@ -223,7 +225,7 @@ def open_counts(path: Path) -> CountFile:
     """A file, or standard input for "-". JSON begins with a bracket. Raises UsageError."""
     name = "standard input" if str(path) == "-" else str(path)
     try:
-        content = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+        content = _standard_input() if str(path) == "-" else read_file(path)
     except OSError as error:
         raise UsageError(f"{name} can't be read: {error.strerror}", code="unreadable-file") from error
     text = _decoded(name, content)
@@ -235,6 +237,14 @@ def open_counts(path: Path) -> CountFile:
         return CountFile(name, typed, unit, text)
     header = _header(text)
     return CountFile(name, typed, unit, text, header, _fields(header[0])[0])
+
+
+def _standard_input() -> bytes:
+    """All of standard input, which must end."""
+    content: bytes = sys.stdin.buffer.read(MOST_PIPED + 1)
+    if len(content) > MOST_PIPED:
+        raise UsageError(f"standard input has more than {MOST_PIPED} bytes; name a file", code="too-large")
+    return content
 
 
 def _decoded(name: str, content: bytes) -> str:

@@ -5,6 +5,8 @@ from typing import Any
 
 import attrs
 
+from ..errors import visible
+
 
 @attrs.frozen
 class Run:
@@ -31,5 +33,5 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The folder's name."""
-        return self.folder.resolve().name
+        """The folder's name, as it can be shown anywhere."""
+        return visible(self.folder.resolve().name)

@@ -75,9 +75,9 @@ class LayerBuild:
         """build(); an exception is re-raised with the name of the plugin that it came from."""
         try:
             return build()
-        except UsageError:
+        except (UsageError, KeyboardInterrupt):
             raise
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
             (router,) = (bound.plugin for bound in self.chosen.bind("moe_router", self.plugins))
             blamed = self.chosen.culprit(error) or f"layer '{self.name}' with router '{router}'"
             message = f"{blamed} can't be built: {type(error).__name__}: {error}"

@@ -68,7 +68,9 @@ def observed(layers: Sequence[MoE], plugins: Plugins, run: Probe) -> tuple[Tenso
     """(task loss, routing of each layer) of an uncounted forward. Raises PluginError, naming the plugin."""
     try:
         return observe(layers, run)
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         if (culprit := plugins.culprit(error)) is None:
             raise
         message = f"{culprit} failed on a held-out batch: {type(error).__name__}: {error}"

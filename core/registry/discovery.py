@@ -111,7 +111,9 @@ def load(found: Found) -> type:
         raise PluginError(message, code="unknown-group")
     try:
         cls = found.entry_point.load()
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         message = f"{origin} does not load: {type(error).__name__}: {error}"
         raise PluginError(message, code="plugin-not-loaded") from error
     if not (inspect.isclass(cls) and attrs.has(cls)) or cls.__eq__ is not object.__eq__:

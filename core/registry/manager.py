@@ -202,9 +202,9 @@ class Plugins:
         origin, hook = self.origin(bound.plugin), bound.function.__name__
         try:
             answer = bound(offer)
-        except UsageError:
+        except (UsageError, KeyboardInterrupt):
             raise
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
             message = f"{origin} fails in {hook}: {type(error).__name__}: {error}"
             raise PluginError(message, code="plugin-failed") from error
         if not isinstance(answer, kind):

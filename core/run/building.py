@@ -64,9 +64,9 @@ def build_model(config: RunConfig, engine: Engine, task: Task, device: torch.dev
             model = task.model(engine).to(device)
             if config.precision == "fp64":
                 model = model.double()
-        except UsageError:
+        except (UsageError, KeyboardInterrupt):
             raise
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
             who = engine.culprit(error) or f"task '{config.task}'"
             message = f"{who} failed while the model was built: {type(error).__name__}: {error}"
             raise UsageError(message, code="model-not-built") from error

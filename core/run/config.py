@@ -10,6 +10,7 @@ import tomli_w
 
 from ..contract.options import Settings, build, option, options_of, values_of
 from ..errors import UsageError, listed
+from ..files import MOST_TOML, read_file
 from ..registry.discovery import defaults, disabled, find
 
 
@@ -84,7 +85,7 @@ def read_config(file: Path | None, dropped: Iterable[str] = ()) -> tuple[dict[st
     if file is None:
         return {}, {}
     try:
-        tables = tomllib.loads(file.read_text("utf-8"))
+        tables = tomllib.loads(read_file(file, MOST_TOML).decode())
     except OSError as error:
         raise UsageError(f"config file {file} can't be read: {error.strerror}", code="unreadable-file") from error
     except (ValueError, RecursionError) as error:  # a number of too many digits is not a TOMLDecodeError

@@ -1,12 +1,16 @@
 """Figures of runs, drawn with matplotlib: curves, usage over time, class by expert, effects."""
 
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from ..errors import visible
 
 if TYPE_CHECKING:
     from ..contract.run import Run
@@ -108,7 +112,10 @@ def _interval(axes: Any, number: Mapping[str, Any] | None, factor: float, height
 def figure_bytes(figure: Figure, kind: str) -> bytes:
     """A figure as the content of a file: svg and pdf are transparent, png is white."""
     out = io.BytesIO()
-    with mpl.rc_context(STYLE):
+    for text in figure.findobj(Text):  # a name may hold what no font has, and what no file takes
+        text.set_text("\n".join(map(visible, text.get_text().split("\n"))))
+    with mpl.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
         dated: Any = {"metadata": {"Date": None}} if kind == "svg" else {}
         figure.savefig(out, format=kind, dpi=110, facecolor="white" if kind == "png" else "none", **dated)
     return out.getvalue()

@@ -5,11 +5,12 @@ import json
 import os
 import shutil
 import socket
+import sys
 import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import chdir, contextmanager
+from contextlib import chdir, contextmanager, redirect_stdout
 from hashlib import sha256
 from importlib import util
 from pathlib import Path
@@ -186,13 +187,16 @@ def _named(version: Any) -> str:
 def _result(cell: Cell, scratch: Path) -> Record:
     training = None
     try:
-        training = Training(cell.config, cell.settings, scratch, timed=True)
-        run = training.run()
+        with redirect_stdout(sys.stderr):  # standard output is the command's; plugins may print
+            training = Training(cell.config, cell.settings, scratch, timed=True)
+            run = training.run()
     except UsageError as error:
         return {"status": REFUSED, "reason": str(error)}
     except RunError as error:
         return {"status": FAILED, "reason": str(error)}
-    except (Exception, SystemExit) as error:  # from a plugin, or a bug: it fails this cell alone
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # from a plugin, or a bug: it fails this cell alone
         sentence = training and training.culprit(error)
         text = "".join(traceback.format_exception(error))
         return {

@@ -10,6 +10,7 @@ from typing import Any
 import cattrs
 
 from ..errors import UsageError, listed, nearest
+from ..files import MOST_TOML, read_file
 from ..registry import discovery
 from .spec import Study
 
@@ -28,7 +29,7 @@ def read_study(name: str) -> Study:
             f"there is no study '{name}'; {nearest(name, shipped())}; a file must end in .toml", code="unknown-study"
         )
     try:
-        tables = tomllib.loads(file.read_text("utf-8"))
+        tables = tomllib.loads(_content(file).decode())
         study = _converter().structure({"name": file.name.removesuffix(".toml"), **tables}, Study)
     except OSError as error:
         raise UsageError(f"cannot read study {name}: {error.strerror}", code="unreadable-file") from error
@@ -39,6 +40,10 @@ def read_study(name: str) -> Study:
         raise UsageError(f"study {name} is not valid TOML: {error}", code="invalid-toml") from error
     _check(study)
     return study
+
+
+def _content(file: Traversable) -> bytes:
+    return read_file(file, MOST_TOML) if isinstance(file, Path) else file.read_bytes()
 
 
 def _problem(error: BaseException, kind: type | None) -> str:

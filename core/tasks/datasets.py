@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import md5, sha256
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile, is_zipfile
+from zipfile import BadZipFile, ZipFile, is_zipfile
 from zlib import error as ZlibError
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from ..files import write_atomically
+from ..files import check_file, read_file, write_atomically
 from ..seeds import generator
 
 Split = tuple[Tensor, Tensor]  # images uint8 [N, ...], labels long [N]
@@ -32,6 +32,7 @@ FASHION_SHA256 = {
     "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
     "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
+MOST = 1 << 28  # bytes of one file, unpacked
 CIFAR = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR_ARCHIVE_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
 CIFAR_FOLDER = "cifar-10-batches-bin"
@@ -170,7 +171,7 @@ def _download(fetch: Callable[[], Any], name: str, folder: Path, source: str) ->
 
 def _verify(file: Path, expected: str) -> None:
     try:
-        found = sha256(file.read_bytes()).hexdigest()
+        found = sha256(read_file(file, MOST)).hexdigest()
     except OSError as error:
         raise UsageError(f"data file {file} can't be read: {error.strerror}", code="unreadable-file") from error
     if found != expected:
@@ -181,17 +182,28 @@ def _verify(file: Path, expected: str) -> None:
 
 
 def _from_binary(folder: Path) -> tuple[Split, Split]:
-    return _verified([np.fromfile(folder / name, np.uint8) for name in CIFAR_MD5], folder)
+    try:
+        return _verified(
+            [np.frombuffer(bytearray(read_file(folder / name, MOST)), np.uint8) for name in CIFAR_MD5], folder
+        )
+    except OSError as error:
+        raise UsageError(
+            f"data file {error.filename} can't be read: {error.strerror}", code="unreadable-file"
+        ) from error
 
 
 def _from_npz(archive: Path) -> tuple[Split, Split]:
     try:
+        check_file(archive)
         if not is_zipfile(archive):
             raise BadZipFile("not an .npz archive")
+        with ZipFile(archive) as packed:
+            if sum(member.file_size for member in packed.infolist()) > MOST:
+                raise BadZipFile(f"unpacked, it is larger than {MOST} bytes")
         with open(archive, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             train, test = (_rows(arrays[f"x_{split}"], arrays[f"y_{split}"]) for split in ("train", "test"))
             return _verified([batch.ravel() for batch in (*np.split(train, 5), test)], archive)
-    except (OSError, ValueError, KeyError, BadZipFile, ZlibError) as error:
+    except (OSError, ValueError, KeyError, BadZipFile, ZlibError, MemoryError) as error:
         why = f"data file {archive} is damaged ({error}); delete it and run again"
         raise UsageError(why, code="damaged-data") from error
 
