@@ -8,7 +8,7 @@ import click
 from ..contract.run import Run
 from ..run.folder import number_of, read_run
 from .figures import check_figure, write_figure
-from .flags import json_flag
+from .flags import json_flag, wide_flag
 from .output import echo, echo_json
 
 COLUMNS = (
@@ -32,8 +32,9 @@ STANDARD = {
     show_default=True,
     help="Figure of the runs' curves: .png, .svg or .pdf.",
 )
+@wide_flag
 @json_flag("the table")
-def compare(runs: tuple[Path, ...], out: Path, as_json: bool) -> None:
+def compare(runs: tuple[Path, ...], out: Path, wide: bool, as_json: bool) -> None:
     """Compare finished runs: one table, and one figure with all their curves.
 
     Metrics are those of the test set; a metric of layers is averaged over the
@@ -51,12 +52,15 @@ def compare(runs: tuple[Path, ...], out: Path, as_json: bool) -> None:
     if as_json:
         echo_json(rows, 2)
         return
-    from .progress import cell, table
+    from ..run.forms import heading, shown
+    from .tables import table
 
     columns = [name for name in [*rows[0]][2:] if any(row[name] is not None for row in rows)]
     table(
-        ["run", "plugins", *columns],
-        [[row["run"], row["plugins"], *(cell(row[column]) for column in columns)] for row in rows],
+        ["run", "plugins", *map(heading, columns)],
+        [[row["run"], row["plugins"], *(shown(column, row[column]) for column in columns)] for row in rows],
+        keys=2,
+        wide=wide,
     )
     echo(f"figure: {out}")
 

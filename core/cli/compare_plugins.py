@@ -24,6 +24,7 @@ from .flags import (
     out_flag,
     quiet_flag,
     settings_flag,
+    wide_flag,
 )
 from .output import echo_json
 
@@ -56,6 +57,7 @@ def _compared(group: str) -> Decorator:
 @backend_flag
 @address_flag
 @out_flag("Result folder.", "comparisons/TASK")
+@wide_flag
 @json_flag("the comparison")
 @quiet_flag
 def compare_plugins(
@@ -65,6 +67,7 @@ def compare_plugins(
     backend: str,
     address: str | None,
     out: Path | None,
+    wide: bool,
     as_json: bool,
     quiet: bool,
     **flags: Any,
@@ -122,7 +125,7 @@ def compare_plugins(
     if as_json:
         echo_json(comparison, 2)
     else:
-        _print(comparison, folder)
+        _print(comparison, folder, wide)
     return _ending([row for row in comparison["rows"] if row["kind"] != "dense"])
 
 
@@ -159,12 +162,12 @@ def _write(comparison: Mapping[str, Any], folder: Path) -> None:
         write_atomically(folder / file, content)
 
 
-def _print(comparison: Mapping[str, Any], folder: Path) -> None:
+def _print(comparison: Mapping[str, Any], folder: Path, wide: bool) -> None:
     from ..study.tables import legend_of, remarks, tables_of
-    from .progress import print_line, table
+    from .tables import print_line, table
 
     for _, columns, lines in tables_of(comparison):
-        table(columns, lines)
+        table(columns, lines, wide=wide, first=(columns[1], "cv", "verdicts"))
     for line in (*remarks(comparison), legend_of(comparison), f"figure: {folder / 'comparison.png'}"):
         print_line(line)
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .flags import flags, json_flag
+from .flags import flags, json_flag, wide_flag
 from .inspect import _files as texts_of
 from .output import echo, echo_json
 
@@ -32,6 +32,7 @@ BALANCE = ("maxvio", "cv", "active", "entropy")
     "--length", type=click.IntRange(1), metavar="INTEGER", help="Tokens in a window.  [default: the run's, or 512]"
 )
 @flags("device")
+@wide_flag
 @json_flag("the report")
 def evaluate(
     folder: Path,
@@ -39,6 +40,7 @@ def evaluate(
     texts: tuple[Path, ...],
     length: int | None,
     device: str | None,
+    wide: bool,
     as_json: bool,
 ) -> None:
     """Measure the loss and perplexity of a language model on texts, and how even
@@ -78,7 +80,7 @@ def evaluate(
     if as_json:
         echo_json(report, 2)
     else:
-        _show(report)
+        _show(report, wide)
 
 
 def _report(losses: list["TextLoss"], layers: dict[str, Any], length: int) -> dict[str, Any]:
@@ -96,17 +98,20 @@ def _report(losses: list["TextLoss"], layers: dict[str, Any], length: int) -> di
     }
 
 
-def _show(report: dict[str, Any]) -> None:
-    from .progress import cell, print_line, table
+def _show(report: dict[str, Any], wide: bool) -> None:
+    from ..run.forms import heading, shown
+    from .tables import print_line, table
 
     columns = ("text", "tokens", "loss", "perplexity")
     texts = report["texts"]
     if len(texts) > 1:
         texts = [*texts, {"text": "all texts", "tokens": sum(row["tokens"] for row in texts), **report}]
-    table(columns, [[cell(row[name]) for name in columns] for row in texts])
+    lines = [[shown(name, row[name]) for name in columns] for row in texts]
+    table([*map(heading, columns)], lines, wide=wide)
     print_line("")
     if not report["layers"]:
         print_line("the model has no experts")
         return
     heads = ("layer", "experts", *BALANCE)
-    table(heads, [[cell(row[name]) for name in heads] for row in report["layers"]])
+    lines = [[shown(name, row[name]) for name in heads] for row in report["layers"]]
+    table([*map(heading, heads)], lines, wide=wide)

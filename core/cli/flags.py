@@ -70,6 +70,7 @@ settings_flag = click.option(
     "--set", "settings", multiple=True, metavar="PLUGIN.OPTION=VALUE", help="Set a plugin's option; repeatable."
 )
 quiet_flag = click.option("--quiet", is_flag=True, help="Show no progress.")
+wide_flag = click.option("--wide", is_flag=True, help="Show all columns, where needed in several tables.")
 debug_flag = click.option("--debug", is_flag=True, help="Show the traceback when a plugin fails.")
 jobs_flag = click.option(
     "--jobs",

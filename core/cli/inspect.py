@@ -9,7 +9,7 @@ import click
 
 from ..errors import UsageError, listed, visible
 from ..files import write_atomically
-from .flags import flags, json_flag, quiet_flag
+from .flags import flags, json_flag, quiet_flag, wide_flag
 from .output import echo, echo_json
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ TOLD = 6  # pairs of labels that are told
 @click.option("--trace", type=click.Path(path_type=Path), help="Write a trace here, for replay.")
 @click.option("--counts", type=click.Path(path_type=Path), help="Write a CSV file here, for routing-stats.")
 @quiet_flag
+@wide_flag
 @json_flag("all numbers")
 def inspect(
     folder: Path,
@@ -65,6 +66,7 @@ def inspect(
     trace: Path | None,
     counts: Path | None,
     quiet: bool,
+    wide: bool,
     as_json: bool,
 ) -> None:
     """Run texts through a mixture of transformers, and show what its experts do:
@@ -115,7 +117,7 @@ def inspect(
     if as_json:
         echo_json({**report, "notes": notes}, 1)
         return
-    _show(report, notes)
+    _show(report, notes, wide)
     for what, path in (("page", html), ("trace", trace), ("counts", counts)):
         if path is not None:
             echo(f"{what}: {path}")
@@ -224,20 +226,22 @@ def _limits(report: dict[str, Any], tokens: int) -> list[str]:
     return notes
 
 
-def _show(report: dict[str, Any], notes: Sequence[str]) -> None:
+def _show(report: dict[str, Any], notes: Sequence[str], wide: bool) -> None:
     from ..pretrained.inspection import contrasts, preferences
     from ..pretrained.inspection_page import farthest, grouped, short_names
-    from .progress import cell, print_line, table
+    from ..run.forms import fixed, shown
+    from .tables import print_line, table
 
     rows, several = report["layers"], len(report["labels"]) > 1
     short = short_names([row["layer"] for row in rows])
     lines = []
     for row in rows:
         sure = row["router"]
-        numbers = [row["cv"], row["maxvio"], row["entropy"], *sure.values(), farthest(row) if several else None]
+        values = [row["cv"], row["maxvio"], row["entropy"], *sure.values(), farthest(row) if several else None]
+        numbers = [shown("", value) for value in values]
         verdict = (row["verdict"] or {}).get("name", "-")
-        lines.append([short[row["layer"]], f"{row['active']}/{row['experts']}", *map(_brief, numbers), verdict])
-    table(COLUMNS, lines)
+        lines.append([short[row["layer"]], f"{row['active']}/{row['experts']}", *numbers, verdict])
+    table(COLUMNS, lines, wide=wide, first=("active", "verdict"))
     for finding in grouped(report["findings"]):
         layers = f"{len(finding['layers'])} of {len(rows)} layers, worst {finding['layers'][0]}"
         advice = f"; {finding['advice']}" if finding["advice"] else ""
@@ -245,7 +249,7 @@ def _show(report: dict[str, Any], notes: Sequence[str]) -> None:
     if several:
         pairs = sorted(contrasts(report), key=lambda one: -one["bits"])
         for one in pairs[:TOLD]:
-            bits = f"{cell(one['bits'])} bits (by chance {cell(one['by_chance'])})"
+            bits = f"{fixed(one['bits'], 3)} bits (by chance {fixed(one['by_chance'], 3)})"
             print_line(visible(f"{' and '.join(one['pair'])} differ most in {one['layer']}: {bits}"))
         if len(pairs) > TOLD:
             print_line(f"and {len(pairs) - TOLD} more pairs of labels, which differ less; --json has all")
@@ -255,7 +259,3 @@ def _show(report: dict[str, Any], notes: Sequence[str]) -> None:
     print_line(f"{report['tokens']:,} tokens in windows of {report['length']}")
     for note in notes:
         print_line(visible(note))
-
-
-def _brief(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"

@@ -8,7 +8,7 @@ import click
 
 from ..errors import UsageError, listed
 from .figures import check_figure, write_figure
-from .flags import json_flag
+from .flags import json_flag, wide_flag
 from .output import echo, echo_json
 
 if TYPE_CHECKING:
@@ -80,8 +80,9 @@ def _number(name: str, metavar: str, text: str, default: float | None = None) ->
 @_number("--node-bandwidth", "GB/s", "The bandwidth between ranks of a node.")
 @click.option("--measure", is_flag=True, help="Measure rate, bandwidth and latency here, and print the flags to use.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Write a figure here: .png, .svg or .pdf.")
+@wide_flag
 @json_flag("the plan")
-def plan(plot: Path | None, as_json: bool, measure: bool, **given: Any) -> None:
+def plan(plot: Path | None, wide: bool, as_json: bool, measure: bool, **given: Any) -> None:
     """Plan the training of an MoE model on many ranks: how much memory a rank
     needs, how many bytes it sends, how long a step takes, which split of the
     ranks into data x expert parallelism is best, and where more ranks stop
@@ -131,7 +132,7 @@ def plan(plot: Path | None, as_json: bool, measure: bool, **given: Any) -> None:
     if as_json:
         echo_json(_report(model, training, cluster, fitting, others, steps), 2)
     else:
-        _show(cluster, fitting, others, steps)
+        _show(cluster, fitting, others, steps, wide)
         if plot is not None:
             echo(f"figure: {plot}")
 
@@ -227,27 +228,33 @@ COLUMNS = (
     *("tokens/s", "efficiency", ""),
 )
 
+FIRST = ("", "GB", "step ms", "tokens/s", "efficiency", "products ms", "all-to-all ms", "gradients ms")
+
 
 def _show(
-    cluster: "Cluster", fitting: Sequence["Planned"], others: Sequence["Planned"], steps: Sequence["Planned"]
+    cluster: "Cluster",
+    fitting: Sequence["Planned"],
+    others: Sequence["Planned"],
+    steps: Sequence["Planned"],
+    wide: bool,
 ) -> None:
     from ..plan.splits import best_of, where_it_stops
-    from .progress import print_line, table
+    from .tables import print_line, table
 
     best = best_of(fitting)
-    table(COLUMNS, [[*_cells(one), "best" if one is best else ""] for one in fitting])
+    table(COLUMNS, [[*_cells(one), "best" if one is best else ""] for one in fitting], wide=wide, first=FIRST)
     if others:
         words = [f"{one.split} ({one.memory.total / GIGA:.3g} GB)" for one in others]
         print_line(f"too large for {cluster.memory / GIGA:g} GB: {listed(words)}")
     print_line("")
     rows = [[str(one.split.ranks), str(one.split), *_speed(one)] for one in steps]
-    table(["ranks", "best split", "GB", "step ms", "tokens/s", "efficiency"], rows)
+    table(["ranks", "best split", "GB", "step ms", "tokens/s", "efficiency"], rows, wide=wide)
     print_line(where_it_stops(steps))
     print_line("per rank: GB of memory, and MB that leave the one that sends most; times are a model's, see --help")
 
 
 def _cells(one: "Planned") -> list[str]:
-    from .progress import cell
+    from .tables import cell
 
     memory, times = one.memory, one.times
     held = (memory.total, memory.weights, memory.gradients, memory.moments, memory.gathered, memory.activations)
@@ -258,7 +265,7 @@ def _cells(one: "Planned") -> list[str]:
 
 def _speed(one: "Planned") -> list[str]:
     """Memory, step, tokens per second and efficiency."""
-    from .progress import cell
+    from .tables import cell
 
     step = cell(one.times.step / MILLI)
     return [cell(one.memory.total / GIGA), step, f"{one.tokens_per_second:,.0f}", f"{one.times.efficiency:.1%}"]

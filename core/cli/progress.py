@@ -1,4 +1,4 @@
-"""Live progress of a run or a grid, and tables of results that fit the terminal."""
+"""Live progress of a run or a grid, on standard error, and the result of a run."""
 
 import time
 from collections.abc import Iterable, Sequence
@@ -7,19 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 import rich.progress
 from rich.console import Console, RenderableType
-from rich.table import Table
-from rich.text import Text
 
 from ..errors import visible
-from .output import standard_output
+from ..run.forms import fixed, percent, shown
+from .tables import print_line, print_on
 
 if TYPE_CHECKING:
     from ..contract.run import Run
     from ..run.training import Training
 
-FACTS = 76  # columns for the text next to the progress bar, which fills the rest of the terminal
-GAP = 2  # columns between two columns of a table
-FOLDED = 30  # the least width to which a table's last column is folded
+FACTS = 76  # columns for the steps, the time left and the facts; a bar fills the rest of the terminal, if there is any
+LEAST_BAR = 8  # columns below which there is no bar
+ROOMY = 110  # columns from which the facts have room for maxvio
 UNTITLED = ("metric", "report", "task", "initializer")  # kinds that the first line names only where they were typed
 
 
@@ -30,7 +29,7 @@ class Progress:
         self.training, self.quiet = training, quiet
         self.console = Console(stderr=True, markup=False, emoji=False)
         self.bar = _Bar(training, self.console) if self.console.is_terminal and not quiet else None
-        self.latest: dict[str, dict[str, Any]] = {}
+        self.began: tuple[int, float] | None = None  # step and time of the last record, or of the start
 
     def __enter__(self) -> "Progress":
         engine, config = self.training.engine, self.training.config
@@ -40,6 +39,7 @@ class Progress:
         model = f"{config.experts or 'varying'} experts, top {config.top_k or 'varying'}"
         work = f"{self.training.total_steps} steps on {self.training.device.type}"
         self.say(f"{config.task}: {', '.join(chosen)}; {model}; {work}")
+        self.began = (0, time.monotonic()) if not self.training.resumed else None
         if self.bar is not None:
             self.bar.start()
         return self
@@ -53,12 +53,20 @@ class Progress:
         if record["split"] == "growth":
             self.say(f"step {record['step']}: {event(record['growth'])}")
             return
-        self.latest[record["split"]] = record
         if self.bar is not None:
-            self.bar.say(_facts(self.latest.get("train"), self.latest.get("eval")))
-        else:
-            split = "test " if record["split"] == "eval" else "train"
-            self.say(f"step {record['step']:>6}  {split}  {_facts(record)}")
+            names = ("cv", "maxvio", "active") if self.console.width >= ROOMY else ("cv", "active")
+            self.bar.say(f"{_split(record)} {', '.join(facts(record, names, terms=False))}")
+            return
+        words = [f"step {record['step']:>6}", f"epoch {record['epoch']}", f"{_split(record):5}", *facts(record)]
+        self.say("  ".join([*words, *self._pace(record)]))
+
+    def _pace(self, record: dict[str, Any]) -> list[str]:
+        """The time per step before a training record, since the record before it; so evaluations are left out."""
+        now, began = time.monotonic(), self.began
+        self.began = (record["step"], now)
+        if record["split"] != "train" or began is None or record["step"] <= began[0]:
+            return []
+        return [f"{1000 * (now - began[1]) / (record['step'] - began[0]):.1f} ms/step"]
 
     def say(self, remark: str) -> None:
         """Print a remark, above the progress bar if there is one."""
@@ -68,16 +76,16 @@ class Progress:
     def warn(self, remark: str) -> None:
         """Print a remark even if quiet. A standard error that fails ends no run."""
         with suppress(OSError):
-            _print(self.bar.console if self.bar is not None else self.console, remark)
+            print_on(self.bar.console if self.bar is not None else self.console, remark)
 
     def finish(self, run: "Run") -> None:
         """Print the result on standard output."""
         summary = run.summary
-        result = f"loss {summary['loss']}"
+        result = f"loss {fixed(summary['loss'], 4)}"
         if summary["perplexity"] is not None:
-            result = f"perplexity {summary['perplexity']:.4g}"
+            result = f"perplexity {fixed(summary['perplexity'], 2)}"
         elif summary["accuracy"] is not None:
-            result = f"accuracy {summary['accuracy']:.2%}"
+            result = f"accuracy {percent(summary['accuracy'])}"
         work = f"{summary['steps']} steps, {summary['seconds']:.0f} s"
         print_line(f"{summary['verdict'] or 'no verdict'}: {result} on the test set after {work}")
         for finding in summary["findings"]:
@@ -110,9 +118,10 @@ class _Bar(rich.progress.Progress):
 
 def _columns(console: Console) -> tuple[rich.progress.ProgressColumn, ...]:
     """The bar, steps done and time left, narrow enough for the facts that follow on the same line."""
-    width = max(4, min(24, console.width - FACTS))
+    width = min(24, console.width - FACTS)
+    bar = (rich.progress.BarColumn(width),) if width >= LEAST_BAR else ()
     time_left = rich.progress.TimeRemainingColumn(compact=True, elapsed_when_finished=True)
-    return rich.progress.BarColumn(width), rich.progress.MofNCompleteColumn(), time_left
+    return (*bar, rich.progress.MofNCompleteColumn(), time_left)
 
 
 class Cells:
@@ -153,7 +162,7 @@ class Cells:
         before, start = self.began
         new = done - before
         left = f"  ({(time.monotonic() - start) / new * (total - done):.0f} s left)" if new and done < total else ""
-        _print(self.console, f"{done}/{total}  {words}{left}")
+        print_on(self.console, f"{done}/{total}  {words}{left}")
 
 
 def _result(record: dict[str, Any]) -> str:
@@ -163,30 +172,31 @@ def _result(record: dict[str, Any]) -> str:
     return "  ".join(_quality(record["summary"]))
 
 
-def _quality(record: dict[str, Any], accuracy: str = "accuracy") -> list[str]:
-    facts = ["loss not finite" if record["loss"] is None else f"loss {record['loss']:.4f}"]
+def _quality(record: dict[str, Any]) -> list[str]:
+    quality = ["loss not finite" if record["loss"] is None else f"loss {fixed(record['loss'], 4)}"]
     if record.get("accuracy") is not None:
-        facts.append(f"{accuracy} {record['accuracy']:.1%}")
-    return facts
+        quality.append(f"accuracy {percent(record['accuracy'])}")
+    return quality
 
 
-def _facts(record: dict[str, Any] | None, test: dict[str, Any] | None = None) -> str:
-    """Loss, accuracy, cv, maxvio and active experts of a record, averaged over layers.
+def _split(record: dict[str, Any]) -> str:
+    """What a record was measured on, as people call it."""
+    return "test" if record["split"] == "eval" else str(record["split"])
 
-    The accuracy is that of `test`, the latest evaluation, if there is one.
+
+def facts(record: dict[str, Any], names: Sequence[str] = ("cv", "maxvio", "active"), terms: bool = True) -> list[str]:
+    """Loss, accuracy and balance of a record, all of its split; balance is averaged over layers.
+
+    terms: the loss terms too, unweighted, each averaged over the layers; an evaluation has none.
     """
-    record = record or test
-    if record is None:
-        return ""
-    facts = _quality(record)
-    if test is not None and test is not record and test.get("accuracy") is not None:
-        facts = [facts[0], *_quality(test, "test")[1:]]
+    loss, *accuracy = _quality(record)
     layers = list(record["layers"].values())
-    for name, digits in (("cv", 2), ("maxvio", 2), ("active", 0)):
-        values = [layer[name] for layer in layers if layer.get(name) is not None]
-        if values:
-            facts.append(f"{name} {sum(values) / len(values):.{digits}f}")
-    return "  ".join(facts)
+    losses = sorted({name for layer in layers for name in layer if name.startswith("loss.")}) if terms else []
+    found = {name: [layer[name] for layer in layers if layer.get(name) is not None] for name in [*losses, *names]}
+    means = {name: sum(values) / len(values) for name, values in found.items() if values}
+    told = [f"{name.removeprefix('loss.')} {shown(name, float(mean))}" for name, mean in means.items()]
+    count = sum(name in means for name in losses)
+    return [loss, *told[:count], *accuracy, *told[count:]]
 
 
 def event(growth: dict[str, Any]) -> str:
@@ -203,72 +213,3 @@ def tracked(items: Sequence[Any], words: str, quiet: bool = False) -> Iterable[A
     """The items, with a bar and the time left on standard error if that is a terminal."""
     console = Console(stderr=True)
     return rich.progress.track(items, words, console=console, transient=True, disable=quiet or not console.is_terminal)
-
-
-# -- what is printed at the end --------------------------------------------------------------------
-
-
-def _print(console: Console, line: str) -> None:
-    """Print plain text: folded at words on a terminal, and one whole line in a file, for grep."""
-    console.print(Text(visible(line)), highlight=False, soft_wrap=not console.is_terminal)
-
-
-def print_line(line: str) -> None:
-    """Print plain text on standard output: folded at words on a terminal, whole in a file."""
-    with standard_output() as stream:
-        _print(Console(file=stream, highlight=False, markup=False, emoji=False), line)
-
-
-def cell(value: Any) -> str:
-    """One cell of a table."""
-    if value is None:
-        return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]], keys: int = 1) -> None:
-    """Print a table on standard output.
-
-    If the terminal is too narrow, the columns are split into several tables, each with the first `keys` columns,
-    which name the rows. In a file there is one table with one line per row, for grep.
-    """
-    columns, rows = list(map(visible, columns)), [list(map(visible, row)) for row in rows]
-    widths = [max(len(row[index]) for row in [columns, *rows]) for index in range(len(columns))]
-    with standard_output() as stream:
-        terminal = Console(file=stream)
-        console = terminal if terminal.is_terminal else Console(file=stream, width=10_000)
-        _print_blocks(console, columns, rows, blocks(widths, keys, console.width))
-
-
-def _print_blocks(
-    console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]], parts: Sequence[Sequence[int]]
-) -> None:
-    """Print one table for each part of the columns."""
-    for number, block in enumerate(parts):
-        if number:
-            console.print()
-        drawn = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0))
-        for index in block:
-            numeric = index and all(row[index][:1] in "-+.0123456789" for row in rows)
-            drawn.add_column(Text(columns[index]), justify="right" if numeric else "left", overflow="fold")
-        for row in rows:
-            drawn.add_row(*(Text(row[index]) for index in block))
-        console.print(drawn)
-
-
-def blocks(widths: Sequence[int], keys: int, width: int) -> list[list[int]]:
-    """The columns of each table that fits `width`: the keys, and as many of the others as there is room for.
-
-    The last column, which may hold a sentence, is folded instead of being put into a separate table.
-    """
-    widths = [*widths[:-1], min(widths[-1], FOLDED)]
-    named = [*range(min(keys, len(widths)))]
-    found: list[list[int]] = []
-    room = 0
-    for index in range(len(named), len(widths)):
-        if not found or widths[index] + GAP > room:
-            found.append([*named])
-            room = width - sum(widths[key] + GAP for key in named) + GAP
-        found[-1].append(index)
-        room -= widths[index] + GAP
-    return found or [named]

@@ -8,7 +8,7 @@ import click
 
 from ..contract.options import parse_settings
 from ..errors import UsageError, visible
-from .flags import json_flag, settings_flag
+from .flags import json_flag, settings_flag, wide_flag
 from .output import echo_json
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def _values(kind: type) -> Callable[[Any, click.Option, str | None], list[Any]]:
 )
 @click.option("--by-label", is_flag=True, help="Add rows for the tokens of each label.")
 @settings_flag
+@wide_flag
 @json_flag("the table")
 def replay(
     trace: Path,
@@ -72,6 +73,7 @@ def replay(
     batch: int | None,
     by_label: bool,
     settings: tuple[str, ...],
+    wide: bool,
     as_json: bool,
 ) -> None:
     """Show how other routers, biases and capacities would have routed the tokens
@@ -116,22 +118,30 @@ def replay(
     if as_json:
         echo_json({"trace": _about(read), "rows": rows}, 2)
     else:
-        _show(read, rows)
+        _show(read, rows, wide)
 
 
 def _about(trace: "Trace") -> dict[str, Any]:
     return {**trace.about, "router": trace.router, "tokens": trace.tokens, "limit": trace.limit, "cut": trace.cut}
 
 
-def _show(trace: "Trace", rows: list[dict[str, Any]]) -> None:
-    from .progress import cell, print_line, table
+def _show(trace: "Trace", rows: list[dict[str, Any]], wide: bool) -> None:
+    from ..run.forms import heading, shown
+    from .tables import print_line, table
 
-    shown = [row for row in rows if "refused" not in row and (row["layer"] != "mean" or len(trace.layers) > 1)]
-    shown = [{**row, "label": visible(row["label"] or "all")} for row in shown]
-    shown = [{**row, "router": f"{row['router']}, recorded"} if "recorded" in row else row for row in shown]
-    keys = KEYS if any(row["label"] != "all" for row in shown) else KEYS[:-1]
+    told = [row for row in rows if "refused" not in row and (row["layer"] != "mean" or len(trace.layers) > 1)]
+    told = [{**row, "label": visible(row["label"] or "all")} for row in told]
+    told = [{**row, "router": f"{row['router']}, recorded"} if "recorded" in row else row for row in told]
+    keys = KEYS if any(row["label"] != "all" for row in told) else KEYS[:-1]
     columns = [*keys, *COLUMNS]
-    table(columns, [[cell(row.get(name)) for name in columns] for row in shown], keys=len(keys))
+    lines = [[shown(name, row.get(name)) for name in columns] for row in told]
+    table(
+        [*map(heading, columns)],
+        lines,
+        keys=len(keys),
+        wide=wide,
+        first=("cv", "verdict", "agreement %", "dropped %", "active"),
+    )
     for reason in dict.fromkeys(row["refused"] for row in rows if "refused" in row):
         print_line(f"not replayed: {' '.join(reason.split())}")
     if all("recorded" in row for row in rows):

@@ -11,7 +11,7 @@ from ..errors import UsageError, listed
 from ..registry.discovery import find, pick
 from ..registry.manager import Plugins
 from .figures import check_figure, write_figure
-from .flags import json_flag, names, settings_flag
+from .flags import json_flag, names, settings_flag, wide_flag
 from .output import echo, echo_json
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ MOST_LABELS = 20  # columns of labels in a table; --json has all of them
 @click.option("--plugins", "chosen", metavar="A,B,...", callback=names, help="Further metric plugins.")
 @settings_flag
 @click.option("--figure", type=click.Path(path_type=Path), help="Write a heatmap here: .png, .svg or .pdf.")
+@wide_flag
 @json_flag("the report")
 def routing_stats(
     files: tuple[Path, ...],
@@ -59,6 +60,7 @@ def routing_stats(
     chosen: tuple[str, ...] | None,
     settings: tuple[str, ...],
     figure: Path | None,
+    wide: bool,
     as_json: bool,
 ) -> None:
     """Compute balance metrics and a verdict from routing counts.
@@ -112,7 +114,7 @@ def routing_stats(
     if as_json:
         echo_json(report, 2)
     else:
-        _show(report, series)
+        _show(report, series, wide)
         if figure is not None:
             echo(f"figure: {figure}")
 
@@ -169,42 +171,50 @@ def _titles(series: Sequence["Series"]) -> list[str]:
     return [(f"{counts.file}: " if several_files else "") + counts.title(alike) for counts in series]
 
 
-def _show(report: dict[str, Any], series: Sequence["Series"]) -> None:
-    from .progress import print_line
+def _show(report: dict[str, Any], series: Sequence["Series"], wide: bool) -> None:
+    from .tables import print_line
 
     rows, changed = report["rows"], report["changes"]
     extra = {name for row in rows for name, value in row.items() if isinstance(value, int | float)}
     columns = ["experts", *METRICS, *sorted(extra - {*METRICS, *SIZES})]
-    _table(rows, columns, "verdict", [(row.get("verdict") or {}).get("name", "-") for row in rows])
+    verdicts = [(row.get("verdict") or {}).get("name", "-") for row in rows]
+    _table(rows, columns, "verdict", verdicts, wide)
     if changed:
         print_line("")
         columns = ["against", "total_variation", "correlation", "cv_change"]
-        _table(changed, columns, "moved most", [_moved(change["moved"]) for change in changed])
+        _table(changed, columns, "moved most", [_moved(change["moved"]) for change in changed], wide)
     if "per_expert" in report:
-        _show_experts(report)
+        _show_experts(report, wide)
     for line in (*_findings(rows, _titles(series)), *_notes(report, series)):
         print_line(line)
 
 
-def _table(rows: Sequence[dict[str, Any]], columns: Sequence[str], last: str, ends: Sequence[str]) -> None:
+def _table(rows: Sequence[dict[str, Any]], columns: Sequence[str], last: str, ends: Sequence[str], wide: bool) -> None:
     """Print the labels of each row, its metrics, and a last column in words."""
     from ..analysis.count_columns import TOP_K
-    from .progress import cell, table
+    from ..run.forms import heading, shown
+    from .tables import table
 
     labels = [name for name in dict.fromkeys(name for row in rows for name in row["labels"]) if name not in TOP_K]
     labels = labels[:MOST_LABELS]
     keys = [*(["file"] if len({row["file"] for row in rows}) > 1 else []), "layer", "split"]
     numbers = [*keys, "top_k", *columns]
     values = [[*(row["labels"].get(name) for name in labels), *(row.get(name) for name in numbers)] for row in rows]
-    lines = [[cell(value) for value in line] for line in values]
-    heads = [{"top_k": "K"}.get(name, name.replace("_", " ")) for name in numbers]
+    lines = [[shown(name, value) for name, value in zip([*labels, *numbers], line, strict=True)] for line in values]
+    heads = [{"top_k": "K"}.get(name) or heading(name) for name in numbers]
     body = [[*line, end] for line, end in zip(lines, ends, strict=True)]
-    table([*labels, *heads, last], body, keys=len(labels) + len(keys))
+    table(
+        [*labels, *heads, last],
+        body,
+        keys=len(labels) + len(keys),
+        wide=wide,
+        first=("cv", "active", last, "entropy", "maxvio"),
+    )
 
 
-def _show_experts(report: dict[str, Any]) -> None:
+def _show_experts(report: dict[str, Any], wide: bool) -> None:
     """Print a line for each expert of a layer, and how stable the rows are."""
-    from .progress import print_line
+    from .tables import print_line
 
     columns = ["expert", *EXPERT_NUMBERS]
     lines: list[dict[str, Any]] = []
@@ -213,13 +223,13 @@ def _show_experts(report: dict[str, Any]) -> None:
         for expert, numbers in enumerate(zip(*(row[name] for name in EXPERT_NUMBERS), strict=True)):
             lines.append({**row, "expert": expert, **dict(zip(EXPERT_NUMBERS, map(_exact, numbers), strict=True))})
     print_line("")
-    _table(lines, columns, "over", [f"{line['number']} {line['over']}" if several else "1 row" for line in lines])
+    _table(lines, columns, "over", [f"{line['number']} {line['over']}" if several else "1 row" for line in lines], wide)
     if not report["stability"]:
         print_line("the rows give no stability: each layer has one row, or one step")
         return
     print_line("")
     ends = [_most(row) for row in report["stability"]]
-    _table(report["stability"], ["rows", "moved", "by_chance", "cv_rows"], "moved most; busiest experts", ends)
+    _table(report["stability"], ["rows", "moved", "by_chance", "cv_rows"], "moved most; busiest experts", ends, wide)
 
 
 def _exact(value: float) -> float | str:

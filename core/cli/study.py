@@ -10,7 +10,7 @@ import click
 
 from ..errors import RunError, UsageError
 from ..files import sealed, unsealed, write_atomically
-from .flags import address_flag, backend_flag, flags, jobs_flag, json_flag, out_flag, quiet_flag
+from .flags import address_flag, backend_flag, flags, jobs_flag, json_flag, out_flag, quiet_flag, wide_flag
 from .output import echo, echo_json
 
 
@@ -29,6 +29,7 @@ from .output import echo, echo_json
 @flags("device", "data_dir")
 @out_flag("Result folder.", "results/NAME")
 @click.option("--check", is_flag=True, help="Judge stored results and run nothing; exit 1 if a criterion fails.")
+@wide_flag
 @json_flag("the results")
 @quiet_flag
 def study(
@@ -40,6 +41,7 @@ def study(
     address: str | None,
     out: Path | None,
     check: bool,
+    wide: bool,
     as_json: bool,
     quiet: bool,
     **flags: Any,
@@ -81,7 +83,7 @@ def study(
     if as_json:
         echo_json(results, 1)
     else:
-        _print(results, folder, check)
+        _print(results, folder, check, wide)
     _fail(results, check)
     return 0
 
@@ -101,7 +103,7 @@ def _fail(results: Mapping[str, Any], check: bool) -> None:
 
 def _list() -> int:
     from ..study.reading import read_study, shipped
-    from .progress import table
+    from .tables import table
 
     studies = [read_study(name) for name in shipped()]
     table(["study", "runs", "question"], [[study.name, str(_count(study)), study.question] for study in studies])
@@ -163,15 +165,15 @@ def _text(results: Mapping[str, Any]) -> str:
     return json.dumps(results, indent=1, allow_nan=False, ensure_ascii=False)
 
 
-def _print(results: Mapping[str, Any], folder: Path, check: bool) -> None:
+def _print(results: Mapping[str, Any], folder: Path, check: bool, wide: bool) -> None:
     from ..study.tables import criteria_table, legend_of, remarks, tables_of
-    from .progress import print_line, table
+    from .tables import print_line, table
 
     print_line(f"{results['title']}: {results['question']}")
     for title, columns, lines in () if check else tables_of(results):
         echo(f"\n{title}")
-        table(columns, lines)
+        table(columns, lines, wide=wide, first=(columns[1], "cv", "verdicts"))
     if results["criteria"]:
-        table(*criteria_table(results))
+        table(*criteria_table(results), wide=wide)
     for line in (*remarks(results), *(() if check else (legend_of(results), f"page: {folder / 'study.html'}"))):
         print_line(line)

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from ..errors import visible
+from .forms import FORMATS, Format
 
 if TYPE_CHECKING:
     from ..contract.run import Run
@@ -175,7 +176,7 @@ def _mark(axes: Any, run: "Run", layer: str | None = None) -> None:
 def curves(runs: Sequence["Run"], names: Sequence[str]) -> Figure | None:
     """One panel per metric. One run: training and test; several: only the test set."""
     splits = (("train", "--", "training"), ("eval", "-", "test")) if len(runs) == 1 else (("eval", "-", ""),)
-    panels = [name for name in names if any(series(run, "eval", name)[0] for run in runs)]
+    panels = [name for name in names if any(series(run, split, name)[0] for run in runs for split, _, _ in splits)]
     if not panels:
         return None
     columns = min(2, len(panels))
@@ -183,14 +184,15 @@ def curves(runs: Sequence["Run"], names: Sequence[str]) -> Figure | None:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(5.6 * columns, 3.0 * rows), layout="constrained")
         for index, name in enumerate(panels):
-            axes = figure.add_subplot(rows, columns, index + 1, title=name, xlabel="step")
+            form = FORMATS.get(name, Format(name))
+            axes = figure.add_subplot(rows, columns, index + 1, title=form.title, xlabel="step")
             for number, run in enumerate(runs):
                 for split, dash, word in splits:
                     # a "$" in a name does not begin a formula
                     label = word if len(runs) == 1 else f"{run.name}: {run.typed}".replace("$", r"\$")
-                    axes.plot(
-                        *series(run, split, name), dash, color=f"C{number}", label=label, marker="o", markersize=2.5
-                    )
+                    steps, values = series(run, split, name)
+                    scaled = [form.factor * value for value in values]
+                    axes.plot(steps, scaled, dash, color=f"C{number}", label=label, marker="o", markersize=2.5)
             if len(runs) == 1:
                 _mark(axes, runs[0])
             if index == 0:

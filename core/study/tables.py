@@ -1,43 +1,11 @@
 """Tables of results, for the terminal and both pages."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
+from ..run.forms import FORMATS, Format, fixed
 from .grid import FINISHED, REFUSED
 
-
-class Format(NamedTuple):
-    """A quantity's format: title, factor to the title's unit, digits after the point."""
-
-    title: str
-    factor: float = 1
-    digits: int = 3
-
-
-FORMATS = {  # by quantity, without its scope
-    "accuracy": Format("accuracy %", 100, 2),
-    "precision": Format("precision %", 100, 2),
-    "recall": Format("recall %", 100, 2),
-    "f1": Format("F1 %", 100, 2),
-    "loss": Format("loss", 1, 4),
-    "perplexity": Format("perplexity", 1, 2),
-    "active": Format("active", 1, 1),
-    "active_1pct": Format("active (1 %)", 1, 1),
-    "top_share": Format("top share %", 100, 1),
-    "train_dropped": Format("dropped %", 100, 1),
-    "flops.active": Format("MFLOPs", 1e-6, 2),
-    "flops.total": Format("MFLOPs, all experts", 1e-6, 2),
-    "model.active": Format("model MFLOPs", 1e-6, 1),
-    "model.total": Format("model MFLOPs, all experts", 1e-6, 1),
-    "model.parameters": Format("parameters (M)", 1e-6, 2),
-    "model.active_parameters": Format("active (M)", 1e-6, 2),
-    "step_seconds": Format("step ms", 1000, 2),
-    "step_ratio": Format("step/dense", 1, 2),
-    "summary.seconds": Format("seconds", 1, 0),
-    "latency.median": Format("inference ms", 1000, 2),
-    "latency.p95": Format("inference p95 ms", 1000, 2),
-    "latency.throughput": Format("samples/s", 1, 0),
-}
 SCOPES = {"tail": "stream", "after_growth": "after growth"}
 LEGEND = (
     "Ours: mean over the seeds ± half of the 95 % interval (Student's t), on data not trained on; "
@@ -88,7 +56,7 @@ def _cell(number: Mapping[str, Any] | float | None, shown: Format) -> str:
     if number is None:
         return "-"
     parts = [number["mean"], number["half"]] if isinstance(number, Mapping) else [number]
-    return " ± ".join(f"{shown.factor * part:,.{shown.digits}f}" for part in parts if part is not None)
+    return " ± ".join(fixed(shown.factor * part, shown.digits) for part in parts if part is not None)
 
 
 def _verdicts(row: Mapping[str, Any]) -> str:
