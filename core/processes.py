@@ -54,6 +54,14 @@ def shard_like(whole: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements)  # type: ignore[attr-defined]
 
 
+def cut_like(like: Any, part: Tensor) -> Any:
+    """A tensor that is cut over ranks as another one is, of which this rank holds this part."""
+    from torch.distributed.tensor import DTensor
+
+    whole: dict[str, Any] = {"shape": like.shape, "stride": like.stride()}
+    return DTensor.from_local(part, like.device_mesh, like.placements, run_check=False, **whole)
+
+
 def of_mean_over_ranks(grad: Tensor) -> Tensor:
     """The gradient of the mean loss over ranks, from that of this rank's loss, as a process with micro-batches has."""
     return grad / ranks if (ranks := world_size()) > 1 else grad

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from ..contract.parts import Experts, Part
 from ..errors import UsageError
-from ..processes import full_tensor, world_size
+from ..processes import cut_like, full_tensor, world_size
 
 
 class Exchange:
@@ -58,7 +58,7 @@ class Exchange:
         rank, held = self.mesh["experts"].get_local_rank(), 0
         with _replaced(bank) as put:
             for part, name, tensor, axis in declared(bank):
-                own = tensor.to_local() if isinstance(tensor, DTensor) else _chunk(tensor, self.size, rank, axis)
+                own = self._held(tensor) if isinstance(tensor, DTensor) else _chunk(tensor, self.size, rank, axis)
                 put(part, name, own)
                 held = own.shape[axis]
             yield held
@@ -69,7 +69,7 @@ class Exchange:
         with _replaced(bank) as put:
             for part, name, tensor, _ in declared(bank):
                 if isinstance(tensor, DTensor):
-                    put(part, name, tensor.full_tensor(grad_placements=[Partial()]))
+                    put(part, name, cut_like(tensor, self._held(tensor)).full_tensor(grad_placements=[Partial()]))
             yield
 
     def cut(self, bank: Experts) -> list[tuple[nn.Parameter, nn.Parameter]]:
@@ -79,8 +79,6 @@ class Exchange:
             if isinstance(tensor, nn.Parameter):
                 cut = distribute_tensor(tensor.detach(), self.mesh["experts"], [Shard(axis)])
                 parameter = nn.Parameter(cut, tensor.requires_grad)
-                if parameter.requires_grad:
-                    parameter.register_hook(self._mean_over_ranks)
                 part._parameters[name] = parameter
                 swaps.append((tensor, parameter))
         bank.exchange = self
@@ -116,14 +114,29 @@ class Exchange:
     def __deepcopy__(self, memo: Any) -> "Exchange":
         return self  # a copy of a layer exchanges with the same ranks
 
-    def _mean_over_ranks(self, grad: Any) -> Any:
-        """A gradient, which an owner has summed over its group, as the mean over all ranks that others get."""
-        own = grad.to_local() / world_size()
-        for group in self.replicas:
-            torch.distributed.all_reduce(own, group=group)
-        return DTensor.from_local(
-            own, grad.device_mesh, grad.placements, run_check=False, shape=grad.shape, stride=grad.stride()
-        )
+    def _held(self, tensor: DTensor) -> Tensor:
+        """This rank's part of a parameter, whose gradient becomes the mean over all ranks that others get.
+
+        Not a hook of the parameter: `Module.to` replaces a DTensor, and would lose it.
+        """
+        held: Tensor = _MeanGradient.apply(tensor.to_local(), self.replicas)
+        return held
+
+
+class _MeanGradient(Function):
+    """A part of a parameter, whose gradient, which its owner has summed over the group, becomes a mean over ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, replicas: list[Any]) -> Tensor:
+        ctx.replicas = replicas
+        return part.view_as(part)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        mean = grad / world_size()
+        for group in ctx.replicas:
+            torch.distributed.all_reduce(mean, group=group)
+        return mean, None
 
 
 class _AllToAll(Function):

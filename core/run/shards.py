@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from ..processes import agreed, rank
+from ..processes import agreed, cut_like, rank
 
 
 def write_shards(folder: Path, cut: Sequence[Tensor]) -> dict[str, str]:
@@ -53,15 +53,12 @@ def read_shards(folder: Path, digests: Mapping[str, str]) -> dict[str, Tensor]:
 
 def _storable(cut: Sequence[Any]) -> dict[str, Tensor]:
     """Cut tensors by their index, as safetensors takes them: parts on this rank are contiguous and share no memory."""
-    from torch.distributed.tensor import DTensor
-
     storable, seen = {}, set()
     for index, tensor in enumerate(cut):
         part = tensor.detach().to_local().contiguous()
         part = part.clone() if part.data_ptr() in seen else part
         seen.add(part.data_ptr())
-        whole: dict[str, Any] = {"shape": tensor.shape, "stride": tensor.stride()}
-        storable[str(index)] = DTensor.from_local(part, tensor.device_mesh, tensor.placements, run_check=False, **whole)
+        storable[str(index)] = cut_like(tensor, part)
     return storable
 
 

@@ -132,7 +132,7 @@ def _with_trainer(folder):
 def _with_lightning(folder):
     from lightning.pytorch import Trainer
     from lightning.pytorch.strategies import DDPStrategy
-    from torch.utils.data import DataLoader, TensorDataset
+    from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
     from moe_engine.integrations.lightning import MoECallback
 
@@ -149,11 +149,13 @@ def _with_lightning(folder):
         max_epochs=1,
         limit_val_batches=0,
         enable_checkpointing=False,
-        use_distributed_sampler=True,
+        use_distributed_sampler=False,  # Lightning's shuffles
         callbacks=[MoECallback(engine)],
         **quiet,
     )
-    trainer.fit(module, DataLoader(TensorDataset(*data()), batch_size=8))
+    rows = TensorDataset(*data())
+    sampler = DistributedSampler(rows, 2, int(os.environ["RANK"]), shuffle=False)
+    trainer.fit(module, DataLoader(rows, batch_size=8, sampler=sampler))
     return net
 
 

@@ -1,7 +1,5 @@
 """A model spread over ranks, in every layout, next to one process with the whole batch; all in float64."""
 
-from functools import partial
-
 import pytest
 import torch
 from torch import nn
@@ -97,6 +95,12 @@ def statistics(sums):
     return {name: value / forwards if name.startswith("loss.") else value for name, value in sums.items()}
 
 
+def spread(engine, model, shard, experts):
+    called = parallelize(engine, model, expert_mesh(experts), shard)
+    model.to("cpu")  # as trainers do; it replaces parameters that are cut
+    return called
+
+
 def _rank(rank, folder, ranks, cases):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
@@ -104,8 +108,7 @@ def _rank(rank, folder, ranks, cases):
     for plugins in cases:
         for layout, (shard, experts) in LAYOUTS[ranks].items():
             engine, model = build(plugins, seed=rank)  # rank 0's weights are everyone's
-            spread = partial(parallelize, engine, model, expert_mesh(experts), shard)
-            found[plugins, layout] = trained(engine, model, spread(), rank, ranks)
+            found[plugins, layout] = trained(engine, model, spread(engine, model, shard, experts), rank, ranks)
     torch.save(found, f"{folder}/{rank}")
     torch.distributed.destroy_process_group()
 
