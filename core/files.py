@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import stat
+import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from hashlib import sha256
@@ -15,7 +16,7 @@ from .errors import UsageError
 
 SEAL = "sha256"  # the key of a checksum in a JSON object
 
-MOST_TOML = 1 << 20  # bytes of a configuration or a study: they have a few lines
+MOST_TOML, LONGEST_LINE = 1 << 18, 4_000  # bytes of a configuration or a study, and characters of a line in it
 
 INDEX = "model.safetensors.index.json"
 
@@ -84,6 +85,14 @@ def read_file(path: Path, most: int | None = None) -> bytes:
     with naming(path), open(number, "rb") as file:
         _check_file(os.fstat(number), path, most)
         return file.read()
+
+
+def read_toml(content: bytes) -> dict[str, Any]:
+    """TOML of people. Raises ValueError, also for a line so long that its nested keys would take minutes."""
+    text = content.decode()
+    if any(len(line) > LONGEST_LINE for line in text.splitlines()):
+        raise ValueError(f"a line has more than {LONGEST_LINE} characters")
+    return tomllib.loads(text)
 
 
 def check_file(path: Path) -> None:

@@ -1,5 +1,6 @@
 """Helpers of the tests that are not fixtures."""
 
+import json
 import multiprocessing
 from contextlib import contextmanager
 from hashlib import sha256
@@ -10,6 +11,16 @@ import torch
 from moe_engine import UsageError
 from moe_engine.files import unsealed
 from moe_engine.run.folder import write_summary
+from moe_engine.run.trees import read_tree
+
+
+def ends(folder):
+    """What of a run must be the same, bit for bit, whatever happened to it on the way."""
+    summary = json.loads((folder / "summary.json").read_text())
+    del summary["seconds"], summary["sha256"]
+    files = [(folder / name).read_bytes() for name in ("metrics.jsonl", "model.safetensors")]
+    best = read_tree(folder / "checkpoints" / "best.safetensors")
+    return summary, files, best["loop"]["step"]
 
 
 @contextmanager

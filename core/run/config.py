@@ -1,6 +1,5 @@
 """A run's configuration: declares every flag of `run`, and reads config files."""
 
-import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import tomli_w
 
 from ..contract.options import Settings, build, option, options_of, values_of
 from ..errors import UsageError, listed
-from ..files import MOST_TOML, read_file
+from ..files import MOST_TOML, read_file, read_toml
 from ..registry.discovery import defaults, disabled, find
 
 
@@ -62,6 +61,9 @@ class RunConfig:
         choices=("auto", "bf16", "fp32"),
     )
     data_dir: str = option("data", help="Folder of data sets; missing ones are downloaded into it.")
+    grow_until: float = option(
+        0.8, help="Share of the steps after which no expert is added, so that none ends untrained.", min=0, max=1
+    )
     eval_every: int | None = option(
         None, help="Steps between evaluations on the test set; unset: once per epoch.", min=1
     )
@@ -85,7 +87,7 @@ def read_config(file: Path | None, dropped: Iterable[str] = ()) -> tuple[dict[st
     if file is None:
         return {}, {}
     try:
-        tables = tomllib.loads(read_file(file, MOST_TOML).decode())
+        tables = read_toml(read_file(file, MOST_TOML))
     except OSError as error:
         raise UsageError(f"config file {file} can't be read: {error.strerror}", code="unreadable-file") from error
     except (ValueError, RecursionError) as error:  # a number of too many digits is not a TOMLDecodeError

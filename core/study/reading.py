@@ -1,6 +1,5 @@
 """Read a study's TOML file and check the names in it."""
 
-import tomllib
 from collections.abc import Mapping
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -10,7 +9,7 @@ from typing import Any
 import cattrs
 
 from ..errors import UsageError, listed, nearest
-from ..files import MOST_TOML, read_file
+from ..files import MOST_TOML, read_file, read_toml
 from ..registry import discovery
 from .spec import Study
 
@@ -29,7 +28,7 @@ def read_study(name: str) -> Study:
             f"there is no study '{name}'; {nearest(name, shipped())}; a file must end in .toml", code="unknown-study"
         )
     try:
-        tables = tomllib.loads(_content(file).decode())
+        tables = read_toml(_content(file))
         study = _converter().structure({"name": file.name.removesuffix(".toml"), **tables}, Study)
     except OSError as error:
         raise UsageError(f"cannot read study {name}: {error.strerror}", code="unreadable-file") from error

@@ -18,7 +18,7 @@ from moe_engine.run.config import RunConfig
 from moe_engine.run.folder import old_folder
 from moe_engine.run.training import Stopped, Training
 from moe_engine.run.trees import read_tree, write_tree
-from support import refused
+from support import ends, refused
 from warm import MOE_ENGINE
 
 # -- trees and files -----------------------------------------------------------------------------------
@@ -246,15 +246,6 @@ def go_on(folder):
     return said
 
 
-def ends(folder):
-    """What must be the same, bit for bit."""
-    summary = json.loads((folder / "summary.json").read_text())
-    del summary["seconds"], summary["sha256"]
-    files = [(folder / name).read_bytes() for name in ("metrics.jsonl", "model.safetensors")]
-    best = read_tree(folder / "checkpoints" / "best.safetensors")
-    return summary, files, best["loop"]["step"]
-
-
 def stopped(folder, at, resumed=False, **more):
     config, settings = old_folder(folder) if resumed else (RunConfig(**{**RUN, **more}), SETTINGS)
     training = Training(config, settings, folder, resumed)
@@ -446,7 +437,10 @@ def test_resume_says_what_is_wrong(tmp_path, capsys, monkeypatch):
     (tmp_path / "empty").mkdir()
     for argv, sentence in (
         (["resume", "nowhere"], "there is no run folder nowhere"),
-        (["resume", "empty"], "empty holds no config.toml, so no run was begun in it"),
+        (
+            ["resume", "empty"],
+            "empty holds no config.toml, so no run was begun in it; begin one with: moe-engine run --out empty",
+        ),
     ):
         assert main(argv) == 2
         assert capsys.readouterr().err == f"moe-engine: {sentence}\n"
