@@ -6,14 +6,16 @@ BIN := $(VENV)/bin
 DEMO := $(VENV)/.ready-demo
 TEST := $(VENV)/.ready-test
 WORKERS ?= 2
+MINUTES ?= 60
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help demo test test-long lint docs bench results clean
+.PHONY: help demo test test-long torture lint docs bench results clean
 
 help:
 	@echo "make demo       install moe-engine, train on the bundled digits, write a report"
 	@echo "make test       install what the tests need, run them on two processes (WORKERS=8: on eight)"
 	@echo "make test-long  the tests that take minutes (DATA=folder: of MNIST, Fashion-MNIST and CIFAR-10)"
+	@echo "make torture    kill, starve and damage runs for an hour (MINUTES=5: for five); stopped, it goes on"
 	@echo "make lint       ruff, mypy and the structure of core/"
 	@echo "make docs       build the documentation site, in build/site"
 	@echo "make results    re-evaluate the criteria of the studies on the committed results"
@@ -28,6 +30,9 @@ test: $(TEST)
 
 test-long: $(TEST)
 	$(PYTEST) -m long
+
+torture: $(TEST)
+	cd tests && ../$(BIN)/python -m torture ../build/torture $(MINUTES)
 
 lint: $(TEST)
 	$(BIN)/ruff check .

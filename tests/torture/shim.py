@@ -1,0 +1,208 @@
+"""Operations on a run's folder, each of which may fail or kill the process; and commands in forked processes.
+
+A process that forks has imported torch already, so a command costs the time of its work alone. A shim counts what the
+command does to the disk (open, write, fsync, rename, mkdir, unlink, truncate) and strikes at the n-th operation.
+"""
+
+import builtins
+import contextlib
+import errno
+import gc
+import importlib
+import io
+import os
+import signal
+import sys
+import tempfile
+import time
+
+import attrs
+
+import warm
+from moe_engine import cli
+from moe_engine.registry import discovery
+
+INSTALLED = discovery.find()
+for _name in (*warm.IMPORTS, "moe_engine.cli.progress"):  # once, not in each fork
+    importlib.import_module(_name)
+
+
+@attrs.define
+class Strike:
+    """What happens at the n-th operation, counted from 1; never at 0.
+
+    how: "kill", "half" (half of a write reaches the disk, then a kill) or the name of an errno. stays: every operation
+    after it fails as well, as on a disk that stays full.
+    """
+
+    at: int = 0
+    how: str = "kill"
+    stays: bool = False
+
+
+@attrs.define
+class Outcome:
+    """How a command ended. code: its exit code, -N after signal N, None if it hung. done: operations on the disk."""
+
+    code: int | None
+    out: str
+    err: str
+    done: list[str]
+
+    @property
+    def sound(self) -> bool:
+        """Whether it ended in time, without a traceback or an admitted bug."""
+        return self.code is not None and "Traceback" not in self.err and "this is a bug" not in self.err
+
+    @property
+    def last(self) -> str:
+        """The last line of standard error."""
+        return (self.err.splitlines() or [""])[-1]
+
+
+class Disk:
+    """Patches the functions that change files, and strikes."""
+
+    def __init__(self, strike, log):
+        self.strike, self.log, self.count = strike, log, 0
+
+    def before(self, what, write=None):
+        """Count an operation; strike if it is the one. write: writes half of what the operation would."""
+        self.count += 1
+        os.write(self.log, f"{what}\n".encode())
+        strike = self.strike
+        if not strike.at or self.count < strike.at or (self.count > strike.at and not strike.stays):
+            return
+        if strike.how in ("kill", "half"):
+            if strike.how == "half" and write is not None:
+                write()
+            os.kill(os.getpid(), signal.SIGKILL)
+        number = getattr(errno, strike.how)
+        raise OSError(number, os.strerror(number))
+
+    def patch(self):
+        """Patch this process for good."""
+        for name in ("fsync", "replace", "rename", "mkdir", "unlink", "rmdir"):
+            setattr(os, name, self._counted(name, getattr(os, name)))
+        opened = builtins.open
+
+        def open_(file, mode="r", *args, **kwargs):
+            writes = set(mode) & set("wax+") and isinstance(file, str | os.PathLike) and "/dev/" not in str(file)
+            if writes:
+                self.before("open")
+            result = opened(file, mode, *args, **kwargs)
+            return Counted(result, self) if writes else result
+
+        builtins.open = io.open = open_
+
+    def _counted(self, name, function):
+        def counted(*args, **kwargs):
+            self.before(name)
+            return function(*args, **kwargs)
+
+        return counted
+
+
+class Counted:
+    """An open file whose writes are counted."""
+
+    def __init__(self, file, disk):
+        self._file, self._disk = file, disk
+
+    def __getattr__(self, name):
+        return getattr(self._file, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._file.close()
+
+    def write(self, content):
+        def half():
+            self._file.write(content[: len(content) // 2])
+            self._file.flush()
+
+        self._disk.before("write", half)
+        return self._file.write(content)
+
+    def truncate(self, *size):
+        self._disk.before("truncate")
+        return self._file.truncate(*size)
+
+
+def command(words, strike=None, kill_after=None, limit=120, plugins=None, number=signal.SIGKILL, **streams):
+    """Run `moe-engine WORDS` in a fork of this process. kill_after: seconds after which it gets the signal `number`.
+
+    strike: None leaves the disk alone. plugins: {name: (kind, class)} that look installed there. streams: out or err,
+    the name of a file that is opened for it.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    gc.freeze()  # a growth, which searches all objects for optimizers, need not search these
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, tempfile.TemporaryFile() as log:
+        pid = os.fork()
+        if not pid:
+            files = {"out": out.fileno(), "err": err.fileno()}
+            files |= {name: os.open(path, os.O_WRONLY) for name, path in streams.items()}
+            _become(words, strike, plugins or {}, (files["out"], files["err"], log.fileno()))
+        code = _wait(pid, kill_after, number, limit)
+        texts = [os.pread(file.fileno(), 1 << 24, 0).decode(errors="replace") for file in (out, err, log)]
+    return Outcome(code, texts[0], texts[1], texts[2].split())
+
+
+def _become(words, strike, plugins, files):
+    """Be the command, and never return."""
+    code = 70
+    try:
+        out, err, log = files
+        os.dup2(out, 1)
+        os.dup2(err, 2)
+        sys.stdout = io.TextIOWrapper(io.BufferedWriter(io.FileIO(1, "w", closefd=False)), "utf-8")
+        sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), "utf-8", write_through=True)
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
+        if strike is not None:
+            Disk(strike, log).patch()
+        with discovery.pretend(with_plugins(plugins)):
+            sys.argv = ["moe-engine", *map(str, words)]
+            cli.script()
+    except SystemExit as error:
+        code = error.code
+    finally:
+        os._exit(code)
+
+
+def with_plugins(plugins):
+    """What is installed, and plugin classes of a distribution "elsewhere 1.0"."""
+    from importlib.metadata import EntryPoint
+    from types import ModuleType
+
+    found = dict(INSTALLED)
+    for name, (kind, cls) in plugins.items():
+        module = ModuleType(f"elsewhere_{name}")
+        module.Plugin = cls
+        sys.modules[module.__name__] = module
+        group = next(group for group, word in discovery.KINDS.items() if word == kind)
+        point = EntryPoint(name, f"{module.__name__}:Plugin", discovery.PREFIX + group)
+        found[name] = [discovery.Found(name, kind, "elsewhere", "1.0", point)]
+    return found
+
+
+def _wait(pid, kill_after, number, limit):
+    """The exit code of a child, which is sent a signal after a while, and killed if it takes too long."""
+    began = time.monotonic()
+    while True:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        passed = time.monotonic() - began
+        if kill_after is not None and passed >= kill_after:
+            os.kill(pid, number)
+            kill_after = None
+        if passed > limit:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            return None
+        time.sleep(0.002)

@@ -1,0 +1,84 @@
+"""The short form on runs: kills and refusals at operations on the disk, damage, and commands that must not lie."""
+
+import random
+
+import attrs
+import pytest
+
+from moe_engine import hookimpl
+from torture import cases
+from torture.shim import Strike, command
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(folder, end, operations) of a run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    return folder, *cases.whole(folder)
+
+
+def places(done):
+    """Where to strike: the first operation of each kind, and a few between."""
+    first = {what: index for index, what in reversed(list(enumerate(done, 1)))}
+    return sorted({*first.values(), len(done) // 2, len(done)})
+
+
+def test_a_kill_at_any_operation_loses_nothing(finished, tmp_path):
+    """Each kind of operation once, with half of a write on the disk."""
+    _, expected, done = finished
+    assert {"open", "write", "fsync", "replace", "mkdir"} <= {*done}
+    verdicts = [cases.struck(tmp_path / "run", Strike(at, "half"), expected) for at in places(done)]
+    assert [verdict for verdict in verdicts if verdict.wrong] == []
+    assert sum(verdict.kills for verdict in verdicts) == len(verdicts)
+
+
+@pytest.mark.parametrize("how", ["ENOSPC", "EROFS"])
+def test_what_the_system_refuses_is_one_sentence_and_the_run_goes_on(finished, tmp_path, how):
+    """The disk stays as it is until the command has ended; later there is room again."""
+    _, expected, done = finished
+    draws = random.Random(how)
+    for at in (1, 3, *sorted(draws.sample(range(4, len(done)), 3))):
+        verdict = cases.struck(tmp_path / "run", Strike(at, how, stays=True), expected)
+        assert not verdict.wrong, verdict
+
+
+@pytest.mark.parametrize("how", ["flipped", "cut off"])
+def test_a_damaged_file_is_refused_or_changes_nothing(finished, tmp_path, how):
+    """One file of each kind; the long form takes each of them, many times."""
+    folder, _, _ = finished
+    expected = cases.answers(folder, tmp_path)
+    names = ["summary.json", "config.toml", "metrics.jsonl", sorted(folder.glob("checkpoints/step-*"))[-1].name]
+    for seed, name in enumerate(names):
+        path = name if (folder / name).exists() else f"checkpoints/{name}"
+        verdict = cases.damaged(folder, tmp_path, path, how, seed, expected)
+        assert not verdict.wrong, verdict
+
+
+def test_a_start_that_was_killed_leaves_a_folder_that_run_takes(finished, tmp_path):
+    """Before there is a configuration, nothing can be resumed, which is said."""
+    folder = tmp_path / "run"
+    _, expected, done = finished
+    command([*cases.RUN, "--out", folder], Strike(done.index("fsync") + 1, "kill"))
+    assert not (folder / "config.toml").exists()
+    refused = command(["resume", folder])
+    assert (refused.code, "moe-engine run --out" in refused.last) == (2, True)
+    assert command([*cases.RUN, "--out", folder]).code == 0
+    assert cases.ends(folder) == expected
+
+
+def test_a_folder_that_is_replaced_under_a_run_is_noticed(tmp_path):
+    """The run says so, and writes nothing into the other folder."""
+    folder = tmp_path / "run"
+
+    @attrs.define(eq=False)
+    class Mover:
+        @hookimpl
+        def moe_metrics(self, stats):
+            if folder.exists() and not (tmp_path / "moved").exists():
+                folder.rename(tmp_path / "moved")
+                folder.mkdir()
+            return {}
+
+    outcome = command([*cases.chosen("mover"), "--out", folder], plugins={"mover": ("metric", Mover)})
+    assert (outcome.code, "moved or deleted" in outcome.last, outcome.sound) == (1, True, True), outcome
+    assert list(folder.iterdir()) == []
