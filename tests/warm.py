@@ -130,6 +130,8 @@ def become(request, files):
     for number, file in enumerate(files, 1):
         os.dup2(file, number)
         os.close(file)
+    # the server's streams remember whether its own files can be sought in; a terminal can't
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["cwd"])

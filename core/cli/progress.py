@@ -203,9 +203,11 @@ def event(growth: dict[str, Any]) -> str:
     """A growth in words."""
     merged = sum(isinstance(parent, list) for parent in growth["parents"])
     added, removed = growth["rows"].count(None) - merged, len(growth["drop"])
-    counts = {f"added by {growth['initializer']}": added, "merged": merged, "removed": removed}
+    parents = ["none" if one is None else str(one) for one in growth["parents"] if not isinstance(one, list)]
+    whose = f" (parent {', '.join(dict.fromkeys(parents))})" if parents else ""
+    counts = {f"added by {growth['initializer']}{whose}": added, "merged": merged, "removed": removed}
     what = " and ".join(f"{count} {how}" for how, count in counts.items() if count)
-    moved = "" if growth["change"] is None else f", output changed by {growth['change']:.1%}"
+    moved = "" if growth["change"] is None else f", output changed by {percent(growth['change'])}"
     return f"{growth['layer']} has {growth['after']} experts, {what}{moved} ({growth['why']})"
 
 

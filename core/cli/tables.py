@@ -107,9 +107,7 @@ def narrowed(widths: Sequence[int], width: int) -> list[int]:
     """The widths of the columns that name rows: the widest is folded until they leave half of the room to numbers."""
     found = [*widths]
     while found and sum(found) + GAP * len(found) > width // 2 and max(found) > LEAST:
-        widest = found.index(max(found))
-        rest = sum(found) - found[widest]
-        found[widest] = max(LEAST, min(found[widest] - 1, width // 2 - GAP * len(found) - rest))
+        found[found.index(max(found))] -= 1
     return found
 
 

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import attrs
 
@@ -18,7 +18,8 @@ MANY_STEPS = 100  # without a question to the triggers
 class Triggers:
     """The chosen triggers. memory: each plugin's memory. asked: the step for which they were last called.
 
-    unasked: the number of steps since then. watching: those that wait for the loss of an evaluation.
+    unasked: the number of steps since then. watching: those that wait for the loss of an evaluation. last: the
+    step after which no expert is added. late: receives a sentence about each trigger that asks for one.
     """
 
     bounds: Sequence[Bound]
@@ -26,6 +27,9 @@ class Triggers:
     asked: int = 0
     unasked: int = 0
     watching: set[str] = attrs.field(factory=set)
+    last: int | None = None
+    late: Callable[[str], None] = lambda sentence: None
+    _told: set[str] = attrs.field(init=False, factory=set)
 
     def count_step(self) -> None:
         """Warn if a loop never asks its triggers."""
@@ -38,6 +42,15 @@ class Triggers:
                 stacklevel=3,
             )
 
+    def add_until(self, share: float, steps: int, late: Callable[[str], None]) -> None:
+        """Add no expert after this share of a run's steps, because too few are left to train it; say so once.
+
+        Experts are still removed and merged, which leaves trained ones.
+        """
+        self.last = math.floor(share * steps)
+        rest = f"but no expert is added after step {self.last} of {steps} (--grow-until)"
+        self.late = lambda sentence: late(f"{sentence}, {rest}")
+
     def ask(self, history: History) -> list[Growth]:
         """The first trigger's growths, if any; none if this step was already asked, as after a skipped step."""
         self.unasked = 0
@@ -46,7 +59,15 @@ class Triggers:
             return []
         self.asked = history.step
         wanted = [self._growths(bound, history) for bound in self.bounds]  # call all: each counts every step
-        return next((growths for growths in wanted if growths), [])
+        growths = next((growths for growths in wanted if growths), [])
+        if self.last is None or history.step <= self.last:
+            return growths
+        for growth in growths:
+            trigger = growth.why.partition(":")[0]
+            if _adds(growth) and trigger not in self._told:
+                self._told.add(trigger)
+                self.late(f"step {history.step}: {trigger} asked for a growth of {growth.layer}")
+        return [growth for growth in growths if not _adds(growth)]
 
     def _growths(self, bound: Bound, history: History) -> list[Growth]:
         name, memory = bound.plugin, self.memory.setdefault(bound.plugin, {})
@@ -60,3 +81,8 @@ class Triggers:
                 message = f"trigger '{name}' keeps {value!r} as '{key}' in its memory, which is not a number"
                 raise UsageError(message, code="memory-not-a-number")
         return [attrs.evolve(growth, why=f"{name}: {growth.why}" if growth.why else name) for growth in growths]
+
+
+def _adds(growth: Growth) -> bool:
+    """Whether a growth adds an expert that is not merged from others."""
+    return any(not isinstance(parent, tuple) for parent in growth.parents)

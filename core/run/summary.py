@@ -57,7 +57,7 @@ def summarize(
 def _findings(engine: Engine, step: int, layers: Mapping[str, Metrics]) -> list[dict[str, Any]]:
     """Verdicts first, then other findings; each sorted by severity, the worst first."""
     findings = [
-        (finding.severity, {"layer": layer, "metric": name, **plain(finding)})
+        (finding.severity, {"layer": layer, "metric": name, **plain(_advised(engine, step, layer, name, finding))})
         for layer, metrics in layers.items()
         for name, finding in metrics.items()
         if isinstance(finding, Finding)
@@ -69,6 +69,18 @@ def _findings(engine: Engine, step: int, layers: Mapping[str, Metrics]) -> list[
     findings += [(finding["severity"], finding) for finding in _idle_triggers(engine, step)]
     findings.sort(key=lambda pair: (pair[1]["metric"] != "verdict", -pair[0]))
     return [finding for _, finding in findings]
+
+
+def _advised(engine: Engine, step: int, layer: str, metric: str, finding: Finding) -> Finding:
+    """A verdict with advice for a layer that grew: an expert that starts untrained gets little load for long."""
+    added = [grown.step for grown in engine.growths if grown.layer == layer and None in grown.rows]
+    if metric != "verdict" or not finding.advice or not added:
+        return finding
+    newest = f"the newest expert had {step - added[-1]} steps of training"
+    start = (
+        "more steps, or a start as a copy of a trained one (initializers: moe-engine plugins), may even out the load"
+    )
+    return attrs.evolve(finding, advice=f"{finding.advice}; {newest}: {start}")
 
 
 def _idle_triggers(engine: Engine, step: int) -> list[dict[str, Any]]:

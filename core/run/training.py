@@ -163,6 +163,7 @@ class Training:
 
     def _run(self) -> Run:
         self.started, self.loop = time.monotonic(), self._first_state()
+        self.engine.triggers.add_until(self.config.grow_until, self.total_steps, self.say)
         for name, remark in self.engine.plugins.remarks.items():
             self.say(f"{name}: {remark.why}; {remark.advice}")
         if self.task.note:

@@ -51,16 +51,17 @@ class Health:
         swing = math.sqrt(max(forward_cv**2 - chance**2 * forwards, 0.0))
         if top_k < size and effective <= limit:
             why = f"effectively {effective:.1f} of {size} experts are used (limit {limit:.1f})"
-            return Finding("collapsed", 2, why, "add or strengthen a balancing loss or bias")
+            return Finding("collapsed", 2, why, "strengthen the balancing loss or bias, or add one")
         if dead:
             named = ", ".join(map(str, dead[:8]))
             why = f"{len(dead)} of {size} experts get less than {self.dead:g} of the mean load: {named}"
-            return Finding("dead experts", 2, why, "add or strengthen a balancing loss or bias, or use fewer experts")
+            advice = "strengthen the balancing loss or bias, add one, or use fewer experts"
+            return Finding("dead experts", 2, why, advice)
         if cv > max(self.imbalance, 2 * chance):
-            why = f"the cv of the load is {cv:.2f} (limit {self.imbalance:g})"
-            return Finding("imbalanced", 1, why, "add or strengthen a balancing loss or bias")
+            why = f"the cv of the load is {cv:.3f} (limit {self.imbalance:g})"
+            return Finding("imbalanced", 1, why, "strengthen the balancing loss or bias, or add one")
         if swing > self.swing and swing > 2 * cv:
             why = f"single forwards have cv {swing:.2f} beyond chance (limit {self.swing:g}), together {cv:.2f}"
             return Finding("oscillating", 1, why, "weaken the balancing loss or bias, or shuffle the data")
-        why = f"the cv of the load is {cv:.2f} (limit {self.imbalance:g}), and all {size} experts are active"
+        why = f"the cv of the load is {cv:.3f} (limit {self.imbalance:g}), and all {size} experts are active"
         return Finding("healthy", 0, why)

@@ -46,8 +46,8 @@ def test_growth_is_in_the_report_the_records_and_on_the_terminal(grown, capsys):
     events = growths(grown)
     assert [one["step"] for one in events] == [10, 20, 30]
     assert events == grown.summary["growths"]
-    assert event(events[0]).startswith("moe has 4 experts, 1 added by clone, output changed by ")
-    assert "moe has 4 experts, 1 added by clone and 1 removed" in event(events[1])
+    assert event(events[0]).startswith("moe has 4 experts, 1 added by clone (parent 0), output changed by ")
+    assert "1 added by clone (parent " in event(events[1]) and "and 1 removed" in event(events[1])
     assert event(events[2]).endswith("(mover: planned)")
     assert "1 removed, output" in event(events[2])
     page = (grown.folder / "report.html").read_text()

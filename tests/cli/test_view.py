@@ -1,0 +1,130 @@
+"""`view`: a growing run in a browser, on this machine alone."""
+
+import http.client
+import json
+import shutil
+import threading
+
+import pytest
+
+from moe_engine.cli import main
+from moe_engine.cli.view import PAUSE, Page, serve
+from moe_engine.files import locked
+from moe_engine.run.live import page_of, read_live, records_of
+
+RECORD = {"split": "train", "step": 4, "epoch": 1, "loss": 0.5, "accuracy": 0.9805}
+LAYERS = {"moe": {"load": [0.5, 0.5], "cv": 0.0, "gini": 0.0, "maxvio": 0.0, "active": 2}}
+
+
+def line(**facts):
+    return json.dumps({**RECORD, "layers": LAYERS, **facts}) + "\n"
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run that has written one record, and is at work."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.toml").write_text('[run]\ntask = "digits"\nplugins = ["topk"]\nepochs = 3\n')
+    (folder / "metrics.jsonl").write_text(line())
+    return folder
+
+
+@pytest.fixture
+def ask():
+    """ask(content, method, path, host): the status and body of an answer."""
+    servers = []
+
+    def request(content, method="GET", path="/", host=None):
+        server = serve(content, 0)
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
+        connection.request(method, path, headers={"Host": host} if host else {})
+        answer = connection.getresponse()
+        return answer.status, answer.read(), answer
+
+    yield request
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_the_page_has_the_newest_numbers_and_figures(run):
+    page = page_of(read_live(run))
+    assert "run: step 4, epoch 1 of 3" in page
+    assert "<td>98.05</td>" in page and "<th>accuracy %</th>" in page
+    assert page.count("data:image/svg+xml") >= 3
+    assert "http-equiv" in page
+
+
+def test_a_half_written_last_line_is_left_out(run):
+    with open(run / "metrics.jsonl", "a") as log:
+        log.write(line(step=8)[:25])
+    assert [record["step"] for record in read_live(run).records] == [4]
+    assert records_of(b"not json\n" + line(step=2).encode()) == [json.loads(line(step=2))]
+    assert records_of(b'{"layers": {"moe": 3}, "split": "train", "step": 1}\n') == []
+
+
+def test_it_is_drawn_again_only_if_the_log_changed_and_not_too_often(run):
+    now = [0.0]
+    page = Page(run, lambda: now[0])
+    page.content()
+    now[0] = 100.0
+    page.content()
+    assert page.drawings == 1  # nothing has changed
+    with open(run / "metrics.jsonl", "a") as log:
+        log.write(line(step=8))
+    assert b"step 8" in page.content()
+    with open(run / "metrics.jsonl", "a") as log:
+        log.write(line(step=12))
+    now[0] += PAUSE - 0.1
+    assert b"step 8" in page.content() and page.drawings == 2
+    now[0] += 0.1
+    assert b"step 12" in page.content() and page.drawings == 3
+
+
+def test_it_only_reads_and_takes_no_lock(run):
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    with locked(run / "metrics.jsonl", run):
+        Page(run).content()
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
+def test_a_finished_run_is_shown_by_its_report(run):
+    (run / "summary.json").write_text("{}")
+    (run / "report.html").write_text("the report")
+    assert Page(run).content() == b"the report"
+
+
+def test_only_this_machine_is_answered(ask):
+    status, body, answer = ask(lambda: b"page")
+    assert (status, body) == (200, b"page")
+    assert "default-src 'none'" in answer.getheader("Content-Security-Policy")
+    assert ask(lambda: b"page", "HEAD")[:2] == (200, b"")
+    for host in ("example.com", "127.0.0.1", "127.0.0.1:1"):
+        assert ask(lambda: b"page", host=host)[0] == 403
+    assert ask(lambda: b"page", path="/../config.toml")[0] == 404
+    assert ask(lambda: b"page", "POST")[0] == 501
+
+
+def test_a_run_that_vanishes_is_an_answer_too(run, ask):
+    page = Page(run)
+    shutil.rmtree(run)
+    assert ask(page.content)[0] == 503
+
+
+def test_bad_input_is_refused(refusal, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "does not hold a run" in str(refusal("view", "nowhere"))
+
+
+def test_the_address_is_printed_and_ctrl_c_ends_it(run, capsys, monkeypatch):
+    from moe_engine.cli.view import Server
+
+    def stop(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Server, "serve_forever", stop)
+    assert main(["view", str(run)]) == 0
+    assert capsys.readouterr().out.startswith("http://127.0.0.1:")
