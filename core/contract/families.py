@@ -17,7 +17,7 @@ from .parts import Role
 from .routing import Spec
 
 Recipe = tuple[str, Mapping[str, Any]]  # a router plugin and its options
-Native = tuple[str, Mapping[str, Any]]  # a model type and values of its config
+Native = tuple[str, Mapping[str, Any], Sequence[str]]  # a model type, values of its config, and a block's zeros
 Decision = tuple[Tensor, Tensor, Tensor]  # hidden states [T, D], chosen experts [T, K] and their gates [T, K]
 Compute = Callable[..., Any]  # what a block's experts did before the block was adopted
 
@@ -103,7 +103,8 @@ class Family:
 
     Of a dense architecture: dense: how its feed-forward blocks may look. native: from its config, the spec of the
     layers that such blocks became, and the indices of the layers that are still dense, the architecture that holds
-    the mixture, with values of its config; or a sentence that says why none does.
+    the mixture, with values of its config and paths of those tensors of a block that are all 0, such as a shared
+    expert's; or a sentence that says why none does.
     """
 
     name: str = attrs.field(default="", init=False)

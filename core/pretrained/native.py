@@ -42,7 +42,7 @@ def native_of(engine: Engine, model: Any) -> Written:
     found = next(families_of(model)).native(model.config, spec, _still_dense(model))
     if isinstance(found, str):
         raise _refused(model, found)
-    model_type, values = found
+    model_type, values, zeros = found
     kind = _counterpart(model, model_type)
     plain = kind.config_class()
     kept = {name: value for name, value in model.config.to_dict().items() if hasattr(plain, name)}
@@ -56,7 +56,10 @@ def native_of(engine: Engine, model: Any) -> Written:
     own = tuple(f"{name}." for name in layers)
     state = {name: value for name, value in model.state_dict().items() if not name.startswith(own)}
     for block in blocks:
-        state |= {f"{block.name}.{path}": value for path, value in _stored(family, layers[block.name]).items()}
+        layer = layers[block.name]
+        state |= {f"{block.name}.{path}": value for path, value in _stored(family, layer).items()}
+        like = layer.experts.w_in
+        state |= {f"{block.name}.{path}": like.new_zeros(block.tensor(path).shape) for path in zeros}
     report = native.load_state_dict(state, strict=False, assign=True)
     if strange := [*report.missing_keys, *report.unexpected_keys]:
         raise _refused(model, f"{kind.__name__} has other tensors: {listed(strange[:3])}")

@@ -224,6 +224,9 @@ NATIVE = {
     "a Llama": ("llama", "all", "MixtralForCausalLM", {}),
     "tied embeddings": ("llama", "all", "MixtralForCausalLM", {"tie_word_embeddings": True}),
     "a Mistral": ("mistral", "all", "MixtralForCausalLM", {"sliding_window": 4}),
+    "a Llama with dense layers": ("llama", "every 2", "Qwen2MoeForCausalLM", {}),
+    "a Mistral with dense layers": ("mistral", [0], "Qwen2MoeForCausalLM", {"sliding_window": None}),
+    "a Qwen2": ("qwen2", "all", "Qwen2MoeForCausalLM", {}),
     "a Qwen3 with dense layers": ("qwen3", "every 2", "Qwen3MoeForCausalLM", {}),
     "a Qwen3": ("qwen3", "all", "Qwen3MoeForCausalLM", {}),
 }
@@ -268,7 +271,11 @@ def adopted_too():
 
 
 UNABLE = {
-    "dense layers in a Llama": (lambda: upcycled()[:2], "not-exportable", ["2 are still dense", "moe_engine.save()"]),
+    "dense layers in a Mistral with a window": (
+        lambda: upcycled("mistral", model=build("mistral", sliding_window=4))[:2],
+        "not-exportable",
+        ["sliding window", "moe_engine.save()"],
+    ),
     "Gemma": (lambda: upcycled("gemma", layers="all")[:2], "not-exportable", ["GemmaForCausalLM", "no architecture"]),
     "GPT-2": (lambda: upcycled("gpt2", layers="all")[:2], "not-exportable", ["no architecture", "moe_engine.save()"]),
     "shared experts": (lambda: upcycled(layers="all", shared=1)[:2], "not-exportable", ["shared experts in"]),
