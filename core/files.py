@@ -116,7 +116,9 @@ def locked(path: Path, folder: Path) -> Iterator[IO[bytes]]:
 
     The file is not buffered: what `write` returns is how much was written.
     """
-    with open(path, "a+b", buffering=0) as file:
+    with naming(path):
+        opened = open(path, "a+b", buffering=0)  # noqa: SIM115 (closed below)
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -12,7 +12,7 @@ from torture.shim import Strike, command
 RUN = (
     *("run", "--task", "blobs", "--set", "blobs.images=64", "--set", "blobs.test_images=16", "--batch-size", "16"),
     *("--plugins", "saturation,switch_aux,schedule,split", "--set", "schedule.every=2", "--experts", "2"),
-    *("--epochs", "1", "--log-every", "1", "--checkpoint-every", "2", "--no-plugin", "plots,html", "--quiet"),
+    *("--epochs", "1", "--log-every", "1", "--checkpoint-every", "1", "--no-plugin", "plots,html", "--quiet"),
 )
 ERRORS = ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EIO", "EMFILE")
 
@@ -59,6 +59,8 @@ def go_on(folder, verdict):
     words = ["resume", folder, "--quiet"] if began else [*RUN, "--out", folder]
     outcome = command(words)
     verdict.judge(outcome, words[0])
+    if left := [path.name for path in folder.rglob(".*")]:
+        verdict.blame("unclear", f"left behind: {left}")
     return outcome
 
 

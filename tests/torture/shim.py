@@ -66,8 +66,11 @@ class Disk:
     def __init__(self, strike, log):
         self.strike, self.log, self.count = strike, log, 0
 
-    def before(self, what, write=None):
-        """Count an operation; strike if it is the one. write: writes half of what the operation would."""
+    def before(self, what, write=None, path=None):
+        """Count an operation; strike if it is the one. write: writes half of what the operation would.
+
+        path: what the error names, as that of the operating system does, where there is a path.
+        """
         self.count += 1
         os.write(self.log, f"{what}\n".encode())
         strike = self.strike
@@ -78,7 +81,7 @@ class Disk:
                 write()
             os.kill(os.getpid(), signal.SIGKILL)
         number = getattr(errno, strike.how)
-        raise OSError(number, os.strerror(number))
+        raise OSError(number, os.strerror(number), *([str(path)] if path is not None else []))
 
     def patch(self):
         """Patch this process for good."""
@@ -89,7 +92,7 @@ class Disk:
         def open_(file, mode="r", *args, **kwargs):
             writes = set(mode) & set("wax+") and isinstance(file, str | os.PathLike) and "/dev/" not in str(file)
             if writes:
-                self.before("open")
+                self.before("open", path=file)
             result = opened(file, mode, *args, **kwargs)
             return Counted(result, self) if writes else result
 
@@ -97,7 +100,7 @@ class Disk:
 
     def _counted(self, name, function):
         def counted(*args, **kwargs):
-            self.before(name)
+            self.before(name, path=args[0] if isinstance(args[0], str | os.PathLike) else None)
             return function(*args, **kwargs)
 
         return counted

@@ -124,11 +124,13 @@ WRONG = {
 
 @pytest.mark.parametrize("answer", WRONG.values(), ids=WRONG)
 def test_a_wrong_growth_ends_the_run_and_leaves_it_resumable(tmp_path, answer):
-    outcome = run(tmp_path, "growth", plugin(moe_growth=answer))
+    folder = tmp_path / "run"
+    words = [word.replace(",schedule,split", ",split,bad") for word in RUN if word != "schedule.every=2"]
+    del words[words.index("--experts") - 1]  # the --set before it
+    outcome = command([*words, "--out", folder], plugins={"bad": ("growth", plugin(moe_growth=answer))}, limit=60)
     assert (outcome.code, outcome.sound, "'bad'" in outcome.last) == (1, True, True), outcome
-    assert (tmp_path / "run" / "config.toml").exists()
-    whole = plugin(moe_growth=lambda self, history: None)
-    assert command(["resume", tmp_path / "run", "--quiet"], plugins={"bad": ("growth", whole)}).code == 0
+    quiet = plugin(moe_growth=lambda self, history: None)
+    assert command(["resume", folder, "--quiet"], plugins={"bad": ("growth", quiet)}).code == 0
 
 
 def test_a_report_can_change_nothing_that_another_one_reads(tmp_path):

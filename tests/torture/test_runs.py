@@ -46,7 +46,7 @@ def test_a_damaged_file_is_refused_or_changes_nothing(finished, tmp_path):
     folder, _, _ = finished
     expected = cases.answers(folder, tmp_path)
     newest = str(max(folder.glob("checkpoints/step-*")).relative_to(folder))
-    for seed, name in enumerate(["summary.json", "config.toml", "metrics.jsonl", newest]):
+    for seed, name in enumerate(["summary.json", "config.toml", newest, "metrics.jsonl"]):
         verdict = cases.damaged(folder, tmp_path, name, ("flipped", "cut off")[seed % 2], seed, expected)
         assert not verdict.wrong, verdict
 
