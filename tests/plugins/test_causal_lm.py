@@ -93,7 +93,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(models, tmp_path, name, options)
     """Through a growth before the stop and one after it."""
     if "lora" in options:
         pytest.importorskip("peft")
-    every = {"schedule": {"every": 5}}
+    every = {"schedule": {"every": 4}}
     straight = training(models, tmp_path / "straight", name, GROWS, options, every).run()
     cut = training(models, tmp_path / "cut", name, GROWS, options, every)
     cut.listener = lambda record: setattr(cut, "stop", record["step"] >= 6)
