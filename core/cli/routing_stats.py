@@ -208,7 +208,7 @@ def _table(rows: Sequence[dict[str, Any]], columns: Sequence[str], last: str, en
         body,
         keys=len(labels) + len(keys),
         wide=wide,
-        first=("cv", "active", last, "entropy", "maxvio"),
+        first=("K", "cv", "active", last, "entropy", "maxvio"),
     )
 
 

@@ -174,6 +174,6 @@ def _print(results: Mapping[str, Any], folder: Path, check: bool, wide: bool) ->
         echo(f"\n{title}")
         table(columns, lines, wide=wide, first=(columns[1], "cv", "verdicts"))
     if results["criteria"]:
-        table(*criteria_table(results), wide=wide)
+        table(*criteria_table(results), wide=wide, first=("verdict", "worst", "limit"))
     for line in (*remarks(results), *(() if check else (legend_of(results), f"page: {folder / 'study.html'}"))):
         print_line(line)

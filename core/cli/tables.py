@@ -11,7 +11,7 @@ from .output import standard_output
 
 GAP = 2  # columns between two columns of a table
 FOLDED = 30  # the least width to which a table's last column is folded
-LEAST = 12  # the least width of a column that names the rows
+NUMBERS = 36  # columns that names leave to numbers
 PIECES = re.compile(r"\s+|[^\s,/]*[,/]?")  # a text may be folded at spaces, and after a comma or slash
 
 
@@ -59,10 +59,11 @@ def table(
     with standard_output() as stream:
         console = Console(file=stream, highlight=False, markup=False, emoji=False)
         width = console.width if console.is_terminal else 10**6
-        widths[:keys] = narrowed(widths[:keys], width)
+        words = [max(len(word) for row in [columns, *rows] for word in PIECES.findall(row[at])) for at in range(keys)]
+        widths[:keys] = narrowed(widths[:keys], words, width)
         order = [index for name in first for index in range(keys, len(columns)) if columns[index] == name]
         parts = blocks(widths, keys, width) if wide else [chosen(widths, keys, width, order)]
-        lines = ["" if line is None else line for line in _lines(columns, rows, widths, keys, parts, width)]
+        lines = [*_lines(columns, rows, widths, parts, width)]
         console.print(Text("\n".join(lines)), highlight=False, soft_wrap=True)
     if left := [name for index, name in enumerate(columns) if not any(index in part for part in parts)]:
         print_line(f"not shown for lack of room: {listed(left)} (--wide shows all)")
@@ -103,11 +104,17 @@ def chosen(widths: Sequence[int], keys: int, width: int, first: Sequence[int]) -
     return sorted(kept)
 
 
-def narrowed(widths: Sequence[int], width: int) -> list[int]:
-    """The widths of the columns that name rows: the widest is folded until they leave half of the room to numbers."""
+def narrowed(widths: Sequence[int], least: Sequence[int], width: int) -> list[int]:
+    """The widths of the columns that name rows: the widest are folded until they leave `NUMBERS` columns to numbers.
+
+    least: the longest word of each, below which it is not folded unless it takes more than half of the terminal.
+    """
     found = [*widths]
-    while found and sum(found) + GAP * len(found) > width // 2 and max(found) > LEAST:
-        found[found.index(max(found))] -= 1
+    while sum(found) + GAP * len(found) > width - NUMBERS:
+        foldable = [at for at, size in enumerate(found) if size > min(least[at], width // 2)]
+        if not foldable:
+            break
+        found[max(foldable, key=lambda at: found[at])] -= 1
     return found
 
 
@@ -115,7 +122,6 @@ def _lines(
     columns: Sequence[str],
     rows: Sequence[Sequence[str]],
     widths: Sequence[int],
-    keys: int,
     parts: Sequence[Sequence[int]],
     width: int,
 ) -> Iterator[str]:

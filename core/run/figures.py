@@ -2,6 +2,7 @@
 
 import io
 import warnings
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -40,8 +41,18 @@ STYLE: Any = {
 HEAT = "viridis"
 
 
+_last: list[tuple["weakref.ref[Run]", dict[str, Figure]]] = []  # the run drawn last, for its next report
+
+
 def of_run(run: "Run") -> dict[str, Figure]:
-    """Every figure of a run by name."""
+    """Every figure of a run by name; made once for all reports of a run."""
+    if not (_last and _last[0][0]() is run):
+        _last[:] = [(weakref.ref(run), _made(run))]
+    return _last[0][1]
+
+
+def _made(run: "Run") -> dict[str, Figure]:
+    """Every figure of a run by name, not drawn yet."""
     figures = {"loss": curves([run], ["loss"]), "accuracy": curves([run], ["accuracy"])}
     for layer in run.summary["layers"]:
         name = layer["name"]
@@ -119,6 +130,7 @@ def figure_bytes(figure: Figure, kind: str) -> bytes:
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
         dated: Any = {"metadata": {"Date": None}} if kind == "svg" else {}
         figure.savefig(out, format=kind, dpi=110, facecolor="white" if kind == "png" else "none", **dated)
+    figure.set_layout_engine("none")  # the layout is found; another kind of file need not find it again
     return out.getvalue()
 
 
