@@ -61,7 +61,7 @@ class RecordFile:
     def _in_place(self, name: Path) -> bool:
         """Whether the name still leads to this file."""
         try:
-            return os.path.samestat(os.stat(name), os.fstat(self.file.fileno()))
+            return bool(os.path.samestat(os.stat(name), os.fstat(self.file.fileno())))
         except FileNotFoundError:
             return False
 

@@ -18,9 +18,9 @@ def finished(tmp_path_factory):
 
 
 def places(done):
-    """Where to strike: the first operation of each kind, and the last of all."""
+    """Where to strike: the first operation of each kind, the middle and the last of all."""
     first = {what: index for index, what in reversed(list(enumerate(done, 1)))}
-    return sorted({*first.values(), len(done)})
+    return sorted({*first.values(), len(done) // 2, len(done)})
 
 
 def test_a_kill_at_any_operation_loses_nothing(finished, tmp_path):
