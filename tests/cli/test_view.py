@@ -10,6 +10,7 @@ import pytest
 from moe_engine.cli import main
 from moe_engine.cli.view import PAUSE, Page, serve
 from moe_engine.files import locked
+from moe_engine.run import report_inputs
 from moe_engine.run.live import page_of, read_live, records_of
 
 RECORD = {"split": "train", "step": 4, "epoch": 1, "loss": 0.5, "accuracy": 0.9805}
@@ -66,6 +67,12 @@ def test_a_half_written_last_line_is_left_out(run):
     assert records_of(b'{"layers": {"moe": 3}, "split": "train", "step": 1}\n') == []
 
 
+@pytest.fixture
+def _no_figures(monkeypatch):
+    monkeypatch.setattr(report_inputs, "run_figures", lambda run: {})
+
+
+@pytest.mark.usefixtures("_no_figures")
 def test_it_is_drawn_again_only_if_the_log_changed_and_not_too_often(run):
     now = [0.0]
     page = Page(run, lambda: now[0])
@@ -84,6 +91,7 @@ def test_it_is_drawn_again_only_if_the_log_changed_and_not_too_often(run):
     assert b"step 12" in page.content() and page.drawings == 3
 
 
+@pytest.mark.usefixtures("_no_figures")
 def test_it_only_reads_and_takes_no_lock(run):
     before = {path.name: path.read_bytes() for path in run.iterdir()}
     with locked(run / "metrics.jsonl", run):
