@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .flags import flags, json_flag, wide_flag
-from .inspect import _files as texts_of
+from .flags import flags, json_flag, model_and_texts, texts_of, wide_flag
 from .output import echo, echo_json
 
 if TYPE_CHECKING:
@@ -17,17 +16,7 @@ BALANCE = ("maxvio", "cv", "active", "entropy")
 
 
 @click.command("evaluate", short_help="Loss and balance of a language model on texts.")
-@click.argument("folder", type=click.Path(path_type=Path), metavar="RUN|FOLDER")
-@click.argument("more", nargs=-1, type=click.Path(path_type=Path), metavar="")
-@click.option(
-    "--text",
-    "texts",
-    multiple=True,
-    required=True,
-    type=click.Path(path_type=Path),
-    metavar="FILE...",
-    help="Text files, in UTF-8.",
-)
+@model_and_texts
 @click.option(
     "--length", type=click.IntRange(1), metavar="INTEGER", help="Tokens in a window.  [default: the run's, or 512]"
 )

@@ -1,6 +1,6 @@
 """Make flags from the options in run/config.py; the flags that several commands share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args
@@ -8,6 +8,7 @@ from typing import Any, get_args
 import attrs
 import click
 
+from ..errors import UsageError
 from ..run.config import RunConfig, flag_names
 
 Command = Callable[..., Any]
@@ -90,3 +91,25 @@ address_flag = click.option(
     metavar="HOST:PORT",
     help="The cluster's scheduler.  [default: DASK_SCHEDULER_ADDRESS or RAY_ADDRESS, else one started here]",
 )
+
+
+def model_and_texts(command: Command) -> Command:
+    """RUN|FOLDER, and --text, for `texts_of`."""
+    path = click.Path(path_type=Path)
+    several: dict[str, Any] = {
+        "multiple": True,
+        "required": True,
+        "metavar": "FILE...",
+        "help": "Text files, in UTF-8.",
+    }
+    command = click.option("--text", "texts", type=path, help="Text files, in UTF-8.", **several)(command)
+    command = click.argument("more", nargs=-1, type=path, metavar="")(command)
+    return click.argument("folder", type=path, metavar="RUN|FOLDER")(command)
+
+
+def texts_of(texts: Sequence[Path], more: Sequence[Path]) -> list[Path]:
+    """The texts of `--text A B` or of `--text A --text B`."""
+    if more and len(texts) > 1:
+        sentence = f"{more[0]} stands alone; give all texts after one --text, or --text before each"
+        raise UsageError(sentence, code="texts-mixed")
+    return [*texts, *more]

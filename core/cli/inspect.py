@@ -9,7 +9,7 @@ import click
 
 from ..errors import UsageError, listed, visible
 from ..files import write_atomically
-from .flags import flags, json_flag, quiet_flag, wide_flag
+from .flags import flags, json_flag, model_and_texts, quiet_flag, texts_of, wide_flag
 from .output import echo, echo_json
 
 if TYPE_CHECKING:
@@ -22,17 +22,7 @@ TOLD = 6  # pairs of labels that are told
 
 
 @click.command("inspect", short_help="See what the experts of a checkpoint do on texts.")
-@click.argument("folder", type=click.Path(path_type=Path), metavar="RUN|FOLDER")
-@click.argument("more", nargs=-1, type=click.Path(path_type=Path), metavar="")
-@click.option(
-    "--text",
-    "texts",
-    multiple=True,
-    required=True,
-    type=click.Path(path_type=Path),
-    metavar="FILE...",
-    help="Text files, in UTF-8.",
-)
+@model_and_texts
 @click.option(
     "--label", "labels", multiple=True, metavar="NAME", help="A text's domain, one per text.  [default: its file name]"
 )
@@ -94,7 +84,7 @@ def inspect(
     margin    the mean of the K-th score minus the next
     labels    the largest Jensen-Shannon divergence of two labels, in bits
     """
-    files, names = _files(texts, more), list(labels)
+    files, names = texts_of(texts, more), list(labels)
     indices, names = _labels(files, names)
     for flag, path in (("--html", html), ("--trace", trace), ("--counts", counts)):
         _check_target(flag, path)
@@ -124,14 +114,6 @@ def inspect(
 
 
 # -- what is given -------------------------------------------------------------------------------------------
-
-
-def _files(texts: Sequence[Path], more: Sequence[Path]) -> list[Path]:
-    """The texts of `--text A B` or of `--text A --text B`."""
-    if more and len(texts) > 1:
-        sentence = f"{more[0]} stands alone; give all texts after one --text, or --text before each"
-        raise UsageError(sentence, code="texts-mixed")
-    return [*texts, *more]
 
 
 def _labels(files: Sequence[Path], given: Sequence[str]) -> tuple[list[int], list[str]]:
