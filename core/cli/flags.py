@@ -96,12 +96,7 @@ address_flag = click.option(
 def model_and_texts(command: Command) -> Command:
     """RUN|FOLDER, and --text, for `texts_of`."""
     path = click.Path(path_type=Path)
-    several: dict[str, Any] = {
-        "multiple": True,
-        "required": True,
-        "metavar": "FILE...",
-        "help": "Text files, in UTF-8.",
-    }
+    several: dict[str, Any] = {"multiple": True, "required": True, "metavar": "FILE..."}
     command = click.option("--text", "texts", type=path, help="Text files, in UTF-8.", **several)(command)
     command = click.argument("more", nargs=-1, type=path, metavar="")(command)
     return click.argument("folder", type=path, metavar="RUN|FOLDER")(command)
