@@ -6,6 +6,8 @@ import attrs
 import pytest
 
 from moe_engine import hookimpl
+from moe_engine.run.folder import new_folder, record_file
+from support import refused
 from torture import cases
 from torture.shim import Strike, command
 
@@ -57,8 +59,8 @@ def test_a_start_that_was_killed_leaves_a_folder_that_run_takes(finished, tmp_pa
     _, expected, done = finished
     command([*cases.RUN, "--out", folder], Strike(done.index("fsync") + 1, "kill"))
     assert not (folder / "config.toml").exists()
-    refused = command(["resume", folder])
-    assert (refused.code, "moe-engine run --out" in refused.last) == (2, True)
+    outcome = command(["resume", folder])
+    assert (outcome.code, "moe-engine run --out" in outcome.last) == (2, True)
     assert command([*cases.RUN, "--out", folder]).code == 0
     assert cases.ends(folder) == expected
 
@@ -79,3 +81,18 @@ def test_a_folder_that_is_replaced_under_a_run_is_noticed(tmp_path):
     outcome = command([*cases.chosen("mover"), "--out", folder], plugins={"mover": ("metric", Mover)})
     assert (outcome.code, "moved or deleted" in outcome.last, outcome.sound) == (1, True, True), outcome
     assert list(folder.iterdir()) == []
+
+
+def test_the_loser_of_two_starts_changes_nothing(tmp_path):
+    """Both chose the folder while it was empty; the one that has not got the lock writes nothing."""
+    folder = tmp_path / "run"
+    chosen = new_folder(folder, "blobs")
+    with record_file(folder, new=True):
+        (folder / "config.toml").write_text("the winner's")
+        outcome = command([*cases.RUN, "--out", folder])
+        assert (outcome.code, outcome.sound) == (2, True), outcome
+        with refused("folder-in-use", folder), record_file(chosen, new=True):
+            pass
+    with refused("folder-not-empty", folder, "moe-engine resume"), record_file(chosen, new=True):
+        pass
+    assert (folder / "config.toml").read_text() == "the winner's"
