@@ -58,7 +58,7 @@ def native_of(engine: Engine, model: Any) -> Written:
     for block in blocks:
         layer = layers[block.name]
         state |= {f"{block.name}.{path}": value for path, value in _stored(family, layer).items()}
-        like = layer.experts.w_in
+        like = next(layer.experts.parameters())
         state |= {f"{block.name}.{path}": like.new_zeros(block.tensor(path).shape) for path in zeros}
     report = native.load_state_dict(state, strict=False, assign=True)
     if strange := [*report.missing_keys, *report.unexpected_keys]:

@@ -69,7 +69,7 @@ class RecordFile:
         """Whether the file begins with the records of an earlier `sync`."""
         self.file.seek(0)
         content = self.file.read(with_["bytes"])
-        return len(content) == with_["bytes"] and sha256(content).hexdigest() == with_["sha256"]
+        return bool(len(content) == with_["bytes"]) and sha256(content).hexdigest() == str(with_["sha256"])
 
     def truncate(self, size: int) -> None:
         """Discard everything after the first `size` bytes."""

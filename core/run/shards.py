@@ -22,7 +22,11 @@ def write_shards(folder: Path, cut: Sequence[Tensor]) -> dict[str, str]:
 
     All ranks must call it, with one file system.
     """
-    from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageWriter, save
+    from torch.distributed.checkpoint import (  # type: ignore[attr-defined]  # public all the same
+        CheckpointException,
+        HuggingFaceStorageWriter,
+        save,
+    )
 
     with agreed(f"making {folder}", torch.device("cpu")):
         if rank() == 0:
@@ -38,7 +42,7 @@ def write_shards(folder: Path, cut: Sequence[Tensor]) -> dict[str, str]:
 
 def read_shards(folder: Path, digests: Mapping[str, str]) -> dict[str, Tensor]:
     """The tensors that `write_shards` wrote, whole. Raises UsageError unless the files have these digests."""
-    from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+    from torch.distributed.checkpoint import HuggingFaceStorageReader, load  # type: ignore[attr-defined]
 
     if _digests(folder) != digests:
         raise UsageError(f"{folder} is damaged: a checksum is wrong, or a file is missing", code="damaged-file")

@@ -21,7 +21,7 @@ from torture import cases
 from torture.shim import Strike
 
 WRONG = ("lost", "different", "silent", "traceback", "bug", "hang", "unclear")
-FILE_CASES = ("flipped", "cut off")
+FILE_CASES = ("flipped", "digit", "cut off")
 
 
 def plan(finished, scratch, expected, done, seed):

@@ -114,7 +114,7 @@ READERS = (("compare", "{}"), ("routing-stats", "{}"), ("resume", "{}", "--quiet
 
 
 def damaged(finished, scratch, name, how, seed, expected):
-    """A file of a finished run with one bit flipped or its end cut off, read by every command that reads it.
+    """A file of a finished run with one bit flipped, a digit changed or its end cut off, read by every command that reads it.
 
     A command may refuse the file, or give the same result as before, but never another one.
     """
@@ -127,7 +127,10 @@ def damaged(finished, scratch, name, how, seed, expected):
         at = draws.randrange(len(content))
         if how == "flipped":
             content[at] ^= 1 << draws.randrange(8)
-        (folder / name).write_bytes(content if how == "flipped" else content[:at])
+        if how == "digit":  # a file of text that stays well-formed
+            at = draws.choice([place for place, byte in enumerate(content) if chr(byte).isdecimal()] or [at])
+            content[at] ^= 1
+        (folder / name).write_bytes(content[:at] if how == "cut off" else content)
         line = [word.format(folder) for word in words]
         if line[0] == "compare":
             line += ["--out", scratch / "figure.png", "--json"]
