@@ -114,7 +114,7 @@ READERS = (("compare", "{}"), ("routing-stats", "{}"), ("resume", "{}", "--quiet
 
 
 def damaged(finished, scratch, name, how, seed, expected):
-    """A file of a finished run with one bit flipped, a digit changed or its end cut off, read by every command that reads it.
+    """A file of a finished run with a bit or a digit changed or its end cut off, read by every command that reads it.
 
     A command may refuse the file, or give the same result as before, but never another one.
     """
