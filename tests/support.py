@@ -17,7 +17,7 @@ from moe_engine.run.trees import read_tree
 def ends(folder):
     """What of a run must be the same, bit for bit, whatever happened to it on the way."""
     summary = json.loads((folder / "summary.json").read_text())
-    del summary["seconds"], summary["sha256"]
+    del summary["seconds"], summary["sha256"], summary["files"]["config.toml"]  # which names its options
     files = [(folder / name).read_bytes() for name in ("metrics.jsonl", "model.safetensors")]
     best = read_tree(folder / "checkpoints" / "best.safetensors")
     return summary, files, best["loop"]["step"]

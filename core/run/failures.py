@@ -34,7 +34,8 @@ def failing(engine: Engine) -> Iterator[None]:
     except UsageError as error:
         if engine.culprit(error) is not None:
             raise
-        raise RunError(str(error), code=error.code) from error
+        code = error.code
+        raise RunError(str(error), code=code) from error
 
 
 def write_reports(engine: Engine, folder: Path) -> None:

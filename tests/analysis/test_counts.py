@@ -96,7 +96,7 @@ def test_a_published_share_that_four_choices_cannot_give_is_named(stats):
 def test_verdict_threshold_and_advice_are_the_metrics_own(stats):
     rows = stats(EXAMPLES / "transformer_6_experts.csv")["rows"]
     assert [row["verdict"]["name"] for row in rows] == ["healthy"] * 4
-    assert rows[3]["verdict"]["why"] == "the cv of the load is 0.106 (limit 0.3), and all 6 experts are active"
+    assert rows[3]["verdict"]["why"] == "the cv of the load is 0.110 (limit 0.3), and all 6 experts are active"
     strict = stats(EXAMPLES / "transformer_6_experts.csv", "--set", "health.imbalance=0.1")["rows"]
     assert [row["verdict"]["name"] for row in strict] == ["healthy"] * 3 + ["imbalanced"]
     (flat,) = stats(EXAMPLES / "cifar10_10_experts.csv", "--top-k", "4")["rows"]

@@ -44,7 +44,7 @@ def test_plain_lines_show_progress(capsys):
     out, err = capsys.readouterr()
     lines = err.splitlines()
     assert lines[0] == "blobs: saturation, switch_aux, topk; 8 experts, top 2; 8 steps on cpu"
-    assert lines[1].startswith("step      4  train  loss ")
+    assert lines[1].startswith("step      4  epoch 1  train  loss ")
     assert all(word in lines[1] for word in ("accuracy", "cv", "maxvio", "active"))
     assert "epoch 1" in lines[1] and "switch_aux 1." in lines[1] and "ms/step" in lines[1]
     assert "report: run/report.html" in out
