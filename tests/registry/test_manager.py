@@ -64,8 +64,9 @@ def test_core_imports_no_plugin_and_plugins_import_no_plugin():
 def test_core_names_no_plugin():
     """Not even in a string: what is usual is data, in default_plugins.toml."""
     # these are words of the core too: of records, activations, roles, digests, numbers in a table, others' columns, and
-    # the public functions `prune` and `upcycle`
+    # the public functions `prune` and `upcycle`, and an argument of transformers' generate()
     words = {"split", "relu", "gradient", "hash", "random", "entropy", "mutual_information", "topk", "prune", "upcycle"}
+    words |= {"top_p"}
     names = set(find()) - words
     # which strategy decides as a foreign block does is known where foreign blocks are
     for path in set((ROOT / "core").rglob("*.py")) - {ROOT / "core" / "pretrained" / "families.py"}:
