@@ -148,6 +148,11 @@ def unsealed(text: str) -> dict[str, Any]:
     return value
 
 
+def digest(content: bytes) -> dict[str, Any]:
+    """The size and checksum by which other content is told apart."""
+    return {"bytes": len(content), SEAL: sha256(content).hexdigest()}
+
+
 def safetensors_of(path: str | Path) -> list[Path]:
     """The safetensors files of a checkpoint: a file, a folder, or an index such as model.safetensors.index.json.
 

@@ -3,13 +3,12 @@
 import json
 import multiprocessing
 from contextlib import contextmanager
-from hashlib import sha256
 
 import pytest
 import torch
 
 from moe_engine import UsageError
-from moe_engine.files import unsealed
+from moe_engine.files import digest, unsealed
 from moe_engine.run.folder import write_summary
 from moe_engine.run.trees import read_tree
 
@@ -39,7 +38,7 @@ def forge(folder, summary=None):
         summary = unsealed((folder / "summary.json").read_text("utf-8"))
         del summary["files"]
     content = (folder / "metrics.jsonl").read_bytes()
-    write_summary(folder, summary, {"bytes": len(content), "sha256": sha256(content).hexdigest()})
+    write_summary(folder, summary, digest(content))
 
 
 def on_ranks(function, *args, count=2):

@@ -11,7 +11,7 @@ import click
 
 from ..errors import PluginError, RunError, UsageError
 from ..files import refused
-from ..parallel.launch import rank, started
+from ..parallel.launch import FAILED, USAGE, rank, started
 from .check import check
 from .compare import compare
 from .compare_plugins import compare_plugins
@@ -30,7 +30,7 @@ from .run import run
 from .study import study
 from .view import view
 
-USAGE, FAILED, STOPPED = 2, 1, 130
+STOPPED = 130  # exit code
 ON_RANKS = ("run", "resume", "plan", "check", "-h", "--help", "--version")  # what torchrun may start
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 80}
 

@@ -48,7 +48,7 @@ class Exchange:
         return pad(y_NO, (0, 0, 0, x_ND.shape[0] - y_NO.shape[0]))
 
     def _exchanged(self, rows: Tensor, receive: list[int], send: list[int]) -> Tensor:
-        """The rows that this rank receives, `receive[r]` from rank r, for `send[r]` of its own."""
+        """The rows that this rank receives, `receive[r]` from rank r, for `send[r]` that it sends."""
         exchanged: Tensor = _AllToAll.apply(rows, receive, send, self.group)
         return exchanged
 

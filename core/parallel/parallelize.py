@@ -36,7 +36,7 @@ def parallelize(engine: Engine, model: nn.Module, mesh: DeviceMesh | None = None
     """Spread a model with the engine's layers over the ranks of a mesh; returns the model to call in training.
 
     mesh: as `expert_mesh` makes it; None: all ranks see their own data, and hold all experts. Experts are cut over
-    "experts", and every rank trains on data of its own. shard: cut all other weights over all ranks, layer by layer
+    "experts", and every rank trains on its own data. shard: cut all other weights over all ranks, layer by layer
     (`torch.distributed.fsdp.fully_shard`), and return the same model; otherwise each rank holds them whole, and the
     answer is a DistributedDataParallel, which must be made again from `.module` after a growth. Weights and buffers
     become those of rank 0 first. Make optimizers afterwards. All ranks must call it. Raises UsageError.

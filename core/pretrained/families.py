@@ -12,7 +12,7 @@ from ..contract.setup import Bound
 from ..errors import PluginError, UsageError, listed, nearest
 from ..registry.discovery import Found, find, load, pick
 
-GENERIC = "generic"  # the family of models that have none of their own
+GENERIC = "generic"  # the family of models without one
 
 
 def blocks_of(model: nn.Module, family: str | None = None) -> list[Block]:

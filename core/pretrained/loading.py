@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError, listed
+from ..files import INDEX
 
-WEIGHTS, INDEX, CONFIG, ADAPTER = "*.safetensors", "model.safetensors.index.json", "config.json", "adapter_config.json"
+WEIGHTS, CONFIG, ADAPTER = "*.safetensors", "config.json", "adapter_config.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 KEYS = 3  # weights named in a message
 LARGE = 2e9  # bytes of weights whose reading shows a bar on a terminal

@@ -111,7 +111,7 @@ class Surroundings:
         self.calls = calls
 
     def __call__(self, _: nn.Module, given: tuple[Any, ...], more: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
-        if len(given) > 1:  # the engine calls its layers with a mask and ids of its own
+        if len(given) > 1:  # the engine calls its layers with its mask and ids
             return given, more
         _, mask, ids = self.calls.around(given[0])
         return given, {"mask": mask, "ids": ids, **more}

@@ -19,22 +19,20 @@ MOST = 3  # names in a message
 class FiniteCheck:
     """Finds the first step at which a loss, a gradient or a bias of a run was not finite, without waiting for it.
 
-    steps: for each step since the last check, whether each of `names` is finite, on the device.
+    steps: for each step since the last check, the names of what was asked, and whether it was finite, on the device.
     """
 
     engine: Engine
     model: nn.Module
     optimizer: torch.optim.Optimizer
     device: torch.device
-    names: tuple[str, ...] = ()
-    steps: list[Tensor] = attrs.field(factory=list)
+    steps: list[tuple[tuple[str, ...], Tensor]] = attrs.field(factory=list)
 
     def after_step(self) -> None:
         """Ask about the gradients of a step and the biases after it."""
         grads = {f"the gradient of {name}": p.grad for name, p in self.model.named_parameters() if p.grad is not None}
         found = {**grads, **dict(self._biases())}
-        self.names = tuple(found)  # the same until a growth, before which there is a check
-        self.steps.append(_finite(found.values()))
+        self.steps.append((tuple(found), _finite(found.values())))  # a parameter may have no gradient in some steps
 
     def check(self, scores: ScoreSums, step: int) -> None:
         """Raise RunError for the first step since the last check at which anything was not finite, on every rank.
@@ -44,13 +42,14 @@ class FiniteCheck:
         steps, self.steps = self.steps, []
         with agreed("checking that numbers are finite", self.device):
             losses = [*scores.not_finite()]
-            bad = (~torch.stack(steps)).cpu().nonzero().tolist() if steps else []
-            found = losses + [(index - len(steps), self.names[at]) for index, at in bad]
+            asked = [(index - len(steps), name) for index, (names, _) in enumerate(steps) for name in names]
+            flags = torch.cat([finite for _, finite in steps]).tolist() if steps else []  # waits for the device, once
+            found = losses + [one for one, finite in zip(asked, flags, strict=True) if not finite]
             if found:
                 first = min(back for back, _ in found)
                 causes = [name for back, name in losses if back == first]  # whose gradients are not finite either
-                names = _some(causes or [name for back, name in found if back == first])
-                message = f"{names} stopped being finite at step {step + first + 1}; lower --lr, or a loss's weight"
+                told = _some(causes or [name for back, name in found if back == first])
+                message = f"{told} stopped being finite at step {step + first + 1}; lower --lr, or a loss's weight"
                 raise RunError(message, code="not-finite")
 
     def check_state(self, step: int) -> None:

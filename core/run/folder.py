@@ -5,7 +5,6 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
-from hashlib import sha256
 from itertools import count
 from pathlib import Path
 from typing import IO, Any
@@ -15,7 +14,7 @@ import attrs
 from ..contract.options import Settings
 from ..contract.run import Run
 from ..errors import UsageError, listed, nearest
-from ..files import dump, locked, read_file, refused, sealed, unsealed, write_atomically
+from ..files import digest, dump, locked, read_file, refused, sealed, unsealed, write_atomically
 from ..registry.discovery import WATCHING, find
 from .config import RunConfig, merge_options, read_config
 
@@ -125,7 +124,7 @@ def read_run(folder: Path) -> Run:
             raise UsageError(f"there is no run folder {folder}", code="unknown-run")
         summary = unsealed(read_file(folder / "summary.json").decode())
         kept, known = {name: read_file(folder / name) for name in FILES}, summary.pop("files")
-        if changed := [name for name in FILES if _digest(kept[name]) != known[name]]:
+        if changed := [name for name in FILES if digest(kept[name]) != known[name]]:
             raise ValueError(f"{listed(changed)} changed after the run ended")
         records = [json.loads(line) for line in kept["metrics.jsonl"].decode().splitlines()]
         config = tomllib.loads(kept["config.toml"].decode())
@@ -143,13 +142,9 @@ def read_run(folder: Path) -> Run:
 
 def write_summary(folder: Path, summary: Mapping[str, Any], records: Mapping[str, Any]) -> None:
     """Write summary.json, with its checksum and those of the other files that are read again. records: as synced."""
-    config = _digest((folder / "config.toml").read_bytes())
+    config = digest((folder / "config.toml").read_bytes())
     files = dict(zip(FILES, (config, records), strict=True))
     write_atomically(folder / "summary.json", (dump(sealed({**summary, "files": files})) + "\n").encode())
-
-
-def _digest(content: bytes) -> dict[str, Any]:
-    return {"bytes": len(content), "sha256": sha256(content).hexdigest()}
 
 
 def number_of(summary: Mapping[str, Any], name: str) -> Any:

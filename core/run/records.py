@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable, Mapping
-from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any
 
@@ -10,7 +9,7 @@ import attrs
 
 from ..contract.stats import Metrics, plain
 from ..errors import RunError
-from ..files import dump, naming
+from ..files import digest, dump, naming
 
 Listener = Callable[[dict[str, Any]], None]
 
@@ -56,7 +55,7 @@ class RecordFile:
             raise RunError(message, code="folder-gone")
         self.file.seek(0)
         content = self.file.read()
-        return {"bytes": len(content), "sha256": sha256(content).hexdigest()}
+        return digest(content)
 
     def _in_place(self, name: Path) -> bool:
         """Whether the name still leads to this file."""
@@ -68,8 +67,7 @@ class RecordFile:
     def begins(self, with_: Mapping[str, Any]) -> bool:
         """Whether the file begins with the records of an earlier `sync`."""
         self.file.seek(0)
-        content = self.file.read(with_["bytes"])
-        return bool(len(content) == with_["bytes"]) and sha256(content).hexdigest() == str(with_["sha256"])
+        return digest(self.file.read(with_["bytes"])) == with_
 
     def truncate(self, size: int) -> None:
         """Discard everything after the first `size` bytes."""

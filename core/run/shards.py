@@ -18,9 +18,9 @@ from ..processes import agreed, cut_like, rank
 
 
 def write_shards(folder: Path, cut: Sequence[Tensor]) -> dict[str, str]:
-    """Write cut tensors, named by their index, into a folder; returns the SHA-256 of each file by its name.
+    """Write cut tensors, named by their index, into a folder; returns the SHA-256 of each file by its name to rank 0.
 
-    All ranks must call it, with one file system.
+    All ranks must call it, with one file system; the others get nothing.
     """
     from torch.distributed.checkpoint import (  # type: ignore[attr-defined]  # public all the same
         CheckpointException,
@@ -37,7 +37,7 @@ def write_shards(folder: Path, cut: Sequence[Tensor]) -> dict[str, str]:
     except CheckpointException as error:
         first = next(iter(error.failures.values()))[0]
         raise first if isinstance(first, OSError) else error from None
-    return _digests(folder)
+    return _digests(folder) if rank() == 0 else {}
 
 
 def read_shards(folder: Path, digests: Mapping[str, str]) -> dict[str, Tensor]:

@@ -145,7 +145,7 @@ def _run(cell: Cell, folder: Path, home: Path | None) -> Record:
     """
     if home is not None:
         _check_worker(cell, folder, home)
-    # a folder of its own: a worker that a cluster believes dead may still run the same cell
+    # a separate folder: a worker that a cluster believes dead may still run the same cell
     place = tempfile.TemporaryDirectory(prefix=f"{cell.key}-{os.getpid()}-", dir=folder / "running")
     with _ALONE, chdir(home or "."), one_thread(), place as scratch:
         result = _result(cell, Path(scratch) / "run")

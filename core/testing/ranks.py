@@ -86,7 +86,7 @@ def trainings(bench: Bench) -> Trainings:
 
 
 def on_this_rank(plugin: PluginUnderTest, quiet: bool) -> Values:
-    """Train on this rank's parts, with draws of its own."""
+    """Train on this rank's parts, with its own draws."""
     at, ranks = rank(), world_size()
 
     def own(batch: Data, step: int) -> list[Data]:

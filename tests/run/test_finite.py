@@ -82,6 +82,18 @@ def test_a_gradient_is_named_with_its_step(tmp_path, every):
     assert assert_good(tmp_path / "run")[-1] == "step-00000006"
 
 
+def test_gradients_that_are_absent_in_some_steps_are_left_out():
+    """As those of an expert that is a module, and got no token."""
+    parts = nn.ModuleList(nn.Linear(2, 2) for _ in range(2))
+    check = FiniteCheck(Engine(), parts, torch.optim.SGD(parts.parameters(), 0.1), torch.device("cpu"))
+    for index, scale in ((0, 1.0), (1, 1.0), (0, math.inf)):
+        parts.zero_grad()
+        (parts[index](torch.ones(1, 2)).sum() * scale).backward()
+        check.after_step()
+    with refused("not-finite", "the gradient of 0.weight", "at step 12;", kind=RunError):
+        check.check(ScoreSums(), 12)
+
+
 def checked(change):
     """A check of a layer's state after a step, and after a change of it."""
     engine = Engine("saturation,switch_aux", experts=3, top_k=1)
