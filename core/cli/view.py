@@ -94,7 +94,18 @@ class Page:
         report = self.run / "report.html"
         if (self.run / "summary.json").exists() and report.exists():
             return report.read_bytes()
-        return page_of(read_live(self.run)).encode()
+        run = read_live(self.run)
+        try:
+            return page_of(run).encode()
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            TypeError,
+            ValueError,
+        ) as error:  # of numbers that are none
+            message = f"run folder {self.run} is damaged: its metrics.jsonl can't be drawn ({error})"
+            raise UsageError(message, code="damaged-run") from error
 
 
 class Server(ThreadingHTTPServer):

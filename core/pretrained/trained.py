@@ -19,8 +19,8 @@ from ..engine.engine import Engine
 from ..errors import UsageError
 from ..layer.probing import uncounted
 from ..run.building import build_engine, build_model
+from ..run.checkpoints import Checkpoints
 from ..run.folder import old_folder
-from ..run.trees import read_tree
 from ..seeds import generator, own_random_state
 from .language_models import PretrainedLM
 from .watching import Watcher, watch
@@ -67,7 +67,10 @@ def of_run(folder: Path, device: torch.device, say: Say) -> Trained:
     if make is None:
         message = f"{folder} is a run of task '{config.task}', which does not train a language model of transformers"
         raise UsageError(message, code="not-a-language-model")
-    tree = _newest(folder, say)
+    tree = Checkpoints(folder / "checkpoints").newest(say, rename=False)
+    if tree is None:
+        message = f"{folder} has no intact checkpoint yet; one is written every --checkpoint-every steps"
+        raise UsageError(f"{message}, and at the end", code="no-run-checkpoint")
     found: list[Any] = []
 
     def build(engine: Any) -> nn.Module:
@@ -82,17 +85,6 @@ def of_run(folder: Path, device: torch.device, say: Say) -> Trained:
         message = f"the checkpoint of {folder} does not fit its model; was {found[1].folder} changed since?"
         raise UsageError(message, code="state-mismatch") from error
     return Trained(model.eval(), found[1], found[2], engine)
-
-
-def _newest(folder: Path, say: Say) -> Any:
-    """The tree of a run's newest intact checkpoint. Unlike a run that resumes, it renames no damaged one."""
-    for path in sorted((folder / "checkpoints").glob("step-*.safetensors"), reverse=True):
-        try:
-            return read_tree(path)
-        except UsageError as error:
-            say(f"{error}; trying the one before")
-    message = f"{folder} has no intact checkpoint yet; one is written every --checkpoint-every steps, and at the end"
-    raise UsageError(message, code="no-run-checkpoint")
 
 
 def merge_adapters(model: nn.Module) -> int:

@@ -12,7 +12,7 @@ from torch import nn
 from ..errors import UsageError
 from .families import blocks_of, dense_blocks_of
 from .language_models import PretrainedLM
-from .upcycling import _wanted as wanted_layers
+from .upcycling import wanted_layers
 
 FLOAT = 4  # bytes of a weight, a gradient, a moment or a kept value in float32
 MOMENTS = 2  # of Adam, for each trained weight

@@ -118,7 +118,7 @@ def _chosen(blocks: list[DenseBlock], done: dict[str, MoE], layers: str | Iterab
     """The blocks of the layers that were asked for. done: the layers that are upcycled already."""
     dense, taken = {block.index: block for block in blocks}, {int(name.split(".")[-2]) for name in done}
     known = sorted({*dense, *taken})
-    wanted = _wanted(layers, known)
+    wanted = wanted_layers(layers, known)
     if already := [index for index in wanted if index in taken]:
         message = f"layers {listed(map(str, already))} are upcycled already; name others"
         raise UsageError(message, code="upcycled-already")
@@ -130,7 +130,7 @@ def _chosen(blocks: list[DenseBlock], done: dict[str, MoE], layers: str | Iterab
     return [dense[index] for index in wanted]
 
 
-def _wanted(layers: str | Iterable[int], known: Sequence[int]) -> list[int]:
+def wanted_layers(layers: str | Iterable[int], known: Sequence[int]) -> list[int]:
     """The indices of layers that a user means."""
     if layers == "all":
         return [*known]

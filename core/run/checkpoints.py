@@ -145,10 +145,10 @@ class Checkpoints:
             return None
         return read_tree(self.folder / f"step-{tree['loop']['step']:08}.rank-{rank()}")["draws"]
 
-    def newest(self, say: Callable[[str], None]) -> Any:
+    def newest(self, say: Callable[[str], None], rename: bool = True) -> Any:
         """The tree of the newest intact checkpoint, or None; `say` receives a remark on each damaged one.
 
-        Damaged checkpoints are renamed, so they do not count among the last two.
+        rename: rename damaged ones, so they do not count among the last two; only the run itself may.
         """
         for path in reversed(self._files()):
             try:
@@ -156,7 +156,7 @@ class Checkpoints:
             except UsageError as error:
                 if error.code not in DAMAGED:
                     raise
-                if rank() == 0:
+                if rename and rank() == 0:
                     path.rename(path.with_suffix(".damaged"))
                 say(f"{error}; trying the one before")
         return None

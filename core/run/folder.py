@@ -163,11 +163,14 @@ def _problem(summary: Any, records: list[Any], config: dict[str, Any]) -> str | 
         return "metrics.jsonl holds no records"
     if not all(isinstance(record["layers"], dict) for record in records):
         return "metrics.jsonl holds no records"
+    return None if is_config(config) else "config.toml has no [run]"
+
+
+def is_config(config: dict[str, Any]) -> bool:
+    """Whether a table has the shape of a run's config.toml."""
     run = config.get("run", {})
     plugins = run.get("plugins", []) if isinstance(run, dict) else None
-    if not isinstance(plugins, list) or not all(isinstance(name, str) for name in plugins):
-        return "config.toml has no [run]"
-    return None
+    return isinstance(plugins, list) and all(isinstance(name, str) for name in plugins)
 
 
 def _objects(values: Any) -> bool:

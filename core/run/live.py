@@ -3,13 +3,14 @@
 import base64
 import html
 import json
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..contract.run import Run
 from ..errors import UsageError
+from ..files import MOST_TOML, read_file, read_toml
+from .folder import is_config
 from .forms import heading, shown
 
 QUANTITIES = ("loss", "accuracy", "perplexity", "cv", "maxvio", "active", "dropped")
@@ -22,11 +23,11 @@ def records_of(content: bytes) -> list[dict[str, Any]]:
     for line in content.split(b"\n")[:-1]:
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         layers = record.get("layers") if isinstance(record, dict) else None
         whole = isinstance(layers, dict) and all(isinstance(metrics, dict) for metrics in layers.values())
-        if whole and {"split", "step"} <= record.keys():
+        if whole and "split" in record and isinstance(record.get("step"), int):
             found.append(record)
     return found
 
@@ -34,18 +35,20 @@ def records_of(content: bytes) -> list[dict[str, Any]]:
 def read_live(folder: Path) -> Run:
     """A run that may not have ended. Its summary has the layers that were recorded. Raises UsageError."""
     try:
-        config = tomllib.loads((folder / "config.toml").read_text("utf-8"))
-        content = (folder / "metrics.jsonl").read_bytes()
+        config = read_toml(read_file(folder / "config.toml", MOST_TOML))
+        content = read_file(folder / "metrics.jsonl")
     except FileNotFoundError as error:
         raise UsageError(f"{folder} does not hold a run; name a run's folder", code="unknown-run") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{folder} can't be read: {error}", code="unreadable-file") from error
+    if not is_config(config):
+        raise UsageError(f"run folder {folder} is damaged: config.toml has no [run]", code="damaged-run")
     records = records_of(content)
     sizes = {
         name: len(metrics["load"])
         for record in records
         for name, metrics in record["layers"].items()
-        if metrics.get("load")
+        if isinstance(metrics.get("load"), list)
     }
     layers = [{"name": name, "experts": experts} for name, experts in sizes.items()]
     return Run(folder, {"layers": layers}, records, config)
@@ -75,7 +78,7 @@ def page_of(run: Run) -> str:
         title=title,
         plugins=plugins,
         table=f"<table><tr>{heads}</tr>{''.join(rows)}</table>" if rows else "<p>Nothing has been recorded yet.</p>",
-        growth=f"<p>{grown} growths so far.</p>" if grown else "",
+        growth=f"<p>Growths so far: {grown}.</p>" if grown else "",
         figures="".join(pictures),
     )
 

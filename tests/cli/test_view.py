@@ -67,6 +67,27 @@ def test_a_half_written_last_line_is_left_out(run):
     assert records_of(b'{"layers": {"moe": 3}, "split": "train", "step": 1}\n') == []
 
 
+DAMAGED = {
+    "no table": ("config.toml", "run = 3\n"),
+    "plugins of numbers": ("config.toml", "[run]\nplugins = [3]\n"),
+    "words for numbers": ("metrics.jsonl", line(layers={"moe": {"load": ["a"], "cv": "x"}})),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_damaged_run_is_refused_by_its_folder(run, capsys, case):
+    name, content = DAMAGED[case]
+    (run / name).write_text(content)
+    assert main(["view", str(run)]) == 2
+    err = capsys.readouterr().err
+    assert str(run) in err and "damaged" in err and err.count("\n") == 1
+
+
+def test_records_of_nonsense_are_left_out():
+    deep = b"[" * 100_000 + b"\n"
+    assert [record["step"] for record in records_of(deep + line(step="x").encode() + line(step=2).encode())] == [2]
+
+
 @pytest.fixture
 def _no_figures(monkeypatch):
     monkeypatch.setattr(report_inputs, "run_figures", lambda run: {})
