@@ -6,6 +6,7 @@ from faults import fault
 from torch import nn
 from torch.nn import functional as F
 
+import moe_engine
 from moe_engine import GATE, STACKED, Family, Growth, NewExpert, Stored, Task, Traits, hookimpl, option
 from moe_engine.testing import tiny_model
 
@@ -431,3 +432,9 @@ def forgets_the_biases(self):
 def counts_under_another_name(self):
     """The config of these models calls the number of experts otherwise."""
     return Family(tensors={**GATE, **STACKED}, count=("num_blocks",), recipe=renormalised)
+
+
+@fault("upcycling_changes_no_logit", message="computes something else than up_proj", **of("llama"))
+def swaps_gate_and_up(self):
+    """The activation is that of the gate, not of the up projection."""
+    return Family(dense=(moe_engine.Dense("gate_proj", "down_proj", gate="up_proj"),))

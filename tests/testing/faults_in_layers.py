@@ -55,7 +55,14 @@ class KnowsPlaces(Top):
         return (logits_TE + 0.1 * place_T[:, None] * torch.arange(logits_TE.shape[1]),)
 
 
-@fault("recomputed_layers_keep_apart", message="a router that passes values on declares carries", hook="moe_router")
+@fault(
+    "recomputed_layers_keep_apart",
+    "same_seed_gives_same_result",
+    "state_survives_save_and_load",
+    "autocast_changes_no_gate",
+    message="a router that passes values on declares carries",
+    hook="moe_router",
+)
 class HidesWhatItPassesOn(Top):
     """Adds the logits of the layer before, which it keeps in its class."""
 
@@ -64,8 +71,8 @@ class HidesWhatItPassesOn(Top):
     def score(self, tokens):
         (logits_TE,) = super().score(tokens)
         owner, before_TE = self.last
-        type(self).last = self.weight.data_ptr(), logits_TE.detach()
-        another = owner not in (None, self.weight.data_ptr()) and torch.is_grad_enabled() and self.training
+        type(self).last = self.weight, logits_TE.detach()
+        another = owner is not None and owner is not self.weight and torch.is_grad_enabled() and self.training
         return (logits_TE + before_TE if another and before_TE.shape == logits_TE.shape else logits_TE,)
 
 
