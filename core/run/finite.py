@@ -19,7 +19,7 @@ MOST = 3  # names in a message
 class FiniteCheck:
     """Finds the first step at which a loss, a gradient or a bias of a run was not finite, without waiting for it.
 
-    steps: for each step since the last check, the names of what was asked, and whether it was finite, on the device.
+    steps: for each step since the last check, the names of what was asked, and the sum of each, on the device.
     """
 
     engine: Engine
@@ -30,9 +30,9 @@ class FiniteCheck:
 
     def after_step(self) -> None:
         """Ask about the gradients of a step and the biases after it."""
-        grads = {f"the gradient of {name}": p.grad for name, p in self.model.named_parameters() if p.grad is not None}
-        found = {**grads, **dict(self._biases())}
-        self.steps.append((tuple(found), _finite(found.values())))  # a parameter may have no gradient in some steps
+        grads = [(f"the gradient of {name}", p.grad) for name, p in self.model.named_parameters() if p.grad is not None]
+        names, asked = zip(*grads, *self._biases(), strict=True)  # a parameter may have no gradient in some steps
+        self.steps.append((names, _sums(asked)))
 
     def check(self, scores: ScoreSums, step: int) -> None:
         """Raise RunError for the first step since the last check at which anything was not finite, on every rank.
@@ -43,7 +43,7 @@ class FiniteCheck:
         with agreed("checking that numbers are finite", self.device):
             losses = [*scores.not_finite()]
             asked = [(index - len(steps), name) for index, (names, _) in enumerate(steps) for name in names]
-            flags = torch.cat([finite for _, finite in steps]).tolist() if steps else []  # waits for the device, once
+            flags = torch.cat([sums for _, sums in steps]).isfinite().tolist() if steps else []  # waits for the device
             found = losses + [one for one, finite in zip(asked, flags, strict=True) if not finite]
             if found:
                 first = min(back for back, _ in found)
@@ -56,7 +56,8 @@ class FiniteCheck:
         """Raise RunError, on every rank, unless all weights, moments and states of the engine are finite."""
         state = dict(self._state())
         with agreed("checking that the state is finite", self.device):
-            bad = [name for name, finite in zip(state, _finite(state.values()).tolist(), strict=True) if not finite]
+            finite = _sums(state.values()).isfinite().tolist()
+            bad = [name for name, fine in zip(state, finite, strict=True) if not fine]
             if bad:
                 message = f"{_some(bad)} stopped being finite by step {step}; lower --lr, or a loss's weight"
                 raise RunError(message, code="not-finite")
@@ -89,10 +90,11 @@ def _tensors(where: str, tree: Any) -> Iterator[tuple[str, Tensor]]:
         yield from _tensors(f"{where} {name}", child)
 
 
-def _finite(tensors: Iterable[Any]) -> Tensor:
-    """[n]: whether each tensor is finite, of which this rank sees its own part; by its sum, which is one quick pass."""
-    own = (tensor.to_local() if is_cut(tensor) else tensor for tensor in tensors)
-    return torch.stack([one.sum(dtype=torch.promote_types(one.dtype, torch.float32)).isfinite() for one in own])
+def _sums(tensors: Iterable[Any]) -> Tensor:
+    """[n]: the sum of each tensor, of which this rank sees its own part: one quick pass that anything not finite taints."""
+    own = [tensor.to_local() if is_cut(tensor) else tensor for tensor in tensors]
+    half = (torch.float16, torch.bfloat16)  # whose sums may overflow
+    return torch.stack([one.sum(dtype=torch.float32) if one.dtype in half else one.sum() for one in own])
 
 
 def _some(names: Iterable[str]) -> str:
