@@ -91,7 +91,7 @@ def _tensors(where: str, tree: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _sums(tensors: Iterable[Any]) -> Tensor:
-    """[n]: the sum of each tensor, of which this rank sees its own part: one quick pass that anything not finite taints."""
+    """[n]: the sum of each tensor, of which this rank sees its own part; not finite if any of its numbers is not."""
     own = [tensor.to_local() if is_cut(tensor) else tensor for tensor in tensors]
     half = (torch.float16, torch.bfloat16)  # whose sums may overflow
     return torch.stack([one.sum(dtype=torch.float32) if one.dtype in half else one.sum() for one in own])
