@@ -101,6 +101,7 @@ if TYPE_CHECKING:
     from .processes import sum_over_ranks as sum_over_ranks
     from .run.checkpoints import load as load
     from .run.checkpoints import save as save
+    from .run.page import run_page as run_page
     from .run.report_inputs import expert_loads as expert_loads
     from .run.report_inputs import run_figures as run_figures
     from .run.training import adam as adam
@@ -165,6 +166,7 @@ _HOMES = {
     "pretrained.watching": ("watch",),
     "processes": ("all_reduce_sum", "sum_over_ranks"),
     "run.checkpoints": ("load", "save"),
+    "run.page": ("run_page",),
     "run.report_inputs": ("expert_loads", "run_figures"),
     "run.training": ("adam",),
     "seeds": ("generator",),

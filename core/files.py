@@ -36,6 +36,7 @@ ADVICE = {  # what to do about what the operating system refuses
     errno.EMFILE: "allow more open files (ulimit -n)",
     errno.ENFILE: "close other programs",
     errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOLCK: "choose a file system that can lock files",
     errno.ENOMEM: "free some memory",
 }
 
@@ -120,7 +121,8 @@ def locked(path: Path, folder: Path) -> Iterator[IO[bytes]]:
         opened = open(path, "a+b", buffering=0)  # noqa: SIM115 (closed below)
     with opened as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with naming(path):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             message = f"another process is writing {folder}; wait for it, or stop it"
             raise UsageError(message, code="folder-in-use") from error
@@ -168,7 +170,7 @@ def safetensors_of(path: str | Path) -> list[Path]:
     if path.suffix != ".json":
         return [path]
     try:
-        index = json.loads(path.read_text("utf-8"))
+        index = json.loads(read_file(path).decode())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"the index is not JSON ({error})") from error
     names = index.get("weight_map") if isinstance(index, dict) else None

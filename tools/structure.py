@@ -17,7 +17,7 @@ CORE = ROOT / "core"
 ROOMS = (
     *("errors", "seeds", "files", "processes", "optimizer_state"),
     *("contract", "registry", "layer", "growth", "engine"),  # the engine proper
-    "parallel",
+    *("parallel", "pages"),
     *("tasks", "run", "analysis", "plan", "pretrained", "study", "integrations", "testing", "cli", "__main__"),
 )
 ENGINE_PROPER = ROOMS[: ROOMS.index("engine") + 1]

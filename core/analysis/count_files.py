@@ -29,6 +29,7 @@ from .count_columns import (
 )
 
 MOST_PIPED = 1 << 26  # bytes of standard input
+MOST_COLUMNS = 50_000  # of which a file of more experts needs none: it can have a row for each
 CHUNK, MOST_CELLS = 2_000, 1_000_000  # rows and cells held at once; few enough to stay in the processor's cache
 DELIMITERS = ",;\t|"
 HOLDERS = ("layers", "blocks", "data", "records", "rows", "results")
@@ -98,6 +99,7 @@ class CountFile:
         reader = csv.reader(self._lines(), strict=True, skipinitialspace=True, delimiter=self.delimiter)
         try:
             names = _without_end([name.strip() for name in next(filter(any, reader), [])])
+            self._check_width(names)
             line, blank = reader.line_num, [""] * len(names)
             while rows := list(islice(reader, min(CHUNK, 1 + MOST_CELLS // (1 + len(names))))):
                 where: Sequence[int] = range(line + 1, reader.line_num + 1)
@@ -108,6 +110,12 @@ class CountFile:
                 line = reader.line_num
         except csv.Error as error:
             raise self.refuse(reader.line_num, f"this is not CSV: {error}", "invalid-csv") from error
+
+    def _check_width(self, names: Sequence[str]) -> None:
+        """Raise UsageError for more columns than can be handled in seconds."""
+        if len(names) > MOST_COLUMNS:
+            message = f"{self.name} has {len(names):,} columns, more than {MOST_COLUMNS:,}; give each expert a row, with "
+            raise UsageError(f"{message}the columns layer, expert and count", code="too-many-columns")
 
     def _lines(self) -> Iterable[str]:
         """The lines, those of comments emptied; the header of `numpy.savetxt`, a comment, is kept."""
@@ -212,6 +220,7 @@ class CountFile:
                 what = f"it and the first record differ in {differing}"
                 raise self.refuse(_where(path), what, "uneven-records")
             columns, rows = _spread([name for name in names if name != "counts"], record)
+            self._check_width(columns)
             at, cells = held.setdefault(columns, ([], []))
             at += [_where(path)] * len(rows)
             cells += rows
@@ -219,6 +228,18 @@ class CountFile:
                 yield Chunk(list(columns), *held.pop(columns))
         for columns, (at, cells) in held.items():
             yield Chunk(list(columns), at, cells)
+
+
+def is_trace(file: Path) -> bool:
+    """Whether this is the file of a routing trace; False for one that can't be read, or for a pipe."""
+    if not file.is_file():
+        return False
+    try:
+        with open(file, "rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            return length < file.stat().st_size and b"routing_trace" in opened.read(length)
+    except OSError:
+        return False
 
 
 def open_counts(path: Path) -> CountFile:

@@ -76,7 +76,7 @@ class _Tables:
         self.totals: list[_Table] = []
 
     def __iter__(self) -> Iterator[_Table]:
-        names: list[str] = []
+        names: list[str] | None = None
         for chunk in self.file.chunks():
             if chunk.names != names:
                 names, columns = chunk.names, Columns.of(self.file.name, chunk.names, self.over, self.split)

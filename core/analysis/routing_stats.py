@@ -184,18 +184,6 @@ def _between(series: Sequence[Series]) -> Iterator[str]:
 # -- a trace ---------------------------------------------------------------------------------------
 
 
-def is_trace(file: Path) -> bool:
-    """Whether this is the file of a routing trace; False for one that can't be read, or for a pipe."""
-    if not file.is_file():
-        return False
-    try:
-        with open(file, "rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            return length < file.stat().st_size and b"routing_trace" in opened.read(length)
-    except OSError:
-        return False
-
-
 def of_trace(file: Path) -> list[Series]:
     """The loads of a trace's layers: of each label by itself, or of all tokens if it has none. Raises UsageError."""
     trace, out = read_trace(file), []
@@ -233,12 +221,22 @@ def of_run(folder: Path) -> list[Series]:
 def _of_layer(run: Run, layer: dict[str, Any], traced: dict[str, tuple[Any, float]]) -> Iterator[Series]:
     found = {"train": _trained(run, layer["name"]), "test": _tested(run, layer["name"], traced)}
     for split, (source, counts, tokens) in found.items():
+        if counts is not None:
+            _check(layer, counts)
         if counts is not None and counts.sum():
             one = Series(str(run.folder), {}, layer["name"], split, counts, tokens, layer["top_k"], source=source)
             if split == "train":
                 last = _last_loads(run, layer["name"])
                 one.count_PE, one.points = np.array([load for _, load in last]), [f"step {step}" for step, _ in last]
             yield one
+
+
+def _check(layer: dict[str, Any], count_E: Array) -> None:
+    """Raise ValueError for what no run writes, whatever its checksum says."""
+    if count_E.ndim != 1 or not (count_E >= 0).all() or not np.isfinite(count_E).all():
+        raise ValueError("the load is not a list of numbers from 0 on")
+    if not isinstance(layer["name"], str) or not isinstance(layer["top_k"], int | None):
+        raise ValueError(f"the layer {layer['name']!r} has top_k {layer['top_k']!r}")
 
 
 Loads = tuple[str, Any, float | None]  # source, counts or shares [E], tokens

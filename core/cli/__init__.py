@@ -1,5 +1,6 @@
 """The command line: one file per command. Nothing here imports torch before it must."""
 
+import errno
 import os
 import sys
 import threading
@@ -182,7 +183,7 @@ def _ending(error: BaseException) -> tuple[str, int | None]:
     if isinstance(error, UsageError | RunError):
         return str(error), USAGE if isinstance(error, UsageError) else FAILED
     if sentence := _of_system(error):
-        return sentence, FAILED
+        return sentence, USAGE if getattr(error, "errno", None) == errno.ENAMETOOLONG else FAILED
     return f"unexpected {type(error).__name__}: {error}; this is a bug, --debug shows the traceback", None
 
 

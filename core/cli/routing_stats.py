@@ -90,8 +90,10 @@ def routing_stats(
     """
     if figure is not None:
         check_figure(figure)
-    plugins = Plugins(_metrics(chosen or ()), settings=parse_settings(settings))
+    metrics, options = _metrics(chosen or ()), parse_settings(settings)
+    # read before plugins are loaded, and torch with them: a bad file is refused at once
     series, notes = _read(files, [name.lower() for name in over or ()], split.lower(), experts, top_k, per_expert)
+    plugins = Plugins(metrics, settings=options)
 
     from ..analysis.routing_stats import by_expert, changes, contradictions, row_of, stability
 
@@ -137,14 +139,16 @@ def _read(
     each_row: bool,
 ) -> tuple[list["Series"], list[str]]:
     """The series of all files, and notes on how they were read."""
+    from ..analysis.count_files import is_trace
     from ..analysis.counts import read_counts
-    from ..analysis.routing_stats import is_trace, of_run, of_trace
 
     series: list[Series] = []
     notes: list[str] = []
     known: set[str] = set()
     for file in files:
         if file.is_dir() or is_trace(file):
+            from ..analysis.routing_stats import of_run, of_trace
+
             series += of_run(file) if file.is_dir() else of_trace(file)
             continue
         in_file, header = read_counts(file, over, split, experts, each_row)

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from ..errors import RunError, UsageError
-from ..files import sealed, unsealed, write_atomically
+from ..files import read_file, sealed, unsealed, write_atomically
 from .flags import address_flag, backend_flag, flags, jobs_flag, json_flag, out_flag, quiet_flag, wide_flag
 from .output import echo, echo_json
 
@@ -152,12 +152,12 @@ def _stored(folder: Path, study: Any) -> dict[str, Any]:
 
     file = folder / "study.json"
     try:
-        stored = unsealed(file.read_text("utf-8"))
+        stored = unsealed(read_file(file).decode())
         return judged(study, stored)
     except OSError as error:
         sentence = f"{file} can't be read: {error.strerror}; run the study first, or name its folder with --out"
         raise UsageError(sentence, code="no-results") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(f"{file} is damaged ({error}); run the study again", code="damaged-results") from error
 
 

@@ -14,10 +14,12 @@ from ..errors import UsageError
 from .output import echo
 
 PAUSE = 5.0  # seconds between two drawings of a page, at least
+REFRESH = 5  # seconds after which an open page asks again
 NAMES = ("127.0.0.1", "localhost")
 HEADERS = {
     "Content-Type": "text/html; charset=utf-8",
-    "Content-Security-Policy": "default-src 'none'; img-src data:; style-src 'unsafe-inline'",
+    "Content-Security-Policy": "default-src 'none'; img-src data:; "
+    "style-src 'unsafe-inline'; script-src 'unsafe-inline'",
     "Cache-Control": "no-store",
     "X-Content-Type-Options": "nosniff",
 }
@@ -89,14 +91,15 @@ class Page:
         return found
 
     def _draw(self) -> bytes:
-        from ..run.live import page_of, read_live
+        from ..run.live import read_live
+        from ..run.page import run_page
 
         report = self.run / "report.html"
         if (self.run / "summary.json").exists() and report.exists():
             return report.read_bytes()
         run = read_live(self.run)
         try:
-            return page_of(run).encode()
+            return run_page(run, REFRESH).encode()
         except (
             ArithmeticError,
             AttributeError,

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..contract.routing import Routing
 from ..engine.engine import Engine
 from ..errors import RunError, UsageError
+from ..files import check_file
 from ..layer.probing import uncounted
 from ..run.traces import Trace, begin
 from .watching import Watched, Watcher
@@ -47,6 +48,7 @@ def read_passages(tokenizer: Any, files: Sequence[Path], labels: Sequence[int], 
 
 def _passage(tokenizer: Any, file: Path, label: int, most: int) -> Passage:
     try:
+        check_file(file)
         with open(file, encoding="utf-8", newline="") as opened:
             text = opened.read(WIDEST * most)
             more = bool(opened.read(1))

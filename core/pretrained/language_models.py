@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..contract.parts import Router
 from ..engine.engine import Engine
 from ..errors import UsageError
+from ..files import check_file
 from .families import blocks_of
 from .loading import LOCAL, gguf_of, load_model, load_tokenizer, reading
 
@@ -60,6 +61,7 @@ class PretrainedLM:
     def read(self, path: Path) -> Tensor:
         """[T]: the ids of a UTF-8 text file, without a byte order mark. Raises UsageError."""
         try:
+            check_file(path)
             text = path.read_text("utf-8-sig")
         except OSError as error:
             raise UsageError(f"the text {path} can't be read: {error.strerror}", code="unreadable-file") from error

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError, listed
-from ..files import INDEX
+from ..files import INDEX, read_file
 
 WEIGHTS, CONFIG, ADAPTER = "*.safetensors", "config.json", "adapter_config.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
@@ -104,7 +104,7 @@ def _check_names(source: Path, names: list[str]) -> None:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        read = json.loads(path.read_text("utf-8"))
+        read = json.loads(read_file(path).decode())
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} can't be read as JSON ({error})", code="damaged-file") from error
     if not isinstance(read, dict):

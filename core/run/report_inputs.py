@@ -1,12 +1,10 @@
 """What reports read from a run: its figures, and each expert's share of the load over time."""
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from ..contract.run import Run
+from ..contract.run import Run
+from .recorded import lives
 
 
-def run_figures(run: "Run", kind: str = "svg") -> dict[str, bytes]:
+def run_figures(run: Run, kind: str = "svg") -> dict[str, bytes]:
     """Draw every figure of a finished run; returns the file contents by figure name.
 
     Names: "loss" and "accuracy"; "balance", "usage", "classes" and "effects", each followed by a space and a
@@ -17,12 +15,10 @@ def run_figures(run: "Run", kind: str = "svg") -> dict[str, bytes]:
     return {name: figure_bytes(figure, kind) for name, figure in of_run(run).items()}
 
 
-def expert_loads(run: "Run", layer: str) -> list[tuple[int, dict[int, float]]]:
+def expert_loads(run: Run, layer: str) -> list[tuple[int, dict[int, float]]]:
     """(step, {expert: share of the load}) at each training log point of one layer of a finished run.
 
     Experts are numbered in the order in which they were created. Unlike an index, that number survives the
     removal of other experts; removed ones are absent.
     """
-    from .figures import lives
-
     return lives(run, layer)[0]

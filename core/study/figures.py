@@ -9,7 +9,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ..contract.run import Run
-from ..run.figures import STYLE, draw_classes, draw_usage, figure_bytes, lives, series
+from ..run.figures import STYLE, draw_classes, draw_usage, figure_bytes
+from ..run.recorded import lives, series
 from .grid import FINISHED, Record
 from .spec import FigureSpec, Study, full_name, matches
 from .tables import format_of

@@ -22,7 +22,7 @@ import joblib
 from ..analysis.flops import forward_flops, model_flops, parameters_of
 from ..contract.options import Settings, values_of
 from ..errors import RunError, UsageError
-from ..files import dump, locked, sealed, unsealed, write_atomically
+from ..files import dump, locked, read_file, sealed, unsealed, write_atomically
 from ..processes import one_thread
 from ..registry import discovery
 from ..registry.discovery import defaults
@@ -268,9 +268,9 @@ def _read(folder: Path, cell: Cell) -> Record | None:
     if cell.keep and not weights_of(folder, cell.key).exists():
         return None
     try:
-        record = unsealed(_file(folder, cell).read_text("utf-8"))
+        record = unsealed(read_file(_file(folder, cell)).decode())
         return record if record["status"] == FINISHED and record["key"] == cell.key else None
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
 
 

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 
 from ..contract.options import build
-from ..files import dump, sealed, unsealed, write_atomically
+from ..files import dump, read_file, sealed, unsealed, write_atomically
 from ..processes import one_thread
 from ..run.config import RunConfig
 from ..run.training import Training
@@ -43,8 +43,8 @@ def time_inference(planned: Sequence[Planned], records: Sequence[Record], out: P
 def _read(file: Path) -> dict[str, Any]:
     """Earlier measurements; empty if the file is missing or damaged."""
     try:
-        return unsealed(file.read_text("utf-8"))
-    except (OSError, ValueError):
+        return unsealed(read_file(file).decode())
+    except (OSError, ValueError, RecursionError):
         return {}
 
 

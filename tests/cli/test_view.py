@@ -10,8 +10,8 @@ import pytest
 from moe_engine.cli import main
 from moe_engine.cli.view import PAUSE, Page, serve
 from moe_engine.files import locked
-from moe_engine.run import report_inputs
-from moe_engine.run.live import page_of, read_live, records_of
+from moe_engine.run.live import read_live, records_of
+from moe_engine.run.page import run_page
 
 RECORD = {"split": "train", "step": 4, "epoch": 1, "loss": 0.5, "accuracy": 0.9805}
 LAYERS = {"moe": {"load": [0.5, 0.5], "cv": 0.0, "gini": 0.0, "maxvio": 0.0, "active": 2}}
@@ -52,11 +52,11 @@ def ask():
 
 
 def test_the_page_has_the_newest_numbers_and_figures(run):
-    page = page_of(read_live(run))
-    assert "run: step 4, epoch 1 of 3" in page
+    page = run_page(read_live(run), refresh=5)
+    assert "step 4, epoch 1 of 3" in page
     assert "<td>98.05</td>" in page and "<th>accuracy %</th>" in page
-    assert page.count("data:image/svg+xml") >= 3
-    assert "http-equiv" in page
+    assert page.count('<figure class="chart">') >= 3 and '<figure class="heat">' in page
+    assert '<meta http-equiv="refresh" content="5">' in page
 
 
 def test_a_half_written_last_line_is_left_out(run):
@@ -88,12 +88,6 @@ def test_records_of_nonsense_are_left_out():
     assert [record["step"] for record in records_of(deep + line(step="x").encode() + line(step=2).encode())] == [2]
 
 
-@pytest.fixture
-def _no_figures(monkeypatch):
-    monkeypatch.setattr(report_inputs, "run_figures", lambda run: {})
-
-
-@pytest.mark.usefixtures("_no_figures")
 def test_it_is_drawn_again_only_if_the_log_changed_and_not_too_often(run):
     now = [0.0]
     page = Page(run, lambda: now[0])
@@ -112,7 +106,6 @@ def test_it_is_drawn_again_only_if_the_log_changed_and_not_too_often(run):
     assert b"step 12" in page.content() and page.drawings == 3
 
 
-@pytest.mark.usefixtures("_no_figures")
 def test_it_only_reads_and_takes_no_lock(run):
     before = {path.name: path.read_bytes() for path in run.iterdir()}
     with locked(run / "metrics.jsonl", run):

@@ -6,8 +6,8 @@ import pytest
 from moe_engine import Growth, hookimpl
 from moe_engine.cli import main
 from moe_engine.cli.progress import event
-from moe_engine.run.figures import growths, lives
 from moe_engine.run.folder import read_run
+from moe_engine.run.recorded import growths, lives
 
 
 @attrs.define(eq=False)
@@ -52,9 +52,9 @@ def test_growth_is_in_the_report_the_records_and_on_the_terminal(grown, capsys):
     assert "1 removed, output" in event(events[2])
     page = (grown.folder / "report.html").read_text()
     assert "<h2>Growth</h2>" in page
-    assert page.count("mover: planned") == 3
-    for word in ("born", "removed", "growth"):
-        assert f">{word}</text>" in page or f"<!-- {word} -->" in page
+    assert page.count('<td class="word">mover: planned</td>') == 3
+    assert '"step": 10.0, "text": "' in page.replace('"step": 10,', '"step": 10.0,')
+    assert "load of each expert over training, over an even share, in the order of their creation" in page
 
 
 def test_a_run_that_did_not_grow_has_no_marks(tmp_path, monkeypatch):
@@ -65,4 +65,4 @@ def test_a_run_that_did_not_grow_has_no_marks(tmp_path, monkeypatch):
     assert (growths(run), run.summary["growths"], lives(run, "moe")[1:]) == ([], [], ({}, {}))
     page = (tmp_path / "run" / "report.html").read_text()
     assert "<h2>Growth</h2>" not in page
-    assert "order of birth" not in page
+    assert "order of their creation" not in page

@@ -1,70 +1,95 @@
 """The long form: `python -m torture OUT [MINUTES] [SEED]`, from the folder tests. `make torture` calls it.
 
 Every case is drawn from a seed, which is printed with its verdict and kept in OUT/cases.jsonl; a case that is there is
-not done again, so a torture that was stopped goes on. First come a kill and a refusal at every operation on the disk,
-then random cases until the time is over. The last lines are the totals; the exit code is 1 if anything was wrong.
+not done again, so a torture that was stopped goes on. Each kind of case has a goal, and the kind that is farthest from
+it comes next; beyond all goals random cases follow until the time is over. The last lines are the totals; the exit code
+is 1 if anything was wrong.
 """
 
 import itertools
 import json
-import os
-import random
-import resource
 import sys
 import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 
-from moe_engine import cli
-from torture import cases
+import attrs
+
+from torture import cases, damage, hostile, inputs, soak
 from torture.shim import Strike
 
-WRONG = ("lost", "different", "silent", "traceback", "bug", "hang", "unclear")
-FILE_CASES = ("flipped", "digit", "cut off")
+GOALS = {"kills": 500, "faults": 240, "damage": 2000, "inputs": 50_000, "hostile": 300, "soak": 100}
+BLOCK = 250  # inputs in a case
+LEAST_SOAK = 20  # minutes from which runs are soaked
 
 
-def plan(finished, scratch, expected, done, seed):
-    """(name, call) of every case, without end."""
-    count = len(done)
-    answers = cases.answers(finished, scratch / "answers")
-    for at in range(1, count + 1):
-        how = "half" if done[at - 1] == "write" else "kill"
-        yield f"kill at {at}", lambda at=at, how=how: cases.struck(scratch / "run", Strike(at, how), expected)
-        yield f"full at {at}", lambda at=at: cases.struck(scratch / "run", Strike(at, "ENOSPC", True), expected)
-    names = cases.files_of(finished)
-    for number in itertools.count(seed):
-        draws = random.Random(number)
-        kind = draws.randrange(4)
-        if kind == 0:
-            strike = cases.strike_of(number, count)
-            yield f"struck {number}", lambda strike=strike: cases.struck(scratch / "run", strike, expected)
-        elif kind == 1:
-            strike = cases.strike_of(number, count)
-            yield f"resumed {number}", lambda strike=strike: cases.struck(scratch / "run", strike, expected, True)
-        elif kind == 2:
-            yield f"killed {number}", lambda n=number: cases.killed_at_random(scratch / "run", n, expected, 1.5)
-        else:
-            name, how = draws.choice(names), draws.choice(FILE_CASES)
-            yield (
-                f"damaged {number}",
-                lambda n=number, name=name, how=how: cases.damaged(
-                    finished, scratch / "damaged", name, how, n, answers
-                ),
-            )
+class Plan:
+    """The cases of each kind, without end or until there are no more: (name, call, how many it counts for)."""
+
+    def __init__(self, scratch, seed):
+        self.place, self.seed = scratch, seed
+        for name in ("damaged", "hostile", "inputs", "soaked"):
+            (scratch / name).mkdir()
+        self.expected, self.done = cases.whole(scratch / "whole")
+        self.half = scratch / "half"
+        self.of_resume = cases.halfway(self.half, self.done)
+        self.folders = (damage.of_run(scratch / "damaged"), damage.of_study(scratch / "damaged"))
+
+    def kills(self):
+        """At each operation of a run and of a resume, then several per run at operations and at random moments."""
+        for resumed, done in ((False, self.done), (True, self.of_resume)):
+            for at, what in enumerate(done, 1):
+                how = "half" if what == "write" else "kill"
+                yield f"{how} at {at}{' of resume' * resumed}", self._struck(Strike(at, how), resumed)
+        for number in itertools.count(self.seed):
+            yield f"kills {number}", lambda n=number: cases.killed_again(self.place / "run", n, self.expected)
+            yield f"killed {number}", lambda n=number: cases.killed_at_random(self.place / "run", n, self.expected, 1.5)
+
+    def faults(self):
+        """Every operation of a run, its saves and its growth, and of a resume, refused once and for good."""
+        for resumed, done in ((False, self.done), (True, self.of_resume)):
+            for at in range(1, len(done) + 1):
+                where = f"{at}{' of resume' * resumed}"
+                yield f"full from {where}", self._struck(Strike(at, "ENOSPC", True), resumed)
+                yield f"failing at {where}", self._struck(Strike(at, "EIO"), resumed)
+        for number in itertools.count(self.seed):
+            strike = cases.strike_of(number, len(self.done))
+            yield f"struck {number}", self._struck(strike, number % 2)
+
+    def _struck(self, strike, resumed):
+        half = self.half if resumed else None
+        return lambda: cases.struck(self.place / "run", strike, self.expected, half)
+
+    def damage(self):
+        """Each file with each damage, then any."""
+        for folder in self.folders:
+            for name, how in itertools.product(folder.names(), damage.HOWS):
+                yield f"damaged {folder.path.name}/{name} {how}", self._damaged(folder, self.seed, name, how)
+        for number in itertools.count(self.seed):
+            yield f"damaged {number}", self._damaged(self.folders[number % 8 == 7], number)
+
+    def _damaged(self, folder, seed, name=None, how=None):
+        return lambda: damage.damaged(folder, self.place / "damaged", seed, name, how)
+
+    def inputs(self):
+        """Blocks of generated input."""
+        for number in itertools.count(self.seed):
+            yield f"inputs {number}", lambda n=number: inputs.block(self.place / "inputs", n, BLOCK)
+
+    def hostile(self):
+        """Every hostile case, once."""
+        for name, call in hostile.cases():
+            yield name, lambda call=call: call(self.place / "hostile")
+
+    def soak(self):
+        """Runs in this process, if there is time."""
+        yield "soak", lambda: soak.soak(self.place / "soaked", GOALS["soak"])
 
 
-def soak(scratch):
-    """Runs with growths and checkpoints, one after another in one process: (KiB, handles) after the 2nd and last."""
-
-    def size():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, len(os.listdir("/proc/self/fd"))
-
-    sizes = []
-    for number in range(8):
-        assert cli.main([*cases.RUN, "--out", str(scratch / f"soak{number}")]) == 0
-        sizes.append(size())
-    return sizes[1], sizes[-1]
+def counted(kind, record):
+    """What a case counts for towards the goal of its kind."""
+    return {"kills": record["kills"], "inputs": BLOCK, "soak": GOALS["soak"]}.get(kind, 1)
 
 
 def main(out, minutes="60", seed="0"):
@@ -74,35 +99,42 @@ def main(out, minutes="60", seed="0"):
     log = out / "cases.jsonl"
     known = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     names = {record["name"] for record in known}
+    counts = Counter()
+    for record in known:
+        counts[record["kind"]] += counted(record["kind"], record)
     with tempfile.TemporaryDirectory(dir=out) as place, open(log, "a") as file:
-        scratch = Path(place)
-        (scratch / "answers").mkdir()
-        (scratch / "damaged").mkdir()
-        finished = scratch / "finished"
-        expected, done = cases.whole(finished)
-        for name, call in plan(finished, scratch, expected, done, int(seed)):
-            if time.monotonic() > end:
-                break
-            if name in names:
-                continue
-            verdict = call()
-            record = {"name": name, "case": verdict.case, "kills": verdict.kills, "wrong": verdict.wrong}
-            known.append(record)
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            print(f"{name}: {verdict.case}: {verdict.wrong or 'as it should be'}", flush=True)
-        before, after = soak(scratch)
-    return report(known, before, after)
+        plan = Plan(Path(place).absolute(), int(seed))
+        kinds = {kind: getattr(plan, kind)() for kind in GOALS if kind != "soak" or float(minutes) >= LEAST_SOAK}
+        while kinds and time.monotonic() < end:
+            kind = min(kinds, key=lambda kind: counts[kind] / GOALS[kind])
+            name, call = next(kinds[kind], (None, None))
+            if name is None:
+                del kinds[kind]
+            elif name not in names:
+                record = {"name": name, "kind": kind, **attrs.asdict(call())}
+                counts[kind] += counted(kind, record)
+                known.append(record)
+                file.write(json.dumps(record) + "\n")
+                file.flush()
+                print(f"{name}: {record['case']}: {record['wrong'] or 'as it should be'}", flush=True)
+    return report(known, counts)
 
 
-def report(known, before, after):
+def report(known, counts):
     """Print the totals; returns the exit code."""
     wrong = Counter(what for record in known for what in record["wrong"])
-    print(f"{len(known)} cases, {sum(record['kills'] for record in known)} kills,", end=" ")
-    print(f"{sum(record['name'].startswith('damaged') for record in known)} damaged files")
-    print(", ".join(f"{what}: {wrong[what]}" for what in WRONG))
-    print(f"8 runs in one process: memory {before[0]} -> {after[0]} KiB, handles {before[1]} -> {after[1]}")
-    return int(bool(wrong) or after[1] > before[1])
+    for kind, goal in GOALS.items():
+        of_kind = [record for record in known if record["kind"] == kind]
+        bad = Counter(what for record in of_kind for what in record["wrong"])
+        print(f"{kind}: {counts[kind]} of {goal} in {len(of_kind)} cases; wrong: {dict(bad) or 'nothing'}")
+    held = [record for record in known if record["mebibytes"]]
+    if held:
+        longest, largest = (max(record[name] for record in held) for name in ("seconds", "mebibytes"))
+        print(f"hostile cases took at most {longest:.1f} s of a processor and {largest} MiB")
+    for record in known:
+        if record["kind"] == "soak":
+            print(record["case"])
+    return int(bool(wrong))
 
 
 if __name__ == "__main__":

@@ -26,11 +26,16 @@ def chosen(*names):
 
 @attrs.define
 class Verdict:
-    """What came of a case. wrong: in words, what should not have been; empty if all is well."""
+    """What came of a case. wrong: in words, what should not have been; empty if all is well.
+
+    seconds, mebibytes: what a command took, where that is judged.
+    """
 
     case: str
     kills: int = 0
     wrong: dict = attrs.field(factory=dict)
+    seconds: float = 0.0
+    mebibytes: int = 0
 
     def blame(self, what, why):
         """Count something that is wrong: lost, different, silent, traceback, hang, bug or unclear."""
@@ -53,10 +58,25 @@ def whole(folder):
     return ends(folder), outcome.done
 
 
+def halfway(folder, done):
+    """The folder of a run that was killed in its third save: it holds a record that no checkpoint knows, and leftovers.
+
+    Returns the operations that resuming it does on the disk.
+    """
+    saves = [at for at, what in enumerate(done, 1) if what == "mkdir"]  # the first one is that of the folder
+    outcome = command([*RUN, "--out", folder], Strike(saves[3] + 2, "half"))
+    assert outcome.code == -signal.SIGKILL and len(list(folder.glob("checkpoints/step-*"))) == 2, outcome
+    copy = folder.with_name(f"{folder.name} resumed")
+    shutil.copytree(folder, copy)
+    outcome = command(["resume", copy, "--quiet"], Strike())
+    assert outcome.code == 0, outcome.err
+    shutil.rmtree(copy)
+    return outcome.done
+
+
 def go_on(folder, verdict):
     """Resume a run, or begin it where it had not begun."""
-    began = (folder / "config.toml").exists()
-    words = ["resume", folder, "--quiet"] if began else [*RUN, "--out", folder]
+    words = begin_or_resume(folder)
     outcome = command(words)
     verdict.judge(outcome, words[0])
     if left := [path.name for path in folder.rglob(".*")]:
@@ -64,15 +84,16 @@ def go_on(folder, verdict):
     return outcome
 
 
-def struck(folder, strike, expected, resumed=False):
-    """A run, or the resuming of one, in which an operation on the disk fails or kills; then it goes on to its end."""
-    verdict = Verdict(f"{'resume' if resumed else 'run'} {strike.how} at {strike.at}{' and after' * strike.stays}")
+def struck(folder, strike, expected, half=None):
+    """A run in which an operation on the disk fails or kills; then it goes on to its end.
+
+    half: the folder of a run that was killed, whose resuming is struck instead.
+    """
+    verdict = Verdict(f"{'resume' if half else 'run'} {strike.how} at {strike.at}{' and after' * strike.stays}")
     shutil.rmtree(folder, ignore_errors=True)
-    words = [*RUN, "--out", folder]
-    if resumed:
-        command([*words, "--steps", "6"], kill_after=0.0, number=signal.SIGTERM)
-        words = ["resume", folder, "--quiet"] if (folder / "config.toml").exists() else words
-    outcome = command(words, strike)
+    if half:
+        shutil.copytree(half, folder)
+    outcome = command(["resume", folder, "--quiet"] if half else [*RUN, "--out", folder], strike)
     verdict.judge(outcome, "struck")
     kills = strike.how in ("kill", "half")
     verdict.kills = int(kills and outcome.code == -signal.SIGKILL)
@@ -81,6 +102,11 @@ def struck(folder, strike, expected, resumed=False):
             verdict.blame("unclear", f"exit {outcome.code}: {outcome.err}")
         if str(folder) not in outcome.err:
             verdict.blame("unclear", f"no path in: {outcome.err}")
+    return ended(folder, verdict, expected)
+
+
+def ended(folder, verdict, expected):
+    """Let a run go on to its end, and compare it with that of a run that nothing happened to."""
     last = go_on(folder, verdict)
     if last.code != 0:
         verdict.blame("lost", f"exit {last.code}: {last.err}")
@@ -88,6 +114,23 @@ def struck(folder, strike, expected, resumed=False):
         verdict.blame("different", "the run's end")
     shutil.rmtree(folder, ignore_errors=True)
     return verdict
+
+
+def begin_or_resume(folder):
+    """The words that go on with a run in this folder."""
+    return ["resume", folder, "--quiet"] if (folder / "config.toml").exists() else [*RUN, "--out", folder]
+
+
+def killed_again(folder, seed, expected, most=6):
+    """A run that is killed several times, each time at an operation on the disk, or in the middle of it."""
+    draws, verdict = random.Random(seed), Verdict(f"kills at operations, seed {seed}")
+    shutil.rmtree(folder, ignore_errors=True)
+    for _ in range(most):
+        strike = Strike(draws.randint(1, 24), draws.choice(["kill", "half"]))
+        outcome = command(begin_or_resume(folder), strike)
+        verdict.judge(outcome, f"{strike.how} at {strike.at}")
+        verdict.kills += outcome.code == -signal.SIGKILL
+    return ended(folder, verdict, expected)
 
 
 def killed_at_random(folder, seed, expected, longest):
@@ -96,71 +139,10 @@ def killed_at_random(folder, seed, expected, longest):
     shutil.rmtree(folder, ignore_errors=True)
     for _ in range(draws.randint(1, 4)):
         number = draws.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-        began = (folder / "config.toml").exists()
-        words = ["resume", folder, "--quiet"] if began else [*RUN, "--out", folder]
-        outcome = command(words, kill_after=draws.uniform(0, longest), number=number)
-        verdict.judge(outcome, words[0])
+        outcome = command(begin_or_resume(folder), kill_after=draws.uniform(0, longest), number=number)
+        verdict.judge(outcome, "killed")
         verdict.kills += outcome.code not in (0, None)
-    last = go_on(folder, verdict)
-    if last.code != 0:
-        verdict.blame("lost", f"exit {last.code}: {last.err}")
-    elif ends(folder) != expected:
-        verdict.blame("different", "the run's end")
-    shutil.rmtree(folder, ignore_errors=True)
-    return verdict
-
-
-READERS = (("compare", "{}"), ("routing-stats", "{}"), ("resume", "{}", "--quiet"))
-
-
-def damaged(finished, scratch, name, how, seed, expected):
-    """A file of a finished run with a bit or a digit changed or its end cut off, read by every command that reads it.
-
-    A command may refuse the file, or give the same result as before, but never another one.
-    """
-    draws, verdict = random.Random(seed), Verdict(f"{name} {how}, seed {seed}")
-    for words in READERS:
-        folder = scratch / "run"
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(finished, folder)
-        content = bytearray((folder / name).read_bytes())
-        at = draws.randrange(len(content))
-        if how == "flipped":
-            content[at] ^= 1 << draws.randrange(8)
-        if how == "digit":  # a file of text that stays well-formed
-            at = draws.choice([place for place, byte in enumerate(content) if chr(byte).isdecimal()] or [at])
-            content[at] ^= 1
-        (folder / name).write_bytes(content[:at] if how == "cut off" else content)
-        line = [word.format(folder) for word in words]
-        if line[0] == "compare":
-            line += ["--out", scratch / "figure.png", "--json"]
-        elif line[0] == "routing-stats":
-            line += ["--json"]
-        outcome = command(line)
-        verdict.judge(outcome, line[0])
-        if outcome.code not in (0, 1, 2):
-            verdict.blame("unclear", f"{line[0]}: exit {outcome.code}")
-        if line[0] == "resume":
-            if outcome.code == 0 and ends(folder) != expected["resume"]:
-                verdict.blame("silent", f"resume after byte {at}")
-        elif outcome.code == 0 and outcome.out != expected[line[0]]:
-            verdict.blame("silent", f"{line[0]} after byte {at}")
-    return verdict
-
-
-def answers(finished, scratch):
-    """What the commands that read a run say of an undamaged one."""
-    found = {"resume": ends(finished)}
-    folder = scratch / "run"
-    shutil.copytree(finished, folder, dirs_exist_ok=True)
-    for line in (["compare", folder, "--out", scratch / "figure.png", "--json"], ["routing-stats", folder, "--json"]):
-        found[line[0]] = command(line).out
-    return found
-
-
-def files_of(folder):
-    """The files of a run, relative to its folder."""
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    return ended(folder, verdict, expected)
 
 
 def strike_of(seed, count):

@@ -1,20 +1,24 @@
 """Operations on a run's folder, each of which may fail or kill the process; and commands in forked processes.
 
 A process that forks has imported torch already, so a command costs the time of its work alone. A shim counts what the
-command does to the disk (open, write, fsync, rename, mkdir, unlink, truncate) and strikes at the n-th operation.
+command does to the disk (open, write, fsync, lock, rename, mkdir, unlink, truncate) and strikes at the n-th operation.
+Where a case needs no process to itself, `here` runs the command in this one, which takes less time still.
 """
 
 import builtins
 import contextlib
 import errno
+import fcntl
 import gc
 import importlib
 import io
 import os
+import resource
 import signal
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import attrs
 
@@ -23,8 +27,11 @@ from moe_engine import cli
 from moe_engine.registry import discovery
 
 INSTALLED = discovery.find()
-for _name in (*warm.IMPORTS, "moe_engine.cli.progress"):  # once, not in each fork
-    importlib.import_module(_name)
+LAZY = ("progress", "tables")  # what commands import only when they must
+for _name in (*warm.IMPORTS, *(f"moe_engine.cli.{name}" for name in LAZY), "moe_engine.analysis.routing_stats"):
+    importlib.import_module(_name)  # once, not in each fork
+for _name in ("topk", "saturation", "switch_aux", "schedule", "split", "balance", "health", "blobs"):
+    discovery.load(INSTALLED[_name][0])
 
 
 @attrs.define
@@ -42,12 +49,18 @@ class Strike:
 
 @attrs.define
 class Outcome:
-    """How a command ended. code: its exit code, -N after signal N, None if it hung. done: operations on the disk."""
+    """How a command ended. code: its exit code, -N after signal N, None if it hung. done: operations on the disk.
+
+    seconds: of a processor. mebibytes: the most memory that it held, what it shares with the process that forked it
+    included; 0 of a command in this process.
+    """
 
     code: int | None
     out: str
     err: str
-    done: list[str]
+    done: list[str] = attrs.field(factory=list)
+    seconds: float = 0.0
+    mebibytes: int = 0
 
     @property
     def sound(self) -> bool:
@@ -87,7 +100,13 @@ class Disk:
         """Patch this process for good."""
         for name in ("fsync", "replace", "rename", "mkdir", "unlink", "rmdir"):
             setattr(os, name, self._counted(name, getattr(os, name)))
-        opened = builtins.open
+        fcntl.flock = self._counted("flock", fcntl.flock)
+        opened, os_open = builtins.open, os.open
+
+        def os_open_(path, flags, *args, **kwargs):  # as `Path.touch` opens
+            if flags & (os.O_WRONLY | os.O_RDWR) and "/dev/" not in str(path):
+                self.before("open", path=path)
+            return os_open(path, flags, *args, **kwargs)
 
         def open_(file, mode="r", *args, **kwargs):
             writes = set(mode) & set("wax+") and isinstance(file, str | os.PathLike) and "/dev/" not in str(file)
@@ -97,6 +116,7 @@ class Disk:
             return Counted(result, self) if writes else result
 
         builtins.open = io.open = open_
+        os.open = os_open_
 
     def _counted(self, name, function):
         def counted(*args, **kwargs):
@@ -134,11 +154,11 @@ class Counted:
         return self._file.truncate(*size)
 
 
-def command(words, strike=None, kill_after=None, limit=120, plugins=None, number=signal.SIGKILL, **streams):
+def command(words, strike=None, kill_after=None, limit=120, plugins=None, number=signal.SIGKILL, room=None, **streams):
     """Run `moe-engine WORDS` in a fork of this process. kill_after: seconds after which it gets the signal `number`.
 
-    strike: None leaves the disk alone. plugins: {name: (kind, class)} that look installed there. streams: out or err,
-    the name of a file that is opened for it.
+    strike: None leaves the disk alone. plugins: {name: (kind, class)} that look installed there. room: bytes of memory
+    that it may ask for. streams: out or err, the name of a file that is opened for it.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -148,10 +168,39 @@ def command(words, strike=None, kill_after=None, limit=120, plugins=None, number
         if not pid:
             files = {"out": out.fileno(), "err": err.fileno()}
             files |= {name: os.open(path, os.O_WRONLY) for name, path in streams.items()}
+            if room is not None:
+                pages = int(Path("/proc/self/statm").read_text().split()[0])
+                resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + room,) * 2)
             _become(words, strike, plugins or {}, (files["out"], files["err"], log.fileno()))
-        code = _wait(pid, kill_after, number, limit)
+        code, usage = _wait(pid, kill_after, number, limit)
         texts = [os.pread(file.fileno(), 1 << 24, 0).decode(errors="replace") for file in (out, err, log)]
-    return Outcome(code, texts[0], texts[1], texts[2].split())
+    seconds = usage.ru_utime + usage.ru_stime
+    return Outcome(code, texts[0], texts[1], texts[2].split(), seconds, usage.ru_maxrss >> 10)
+
+
+class Hang(BaseException):
+    """A command in this process takes too long."""
+
+
+def here(words, limit=60):
+    """Run `moe-engine WORDS` in this process, which no strike, signal or hostile plugin should reach."""
+    out, err, hung = io.StringIO(), io.StringIO(), []
+
+    def stop(*_):
+        hung.append(True)
+        raise Hang
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(limit)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), discovery.pretend(INSTALLED):
+            code = cli.main([*map(str, words)])
+    except Hang:
+        code = None
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    return Outcome(None if hung else code, out.getvalue(), err.getvalue())
 
 
 def _become(words, strike, plugins, files):
@@ -193,19 +242,18 @@ def with_plugins(plugins):
 
 
 def _wait(pid, kill_after, number, limit):
-    """The exit code of a child, which is sent a signal after a while, and killed if it takes too long."""
-    began = time.monotonic()
+    """(exit code, resources) of a child, which is sent a signal after a while, and killed if it takes too long."""
+    began, hung = time.monotonic(), False
     while True:
-        ended, status = os.waitpid(pid, os.WNOHANG)
+        ended, status, usage = os.wait4(pid, os.WNOHANG)
         if ended:
-            return os.waitstatus_to_exitcode(status)
+            return (None if hung else os.waitstatus_to_exitcode(status)), usage
         passed = time.monotonic() - began
         if kill_after is not None and passed >= kill_after:
             os.kill(pid, number)
             kill_after = None
-        if passed > limit:
+        if passed > limit and not hung:
+            hung = True
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-            return None
         time.sleep(0.002)

@@ -1,0 +1,206 @@
+"""What a page is made of."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import attrs
+from markupsafe import Markup
+
+CELLS = 150_000  # numbers of one heatmap, over all its frames
+
+
+@attrs.frozen
+class Table:
+    """Rows of cells as they are shown. words: the columns that hold text, which is aligned to the left."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    words: Sequence[int] = (0,)
+    links: Mapping[str, str] = attrs.field(factory=dict)  # of cells, by their text
+    kind = "table"
+
+
+@attrs.frozen
+class Mark:
+    """Something that happened at a step, and what to say about it."""
+
+    step: float
+    text: str
+
+
+@attrs.frozen
+class Chart:
+    """Lines over steps: {name: (steps, values)}. A click on a name in the legend hides its line.
+
+    logarithmic: leaves out what is not positive. zero: the axis begins at 0. steps: values hold until the next step.
+    """
+
+    title: str
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float | None]]]
+    x: str = "step"
+    logarithmic: bool = False
+    zero: bool = False
+    stairs: bool = False
+    digits: int = 3
+    marks: Sequence[Mark] = ()
+    kind = "chart"
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """What the page's script draws: the lines over all steps that any of them has."""
+        steps = sorted({step for of_line, _ in self.lines.values() for step in of_line})
+        series = []
+        for name, (of_line, values) in self.lines.items():
+            known = dict(zip(of_line, values, strict=True))
+            series.append({"name": name, "values": [self._number(known.get(step)) for step in steps]})
+        shown = {"x": self.x, "steps": steps, "series": series, "marks": [attrs.asdict(mark) for mark in self.marks]}
+        flags = {"logarithmic": self.logarithmic, "zero": self.zero, "stairs": self.stairs, "digits": self.digits}
+        return {**shown, **flags}
+
+    def _number(self, value: float | None) -> float | None:
+        if value is None or not math.isfinite(value) or (self.logarithmic and value <= 0):
+            return None
+        return float(f"{value:.6g}")
+
+
+@attrs.frozen
+class Heat:
+    """Numbers in rows and columns as colours, at one or several moments, between which a slider moves.
+
+    frames: (name of the moment, rows of numbers); rows may have unequal lengths, and None is left blank. even: the
+    numbers are multiples of an even share, shown on a logarithmic scale from 1/8 to 8; else from 0 to the largest.
+    """
+
+    title: str
+    rows: Sequence[str]
+    frames: Sequence[tuple[str, Sequence[Sequence[float | None]]]]
+    columns: Sequence[str] | None = None
+    row: str = "layer"
+    column: str = "expert"
+    even: bool = True
+    kind = "heat"
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """What the page's script draws: as many of the frames, evenly spread and with the last, as a page can hold."""
+        size = sum(len(row) for row in self.frames[-1][1])
+        most = max(1, min(len(self.frames), CELLS // max(size, 1)))
+        kept = [self.frames[round(at * (len(self.frames) - 1) / max(most - 1, 1))] for at in range(most)]
+        kept[-1] = self.frames[-1]
+        frames = [{"name": name, "rows": [[_short(value) for value in row] for row in rows]} for name, rows in kept]
+        width = max((len(row) for _, rows in kept for row in rows), default=0)
+        columns = [*self.columns] if self.columns is not None else [str(at) for at in range(width)]
+        words = {"row": self.row, "column": self.column, "even": self.even}
+        return {"rows": [*self.rows], "columns": columns, "frames": frames, **words}
+
+
+@attrs.frozen
+class Words:
+    """Text whose tokens are coloured by the expert that each was sent to first; all choices are told on hover.
+
+    tokens: texts. layers: by name, for each token the experts that it chose, the first one first, and their gates.
+    """
+
+    title: str
+    tokens: Sequence[str]
+    layers: Mapping[str, Sequence[Sequence[tuple[int, float]]]]
+    opened: str = ""
+    kind = "words"
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """What the page's script colours."""
+        chosen = {
+            name: [[[expert, round(gate, 3)] for expert, gate in token] for token in tokens]
+            for name, tokens in self.layers.items()
+        }
+        return {"layers": chosen, "opened": self.opened or next(iter(self.layers), "")}
+
+
+@attrs.frozen
+class Picture:
+    """A figure as SVG or PNG, embedded."""
+
+    title: str
+    content: bytes
+    kind = "picture"
+
+    @property
+    def address(self) -> str:
+        """The picture as a data URI."""
+        from base64 import b64encode
+
+        mime = "image/png" if self.content.startswith(b"\x89PNG") else "image/svg+xml"
+        return f"data:{mime};base64,{b64encode(self.content).decode()}"
+
+
+@attrs.frozen
+class Code:
+    """Text to copy."""
+
+    text: str
+    kind = "code"
+
+
+@attrs.frozen
+class Note:
+    """A paragraph."""
+
+    text: str
+    kind = "note"
+
+
+@attrs.frozen
+class Raw:
+    """HTML of a template, for what no other block shows."""
+
+    content: Markup
+    kind = "raw"
+
+
+Block = Table | Chart | Heat | Words | Picture | Code | Note | Raw
+
+
+@attrs.frozen
+class Section:
+    """Blocks under a title. folded: opened by a click. Charts and heatmaps that follow each other share rows."""
+
+    title: str
+    blocks: Sequence["Block | Section"]
+    note: str = ""
+    folded: bool = False
+    kind = "section"
+
+
+@attrs.frozen
+class Page:
+    """A page: what it is about, its verdict in large letters, findings, facts, sections.
+
+    severity: 0 fine, 1 a warning, 2 bad; None: nothing is judged. findings: with name, severity, why, advice and
+    layers. facts: (value, name). refresh: seconds after which an open page asks for itself again.
+    """
+
+    about: str
+    verdict: str
+    sections: Sequence[Section]
+    severity: int | None = None
+    findings: Sequence[Mapping[str, Any]] = ()
+    facts: Sequence[tuple[str, str]] = ()
+    notes: Sequence[str] = ()
+    footer: str = ""
+    refresh: int | None = None
+
+
+def grouped(findings: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One finding of each name, the worst first, with all layers that have it."""
+    groups: dict[str, dict[str, Any]] = {}
+    for finding in findings:
+        group = groups.setdefault(finding["name"], {**finding, "layers": []})
+        group["layers"].append(finding["layer"])
+    return list(groups.values())
+
+
+def _short(value: float | None) -> float | None:
+    """Three digits, which are enough for a colour and what is told on hover."""
+    return None if value is None or not math.isfinite(value) else float(f"{value:.3g}")
