@@ -2,23 +2,39 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import attrs
 from markupsafe import Markup
+
+from ..errors import visible
+
+T = TypeVar("T")
 
 CELLS = 150_000  # numbers of one heatmap, over all its frames
 
 
 @attrs.frozen
 class Table:
-    """Rows of cells as they are shown. words: the columns that hold text, which is aligned to the left."""
+    """Rows of cells as they are shown. words: the columns that hold text, which is aligned to the left.
+
+    links, tones: addresses, and severities from 0 to 2, of cells by their text.
+    """
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     words: Sequence[int] = (0,)
-    links: Mapping[str, str] = attrs.field(factory=dict)  # of cells, by their text
+    links: Mapping[str, str] = attrs.field(factory=dict)
+    tones: Mapping[str, int] = attrs.field(factory=dict)
     kind = "table"
+
+    @property
+    def filled(self) -> "Table":
+        """The table without the columns in which every row has "-"."""
+        kept = [at for at in range(len(self.columns)) if not self.rows or any(row[at] != "-" for row in self.rows)]
+        rows = [[row[at] for at in kept] for row in self.rows]
+        words = [new for new, at in enumerate(kept) if at in self.words]
+        return attrs.evolve(self, columns=[self.columns[at] for at in kept], rows=rows, words=words)
 
 
 @attrs.frozen
@@ -53,8 +69,9 @@ class Chart:
         series = []
         for name, (of_line, values) in self.lines.items():
             known = dict(zip(of_line, values, strict=True))
-            series.append({"name": name, "values": [self._number(known.get(step)) for step in steps]})
-        shown = {"x": self.x, "steps": steps, "series": series, "marks": [attrs.asdict(mark) for mark in self.marks]}
+            series.append({"name": visible(name), "values": [self._number(known.get(step)) for step in steps]})
+        marks = [{"step": mark.step, "text": visible(mark.text)} for mark in self.marks]
+        shown = {"x": self.x, "steps": steps, "series": series, "marks": marks}
         flags = {"logarithmic": self.logarithmic, "zero": self.zero, "stairs": self.stairs, "digits": self.digits}
         return {**shown, **flags}
 
@@ -85,14 +102,13 @@ class Heat:
     def data(self) -> dict[str, Any]:
         """What the page's script draws: as many of the frames, evenly spread and with the last, as a page can hold."""
         size = sum(len(row) for row in self.frames[-1][1])
-        most = max(1, min(len(self.frames), CELLS // max(size, 1)))
-        kept = [self.frames[round(at * (len(self.frames) - 1) / max(most - 1, 1))] for at in range(most)]
-        kept[-1] = self.frames[-1]
-        frames = [{"name": name, "rows": [[_short(value) for value in row] for row in rows]} for name, rows in kept]
+        kept = spread(self.frames, CELLS // max(size, 1))
+        short = [(name, [[_short(value) for value in row] for row in rows]) for name, rows in kept]
+        frames = [{"name": visible(name), "rows": rows} for name, rows in short]
         width = max((len(row) for _, rows in kept for row in rows), default=0)
-        columns = [*self.columns] if self.columns is not None else [str(at) for at in range(width)]
+        columns = [*map(visible, self.columns)] if self.columns is not None else [str(at) for at in range(width)]
         words = {"row": self.row, "column": self.column, "even": self.even}
-        return {"rows": [*self.rows], "columns": columns, "frames": frames, **words}
+        return {"rows": [*map(visible, self.rows)], "columns": columns, "frames": frames, **words}
 
 
 @attrs.frozen
@@ -112,10 +128,10 @@ class Words:
     def data(self) -> dict[str, Any]:
         """What the page's script colours."""
         chosen = {
-            name: [[[expert, round(gate, 3)] for expert, gate in token] for token in tokens]
+            visible(name): [[[expert, round(gate, 3)] for expert, gate in token] for token in tokens]
             for name, tokens in self.layers.items()
         }
-        return {"layers": chosen, "opened": self.opened or next(iter(self.layers), "")}
+        return {"layers": chosen, "opened": visible(self.opened or next(iter(self.layers), ""))}
 
 
 @attrs.frozen
@@ -190,6 +206,17 @@ class Page:
     notes: Sequence[str] = ()
     footer: str = ""
     refresh: int | None = None
+
+
+def sentence(words: str) -> str:
+    """A line of a terminal as a sentence of a page."""
+    return f"{words[:1].upper()}{words[1:]}{'' if words.endswith(('.', '?')) else '.'}"
+
+
+def spread(items: Sequence[T], most: int) -> list[T]:
+    """At most that many of the items, but one at least: evenly spread, with the last one."""
+    count = max(1, min(len(items), most))
+    return [items[len(items) - 1 - round(at * (len(items) - 1) / max(count - 1, 1))] for at in reversed(range(count))]
 
 
 def grouped(findings: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

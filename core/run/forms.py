@@ -25,6 +25,8 @@ FORMATS = {  # by name; all others have three digits
     "dropped": Format("dropped %", PERCENT, 1),
     "train_dropped": Format("dropped %", PERCENT, 1),
     "seconds": Format("seconds", 1, 0),
+    "parameters": Format("parameters (M)", 1e-6, 2),
+    "active_parameters": Format("active parameters (M)", 1e-6, 2),
     "flops.active": Format("MFLOPs", 1e-6, 2),
     "flops.total": Format("MFLOPs, all experts", 1e-6, 2),
     "model.active": Format("model MFLOPs", 1e-6, 1),

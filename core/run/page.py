@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..contract.run import Run
-from ..pages.blocks import Block, Chart, Code, Heat, Mark, Note, Page, Section, Table, grouped
+from ..pages.blocks import CELLS, Block, Chart, Code, Heat, Mark, Note, Page, Section, Table, grouped, spread
 from ..pages.page import html_of
 from .forms import FORMATS, PERCENT, Format, heading, percent, shown
 from .recorded import growths, lives, series
@@ -14,6 +14,7 @@ FACTS = ("loss", "accuracy", "perplexity")
 NEWEST = (*FACTS, "cv", "maxvio", "active", "dropped")
 COLUMNS = ("experts", "top_k", "active", "cv", "gini", "entropy", "max_min", "maxvio", "dropped", "mutual_information")
 BALANCE = ("cv", "gini", "maxvio")
+SIZES = {"flops.active": "MFLOPs per token", "flops.total": "MFLOPs with all experts"}
 MOST_LINES = 8  # layers that share one chart; more are a heatmap
 MOST_SHARES = 64  # experts whose shares stand in a table
 
@@ -87,7 +88,7 @@ def _facts(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, value in summary.get("measures", {}).items():
         yield shown(name, value), f"test {heading(name)}"
     for name, value in summary.get("sizes", {}).items():
-        yield shown(f"model.{name}", value), heading(f"model.{name}")
+        yield shown(name, float(value)), SIZES.get(name, heading(name))
     if "steps" in summary:
         yield f"{summary['steps']:,}", "steps"
         yield f"{summary['seconds']:.0f} s", f"on {summary['device']}"
@@ -270,10 +271,11 @@ def _details(run: Run, name: str, alone: bool) -> Iterator[Block | Section]:
 
 
 def usage(run: Run, name: str) -> Iterator[Heat]:
-    """Each expert's load over training; experts in the order of their creation."""
+    """Each expert's load over training; experts in the order of their creation. Of many layers, some of the steps."""
     loads, born, dead = lives(run, name)
     if loads:
         experts = 1 + max([expert for _, load in loads for expert in load] + [*born, *dead])
+        loads = spread(loads, CELLS // (experts * len(run.summary["layers"])))
         rows = [
             [load[expert] * len(load) if expert in load else None for _, load in loads] for expert in range(experts)
         ]

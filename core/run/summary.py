@@ -7,9 +7,11 @@ from typing import Any
 
 import attrs
 import torch
+from torch import nn
 
 from ..contract.stats import Finding, Metrics, plain
 from ..engine.engine import Engine
+from ..layer.flops import model_flops, parameters_of
 from ..layer.moe import MoE
 from .config import RunConfig
 
@@ -25,6 +27,7 @@ def versions() -> dict[str, str]:
 def summarize(
     config: RunConfig,
     engine: Engine,
+    model: nn.Module,
     *,
     step: int,
     seconds: float,
@@ -49,8 +52,20 @@ def summarize(
         "measures": {name: plain(value) for name, value in means.items() if name not in ("loss", "accuracy")},
         "verdict": verdicts[0] if verdicts else None,
         "findings": findings,
+        "sizes": sizes(model),
         "layers": [_layer_summary(layer, layers.get(layer.name, {})) for layer in engine.layers],
         "growths": [plain(attrs.asdict(grown)) for grown in engine.growths],
+    }
+
+
+def sizes(model: nn.Module) -> dict[str, float]:
+    """Learned parameters, all and those that a token uses, and the forward FLOPs of the MoE layers for one token."""
+    parameters, flops = parameters_of(model), model_flops(model, {})
+    return {
+        "parameters": parameters.total,
+        "active_parameters": parameters.active,
+        "flops.active": flops.active,
+        "flops.total": flops.total,
     }
 
 

@@ -37,6 +37,8 @@ from .finite import FiniteCheck
 from .folder import new_folder, read_run, record_file, write_summary
 from .loop_state import LoopState
 from .records import Listener, RecordFile
+from .sample import FILE as SAMPLE
+from .sample import take_sample
 from .scores import Scorer, ScoreSums
 from .state import continue_from, newest_state, state_of
 from .summary import summarize, versions
@@ -288,7 +290,7 @@ class Training:
         self.records.write_metrics("eval", self.step, self.loop.epoch, means, layers)
         if final:
             facts: dict[str, Any] = {"step": self.step, "seconds": self.seconds(), "means": means, "layers": layers}
-            summary = summarize(self.config, self.engine, perplexity=self.task.perplexity, **facts)
+            summary = summarize(self.config, self.engine, self.model, perplexity=self.task.perplexity, **facts)
             if rank() == 0:
                 write_summary(self.folder, summary, self.records.sync())
         self.loop.eval_loss = means["loss"]
@@ -298,14 +300,14 @@ class Training:
             self.checkpoints.write_best(state_of(self))
 
     def _finish(self) -> None:
-        """The last evaluation, the summary and the weights."""
+        """The last evaluation, the summary, the weights and a sample."""
         self._save()  # a run that is killed from here on has only this to do again
         self._evaluate(final=True)
         if self.config.record_routing:
             _record_routing(self)
-        tensors = {name: full_tensor(tensor).contiguous() for name, tensor in self.model.state_dict().items()}
-        if rank() == 0:
-            write_atomically(self.folder / "model.safetensors", safetensors.torch.save(_parted(tensors)))
+        _write_weights(self)
+        if not self.config.no_sample:
+            _keep_sample(self)
 
     @property
     def checkpoints(self) -> Checkpoints:
@@ -324,6 +326,20 @@ class Training:
     def seconds(self) -> float:
         """Seconds since the run began, without those between a stop and a resume."""
         return round(time.monotonic() - self.started, 3)
+
+
+def _write_weights(run: Training) -> None:
+    """Write model.safetensors."""
+    tensors = {name: full_tensor(tensor).contiguous() for name, tensor in run.model.state_dict().items()}
+    if rank() == 0:
+        write_atomically(run.folder / "model.safetensors", safetensors.torch.save(_parted(tensors)))
+
+
+def _keep_sample(run: Training) -> None:
+    """Keep a sample of the test set, for reports; the first rank writes it."""
+    sample = take_sample(run.engine, run._scorer)
+    if sample is not None and rank() == 0:
+        sample.write(run.folder / SAMPLE)
 
 
 def _record_routing(run: Training) -> None:

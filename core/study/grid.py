@@ -19,10 +19,10 @@ from typing import Any
 import attrs
 import joblib
 
-from ..analysis.flops import forward_flops, model_flops, parameters_of
 from ..contract.options import Settings, values_of
 from ..errors import RunError, UsageError
 from ..files import dump, locked, read_file, sealed, unsealed, write_atomically
+from ..layer.flops import forward_flops, model_flops, parameters_of
 from ..processes import one_thread
 from ..registry import discovery
 from ..registry.discovery import defaults
@@ -188,7 +188,8 @@ def _result(cell: Cell, scratch: Path) -> Record:
     training = None
     try:
         with redirect_stdout(sys.stderr):  # standard output is the command's; plugins may print
-            training = Training(cell.config, cell.settings, scratch, timed=True)
+            config = attrs.evolve(cell.config, no_sample=True)  # the folder is deleted
+            training = Training(config, cell.settings, scratch, timed=True)
             run = training.run()
     except UsageError as error:
         return {"status": REFUSED, "reason": str(error)}

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from moe_engine import Engine
-from moe_engine.analysis.flops import layer_flops
+from moe_engine.layer.flops import layer_flops
 from moe_engine.plan.memory import memory_of, weights_held
 from moe_engine.plan.sizes import Model, Split, Training
 from moe_engine.plan.times import expert_flops, step_flops, token_flops

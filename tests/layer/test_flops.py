@@ -6,7 +6,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from moe_engine import Engine
-from moe_engine.analysis.flops import (
+from moe_engine.contract.routing import Spec
+from moe_engine.layer.dense import DenseMLP, dense_twin
+from moe_engine.layer.flops import (
     Flops,
     Parameters,
     forward_flops,
@@ -15,8 +17,6 @@ from moe_engine.analysis.flops import (
     model_flops,
     parameters_of,
 )
-from moe_engine.contract.routing import Spec
-from moe_engine.layer.dense import DenseMLP, dense_twin
 from moe_engine.tasks.image_models import image_model
 
 TOKENS = 24

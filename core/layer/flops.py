@@ -13,10 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..contract.parts import Experts
 from ..contract.routing import Routing, Spec
-from ..layer.dense import DenseExpert, DenseTwin
-from ..layer.experts import StackedMLP
-from ..layer.moe import MoE
-from ..layer.probing import evaluating, uncounted
+from .dense import DenseExpert, DenseTwin
+from .experts import StackedMLP
+from .moe import MoE
+from .probing import evaluating, uncounted
 
 
 @attrs.frozen
