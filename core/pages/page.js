@@ -59,7 +59,8 @@ const mixed = (from, to, share) => `rgb(${from.map((value, at) => Math.round(val
 function heat(figure) {
   const data = dataOf(figure), canvas = added(figure, "canvas"), context = canvas.getContext("2d");
   canvas.setAttribute("role", "img"); canvas.setAttribute("aria-label", figure.querySelector("figcaption").textContent);
-  const largest = Math.max(1e-12, ...data.frames.flatMap((frame) => frame.rows.flat()).filter((value) => value != null));
+  const largest = data.frames.flatMap((frame) => frame.rows.flat()).reduce((most, value) => Math.max(most, value ?? 0), 1e-12);
+  if (data.columns.length > 64 || data.rows.length > 24) figure.classList.add("wide");
   let frame = data.frames.length - 1, slider = null, moment = null;
   if (data.frames.length > 1) {
     const label = added(figure, "label");
