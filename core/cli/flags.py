@@ -62,6 +62,26 @@ def json_flag(what: str) -> Decorator:
     return click.option("--json", "as_json", is_flag=True, help=f"Print {what} as JSON and nothing else.")
 
 
+def _page(context: click.Context, option: click.Option, path: Path | None) -> Path | None:
+    """Refuse a page that can't be written before the command does its work."""
+    if path is not None and path.suffix.lower() != ".html":
+        raise UsageError(f"page {path} must end in .html", code="unknown-page-format")
+    check_target(option.opts[0], path)
+    return path
+
+
+def check_target(flag: str, path: Path | None) -> None:
+    """Raise UsageError for a file that can't be written, if a flag names one."""
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        why = "is a folder" if path.is_dir() else "is in a folder that does not exist"
+        raise UsageError(f"{flag} {path} {why}; name a file", code="unwritable-file")
+
+
+html_flag = click.option(
+    "--html", type=click.Path(path_type=Path), metavar="FILE", callback=_page, help="Write a page that opens offline."
+)
+
+
 def out_flag(what: str, default: str) -> Decorator:
     """--out, the file or folder that a command writes."""
     return click.option("--out", type=click.Path(path_type=Path), help=f"{what}  [default: {default}]")

@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import UsageError, listed
-from .figures import check_figure, write_figure
-from .flags import json_flag, wide_flag
+from .figures import check_figure, write_figure, write_page
+from .flags import html_flag, json_flag, wide_flag
 from .output import echo, echo_json
 
 if TYPE_CHECKING:
     from ..plan.measuring import Measured
+    from ..plan.page import Told
     from ..plan.sizes import Cluster, Model, Training
     from ..plan.splits import Planned
 
-GIGA, MEGA, TERA, MICRO, MILLI = 1e9, 1e6, 1e12, 1e-6, 1e-3
+GIGA, TERA, MICRO = 1e9, 1e12, 1e-6
 NEEDED = ("ranks", "memory", "rate", "bandwidth")  # of a cluster, unless it is measured
 Command = Callable[..., Any]
 
@@ -80,9 +81,10 @@ def _number(name: str, metavar: str, text: str, default: float | None = None) ->
 @_number("--node-bandwidth", "GB/s", "The bandwidth between ranks of a node.")
 @click.option("--measure", is_flag=True, help="Measure rate, bandwidth and latency here, and print the flags to use.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Write a figure here: .png, .svg or .pdf.")
+@html_flag
 @wide_flag
 @json_flag("the plan")
-def plan(plot: Path | None, wide: bool, as_json: bool, measure: bool, **given: Any) -> None:
+def plan(plot: Path | None, html: Path | None, wide: bool, as_json: bool, measure: bool, **given: Any) -> None:
     """Plan the training of an MoE model on many ranks: how much memory a rank
     needs, how many bytes it sends, how long a step takes, which split of the
     ranks into data x expert parallelism is best, and where more ranks stop
@@ -113,6 +115,8 @@ def plan(plot: Path | None, wide: bool, as_json: bool, measure: bool, **given: A
     Activations are those of a forward without recomputation.
     """
     model, training = _model(given), _training(given)
+    if measure and html is not None:
+        raise UsageError("--measure plans nothing, so there is no page; remove --html", code="nothing-to-show")
     if measure:
         _show_measured(model, training, as_json)
         return
@@ -120,21 +124,43 @@ def plan(plot: Path | None, wide: bool, as_json: bool, measure: bool, **given: A
         check_figure(plot)
     cluster = _cluster(given)
 
+    from ..plan.page import told_of
     from ..plan.splits import ladder_of, plan_of, require_fit
 
     fitting, others = plan_of(model, training, cluster)
     require_fit(fitting, others, cluster)
     steps = ladder_of(model, training, cluster)
-    if plot is not None:
-        from ..plan.figures import figure_of
-
-        write_figure(plot, figure_of(fitting, steps), "--plot")
+    told = told_of(fitting, others, steps, cluster)
+    if plot is not None or html is not None:
+        _draw(plot, html, (model, training, cluster), fitting, steps, told)
     if as_json:
         echo_json(_report(model, training, cluster, fitting, others, steps), 2)
     else:
-        _show(cluster, fitting, others, steps, wide)
-        if plot is not None:
-            echo(f"figure: {plot}")
+        _show(told, wide)
+        for what, path in (("figure", plot), ("page", html)):
+            if path is not None:
+                echo(f"{what}: {path}")
+
+
+def _draw(
+    plot: Path | None,
+    html: Path | None,
+    of: tuple["Model", "Training", "Cluster"],
+    fitting: Sequence["Planned"],
+    steps: Sequence["Planned"],
+    told: "Told",
+) -> None:
+    """Write the figure and the page, where they are asked for."""
+    from ..plan.figures import figure_of
+    from ..plan.page import plan_page
+    from ..plan.splits import best_of
+    from ..run.figures import figure_bytes
+
+    figure = figure_of(fitting, steps)
+    if plot is not None:
+        write_figure(plot, figure, "--plot")
+    if html is not None:
+        write_page(html, plan_page(*of, best_of(fitting), told, figure_bytes(figure, "svg")))
 
 
 def _model(given: dict[str, Any]) -> "Model":
@@ -222,50 +248,16 @@ def _report(
     }
 
 
-COLUMNS = (
-    *("data x expert", "GB", "weights", "gradients", "moments", "gathered", "activations"),
-    *("all-to-all MB", "gradient MB", "products ms", "all-to-all ms", "gradients ms", "step ms"),
-    *("tokens/s", "efficiency", ""),
-)
-
 FIRST = ("", "GB", "step ms", "tokens/s", "efficiency", "products ms", "all-to-all ms", "gradients ms")
 
 
-def _show(
-    cluster: "Cluster",
-    fitting: Sequence["Planned"],
-    others: Sequence["Planned"],
-    steps: Sequence["Planned"],
-    wide: bool,
-) -> None:
-    from ..plan.splits import best_of, where_it_stops
+def _show(told: "Told", wide: bool) -> None:
     from .tables import print_line, table
 
-    best = best_of(fitting)
-    table(COLUMNS, [[*_cells(one), "best" if one is best else ""] for one in fitting], wide=wide, first=FIRST)
-    if others:
-        words = [f"{one.split} ({one.memory.total / GIGA:.3g} GB)" for one in others]
-        print_line(f"too large for {cluster.memory / GIGA:g} GB: {listed(words)}")
+    table(told.splits.columns, told.splits.rows, wide=wide, first=FIRST)
+    if told.too_large:
+        print_line(told.too_large)
     print_line("")
-    rows = [[str(one.split.ranks), str(one.split), *_speed(one)] for one in steps]
-    table(["ranks", "best split", "GB", "step ms", "tokens/s", "efficiency"], rows, wide=wide)
-    print_line(where_it_stops(steps))
-    print_line("per rank: GB of memory, and MB that leave the one that sends most; times are a model's, see --help")
-
-
-def _cells(one: "Planned") -> list[str]:
-    from .tables import cell
-
-    memory, times = one.memory, one.times
-    held = (memory.total, memory.weights, memory.gradients, memory.moments, memory.gathered, memory.activations)
-    sizes = [*(size / GIGA for size in held), one.exchanged / MEGA, one.reduced / MEGA]
-    parts = [seconds / MILLI for seconds in (times.products, times.exchange, times.gradients)]
-    return [str(one.split), *(cell(float(number)) for number in (*sizes, *parts)), *_speed(one)[1:]]
-
-
-def _speed(one: "Planned") -> list[str]:
-    """Memory, step, tokens per second and efficiency."""
-    from .tables import cell
-
-    step = cell(one.times.step / MILLI)
-    return [cell(one.memory.total / GIGA), step, f"{one.tokens_per_second:,.0f}", f"{one.times.efficiency:.1%}"]
+    table(told.ranks.columns, told.ranks.rows, wide=wide)
+    print_line(told.scaling)
+    print_line(told.legend)

@@ -7,15 +7,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..contract.options import parse_settings
-from ..errors import UsageError, visible
-from .flags import json_flag, settings_flag, wide_flag
-from .output import echo_json
+from ..errors import UsageError
+from .figures import write_page
+from .flags import html_flag, json_flag, settings_flag, wide_flag
+from .output import echo, echo_json
 
 if TYPE_CHECKING:
+    from ..analysis.replay_page import Told
     from ..run.traces import Trace
-
-KEYS = ("router", "bias", "capacity", "top_k", "layer", "label")
-COLUMNS = ("cv", "maxvio", "active", "entropy", "dropped", "agreement", "first", "verdict")
 
 
 def _values(kind: type) -> Callable[[Any, click.Option, str | None], list[Any]]:
@@ -62,6 +61,7 @@ def _values(kind: type) -> Callable[[Any, click.Option, str | None], list[Any]]:
 )
 @click.option("--by-label", is_flag=True, help="Add rows for the tokens of each label.")
 @settings_flag
+@html_flag
 @wide_flag
 @json_flag("the table")
 def replay(
@@ -73,6 +73,7 @@ def replay(
     batch: int | None,
     by_label: bool,
     settings: tuple[str, ...],
+    html: Path | None,
     wide: bool,
     as_json: bool,
 ) -> None:
@@ -102,6 +103,7 @@ def replay(
     """
     from ..analysis.replay import labels_of, recorded, variants
     from ..analysis.replay import replay as replayed
+    from ..analysis.replay_page import replay_page, told_of
     from ..run.traces import read_trace
     from .progress import tracked
 
@@ -115,35 +117,25 @@ def replay(
     refused = [row["refused"] for row in rows if "refused" in row]
     if tried and len(refused) == len(tried):
         raise UsageError("; ".join(dict.fromkeys(refused)), code="nothing-to-replay")
+    told = told_of(read, rows)
+    if html is not None:
+        write_page(html, replay_page(trace.resolve().name, read, told))
     if as_json:
         echo_json({"trace": _about(read), "rows": rows}, 2)
     else:
-        _show(read, rows, wide)
+        _show(told, wide)
+        if html is not None:
+            echo(f"page: {html}")
 
 
 def _about(trace: "Trace") -> dict[str, Any]:
     return {**trace.about, "router": trace.router, "tokens": trace.tokens, "limit": trace.limit, "cut": trace.cut}
 
 
-def _show(trace: "Trace", rows: list[dict[str, Any]], wide: bool) -> None:
-    from ..run.forms import heading, shown
+def _show(told: "Told", wide: bool) -> None:
     from .tables import print_line, table
 
-    told = [row for row in rows if "refused" not in row and (row["layer"] != "mean" or len(trace.layers) > 1)]
-    told = [{**row, "label": visible(row["label"] or "all")} for row in told]
-    told = [{**row, "router": f"{row['router']}, recorded"} if "recorded" in row else row for row in told]
-    keys = KEYS if any(row["label"] != "all" for row in told) else KEYS[:-1]
-    columns = [*keys, *COLUMNS]
-    lines = [[shown(name, row.get(name)) for name in columns] for row in told]
-    table(
-        [*map(heading, columns)],
-        lines,
-        keys=len(keys),
-        wide=wide,
-        first=("cv", "verdict", "agreement %", "dropped %", "active"),
-    )
-    for reason in dict.fromkeys(row["refused"] for row in rows if "refused" in row):
-        print_line(f"not replayed: {' '.join(reason.split())}")
-    if all("recorded" in row for row in rows):
-        print_line(f"its router, {trace.router}, is not a plugin; --routers names some to compare with it")
-    print_line(f"{'the first' if trace.cut else 'all'} {trace.tokens} tokens of each layer, padding included")
+    first = ("cv", "verdict", "agreement %", "dropped %", "active")
+    table(told.table.columns, told.table.rows, keys=told.keys, wide=wide, first=first)
+    for note in told.notes:
+        print_line(note)

@@ -69,11 +69,6 @@ def table(
         print_line(f"not shown for lack of room: {listed(left)} (--wide shows all)")
 
 
-def cell(value: float) -> str:
-    """A number of four digits, for quantities with a unit in their column's title."""
-    return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
-
-
 def blocks(widths: Sequence[int], keys: int, width: int) -> list[list[int]]:
     """The columns of each table that fits `width`: the keys, and as many of the others as there is room for.
 
