@@ -29,7 +29,7 @@ from .count_columns import (
 )
 
 MOST_PIPED = 1 << 26  # bytes of standard input
-MOST_COLUMNS = 50_000  # of which a file of more experts needs none: it can have a row for each
+MOST_COLUMNS = 60_000  # of which a file of more experts needs none: it can have a row for each
 CHUNK, MOST_CELLS = 2_000, 1_000_000  # rows and cells held at once; few enough to stay in the processor's cache
 DELIMITERS = ",;\t|"
 HOLDERS = ("layers", "blocks", "data", "records", "rows", "results")
@@ -114,7 +114,9 @@ class CountFile:
     def _check_width(self, names: Sequence[str]) -> None:
         """Raise UsageError for more columns than can be handled in seconds."""
         if len(names) > MOST_COLUMNS:
-            message = f"{self.name} has {len(names):,} columns, more than {MOST_COLUMNS:,}; give each expert a row, with "
+            message = (
+                f"{self.name} has {len(names):,} columns, more than {MOST_COLUMNS:,}; give each expert a row, with "
+            )
             raise UsageError(f"{message}the columns layer, expert and count", code="too-many-columns")
 
     def _lines(self) -> Iterable[str]:

@@ -6,12 +6,13 @@ import sys
 import threading
 import traceback
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib import metadata
 
 import click
 
 from ..errors import PluginError, RunError, UsageError
-from ..files import refused
+from ..files import naming, refused
 from ..parallel.launch import FAILED, USAGE, rank, started
 from .check import check
 from .compare import compare
@@ -34,6 +35,7 @@ from .view import view
 STOPPED = 130  # exit code
 ON_RANKS = ("run", "resume", "plan", "check", "-h", "--help", "--version")  # what torchrun may start
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 80}
+HELP = {"-h", "--help", "--version"}
 
 
 class Commands(click.Group):
@@ -145,7 +147,8 @@ def script() -> None:
 
 def _invoke(words: list[str]) -> int:
     """Call the command; returns its exit code."""
-    with group.make_context("moe-engine", words) as context:  # group.main handles EOFError and EPIPE itself
+    helps = naming("standard output") if HELP & {*words} else nullcontext()  # click does not say where it writes
+    with helps, group.make_context("moe-engine", words) as context:  # group.main handles EOFError and EPIPE itself
         if started() > 1 and words and words[0] not in ON_RANKS:
             message = f"'{words[0]}' works in one process; call it without torchrun"
             raise UsageError(message, code="one-process-command")

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from ..errors import UsageError
+from ..files import read_file
 from .output import echo
 
 PAUSE = 5.0  # seconds between two drawings of a page, at least
@@ -96,7 +97,7 @@ class Page:
 
         report = self.run / "report.html"
         if (self.run / "summary.json").exists() and report.exists():
-            return report.read_bytes()
+            return read_file(report)
         run = read_live(self.run)
         try:
             return run_page(run, REFRESH).encode()

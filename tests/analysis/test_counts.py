@@ -17,7 +17,7 @@ from moe_engine import hookimpl
 from moe_engine.analysis.counts import read_counts
 from moe_engine.cli import main
 from moe_engine.run.folder import read_run
-from support import forge
+from support import forge, refused
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "counts"
 SMALL = "layer,split,e0,e1\n0,train,3,1\n"
@@ -579,6 +579,19 @@ def test_many_columns_take_seconds(tmp_path, form):
     (series, *_), _ = read_counts(tmp_path / "counts.csv")
     assert time.process_time() - began < 15
     assert len(series.count_E) == (50_000 if form == "experts" else 2)
+
+
+@pytest.mark.parametrize("form", ["csv", "json"])
+def test_a_hundred_thousand_columns_are_refused_at_once(tmp_path, form):
+    """Torch and the metrics would take longer than anyone waits, and more memory than a row for each expert."""
+    names = ",".join(f"e{at}" for at in range(100_000))
+    ones = ",".join("1" * 100_000)
+    content = f"layer,{names}\n0,{ones}\n" if form == "csv" else f'[{{"layer": 0, "counts": [{ones}]}}]'
+    (tmp_path / "counts").write_text(content)
+    began = time.process_time()
+    with refused("too-many-columns", tmp_path / "counts", "100,001", "layer, expert and count"):
+        read_counts(tmp_path / "counts")
+    assert time.process_time() - began < 5
 
 
 # -- refusals --------------------------------------------------------------------------------------

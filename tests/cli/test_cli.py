@@ -253,6 +253,16 @@ def test_help_and_plugins_import_no_torch(words):
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
+def test_a_bad_file_of_counts_is_refused_without_torch(tmp_path):
+    """Which takes ten times the memory and time of looking at the file."""
+    (tmp_path / "counts.csv").write_text("layer,expert,count\n0,0,many\n")
+    words = ["routing-stats", str(tmp_path / "counts.csv")]
+    code = (
+        f"import sys; from moe_engine.cli import main; assert main({words!r}) == 2; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
 def test_help_shows_every_flag_with_its_default(capsys):
     main(["run", "--help"])
     text = " ".join(capsys.readouterr().out.split())

@@ -9,9 +9,11 @@ import pytest
 
 from moe_engine.cli import main
 from moe_engine.cli.view import PAUSE, Page, serve
-from moe_engine.files import locked
+from moe_engine.files import digest, locked
 from moe_engine.run.live import read_live, records_of
 from moe_engine.run.page import run_page
+from moe_engine.run.trees import write_tree
+from support import forge, refused
 
 RECORD = {"split": "train", "step": 4, "epoch": 1, "loss": 0.5, "accuracy": 0.9805}
 LAYERS = {"moe": {"load": [0.5, 0.5], "cv": 0.0, "gini": 0.0, "maxvio": 0.0, "active": 2}}
@@ -49,6 +51,23 @@ def ask():
     for server in servers:
         server.shutdown()
         server.server_close()
+
+
+@pytest.mark.parametrize("by", ["summary", "checkpoint"])
+def test_a_changed_digit_in_what_was_recorded_is_noticed(run, by):
+    """By the checksum of the run's end, or by that of its newest checkpoint; lines after that are only parsed."""
+    content = (run / "metrics.jsonl").read_bytes()
+    if by == "summary":
+        forge(run, {"loss": 0.5, "layers": []})
+    else:
+        (run / "checkpoints").mkdir()
+        write_tree(run / "checkpoints" / "step-00000004.safetensors", {"records": digest(content)})
+        content += line(step=8).encode()
+        (run / "metrics.jsonl").write_bytes(content)
+    assert read_live(run).records[0]["accuracy"] == 0.9805
+    (run / "metrics.jsonl").write_bytes(content.replace(b"0.9805", b"0.9804"))
+    with refused("damaged-run", run, "metrics.jsonl"):
+        Page(run).content()
 
 
 def test_the_page_has_the_newest_numbers_and_figures(run):

@@ -4,6 +4,8 @@ import itertools
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -38,13 +40,28 @@ def run(tmp_path, kind, cls, *words):
 # -- streams and names -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("words", [["compare", "--json"], ["compare"], ["routing-stats", "--json"]])
+@pytest.mark.parametrize("words", [["compare"], ["routing-stats", "--json"], ["--help"], ["run", "-h"], ["--version"]])
 def test_a_full_standard_output_is_one_sentence(finished, tmp_path, words):
-    outcome = command(
-        [*words, finished, *(["--out", tmp_path / "x.svg"] if "compare" in words else [])], out="/dev/full"
-    )
+    more = {"compare": [finished, "--json", "--out", tmp_path / "x.svg"], "routing-stats": [finished]}
+    outcome = command([*words, *more.get(words[0], [])], out="/dev/full")
     expected = "moe-engine: standard output can't be used: No space left on device; free some space\n"
     assert (1, expected) == (outcome.code, outcome.err)
+
+
+def test_names_that_an_ascii_terminal_cannot_show_are_escaped(tmp_path):
+    """In a process that starts there: what names are decoded as is settled before it runs."""
+    (tmp_path / "z\u00e4hl.csv").write_text("layer,expert,count\n0,0,gr\u00f6\u00dfer\n")
+    names = ("z\u00e4hl.csv", "gr\u00f6\u00dfe", "\u00fc.toml")
+    lines = "zip((['routing-stats'], ['compare'], ['run', '--config']), sys.argv[1:])"
+    code = (
+        f"import sys; from moe_engine.cli import main; assert all(main([*words, name]) == 2 for words, name in {lines})"
+    )
+    plain = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    words = [sys.executable, "-c", code, *names]
+    done = subprocess.run(words, check=False, cwd=tmp_path, env={**os.environ, **plain}, capture_output=True)
+    err = done.stderr.decode("ascii")
+    assert (done.returncode, len(err.splitlines())) == (0, 3), err
+    assert "count is 'gr\\xf6\\xdfer'" in err and "this is a bug" not in err
 
 
 def test_no_stream_that_fails_ends_a_run(tmp_path):
