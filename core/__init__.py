@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from .contract.numerics import count_by as count_by
     from .contract.numerics import cv2 as cv2
     from .contract.numerics import entropy_of as entropy_of
+    from .contract.numerics import linear_cka as linear_cka
+    from .contract.numerics import mutual_information as mutual_information
     from .contract.options import option as option
     from .contract.parts import Bias as Bias
     from .contract.parts import Experts as Experts
@@ -104,6 +106,9 @@ if TYPE_CHECKING:
     from .run.page import run_page as run_page
     from .run.report_inputs import expert_loads as expert_loads
     from .run.report_inputs import run_figures as run_figures
+    from .run.sample import Sample as Sample
+    from .run.sample import SampledLayer as SampledLayer
+    from .run.sample import read_sample as read_sample
     from .run.training import adam as adam
     from .seeds import generator as generator
 
@@ -112,7 +117,15 @@ _HOMES = {
     "contract.growth": ("Grown", "Growth", "HiddenUnits", "NewExpert"),
     "contract.history": ("History", "grow_at_peaks", "consecutive", "least_experts"),
     "contract.hookspecs": ("hookimpl",),
-    "contract.numerics": ("at_least_fp32", "centred_log", "count_by", "cv2", "entropy_of"),
+    "contract.numerics": (
+        "at_least_fp32",
+        "centred_log",
+        "count_by",
+        "cv2",
+        "entropy_of",
+        "linear_cka",
+        "mutual_information",
+    ),
     "contract.options": ("option",),
     "contract.parts": (
         "Bias",
@@ -168,6 +181,7 @@ _HOMES = {
     "run.checkpoints": ("load", "save"),
     "run.page": ("run_page",),
     "run.report_inputs": ("expert_loads", "run_figures"),
+    "run.sample": ("Sample", "SampledLayer", "read_sample"),
     "run.training": ("adam",),
     "seeds": ("generator",),
 }

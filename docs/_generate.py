@@ -53,7 +53,7 @@ REFERENCE = {
     "Tasks": ("The data, the model and the score of a run.", "Task TaskSpec"),
     "Numerics": (
         "Sums and statistics that are correct in every precision.",
-        "at_least_fp32 centred_log count_by cv2 entropy_of generator",
+        "at_least_fp32 centred_log count_by cv2 entropy_of linear_cka mutual_information generator",
     ),
     "Several processes": (
         "Spread a model over ranks; sums over them.",
@@ -62,7 +62,7 @@ REFERENCE = {
     "Saving": ("Checkpoints in one file, without pickle; the files of others.", "save load safetensors_of"),
     "Reports": (
         "Draw a finished run, and write files that a crash can't damage.",
-        "run_page run_figures expert_loads write_atomically",
+        "run_page run_figures expert_loads read_sample Sample SampledLayer write_atomically",
     ),
     "Errors": (
         "What moe-engine raises on purpose. Each carries a stable `.code`.",

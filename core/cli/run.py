@@ -22,7 +22,7 @@ from .follow import follow
 @flags("epochs", "steps", "batch_size", "lr", "lr_schedule", "weight_decay", "seed")
 @flags("device", "precision", "bf16_matmul", "data_dir")
 @flags("parallel", "expert_parallel", "local_losses")
-@flags("grow_until", "eval_every", "log_every", "checkpoint_every", "record_routing")
+@flags("grow_until", "eval_every", "log_every", "checkpoint_every", "no_sample", "record_routing")
 @settings_flag
 @click.option(
     "--config",

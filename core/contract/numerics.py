@@ -43,3 +43,40 @@ def centred_log(values: Tensor, eps: float) -> Tensor:
     """log(r + eps) minus its mean, r = values over their mean: 0 for equal values, whatever their scale."""
     log = (values / values.mean().clamp(min=torch.finfo(values.dtype).tiny) + eps).log()
     return log - log.mean()
+
+
+def mutual_information(counts: Tensor) -> Tensor:
+    """I(row; column) / min(H(row), H(column)) of counts [R, C]: 0 if independent, 1 if one determines the other.
+
+    I is reduced by its bias (R - 1)(C - 1) / (2N) for N counts, R and C those that occur, and at least 0; nan if a
+    side has a single value. Source: Miller, 1955 (Note on the Bias of Information Estimates).
+    """
+    joint = counts / counts.sum()
+    rows, columns = joint.sum(1), joint.sum(0)
+    information = _entropy(rows) + _entropy(columns) - _entropy(joint)
+    bias = ((rows > 0).sum() - 1) * ((columns > 0).sum() - 1) / (2 * counts.sum())
+    return (information - bias).clamp(min=0) / torch.minimum(_entropy(rows), _entropy(columns))
+
+
+def _entropy(p: Tensor) -> Tensor:
+    return -torch.special.xlogy(p, p).sum()
+
+
+def linear_cka(y_ESO: Tensor) -> Tensor:
+    """[E, E]: linear CKA of each pair of experts in y [E, S, O], S > 3; nan where an expert's outputs do not vary.
+
+    CKA(Y, Z) = HSIC(YY', ZZ') / sqrt(HSIC(YY', YY') HSIC(ZZ', ZZ')) with the unbiased HSIC: that of two Gram matrices
+    is the product of their U-centred forms, summed, over S (S - 3). 1 for equal outputs, also rotated and scaled ones,
+    near 0 for unrelated ones. Sources: Kornblith et al., 2019 (Similarity of Neural Network Representations
+    Revisited); Song et al., 2012 (unbiased HSIC).
+    """
+    size = y_ESO.shape[1]
+    gram_ESS = y_ESO @ y_ESO.mT
+    gram_ESS = gram_ESS - torch.diag_embed(gram_ESS.diagonal(dim1=1, dim2=2))
+    rows_ES1 = gram_ESS.sum(2, keepdim=True) / (size - 2)
+    total_E11 = gram_ESS.sum((1, 2), keepdim=True) / ((size - 1) * (size - 2))
+    centred_ESS = gram_ESS - rows_ES1 - rows_ES1.mT + total_E11
+    centred_ESS = centred_ESS - torch.diag_embed(centred_ESS.diagonal(dim1=1, dim2=2))
+    flat, norm_E = centred_ESS.flatten(1), centred_ESS.flatten(1).norm(dim=1)
+    norm_E = torch.where(norm_E > 1e-12 * gram_ESS.flatten(1).norm(dim=1), norm_E, torch.nan)  # the rest is rounding
+    return flat @ flat.T / (norm_E[:, None] * norm_E)

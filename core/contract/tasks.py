@@ -1,6 +1,6 @@
 """A task: the data, model and measure of a run."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import attrs
@@ -40,7 +40,9 @@ class Task:
     shuffled. augment: transforms a training batch on its device; it draws from torch's global generator, which the
     run seeds. measures: builds torchmetrics for the test set; they receive "predicted" and "true", which score
     adds in eval mode. most_rows: samples of one forward outside of training at most, where a larger one would not fit
-    into memory. note: a sentence shown when the run starts.
+    into memory. note: a sentence shown when the run starts. show: what people see of some rows: images as uint8 [B, H,
+    W] or [B, 3, H, W], or for each row a list of the texts of its tokens, as many as its layers see. Without it a
+    run's sample holds no inputs.
     """
 
     train: Batch
@@ -53,3 +55,4 @@ class Task:
     measures: Callable[[], "MetricCollection"] | None = None
     most_rows: int | None = None
     note: str = ""
+    show: Callable[[Batch], "Tensor | Sequence[Sequence[str]]"] | None = None

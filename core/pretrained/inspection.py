@@ -18,6 +18,7 @@ from ..analysis.usage import by_chance, characteristic, divergences, lifts
 from ..errors import visible
 from ..registry.manager import Plugins
 from .inspecting import EngineInspector, Inspector, Layer, Passage
+from .words import Words
 
 TOKENS, CONTEXTS = 8, 3  # of each expert
 BEFORE, AFTER = 12, 6  # tokens of a context
@@ -26,27 +27,6 @@ FOND = 1.2  # lift from which a label is said to prefer an expert
 NUMBERS = ("active", "cv", "cv2", "gini", "entropy", "max_min", "maxvio")
 
 Array = NDArray[Any]
-
-
-class Words:
-    """Token ids as text."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        self._known: dict[int, str] = {}
-
-    def of(self, token: int) -> str:
-        """One token: its text, or its name if it is a part of a character."""
-        if token not in self._known:
-            text = self.tokenizer.decode([token], clean_up_tokenization_spaces=False)
-            if not text or "\ufffd" in text:
-                text = str(self.tokenizer.convert_ids_to_tokens([token])[0])
-            self._known[token] = text
-        return self._known[token]
-
-    def text(self, id_T: Array) -> str:
-        """Several tokens as they read together."""
-        return str(self.tokenizer.decode(id_T.tolist(), clean_up_tokenization_spaces=False)).replace("\ufffd", "?")
 
 
 def report_of(

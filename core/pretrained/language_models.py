@@ -17,6 +17,7 @@ from ..errors import UsageError
 from ..files import check_file
 from .families import blocks_of
 from .loading import LOCAL, gguf_of, load_model, load_tokenizer, reading
+from .words import Words
 
 LENGTH = 512  # tokens of a window
 TRAINED = ("all", "moe", "router")
@@ -58,6 +59,10 @@ class PretrainedLM:
         found = self.tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)
         return torch.tensor(found["input_ids"], dtype=torch.long)
 
+    def words(self, id_T: Tensor) -> list[str]:
+        """The text of each token, or its name if it is a part of a character."""
+        return [self._words.of(token) for token in id_T.tolist()]
+
     def read(self, path: Path) -> Tensor:
         """[T]: the ids of a UTF-8 text file, without a byte order mark. Raises UsageError."""
         try:
@@ -76,6 +81,10 @@ class PretrainedLM:
         if getattr(model.config, "quantization_config", None) is not None:  # of a GGUF file, which was dequantised
             del model.config.quantization_config
         return model
+
+    @cached_property
+    def _words(self) -> Words:
+        return Words(self.tokenizer)
 
     @cached_property
     def outline(self) -> nn.Module:

@@ -76,6 +76,7 @@ class RunConfig:
     )
     expert_parallel: int = option(1, help="Under torchrun: ranks over which each layer's experts are spread.", min=1)
     local_losses: bool = option(False, help="Under torchrun: compute losses on each rank's tokens alone.")
+    no_sample: bool = option(False, help="Keep no sample of the test set, which shows data, in the folder and reports.")
     record_routing: bool = option(False, help="Save the test set's routing, for replay and routing-stats.")
 
 

@@ -128,6 +128,10 @@ class Scorer:
         wide = self.config.precision == "fp64"
         return tuple(column.double() if wide and column.is_floating_point() else column for column in found)
 
+    def test_rows(self, rows: Tensor) -> Batch:
+        """Some rows of the test set, on every rank."""
+        return self._batch(self.task.test, rows)
+
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Means over the test set, and the task's measures. Leaves the model in eval mode."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from math import isqrt
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,8 +39,18 @@ def image_task(
         test,
         model=lambda engine: image_model(model, engine, train[0][0], classes, dim, hidden, scale, centred),
         score=_classification,
+        show=partial(_visible, test[0]),
         measures=partial(_measures, classes),
     )
+
+
+def _visible(test: Tensor, batch: Batch) -> Tensor:
+    """Images as people see them, uint8 [B, S, S] or [B, 3, S, S]; other numbers of channels are averaged."""
+    images, factor = batch[0], 255 / max(int(test.max()), 1)
+    channels = images.shape[1] if images.dim() == 4 else 1
+    side = isqrt(images[0].numel() // channels)
+    bright = (images.reshape(-1, channels, side, side) * factor).round()
+    return (bright if channels == 3 else bright.mean(1)).to(torch.uint8)
 
 
 def _classification(model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
@@ -87,7 +98,7 @@ def reconstruction_task(
                 sums |= {f"loss.{name}": error_B[of_set_B].sum(), f"count.loss.{name}": of_set_B.sum()}
         return sums
 
-    return Task(train, test, model, score, ordered=ordered)
+    return Task(train, test, model, score, ordered=ordered, show=partial(_visible, test[0]))
 
 
 def shuffled_split(columns: Sequence[Tensor], test_share: float, seed: int, name: str) -> tuple[Batch, Batch]:

@@ -1,7 +1,7 @@
 import attrs
 import torch
 
-from moe_engine import count_by, hookimpl
+from moe_engine import count_by, hookimpl, mutual_information
 
 
 @attrs.define(eq=False)
@@ -34,16 +34,3 @@ class Specialization:
         if counts is None or not counts.sum():
             return {}
         return {"class_expert": counts, "mutual_information": mutual_information(counts)}
-
-
-def mutual_information(counts):
-    """I(row; column) / min(H(row), H(column)) of a table of counts, minus its bias, at least 0; nan if undefined."""
-    joint = counts / counts.sum()
-    rows, columns = joint.sum(1), joint.sum(0)
-    information = _entropy(rows) + _entropy(columns) - _entropy(joint)
-    bias = ((rows > 0).sum() - 1) * ((columns > 0).sum() - 1) / (2 * counts.sum())
-    return (information - bias).clamp(min=0) / torch.minimum(_entropy(rows), _entropy(columns))
-
-
-def _entropy(p):
-    return -torch.special.xlogy(p, p).sum()

@@ -102,6 +102,7 @@ class CausalLM:
             measures=(lambda: MetricCollection([TextPerplexity(names)])) if len(names) > 1 else None,
             most_rows=rows,
             note=f"memory: {needed}",
+            show=lambda batch: [language.words(window) for window in batch[0][:, :-1]],
         )
 
     def language_model(self, engine, language=None):

@@ -44,20 +44,21 @@ class Lm:
     @hookimpl
     def moe_task(self, spec):
         source = self._source(Path(spec.data_dir))
-        vocabulary, ids = _encoded(_read(source))
+        characters, ids = _encoded(_read(source))
         train, test = ids.split([len(ids) - len(ids) // 10, len(ids) // 10])
         if len(test) <= self.length:
             need = f"windows of lm.length={self.length} need {10 * (self.length + 1)}; name a longer text or lower it"
             raise UsageError(f"the text {source} has {len(ids)} characters; {need}", code="text-too-short")
-        if vocabulary < 2:
+        if len(characters) < 2:
             why = f"the text {source} repeats a single character; name another one with lm.file"
             raise UsageError(why, code="one-character-text")
         return Task(
             train=(train.unfold(0, self.length + 1, max(self.length // 8, 1)),),
             test=(test.unfold(0, self.length + 1, self.length),),
-            model=lambda engine: CharTransformer(engine, vocabulary, self),
+            model=lambda engine: CharTransformer(engine, len(characters), self),
             score=_next_character,
             perplexity=True,
+            show=lambda batch: [[characters[id] for id in window] for window in batch[0][:, :-1].tolist()],
         )
 
     def _source(self, data_dir):
@@ -83,10 +84,10 @@ def _read(source):
 
 
 def _encoded(text):
-    """(V, ids [n]): the number of different characters, and each one's index in sorted order."""
+    """(characters, ids [n]): the different characters in sorted order, and the index of each one of the text."""
     codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
     known, ids = np.unique(codes, return_inverse=True)
-    return len(known), torch.from_numpy(ids)
+    return [chr(code) for code in known], torch.from_numpy(ids)
 
 
 def _next_character(model, batch):

@@ -8,15 +8,27 @@ import numpy as np
 import pytest
 import torch
 
-from moe_engine import Engine, ModuleBank, Part, Spec, Stats, Traits, UsageError, hookimpl, option, uniform
+from moe_engine import (
+    Engine,
+    ModuleBank,
+    Part,
+    Spec,
+    Stats,
+    Traits,
+    UsageError,
+    hookimpl,
+    linear_cka,
+    mutual_information,
+    option,
+    uniform,
+)
 from moe_engine.plugins.metrics.attribution import Attribution
 from moe_engine.plugins.metrics.balance import Balance
 from moe_engine.plugins.metrics.churn import Churn
 from moe_engine.plugins.metrics.confidence import Confidence
 from moe_engine.plugins.metrics.health import Health
-from moe_engine.plugins.metrics.output_similarity_cka import OutputSimilarityCKA, cka
+from moe_engine.plugins.metrics.output_similarity_cka import OutputSimilarityCKA
 from moe_engine.plugins.metrics.router_saturation import RouterSaturation
-from moe_engine.plugins.metrics.specialization import mutual_information
 from moe_engine.plugins.metrics.weight_similarity import WeightSimilarity, expert_weights
 
 # Published routing counts and the values (population statistics over all experts) that follow from them:
@@ -472,14 +484,14 @@ def test_cka_is_the_unbiased_estimate():
     y = torch.randn(3, 9, 5, dtype=torch.float64)
     grams = [one @ one.T for one in y.numpy()]
     expected = [[hsic(K, L) / np.sqrt(hsic(K, K) * hsic(L, L)) for L in grams] for K in grams]
-    assert cka(y).tolist() == [pytest.approx(row) for row in expected]
+    assert linear_cka(y).tolist() == [pytest.approx(row) for row in expected]
 
 
 def test_cka_of_turned_scaled_and_moved_clones_is_one_and_of_unrelated_few_tokens_near_zero():
     y = torch.randn(16, 8, dtype=torch.float64)
     turn = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64)).Q
-    assert float(cka(torch.stack([y, 3 * y @ turn + 7]))[0, 1]) == pytest.approx(1)
-    unrelated = torch.stack([cka(torch.randn(2, 16, 8, dtype=torch.float64))[0, 1] for _ in range(200)])
+    assert float(linear_cka(torch.stack([y, 3 * y @ turn + 7]))[0, 1]) == pytest.approx(1)
+    unrelated = torch.stack([linear_cka(torch.randn(2, 16, 8, dtype=torch.float64))[0, 1] for _ in range(200)])
     assert float(unrelated.mean()) == pytest.approx(0, abs=0.05)  # the plain estimate has 0.36
 
 
@@ -502,7 +514,7 @@ def test_output_similarity_cka_is_of_the_probe_and_null_for_what_does_not_vary()
 
 def test_cka_of_answers_that_are_all_the_same_is_undefined():
     y = torch.stack([torch.randn(9, 4), torch.full((9, 4), 0.3)]).double()
-    assert cka(y).isnan().tolist() == [[False, True], [True, True]]
+    assert linear_cka(y).isnan().tolist() == [[False, True], [True, True]]
 
 
 # -- co_activation ---------------------------------------------------------------------------------------
