@@ -209,8 +209,14 @@ class Page:
 
 
 def sentence(words: str) -> str:
-    """A line of a terminal as a sentence of a page."""
-    return f"{words[:1].upper()}{words[1:]}{'' if words.endswith(('.', '?')) else '.'}"
+    """A line of a terminal as a sentence of a page; a path or name that it begins with stays as it is."""
+    begins = words.partition(" ")[0].rstrip(":,").isalpha()
+    return f"{words[:1].upper() if begins else words[:1]}{words[1:]}{'' if words.endswith(('.', '?')) else '.'}"
+
+
+def fact(number: int, word: str) -> tuple[str, str]:
+    """A number of things as a fact of a page."""
+    return f"{number:,}", word if number == 1 else f"{word}s"
 
 
 def spread(items: Sequence[T], most: int) -> list[T]:
