@@ -6,7 +6,7 @@ from typing import Any
 import attrs
 
 from ..errors import visible
-from ..pages.blocks import Heat, Note, Page, Section, Table, sentence
+from ..pages.blocks import Heat, Note, Page, Section, Table, fact, sentence
 from ..run.forms import heading, shown
 from ..run.traces import Trace
 
@@ -60,7 +60,7 @@ def replay_page(name: str, trace: Trace, told: Told) -> Page:
         about=f"replay of {name}, recorded with {trace.router}",
         verdict=_verdict(_whole(told.rows, len(trace.layers) > 1)),
         facts=[
-            (str(len(trace.layers)), "layers" if len(trace.layers) > 1 else "layer"),
+            fact(len(trace.layers), "layer"),
             (f"{trace.tokens:,}", "tokens of each layer"),
         ],
         sections=[

@@ -1,8 +1,8 @@
 """`moe-engine routing-stats`: balance metrics of routing counts."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -10,18 +10,13 @@ from ..contract.options import parse_settings
 from ..errors import UsageError, listed
 from ..registry.discovery import find, pick
 from ..registry.manager import Plugins
-from .figures import check_figure, write_figure
-from .flags import json_flag, names, settings_flag, wide_flag
+from .figures import check_figure, write_figure, write_page
+from .flags import html_flag, json_flag, names, settings_flag, wide_flag
 from .output import echo, echo_json
 
 if TYPE_CHECKING:
     from ..analysis.count_series import Series
-
-METRICS = ("cv", "cv2", "gini", "entropy", "max_min", "maxvio", "active")
-SIZES = ("experts", "top_k", "tokens", "total", "dropped")  # numbers of a row that are not metrics
-EXPERT_NUMBERS = ("sum", "mean", "minimum", "maximum", "range")
-SHOWN = 8  # series per verdict, and experts among the busiest
-MOST_LABELS = 20  # columns of labels in a table; --json has all of them
+    from ..analysis.stats_page import Told
 
 
 @click.command("routing-stats", short_help="Compute balance metrics from routing counts.")
@@ -48,6 +43,7 @@ MOST_LABELS = 20  # columns of labels in a table; --json has all of them
 @click.option("--plugins", "chosen", metavar="A,B,...", callback=names, help="Further metric plugins.")
 @settings_flag
 @click.option("--figure", type=click.Path(path_type=Path), help="Write a heatmap here: .png, .svg or .pdf.")
+@html_flag
 @wide_flag
 @json_flag("the report")
 def routing_stats(
@@ -60,6 +56,7 @@ def routing_stats(
     chosen: tuple[str, ...] | None,
     settings: tuple[str, ...],
     figure: Path | None,
+    html: Path | None,
     wide: bool,
     as_json: bool,
 ) -> None:
@@ -96,6 +93,7 @@ def routing_stats(
     plugins = Plugins(metrics, settings=options)
 
     from ..analysis.routing_stats import by_expert, changes, contradictions, row_of, stability
+    from ..analysis.stats_page import stats_page, titles_of, told_of
 
     answered = [row_of(plugins, counts) for counts in series]
     rows = [row for row, _ in answered]
@@ -111,14 +109,18 @@ def routing_stats(
     if figure is not None:
         from ..run.figures import shares
 
-        drawn = shares([counts.count_E.tolist() for counts in series], _titles(series))
+        drawn = shares([counts.count_E.tolist() for counts in series], titles_of(series))
         write_figure(figure, drawn, "--figure")
+    told = told_of(report, series)
+    if html is not None:
+        write_page(html, stats_page(report, series, told))
     if as_json:
         echo_json(report, 2)
     else:
-        _show(report, series, wide)
-        if figure is not None:
-            echo(f"figure: {figure}")
+        _show(told, wide)
+        for what, path in (("figure", figure), ("page", html)):
+            if path is not None:
+                echo(f"{what}: {path}")
 
 
 def _metrics(chosen: Sequence[str]) -> Sequence[str]:
@@ -166,128 +168,15 @@ def _read(
     return series, notes
 
 
-def _titles(series: Sequence["Series"]) -> list[str]:
-    """The name of each series: the file and labels in which they differ."""
-    several_files = len({counts.file for counts in series}) > 1
-    names = dict.fromkeys(name for counts in series for name in counts.labels)
-    labels = {name: {counts.labels.get(name) for counts in series} for name in names}
-    alike = {name for name, values in labels.items() if len(values) == 1}
-    return [(f"{counts.file}: " if several_files else "") + counts.title(alike) for counts in series]
+def _show(told: "Told", wide: bool) -> None:
+    from ..analysis.stats_page import finding_lines
+    from .tables import print_line, table
 
-
-def _show(report: dict[str, Any], series: Sequence["Series"], wide: bool) -> None:
-    from .tables import print_line
-
-    rows, changed = report["rows"], report["changes"]
-    extra = {name for row in rows for name, value in row.items() if isinstance(value, int | float)}
-    columns = ["experts", *METRICS, *sorted(extra - {*METRICS, *SIZES})]
-    verdicts = [(row.get("verdict") or {}).get("name", "-") for row in rows]
-    _table(rows, columns, "verdict", verdicts, wide)
-    if changed:
-        print_line("")
-        columns = ["against", "total_variation", "correlation", "cv_change"]
-        _table(changed, columns, "moved most", [_moved(change["moved"]) for change in changed], wide)
-    if "per_expert" in report:
-        _show_experts(report, wide)
-    for line in (*_findings(rows, _titles(series)), *_notes(report, series)):
+    for at, one in enumerate(told.tables):
+        if at:
+            print_line("")
+        last = one.table.columns[-1]
+        first = ("K", "cv", "active", last, "entropy", "maxvio")
+        table(one.table.columns, one.table.rows, keys=one.keys, wide=wide, first=first)
+    for line in (*filter(None, [told.unstable]), *finding_lines(told.findings), *told.notes):
         print_line(line)
-
-
-def _table(rows: Sequence[dict[str, Any]], columns: Sequence[str], last: str, ends: Sequence[str], wide: bool) -> None:
-    """Print the labels of each row, its metrics, and a last column in words."""
-    from ..analysis.count_columns import TOP_K
-    from ..run.forms import heading, shown
-    from .tables import table
-
-    labels = [name for name in dict.fromkeys(name for row in rows for name in row["labels"]) if name not in TOP_K]
-    labels = labels[:MOST_LABELS]
-    keys = [*(["file"] if len({row["file"] for row in rows}) > 1 else []), "layer", "split"]
-    numbers = [*keys, "top_k", *columns]
-    values = [[*(row["labels"].get(name) for name in labels), *(row.get(name) for name in numbers)] for row in rows]
-    lines = [[shown(name, value) for name, value in zip([*labels, *numbers], line, strict=True)] for line in values]
-    heads = [{"top_k": "K"}.get(name) or heading(name) for name in numbers]
-    body = [[*line, end] for line, end in zip(lines, ends, strict=True)]
-    table(
-        [*labels, *heads, last],
-        body,
-        keys=len(labels) + len(keys),
-        wide=wide,
-        first=("K", "cv", "active", last, "entropy", "maxvio"),
-    )
-
-
-def _show_experts(report: dict[str, Any], wide: bool) -> None:
-    """Print a line for each expert of a layer, and how stable the rows are."""
-    from .tables import print_line
-
-    columns = ["expert", *EXPERT_NUMBERS]
-    lines: list[dict[str, Any]] = []
-    several = [row for row in report["per_expert"] if row["number"] > 1]  # the numbers of a single row are its counts
-    for row in several or report["per_expert"]:
-        for expert, numbers in enumerate(zip(*(row[name] for name in EXPERT_NUMBERS), strict=True)):
-            lines.append({**row, "expert": expert, **dict(zip(EXPERT_NUMBERS, map(_exact, numbers), strict=True))})
-    print_line("")
-    _table(lines, columns, "over", [f"{line['number']} {line['over']}" if several else "1 row" for line in lines], wide)
-    if not report["stability"]:
-        print_line("the rows give no stability: each layer has one row, or one step")
-        return
-    print_line("")
-    ends = [_most(row) for row in report["stability"]]
-    _table(report["stability"], ["rows", "moved", "by_chance", "cv_rows"], "moved most; busiest experts", ends, wide)
-
-
-def _exact(value: float) -> float | str:
-    """A count with all its digits, and a large mean with one decimal; other numbers are shortened."""
-    return f"{value:.0f}" if value.is_integer() else f"{value:.1f}" if value >= 100 else value
-
-
-def _most(row: dict[str, Any]) -> str:
-    """The largest move of a series, and its experts that are most often among the busiest."""
-    often = sorted(enumerate(row["busiest"]), key=lambda pair: -pair[1])[: row["busy"]]
-    most = row["moved_most"]
-    where = f"{most['total_variation']:.2%} from {most['from']} to {most['to']}"
-    return f"{where}; {', '.join(f'{expert} ({part:.0%})' for expert, part in often[:SHOWN])}"
-
-
-def _moved(most: dict[str, Any]) -> str:
-    return f"expert {most['expert']}: {most['from']:.2%} to {most['to']:.2%}"
-
-
-def _findings(rows: Sequence[dict[str, Any]], titles: Sequence[str]) -> Iterator[str]:
-    """The metrics' findings in words, the most severe first; of each verdict, the least even series."""
-    groups: dict[tuple[int, str, str], list[tuple[float, str]]] = {}
-    for row, title in zip(rows, titles, strict=True):
-        for finding in row.values():
-            if isinstance(finding, dict) and "severity" in finding:
-                key = (-finding["severity"], finding["name"], finding["advice"])
-                groups.setdefault(key, []).append((-(row.get("cv") or 0), f"  {title}: {finding['why']}"))
-    for (_, name, advice), lines in sorted(groups.items()):
-        yield f"{name}, {len(lines)} of {len(rows)}" + (f": {advice}" if advice else "")
-        yield from (line for _, line in sorted(lines)[:SHOWN])
-        if len(lines) > SHOWN:
-            yield f"  and {len(lines) - SHOWN} more, which are more even"
-
-
-def _notes(report: dict[str, Any], series: Sequence["Series"]) -> Iterator[str]:
-    """Notes: contradictions, assumptions, sources, and metrics that counts cannot provide."""
-    yield from (f"warning: {warning}" for warning in report["warnings"])
-    if any(counts.top_k is None for counts in series):
-        yield "top_k is not given; assuming 1 (set it with --top-k)"
-    if not all(counts.whole for counts in series if counts.source is None):
-        yield "counts that are not whole numbers are taken as shares, without sampling noise"
-    yield from _sources(series)
-    yield from report["notes"]
-    if report["unanswered"]:
-        yield f"counts alone do not give {listed(report['unanswered'])}"
-
-
-def _sources(series: Sequence["Series"]) -> Iterator[str]:
-    """Where counts come from; in one line if it is the same for a whole file."""
-    by_file: dict[str, list[Series]] = {}
-    for counts in series:
-        by_file.setdefault(counts.file, []).append(counts)
-    for file, of_file in by_file.items():
-        if of_file[0].source is not None and len({counts.source for counts in of_file}) == 1:
-            yield f"{file}: {of_file[0].source}"
-            continue
-        yield from (f"{file}, {one.title()}: {one.source}" for one in of_file if one.source is not None)

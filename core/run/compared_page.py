@@ -6,7 +6,7 @@ from typing import Any
 
 from ..contract.run import Run
 from ..errors import listed
-from ..pages.blocks import Block, Chart, Heat, Page, Section, Table
+from ..pages.blocks import Block, Chart, Heat, Page, Section, Table, fact
 from .forms import FORMATS, Format, heading, percent, shown
 from .recorded import series
 
@@ -30,7 +30,7 @@ def compared_page(runs: Sequence[Run], table: Table) -> Page:
         about=f"comparison of {', '.join(names)}",
         verdict=_best(runs, names) if len(tasks) == 1 else f"{len(runs)} runs of {len(tasks)} tasks",
         findings=_findings(runs, names)[:MOST_FOUND],
-        facts=[(str(len(runs)), "runs"), (", ".join(tasks), "task" if len(tasks) == 1 else "tasks")],
+        facts=[fact(len(runs), "run"), (", ".join(tasks), "task" if len(tasks) == 1 else "tasks")],
         sections=[section for section in _sections(runs, names, table) if section.blocks],
         footer=_footer(runs),
     )
