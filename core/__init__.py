@@ -1,7 +1,8 @@
 """moe-engine: a minimal Mixture-of-Experts engine in which every strategy is a plugin.
 
-The names below are public, as are those of `moe_engine.tasks` and `moe_engine.testing`; plugins need nothing else.
-Each name is imported on first use, so `moe-engine --help` and `moe-engine plugins` run without importing torch.
+The names below are public, as are those of `moe_engine.pages`, `moe_engine.tasks` and `moe_engine.testing`; plugins
+need nothing else. Each name is imported on first use, so `moe-engine --help` and `moe-engine plugins` run without
+importing torch.
 """
 
 from importlib import import_module

@@ -9,7 +9,7 @@ import click
 from mkdocs.structure.files import File
 
 import moe_engine
-from moe_engine import tasks
+from moe_engine import pages, tasks
 from moe_engine.cli import group as command_line
 from moe_engine.contract.hookspecs import HOOKS
 from moe_engine.contract.options import options_of
@@ -219,6 +219,11 @@ def reference_page():
         "For plugins that are tasks: data sets, image models and the tasks made of them.",
     ]
     parts += [_entry(name, getattr(tasks, name)) for name in tasks.__all__]
+    parts += [
+        "## `moe_engine.pages`",
+        "For reports: the blocks that pages are made of, and the function that writes a page. Texts are escaped.",
+    ]
+    parts += [_entry(name, getattr(pages, name)) for name in pages.__all__]
     return "\n\n".join(parts) + "\n"
 
 

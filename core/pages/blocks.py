@@ -1,6 +1,7 @@
 """What a page is made of."""
 
 import math
+from base64 import b64encode
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -115,11 +116,12 @@ class Heat:
 class Words:
     """Text whose tokens are coloured by the expert that each was sent to first; all choices are told on hover.
 
-    tokens: texts. layers: by name, for each token the experts that it chose, the first one first, and their gates.
+    tokens: texts, or small pictures as PNG, which are framed in the colour. layers: by name, for each token the experts
+    that it chose, the first one first, and their gates.
     """
 
     title: str
-    tokens: Sequence[str]
+    tokens: Sequence[str | bytes]
     layers: Mapping[str, Sequence[Sequence[tuple[int, float]]]]
     opened: str = ""
     kind = "words"
@@ -133,6 +135,48 @@ class Words:
         }
         return {"layers": chosen, "opened": visible(self.opened or next(iter(self.layers), ""))}
 
+    @property
+    def shown(self) -> list[tuple[str, str]]:
+        """(text, address of a picture) of each token, one of them empty; a line break is seen, too."""
+        return [
+            ("", address_of(token)) if isinstance(token, bytes) else (token.replace("\n", "\u21b5\n"), "")
+            for token in self.tokens
+        ]
+
+
+@attrs.frozen
+class Card:
+    """What is known of one thing, such as an expert.
+
+    expert: whose colour it has. lines: sentences. pictures: (PNG, what to say below it). tokens: (text, what is told on
+    hover). contexts: (before, token, after, what is told on hover).
+    """
+
+    title: str
+    expert: int
+    lines: Sequence[str] = ()
+    pictures: Sequence[tuple[bytes, str]] = ()
+    tokens: Sequence[tuple[str, str]] = ()
+    contexts: Sequence[tuple[str, str, str, str]] = ()
+
+    @property
+    def hue(self) -> int:
+        """The colour that the page's script gives this expert's tokens: an angle far from those of its neighbours."""
+        return round(self.expert * 137.508) % 360
+
+    @property
+    def shots(self) -> list[tuple[str, str]]:
+        """(address, what to say below it) of each picture."""
+        return [(address_of(content), text) for content, text in self.pictures]
+
+
+@attrs.frozen
+class Cards:
+    """Cards next to each other, in as many columns as there is room for."""
+
+    cards: Sequence[Card]
+    kind = "cards"
+
 
 @attrs.frozen
 class Picture:
@@ -145,10 +189,7 @@ class Picture:
     @property
     def address(self) -> str:
         """The picture as a data URI."""
-        from base64 import b64encode
-
-        mime = "image/png" if self.content.startswith(b"\x89PNG") else "image/svg+xml"
-        return f"data:{mime};base64,{b64encode(self.content).decode()}"
+        return address_of(self.content)
 
 
 @attrs.frozen
@@ -175,7 +216,7 @@ class Raw:
     kind = "raw"
 
 
-Block = Table | Chart | Heat | Words | Picture | Code | Note | Raw
+Block = Table | Chart | Heat | Words | Cards | Picture | Code | Note | Raw
 
 
 @attrs.frozen
@@ -206,6 +247,12 @@ class Page:
     notes: Sequence[str] = ()
     footer: str = ""
     refresh: int | None = None
+
+
+def address_of(content: bytes) -> str:
+    """SVG or PNG as a data URI."""
+    mime = "image/png" if content.startswith(b"\x89PNG") else "image/svg+xml"
+    return f"data:{mime};base64,{b64encode(content).decode()}"
 
 
 def sentence(words: str) -> str:

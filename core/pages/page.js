@@ -129,7 +129,8 @@ function words(box) {
     const chosen = data.layers[select.value], used = new Set();
     tokens.forEach((token, at) => {
       const choices = chosen[at] ?? [];
-      if (choices.length) { token.style.setProperty("--h", hue(choices[0][0])); used.add(choices[0][0]); } else token.style.background = "none";
+      token.style.background = choices.length ? "" : "none";
+      if (choices.length) { token.style.setProperty("--h", hue(choices[0][0])); used.add(choices[0][0]); }
       token.title = choices.map(([expert, gate]) => `expert ${expert}: gate ${gate}`).join("\n");
     });
     chips.replaceChildren();

@@ -1,13 +1,15 @@
 """What pages are made of: lines over common steps, heatmaps that fit a page, text that can do no harm."""
 
+import io
 import json
 import re
 from itertools import pairwise
 
+import numpy as np
 import pytest
 
-from moe_engine.pages.blocks import CELLS, Chart, Code, Heat, Mark, Page, Section, Table, grouped, spread
-from moe_engine.pages.page import html_of
+from moe_engine.pages import Card, Cards, Chart, Code, Heat, Mark, Page, Section, Table, Words, html_of, png
+from moe_engine.pages.blocks import CELLS, grouped, spread
 
 HOSTILE = "</script><script>alert(1)</script>\x1b[31m"
 
@@ -90,3 +92,26 @@ def test_a_page_asks_nothing_of_the_network():
 def test_a_page_without_charts_has_no_script():
     assert "<script" not in page(Table(("a",), [["1"]]))
     assert "leeoniya" not in page(Heat("load", ["a"], [("", [[1.0]])]))
+
+
+def test_tokens_and_cards_are_escaped_and_line_breaks_are_seen():
+    words = Words(HOSTILE, [HOSTILE, "a\n", png(np.zeros((2, 2), np.uint8))], {HOSTILE: [[(0, 1.0)], [], [(1, 0.5)]]})
+    card = Card(HOSTILE, 3, [HOSTILE], [(b"\x89PNG", HOSTILE)], [(HOSTILE, HOSTILE)], [(HOSTILE,) * 4])
+    text = page(words, Cards([card]))
+    assert "alert(1)</script>" not in text and "\x1b" not in text and "\\u001b" not in text
+    assert "<span>a\u21b5\n</span>" in text
+    assert text.count("data:image/png;base64,") == 2
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (3, 5, 7), (5, 7, 3)])
+def test_a_png_has_the_numbers_of_its_picture(shape):
+    image = pytest.importorskip("PIL.Image")
+    pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    read = np.array(image.open(io.BytesIO(png(pixels))))
+    assert (read == (pixels.transpose(1, 2, 0) if shape[0] == 3 else pixels)).all()
+
+
+def test_numbers_that_are_not_a_picture_are_refused():
+    for wrong in (np.zeros((2, 2)), np.zeros((2, 2, 4), np.uint8), np.zeros(3, np.uint8)):
+        with pytest.raises(ValueError, match="a picture is uint8"):
+            png(wrong)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import moe_engine
+import moe_engine.pages
 import moe_engine.tasks
 import moe_engine.testing
 from moe_engine.registry.discovery import find, load
@@ -17,6 +18,7 @@ PLUGINS = Path(__file__).parents[2] / "plugins"
 FILES = {str(path.relative_to(PLUGINS)): path for path in sorted(PLUGINS.rglob("*.py"))}
 PUBLIC = {
     "moe_engine": set(moe_engine.__all__),
+    "moe_engine.pages": set(moe_engine.pages.__all__),
     "moe_engine.tasks": set(moe_engine.tasks.__all__),
     "moe_engine.testing": {name for name in vars(moe_engine.testing) if not name.startswith("_")},
 }
@@ -100,9 +102,10 @@ print([name for name in ("torchvision", "torchmetrics", "matplotlib") if name in
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("name", sorted(PUBLIC["moe_engine"] | PUBLIC["moe_engine.tasks"]))
+@pytest.mark.parametrize("name", sorted(PUBLIC["moe_engine"] | PUBLIC["moe_engine.pages"] | PUBLIC["moe_engine.tasks"]))
 def test_a_public_helper_is_documented(name):
-    home = moe_engine if name in PUBLIC["moe_engine"] else moe_engine.tasks
+    homes = (moe_engine, moe_engine.pages, moe_engine.tasks)
+    home = next(one for one in homes if name in PUBLIC[one.__name__])
     assert not callable(getattr(home, name)) or getattr(home, name).__doc__
 
 
