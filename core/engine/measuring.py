@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import attrs
 import torch
 from torch import Tensor
 
@@ -10,7 +11,7 @@ from ..contract.numerics import count_by
 from ..contract.routing import Routing
 from ..contract.setup import Bound
 from ..contract.stats import Effects, Finding, Metrics, Stats, merge_metrics
-from ..errors import PluginError, UsageError
+from ..errors import PluginError, RunError, UsageError
 from ..layer.moe import MoE
 from ..layer.probe_effects import effects_of, without_gradient
 from ..layer.probing import observe
@@ -31,15 +32,42 @@ def measure(
         stats = _taken(layer, split)
         if stats is not None and stats.tokens:
             routing, effects = probed.get(layer, (None, None))
-            offer = {"stats": stats, "layer": layer, "effects": effects, "probe": routing}
+            offer = {"layer": layer, "effects": effects, "probe": routing}
             core: Metrics = {f"loss.{term}": value for term, value in stats.terms().items()}
             core |= stats.work()
             with gathered(layer):
                 answered = [
-                    (bound.plugin, bound({**offer, "memory": _memory(memory, layer, bound, split)})) for bound in bounds
+                    (bound.plugin, _asked(bound, stats, {**offer, "memory": _memory(memory, layer, bound, split)}))
+                    for bound in bounds
                 ]
             answers[layer.name] = merge_metrics([("the core", core), *answered])
     return answers
+
+
+def _asked(bound: Bound, stats: Stats, offer: dict[str, Any]) -> Any:
+    """One metric's answer. It gets sums of its own; a change of the weights or the routing raises RunError.
+
+    Those are too large to copy: torch counts the changes of a tensor in place.
+    """
+    watched = [*_tensors(offer["probe"]), *offer["layer"].parameters()]
+    before = [tensor._version for tensor in watched]
+    answer = bound({**offer, "stats": Stats(stats.spec, stats.sums)})
+    if before != [tensor._version for tensor in watched]:
+        message = f"metric '{bound.plugin}' changed in place what other metrics read; let it work on a clone"
+        raise RunError(message, code="changed-in-place")
+    return answer
+
+
+def _tensors(part: Any) -> Iterator[Tensor]:
+    """The tensors of a record."""
+    if isinstance(part, Tensor):
+        yield part
+    elif attrs.has(type(part)):
+        for field in attrs.fields(type(part)):
+            yield from _tensors(getattr(part, field.name, None))
+    elif isinstance(part, tuple | list):
+        for item in part:
+            yield from _tensors(item)
 
 
 def _taken(layer: MoE, split: str) -> Stats | None:

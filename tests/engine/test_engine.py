@@ -84,6 +84,36 @@ def test_two_metrics_of_one_name_are_an_error_that_names_both(install):
         engine.metrics("eval")
 
 
+SPOILED = {  # what a metric does to what it is handed
+    "sums": lambda stats, layer, probe: stats.load.zero_(),
+    "names of sums": lambda stats, layer, probe: stats.sums.clear(),
+    "sums by way of numpy": lambda stats, layer, probe: stats.load.numpy().fill(0.0),
+    "weights": lambda stats, layer, probe: next(layer.parameters()).detach().add_(1.0),
+    "routing": lambda stats, layer, probe: probe.probs.detach().zero_(),
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILED.values(), ids=SPOILED)
+def test_a_metric_changes_nothing_that_another_one_reads(install, spoil):
+    """It gets sums of its own; whatever else it changes in place, it is named."""
+
+    @attrs.define(eq=False)
+    class Mine:
+        @hookimpl
+        def moe_metrics(self, stats, layer, probe):
+            spoil(stats, layer, probe)
+            return {}
+
+    install("metric", "mine", Mine)
+    rigs = [Rig(f"{first}topk,saturation,switch_aux,split").train(2) for first in ("mine,", "")]
+    if spoil in (SPOILED["weights"], SPOILED["routing"]):
+        with refused("changed-in-place", "metric 'mine'", "clone", kind=RunError):
+            rigs[0].engine.metrics("train", rigs[0].probe)
+    else:
+        spoiled, whole = (rig.engine.metrics("train", rig.probe)["moe"] for rig in rigs)
+        assert repr(spoiled) == repr(whole)
+
+
 def test_a_plugin_that_fails_in_a_layer_is_named(install):
     @attrs.define(eq=False)
     class Mine:
