@@ -116,8 +116,8 @@ class Heat:
 class Words:
     """Text whose tokens are coloured by the expert that each was sent to first; all choices are told on hover.
 
-    tokens: texts, or small pictures as PNG, which are framed in the colour. layers: by name, for each token the experts
-    that it chose, the first one first, and their gates.
+    tokens: texts, an empty one between two passages; or small pictures as PNG, framed in the colour. layers: by name,
+    for each token the experts that it chose, the first one first, and their gates.
     """
 
     title: str
@@ -139,7 +139,7 @@ class Words:
     def shown(self) -> list[tuple[str, str]]:
         """(text, address of a picture) of each token, one of them empty; a line break is seen, too."""
         return [
-            ("", address_of(token)) if isinstance(token, bytes) else (token.replace("\n", "\u21b5\n"), "")
+            ("", address_of(token)) if isinstance(token, bytes) else (token.replace("\n", "\u21b5\n") or "\n\n", "")
             for token in self.tokens
         ]
 

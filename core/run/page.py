@@ -8,6 +8,7 @@ from ..pages.blocks import CELLS, Block, Chart, Code, Heat, Mark, Note, Page, Se
 from ..pages.page import html_of
 from .forms import FORMATS, PERCENT, Format, heading, percent, shown
 from .recorded import growths, lives, series
+from .sample_page import sample_section
 
 GLOSSARY = "https://moe-engine.readthedocs.io/glossary/"
 FACTS = ("loss", "accuracy", "perplexity")
@@ -101,6 +102,7 @@ def _sections(run: Run, names: Sequence[str]) -> Iterator[Section]:
     yield Section("Balance", [*_balance(run, names)])
     yield Section("Losses and biases", [*_terms(run)], TERMS)
     yield Section("Layers on the test set", [*_layers(run, names)])
+    yield sample_section(run, names)
     yield Section("Growth", [*_growth(run)], GROWTH)
     for name in names:
         yield Section(f"Layer {name}", [*_details(run, name, len(names) == 1)], folded=len(names) > 1)

@@ -77,8 +77,8 @@ class SampledLayer:
             if of_expert is not None and of_expert.shape != (self.experts,):
                 raise ValueError(f"layer {self.name!r} compares {[*of_expert.shape]} experts")
 
-    def part(self, row_b: Tensor, tokens: int) -> "SampledLayer":
-        """Some samples, and the first tokens of each."""
+    def part(self, row_b: Tensor, tokens: int | None) -> "SampledLayer":
+        """Some samples, and the first tokens of each, or all."""
         labels = None if self.labels is None else self.labels[row_b, :tokens]
         return attrs.evolve(self, expert=self.expert[row_b, :tokens], gate=self.gate[row_b, :tokens], labels=labels)
 
@@ -103,8 +103,8 @@ class Sample:
         texts = 0 if self.texts is None else len(json.dumps(self.texts))
         return texts + sum(one.nbytes for one in tensors if one is not None)
 
-    def part(self, count: int, tokens: int) -> "Sample":
-        """Some of the samples, evenly spread, and the first tokens of each."""
+    def part(self, count: int, tokens: int | None = None) -> "Sample":
+        """Some of the samples, evenly spread, and the first tokens of each, or all."""
         row_b = spread(count, len(self.rows))
         return Sample(
             self.rows[row_b],
@@ -118,7 +118,7 @@ class Sample:
         sample, tokens = self, max((layer.expert.shape[1] for layer in self.layers), default=1)
         while sample.bytes > BYTES and len(sample.rows) > 1:
             count = len(sample.rows)
-            sample = sample.part(max(1, min(count - 1, count * BYTES // sample.bytes)), tokens)
+            sample = sample.part(max(1, min(count - 1, count * BYTES // sample.bytes)))
         while sample.bytes > BYTES and tokens > 1:
             tokens = max(1, min(tokens - 1, tokens * BYTES // sample.bytes))
             sample = sample.part(1, tokens)
