@@ -127,11 +127,11 @@ def agreed(what: str, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """Limit PyTorch to one thread in the body: on a busy machine, threads wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def threads(count: int) -> Iterator[None]:
+    """Let PyTorch compute with that many threads in the body. On a busy machine, threads wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)

@@ -20,7 +20,7 @@ from .follow import follow
 @flags("plugins", "no_plugin", "task", "experts", "top_k")
 @flags("capacity", "eval_capacity", "capacity_per", "allow_no_gradient")
 @flags("epochs", "steps", "batch_size", "lr", "lr_schedule", "weight_decay", "seed")
-@flags("device", "precision", "bf16_matmul", "data_dir")
+@flags("device", "precision", "bf16_matmul", "threads", "data_dir")
 @flags("parallel", "expert_parallel", "local_losses")
 @flags("grow_until", "eval_every", "log_every", "checkpoint_every", "no_sample", "record_routing")
 @settings_flag

@@ -60,6 +60,7 @@ class RunConfig:
         help="Precision of expert matmuls on CPU under bf16; auto: measure and pick the faster.",
         choices=("auto", "bf16", "fp32"),
     )
+    threads: int | None = option(None, help="CPU threads; unset: 1 for a model too small for more to help.", min=1)
     data_dir: str = option("data", help="Folder of data sets; missing ones are downloaded into it.")
     grow_until: float = option(
         0.8, help="Share of the steps after which no expert is added, so that none ends untrained.", min=0, max=1

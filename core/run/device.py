@@ -2,15 +2,20 @@
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import nn
 
 from ..errors import UsageError, nearest
+from ..layer.flops import forward_flops
 from ..layer.fused_cpu import matmul_dtype, matmul_in
+from ..processes import distributed
 from .config import RunConfig
 
+ENOUGH = 1e9  # FLOPs of a batch's forward from which on a second thread makes a step quicker: benchmarks/threads.py
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -33,6 +38,17 @@ def resolve_matmul(config: RunConfig, device: torch.device) -> str:
     if config.bf16_matmul != "auto" or config.precision != "bf16" or device.type != "cpu":
         return config.bf16_matmul
     return next(name for name, dtype in PRECISIONS.items() if dtype == matmul_dtype(torch.bfloat16))
+
+
+def resolve_threads(config: RunConfig, device: torch.device, model: nn.Module, score: Callable[[int], Any]) -> int:
+    """The run's `threads`; unless they are given, PyTorch's own number, or 1 where a step has too little work for more.
+
+    score: a forward of so many samples. FLOPs are counted, nothing is timed: the same command gives the same bits.
+    """
+    own = torch.get_num_threads()
+    if config.threads or own == 1 or device.type != "cpu" or distributed():
+        return config.threads or own
+    return own if config.batch_size * forward_flops(model, lambda: score(1)).active >= ENOUGH else 1
 
 
 @contextmanager

@@ -25,12 +25,12 @@ from ..errors import RunError, UsageError
 from ..files import write_atomically
 from ..parallel.launch import lost
 from ..parallel.parallelize import expert_mesh, parallelize
-from ..processes import agreed, any_rank, distributed, full_tensor, of_first, rank, world_size
+from ..processes import agreed, any_rank, distributed, full_tensor, of_first, rank, threads, world_size
 from ..seeds import generator, own_random_state
 from .building import build_engine, build_model, build_task, check_layout, sizes_of
 from .checkpoints import Checkpoints
 from .config import RunConfig, config_toml
-from .device import StepTimer, deterministic, find_device, resolve_matmul
+from .device import StepTimer, deterministic, find_device, resolve_matmul, resolve_threads
 from .elastic import remember
 from .failures import culprit_of, failing, write_reports
 from .finite import FiniteCheck
@@ -126,6 +126,7 @@ class Training:
         self.loop = self._first_state()
         self._timer = StepTimer(self.device)
         self.engine.check_learning(self._scorer.probe)
+        self.config = attrs.evolve(config, threads=resolve_threads(config, self.device, self.model, self.score))
 
     @property
     def step(self) -> int:
@@ -160,7 +161,7 @@ class Training:
         """Train, evaluate and write the folder. Raises RunError, Stopped or UsageError."""
         purpose = f"training on rank {rank()}" if rank() else "training"
         seed = generator(self.config.seed, purpose).initial_seed()  # of the global generators
-        with own_random_state(seed), deterministic(self.device):
+        with own_random_state(seed), deterministic(self.device), threads(self.config.threads or 1):
             return self._run()
 
     def _run(self) -> Run:

@@ -23,7 +23,7 @@ from ..contract.options import Settings, values_of
 from ..errors import RunError, UsageError
 from ..files import dump, locked, read_file, sealed, unsealed, write_atomically
 from ..layer.flops import forward_flops, model_flops, parameters_of
-from ..processes import one_thread
+from ..processes import threads
 from ..registry import discovery
 from ..registry.discovery import defaults
 from ..run.config import RunConfig, merge_options
@@ -147,7 +147,7 @@ def _run(cell: Cell, folder: Path, home: Path | None) -> Record:
         _check_worker(cell, folder, home)
     # a separate folder: a worker that a cluster believes dead may still run the same cell
     place = tempfile.TemporaryDirectory(prefix=f"{cell.key}-{os.getpid()}-", dir=folder / "running")
-    with _ALONE, chdir(home or "."), one_thread(), place as scratch:
+    with _ALONE, chdir(home or "."), threads(1), place as scratch:
         result = _result(cell, Path(scratch) / "run")
         if not Path(scratch).is_dir():  # so this cell is not waited for, and another process may have finished it
             raise RunError("the grid ended before this run did", code="grid-ended")

@@ -12,7 +12,7 @@ import torch
 
 from ..contract.options import build
 from ..files import dump, read_file, sealed, unsealed, write_atomically
-from ..processes import one_thread
+from ..processes import threads
 from ..run.config import RunConfig
 from ..run.training import Training
 from .grid import FINISHED, Record, weights_of
@@ -33,7 +33,7 @@ def time_inference(planned: Sequence[Planned], records: Sequence[Record], out: P
     file = out / "latency.json"
     known = _read(file)
     if timed.keys() - known.keys():
-        with one_thread():
+        with threads(1):
             known |= _measured({key: _forward(record, out) for key, record in timed.items()})
         write_atomically(file, (dump(sealed(known)) + "\n").encode())
     for key, record in timed.items():

@@ -8,7 +8,7 @@ import torch
 
 from ..contract.growth import Growth
 from ..errors import PluginError, UsageError
-from ..processes import one_thread
+from ..processes import threads
 from ..run.checkpoints import load, save
 from .bench import Bench, Trial, data
 from .claims import claim, demand
@@ -109,7 +109,7 @@ def cost_is_bounded(bench: Bench) -> None:
     """A step takes at most thirty times the CPU time of the same step with the default plugins."""
     size: dict[str, Any] = {"dim": 64, "hidden": 64, "experts": 8}
     trials, best = (bench.default_trial(**size), bench.trial(**size)), [float("inf")] * 2
-    with one_thread():
+    with threads(1):
         for _ in range(8):  # alternate; the shortest time counts
             for index, trial in enumerate(trials):
                 start = time.process_time()  # unlike wall time, it excludes other work on the machine

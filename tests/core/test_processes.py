@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moe_engine import RunError
-from moe_engine.processes import agreed, all_reduce_sum, one_thread, sum_over_ranks
+from moe_engine.processes import agreed, all_reduce_sum, sum_over_ranks, threads
 from support import on_ranks
 
 
@@ -43,7 +43,7 @@ def test_one_process_keeps_its_values_and_errors():
 
 def test_the_number_of_threads_is_restored_also_after_an_error():
     torch.set_num_threads(2)
-    with pytest.raises(LookupError), one_thread():
+    with pytest.raises(LookupError), threads(1):
         assert torch.get_num_threads() == 1
         raise LookupError
     assert torch.get_num_threads() == 2

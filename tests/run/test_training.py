@@ -333,3 +333,26 @@ def test_a_run_with_a_router_without_gradient_says_so_in_its_findings(tmp_path):
     ours = Training(RunConfig(**flags), settings, tmp_path / "ours").run().summary
     assert not [one for one in ours["findings"] if one["metric"] == "remark.learning"]
     assert theirs["layers"][0]["router_gradient"] < 1e-5 * ours["layers"][0]["router_gradient"]
+
+
+@pytest.mark.parametrize(("batch", "given", "threads"), [(8, None, 1), (10**6, None, 2), (8, 3, 3), (10**6, 1, 1)])
+def test_a_small_model_computes_on_one_thread(monkeypatch, batch, given, threads):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    config = RunConfig(plugins=("switch_aux",), batch_size=batch, threads=given, **SMALL)
+    assert Training(config, SETTINGS).config.threads == threads
+
+
+def test_a_run_computes_on_its_threads_and_leaves_the_others_alone(tmp_path, install):
+    before, seen = torch.get_num_threads(), set()
+
+    @attrs.define(eq=False)
+    class Counted:
+        @hookimpl
+        def moe_metrics(self, stats):
+            seen.add(torch.get_num_threads())
+            return {}
+
+    install("metric", "counted", Counted)
+    run, _ = train(tmp_path / "run", ("counted",), threads=3)
+    assert run.config["run"]["threads"] == 3
+    assert seen == {3} and torch.get_num_threads() == before
