@@ -51,15 +51,17 @@ def lifts(count_CE: Array) -> Array:
 def characteristic(id_T: Array, expert_TK: Array, experts: int, most: int) -> list[list[dict[str, Any]]]:
     """For each expert the token ids that it gets more often than others do, at most `most`, largest lift first.
 
-    lift: P(expert | token) / P(expert); at least `LEAST` choices (count), of all that this token made (of).
+    expert_TK: -1 where a token chose fewer. lift: P(expert | token) / P(expert), of all choices; at least `LEAST`
+    choices of this expert (count), by so many tokens of this id (of).
     """
-    _, top_k = expert_TK.shape
     known, place_T = np.unique(id_T, return_inverse=True)
-    pair, count_P = np.unique(place_T.repeat(top_k) * experts + expert_TK.ravel(), return_counts=True)
+    chosen_TK = expert_TK >= 0
+    place_N, expert_N = np.broadcast_to(place_T[:, None], expert_TK.shape)[chosen_TK], expert_TK[chosen_TK]
+    pair, count_P = np.unique(place_N * experts + expert_N, return_counts=True)
     token_P, expert_P = pair // experts, pair % experts
-    of_P = np.bincount(place_T)[token_P] * top_k
-    load_E = np.bincount(expert_TK.ravel(), minlength=experts) / expert_TK.size
-    lift_P = count_P / of_P / load_E[expert_P]
+    load_E = np.bincount(expert_N, minlength=experts) / max(len(expert_N), 1)
+    lift_P = count_P / np.bincount(place_N, minlength=len(known))[token_P] / load_E[expert_P]
+    of_P = np.bincount(place_T)[token_P]
     out = []
     for expert in range(experts):
         at = np.flatnonzero((expert_P == expert) & (count_P >= LEAST) & (lift_P > 1))
@@ -69,7 +71,7 @@ def characteristic(id_T: Array, expert_TK: Array, experts: int, most: int) -> li
                 {
                     "id": int(known[token_P[p]]),
                     "count": int(count_P[p]),
-                    "of": int(of_P[p] // top_k),
+                    "of": int(of_P[p]),
                     "lift": float(lift_P[p]),
                 }
                 for p in at

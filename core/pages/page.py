@@ -20,6 +20,7 @@ def html_of(page: Page) -> str:
 def environment() -> Environment:
     """The templates of pages; every text is escaped, and control characters are made visible."""
     made = Environment(loader=PackageLoader("moe_engine.pages", ""), autoescape=True, trim_blocks=True)
+    made.filters["inline"] = visible
     made.filters["visible"] = lambda text: "\n".join(map(visible, str(text).split("\n")))
     return made
 

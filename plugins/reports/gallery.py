@@ -1,0 +1,205 @@
+import attrs
+import torch
+
+from moe_engine import characteristic, hookimpl, mutual_information, read_sample, write_atomically
+from moe_engine.pages import Card, Cards, Note, Page, Section, html_of, png
+
+PICTURES, TOKENS, CONTEXTS, CLASSES = 8, 8, 3, 3  # of an expert
+BEFORE, AFTER = 24, 12  # tokens around one
+MOST_CARDS, MOST_PICTURES = 1200, 3000  # of a page, so that it stays below 3 MB
+SAMPLE = "sample.safetensors"
+
+
+@attrs.define(eq=False)
+class Gallery:
+    """What each expert gets, in pictures and words.
+
+    gallery.html: for each layer and expert, from the sample of the test set that a run keeps: the images with the
+    largest gates and the mean image, weighted by gate; or the most characteristic tokens by lift, P(expert | token) /
+    P(expert), and the places with the largest gates; the classes it gets; and how exclusive it is: D(expert) = sum
+    p(c | expert) log2 p(c | expert) / p(c) over classes or tokens c, in bits and minus its bias, and the linear CKA of
+    its outputs with those of the nearest expert. Without a sample (--no-sample) the page says so.
+
+    Sources: DeWeese and Meister, 1999 (How to Measure the Information Gained from One Symbol); Kornblith et al., 2019
+    (CKA); the bias is that of Miller, 1955.
+    """
+
+    @hookimpl
+    def moe_report(self, run):
+        write_atomically(run.folder / "gallery.html", html_of(_page(run)).encode())
+        return ["gallery.html"]
+
+
+def _page(run):
+    about = f"{run.name}: {run.config.get('run', {}).get('task', '')}, {run.typed}"
+    if not (run.folder / SAMPLE).is_file():
+        why = "This run kept no sample of the test set (--no-sample), from which a gallery is made."
+        return Page(about, "no sample", [Section("Experts", [Note(why)])])
+    sample = read_sample(run.folder)
+    shown, room = [], MOST_CARDS
+    for layer in sample.layers:
+        room -= layer.experts
+        if room >= 0 or not shown:
+            shown.append(layer)
+    facts = [_fact(len(sample.rows), "sample"), _fact(len(sample.layers), "layer")]
+    left = len(sample.layers) - len(shown)
+    notes = [f"To stay small, this page leaves out {left} of {len(sample.layers)} layers."] if left else []
+    if sample.images is None and sample.texts is None:
+        notes.append("The task does not say what people see of its data (Task.show), so there are only numbers.")
+    pictures = max(1, min(PICTURES, MOST_PICTURES // sum(layer.experts for layer in shown)))
+    sections = [_section(run, sample, layer, pictures, layer is not shown[0]) for layer in shown]
+    return Page(about, "What each expert gets", sections, facts=facts, notes=notes)
+
+
+def _fact(number, word):
+    return str(number), word if number == 1 else f"{word}s"
+
+
+def _section(run, sample, layer, pictures, folded):
+    """A layer: a card for each expert. pictures: that a card shows at most."""
+    what, names, counts_GE = _groups(run, sample, layer)
+    known = next((one for one in run.summary["layers"] if one["name"] == layer.name), {})
+    shares = known.get("load") or [None] * layer.experts
+    bits = [_bits(counts_GE, expert) for expert in range(layer.experts)]
+    reading = ["Point at a token for its lift, and at a place for its gate."]
+    if sample.images is not None:
+        contents, reading = (
+            _pictures(sample.images, layer, pictures),
+            ["Below an image: its class, if known, and gate."],
+        )
+    elif _is_told(sample, layer):
+        contents = _words(sample.texts, layer)
+    else:
+        contents, reading = [{} for _ in range(layer.experts)], []
+    cards = []
+    for expert, content in enumerate(contents):
+        lines = [_numbers(layer, shares[expert], bits[expert], what, expert)]
+        lines += _classes(names, counts_GE, expert) if what == "class" else []
+        cards.append(Card(f"expert {expert}", expert, lines + content.pop("lines", []), **content))
+    note = " ".join([*_together(layer, what, counts_GE, bits), *reading])
+    return Section(f"Layer {layer.name}", [Cards(cards)], note, folded)
+
+
+def _is_told(sample, layer):
+    """Whether there is a text for each of the layer's tokens."""
+    return sample.texts is not None and all(len(tokens) == layer.expert.shape[1] for tokens in sample.texts)
+
+
+def _numbers(layer, share, bits, what, expert):
+    """What is measured of an expert, in a line."""
+    found = [] if share is None else [f"{_percent(share)} of the load"]
+    found += [] if bits is None else [f"{bits:.2f} bits about the {what}"]
+    nearest = -1 if layer.nearest is None else int(layer.nearest[expert])
+    found += [] if nearest < 0 else [f"nearest: {nearest} (CKA {float(layer.cka[expert]):.3f})"]
+    return "; ".join(found)
+
+
+def _together(layer, what, counts_GE, bits):
+    """What stands out in a layer, in sentences."""
+    known = {expert: value for expert, value in enumerate(bits) if value is not None}
+    if known and max(known.values()):
+        most = max(known, key=known.get)
+        yield f"Expert {most} is the most exclusive: its choice tells {known[most]:.2f} bits about the {what}."
+        together = f"{float(mutual_information(counts_GE)):.3f} (0: independent, 1: one tells the other)"
+        yield f"Mutual information of {what} and expert: {together}."
+    if layer.cka is not None and not layer.cka.isnan().all():
+        one = int(layer.cka.nan_to_num(-1).argmax())
+        alike = f"CKA {float(layer.cka[one]):.3f} (1: equal outputs, or rotated and scaled ones)"
+        yield f"Experts {one} and {int(layer.nearest[one])} are the most alike: {alike}."
+
+
+def _groups(run, sample, layer):
+    """(what tokens are grouped by, the names of the groups, counts [G, E]): by class if it is known, or by token."""
+    tables = [
+        record["layers"].get(layer.name, {}).get("class_expert") for record in run.records if record["split"] == "eval"
+    ]
+    if tables and tables[-1] and len(tables[-1][0]) == layer.experts:
+        return "class", range(len(tables[-1])), torch.tensor(tables[-1], dtype=torch.float64)
+    if layer.labels is not None:
+        classes = int(layer.labels.max()) + 1
+        return "class", range(classes), layer.counts(layer.labels, classes).double()
+    if _is_told(sample, layer):
+        texts, id_BS = _ids(sample.texts)
+        return "token", texts, layer.counts(id_BS, len(texts)).double()
+    return "", (), None
+
+
+def _ids(texts):
+    """(the different texts, [B, S]: the index of each)."""
+    known = sorted({text for tokens in texts for text in tokens})
+    places = {text: at for at, text in enumerate(known)}
+    return known, torch.tensor([[places[text] for text in tokens] for tokens in texts])
+
+
+def _bits(counts_GE, expert):
+    """D(expert) in bits, minus its bias, at least 0; None without a choice."""
+    if counts_GE is None or not counts_GE[:, expert].sum():
+        return None
+    count_G, all_G = counts_GE[:, expert], counts_GE.sum(1)
+    p_G, q_G = count_G / count_G.sum(), all_G / all_G.sum()
+    bits = torch.special.xlogy(p_G, p_G / q_G.clamp(min=1e-300)).sum() / torch.tensor(2.0).log()
+    bias = ((count_G > 0).sum() - 1) / (2 * count_G.sum() * torch.tensor(2.0).log())
+    return float((bits - bias).clamp(min=0))
+
+
+def _classes(names, counts_GE, expert):
+    """The classes that an expert gets most, in a sentence."""
+    count_G = counts_GE[:, expert]
+    if not count_G.sum():
+        return []
+    best = count_G.argsort(descending=True, stable=True)[:CLASSES].tolist()
+    shares = (f"{names[at]} ({_percent(float(count_G[at] / count_G.sum()))})" for at in best if count_G[at])
+    return [f"classes: {', '.join(shares)}"]
+
+
+def _pictures(images, layer, most):
+    """The mean image of each expert and those with the largest gates, as arguments of its card."""
+    gates_BE = layer.gates()
+    for expert in range(layer.experts):
+        gate_B = gates_BE[:, expert]
+        if not gate_B.any():
+            yield {"lines": ["no image of the sample"]}
+            continue
+        weight = gate_B.view(-1, *[1] * (images.dim() - 1))
+        mean = ((images * weight).sum(0) / weight.sum()).round().to(torch.uint8)
+        best = [at for at in gate_B.argsort(descending=True, stable=True)[:most].tolist() if gate_B[at] > 0]
+        shots = [(png(images[at].numpy()), f"{_label(layer, at)}{float(gate_B[at]):.2f}") for at in best]
+        yield {"pictures": [(png(mean.numpy()), "mean"), *shots]}
+
+
+def _label(layer, at):
+    """The class of an image, if it is known, before its gate."""
+    return "" if layer.labels is None or layer.labels.shape[1] != 1 else f"{int(layer.labels[at, 0])}: "
+
+
+def _words(texts, layer):
+    """The characteristic tokens of each expert and the places with its largest gates, as arguments of its card."""
+    known, id_BS = _ids(texts)
+    expert_TK = layer.expert.flatten(0, 1).long().numpy()
+    found = characteristic(id_BS.flatten().numpy(), expert_TK, layer.experts, TOKENS)
+    for expert in range(layer.experts):
+        gate_BS = torch.where(layer.expert == expert, layer.gate.float(), 0).sum(-1)
+        contexts = [*_contexts(texts, gate_BS)]
+        tokens = [
+            (known[one["id"]], f"lift {one['lift']:.1f}: {one['count']} of {one['of']} chose this expert")
+            for one in found[expert]
+        ]
+        yield {"tokens": tokens, "contexts": contexts, "lines": [] if contexts else ["no token of the sample"]}
+
+
+def _contexts(texts, gate_BS):
+    """The places with the largest gates, each of another token."""
+    told, length = set(), gate_BS.shape[1]
+    for place in gate_BS.flatten().argsort(descending=True, stable=True).tolist():
+        row, at = divmod(place, length)
+        gate, tokens = float(gate_BS[row, at]), texts[row]
+        if not gate or len(told) == CONTEXTS:
+            return
+        if tokens[at] not in told:
+            told.add(tokens[at])
+            before, after = "".join(tokens[max(at - BEFORE, 0) : at]), "".join(tokens[at + 1 : at + 1 + AFTER])
+            yield before, tokens[at], after, f"gate {gate:.2f}"
+
+
+def _percent(share):
+    return "-" if share is None else f"{100 * share:.1f} %"
