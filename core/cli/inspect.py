@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import UsageError, listed, visible
-from ..files import write_atomically
-from .flags import flags, json_flag, model_and_texts, quiet_flag, texts_of, wide_flag
+from .figures import write_file
+from .flags import check_target, flags, html_flag, json_flag, model_and_texts, quiet_flag, texts_of, wide_flag
 from .output import echo, echo_json
 
 if TYPE_CHECKING:
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from ..pretrained.inspecting import EngineInspector, Inspector, Passage
 
 LENGTH = 512  # tokens of a window, unless the model takes fewer
-COLUMNS = ("layer", "active", "cv", "maxvio", "entropy", "top prob", "router H", "margin", "labels", "verdict")
-TOLD = 6  # pairs of labels that are told
 
 
 @click.command("inspect", short_help="See what the experts of a checkpoint do on texts.")
@@ -37,7 +35,7 @@ TOLD = 6  # pairs of labels that are told
 )
 @click.option("--batch", type=click.IntRange(1), default=4, show_default=True, help="Windows at a time.")
 @flags("device")
-@click.option("--html", type=click.Path(path_type=Path), help="Write a page here.")
+@html_flag
 @click.option("--trace", type=click.Path(path_type=Path), help="Write a trace here, for replay.")
 @click.option("--counts", type=click.Path(path_type=Path), help="Write a CSV file here, for routing-stats.")
 @quiet_flag
@@ -86,8 +84,8 @@ def inspect(
     """
     files, names = texts_of(texts, more), list(labels)
     indices, names = _labels(files, names)
-    for flag, path in (("--html", html), ("--trace", trace), ("--counts", counts)):
-        _check_target(flag, path)
+    for flag, path in (("--trace", trace), ("--counts", counts)):
+        check_target(flag, path)
     inspector, passages, tokenizer, about = _run(
         folder, files, indices, names, tokens, length, batch, device, trace is not None, quiet
     )
@@ -99,11 +97,11 @@ def inspect(
     if trace is not None:
         inspector.trace.write(trace)
     if counts is not None:
-        _write(counts, counts_csv(report))
+        write_file(counts, counts_csv(report).encode(), "--counts")
     if html is not None:
         from ..pretrained.inspection_page import page_of
 
-        _write(html, page_of(report, notes))
+        write_file(html, page_of(report, notes).encode(), "--html")
     if as_json:
         echo_json({**report, "notes": notes}, 1)
         return
@@ -125,13 +123,6 @@ def _labels(files: Sequence[Path], given: Sequence[str]) -> tuple[list[int], lis
     each = list(given) or [str(file) if short.count(file.name) > 1 else file.name for file in files]
     names = list(dict.fromkeys(each))
     return [names.index(name) for name in each], names
-
-
-def _check_target(flag: str, path: Path | None) -> None:
-    """Refuse a file that can't be written before the model runs."""
-    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-        why = "is a folder" if path.is_dir() else "is in a folder that does not exist"
-        raise UsageError(f"{flag} {path} {why}; name a file", code="unwritable-file")
 
 
 # -- the run -------------------------------------------------------------------------------------------------
@@ -189,13 +180,6 @@ def _window(model: Any, length: int | None) -> int:
     return length or min(LENGTH, longest)
 
 
-def _write(path: Path, text: str) -> None:
-    try:
-        write_atomically(path, text.encode())
-    except OSError as error:
-        raise UsageError(f"{path} can't be written: {error.strerror}", code="unwritable-file") from error
-
-
 # -- what is shown -------------------------------------------------------------------------------------------
 
 
@@ -209,35 +193,18 @@ def _limits(report: dict[str, Any], tokens: int) -> list[str]:
 
 
 def _show(report: dict[str, Any], notes: Sequence[str], wide: bool) -> None:
-    from ..pretrained.inspection import contrasts, preferences
-    from ..pretrained.inspection_page import farthest, grouped, short_names
-    from ..run.forms import fixed, shown
+    from ..pages.blocks import grouped
+    from ..pretrained.inspection_page import label_lines, layers_table
     from .tables import print_line, table
 
-    rows, several = report["layers"], len(report["labels"]) > 1
-    short = short_names([row["layer"] for row in rows])
-    lines = []
-    for row in rows:
-        sure = row["router"]
-        values = [row["cv"], row["maxvio"], row["entropy"], *sure.values(), farthest(row) if several else None]
-        numbers = [shown("", value) for value in values]
-        verdict = (row["verdict"] or {}).get("name", "-")
-        lines.append([short[row["layer"]], f"{row['active']}/{row['experts']}", *numbers, verdict])
-    table(COLUMNS, lines, wide=wide, first=("active", "verdict"))
+    layers = layers_table(report)
+    table(layers.columns, layers.rows, wide=wide, first=("active", "verdict"))
     for finding in grouped(report["findings"]):
-        layers = f"{len(finding['layers'])} of {len(rows)} layers, worst {finding['layers'][0]}"
+        where = f"{len(finding['layers'])} of {len(report['layers'])} layers, worst {finding['layers'][0]}"
         advice = f"; {finding['advice']}" if finding["advice"] else ""
-        print_line(visible(f"{finding['name']}: {layers}: {finding['why']}{advice}"))
-    if several:
-        pairs = sorted(contrasts(report), key=lambda one: -one["bits"])
-        for one in pairs[:TOLD]:
-            bits = f"{fixed(one['bits'], 3)} bits (by chance {fixed(one['by_chance'], 3)})"
-            print_line(visible(f"{' and '.join(one['pair'])} differ most in {one['layer']}: {bits}"))
-        if len(pairs) > TOLD:
-            print_line(f"and {len(pairs) - TOLD} more pairs of labels, which differ less; --json has all")
-        for one in preferences(report):
-            much = f"{one['lift']:.2g} times as often as all, {one['share']:.0%} of its choices"
-            print_line(visible(f"{one['label']} prefers expert {one['expert']} of {one['layer']}: {much}"))
+        print_line(visible(f"{finding['name']}: {where}: {finding['why']}{advice}"))
+    for line in label_lines(report):
+        print_line(line)
     print_line(f"{report['tokens']:,} tokens in windows of {report['length']}")
     for note in notes:
         print_line(visible(note))

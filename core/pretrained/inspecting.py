@@ -66,15 +66,16 @@ def _passage(tokenizer: Any, file: Path, label: int, most: int) -> Passage:
 class Layer:
     """What one layer decided, token by token in the order of the passages.
 
-    choices: [T, K] of each forward, best first. tokens: their number. sums: over tokens, of the largest probability,
-    of the entropy in nats and of the margin. differing: choices that are not among the top K of the scores. sure_EM,
-    place_EM: an expert's most probable tokens, and where they are.
+    choices, gates: [T, K] of each forward, best first. tokens: their number. sums: over tokens, of the largest
+    probability, of the entropy in nats and of the margin. differing: choices that are not among the top K of the
+    scores. sure_EM, place_EM: an expert's most probable tokens, and where they are.
     """
 
     name: str
     experts: int
     top_k: int
     choices: list[Array] = attrs.field(factory=list)
+    gates: list[Array] = attrs.field(factory=list)
     tokens: int = 0
     sums: Array = attrs.field(factory=lambda: np.zeros(3))
     differing: int = 0
@@ -89,6 +90,11 @@ class Layer:
     def expert_TK(self) -> Array:
         """[T, K]: the chosen experts, best first."""
         return np.concatenate(self.choices)
+
+    @property
+    def gate_TK(self) -> Array:
+        """[T, K]: the gate of each choice, in half precision, to be looked at."""
+        return np.concatenate(self.gates)
 
     def sure(self) -> dict[str, float | None]:
         """How sure the router is: the mean of the largest probability, of the entropy over ln E, and of the margin."""
@@ -110,6 +116,8 @@ class Layer:
             raise UsageError(f"{sentence}; inspect reads routers with a top K", code="not-a-top-k")
         expert_TK = plan.expert.view(len(probs_TE), self.top_k)
         self.choices.append(expert_TK.cpu().numpy().astype(np.int32))
+        gate_TK = plan.weight.detach().view_as(expert_TK).float()
+        self.gates.append(gate_TK.cpu().numpy().astype(np.float16))
         best_TK = (probs_TE if scores_TE is None else scores_TE).topk(min(self.top_k + 1, self.experts), dim=-1).values
         margin_T = best_TK[:, self.top_k - 1] - best_TK[:, -1]
         if scores_TE is None:

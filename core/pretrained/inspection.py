@@ -130,14 +130,17 @@ def _contexts(
 def _sample(
     layers: Sequence[Layer], passages: Sequence[Passage], labels: Sequence[str], words: Words
 ) -> list[dict[str, Any]]:
-    """The first tokens of each label's first passage, and the first expert of each in every layer."""
+    """The first tokens of each label's first passage, and for every layer the experts and gates of each token."""
     starts = np.cumsum([0, *(len(passage.id_T) for passage in passages)])
     out = []
     for label, name in enumerate(labels):
         at = next(at for at, passage in enumerate(passages) if passage.label == label)
         id_T = passages[at].id_T[:SAMPLE]
-        firsts = [layer.expert_TK[starts[at] : starts[at] + len(id_T), 0].tolist() for layer in layers]
-        out.append({"label": name, "tokens": [words.of(int(token)) for token in id_T], "first": firsts})
+        here = slice(starts[at], starts[at] + len(id_T))
+        experts = [layer.expert_TK[here].tolist() for layer in layers]
+        gates = [np.round(layer.gate_TK[here].astype(float), 4).tolist() for layer in layers]
+        tokens = [words.of(int(token)) for token in id_T]
+        out.append({"label": name, "tokens": tokens, "experts": experts, "gates": gates})
     return out
 
 

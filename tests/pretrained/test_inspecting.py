@@ -153,12 +153,15 @@ def test_characteristic_tokens_and_contexts(capsys, decided):
         assert surest["before"] + surest["token"] + surest["after"] in TEXTS[surest["label"]]
 
 
-def test_the_sample_has_each_tokens_first_expert(capsys, decided):
+def test_the_sample_has_each_tokens_experts_and_gates(capsys, decided):
     report = inspected(capsys, "--text", "prose.txt", "code.py")
     for one in report["sample"]:
         assert "".join(one["tokens"]) == TEXTS[one["label"]][: len(one["tokens"])]
-        for at, first in enumerate(one["first"]):
-            assert first == decided[at][one["label"]][1][: len(first), 0].tolist()
+        for at, (experts, gates) in enumerate(zip(one["experts"], one["gates"], strict=True)):
+            p_TE, chosen_TK = decided[at][one["label"]]
+            assert experts == chosen_TK[: len(experts)].tolist()
+            kept_TK = np.take_along_axis(p_TE, chosen_TK, 1)[: len(experts)]
+            assert np.allclose(gates, kept_TK / kept_TK.sum(1, keepdims=True), atol=1e-3)
 
 
 def test_texts_of_one_label_are_counted_together(capsys):
@@ -254,7 +257,7 @@ def test_every_limit_is_told(capsys, here):
     out = capsys.readouterr().out
     assert "only the first 30 tokens of prose.txt were read; --tokens reads more" in out
     assert "30 tokens in windows of 64" in out
-    assert "only the first 30 tokens of prose.txt were read" in (here / "x.html").read_text()
+    assert "Only the first 30 tokens of prose.txt were read; --tokens reads more." in (here / "x.html").read_text()
     assert main(["inspect", "model", "--text", "prose.txt", "--tokens", "100000"]) == 0
     assert "first" not in capsys.readouterr().out
 
@@ -280,12 +283,12 @@ def test_a_page_of_a_large_model_stays_small(capsys, monkeypatch):
 
     report = inspected(capsys, "--text", "prose.txt", "code.py")
     whole = inspection_page.page_of(report, [])
-    assert "to stay small" not in whole
+    assert "To stay small" not in whole
     for part in (0.95, 0.8):
         monkeypatch.setattr(inspection_page, "LARGEST", part * len(whole.encode()))
         page = inspection_page.page_of(report, [])
         assert len(page.encode()) < part * len(whole.encode())
-        assert "to stay small, this page shows" in page
+        assert "To stay small, this page shows" in page
 
 
 def test_visible():
