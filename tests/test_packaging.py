@@ -99,7 +99,6 @@ def test_the_wheel_holds_every_source_file(wheel):
                 "summary.json",
                 "model.safetensors",
                 "report.html",
-                "plots",
                 "checkpoints",
             },
             marks=pytest.mark.long,

@@ -54,7 +54,7 @@ def run(
         moe-engine run --config runs/A/config.toml --seed 1
 
     The folder gets config.toml, metrics.jsonl, checkpoints, summary.json,
-    model.safetensors, plots and report.html. Ctrl-C stops the run after the
+    model.safetensors and report.html. Ctrl-C stops the run after the
     current step; `moe-engine resume RUN` continues it.
     """
     file_flags, file_settings = read_config(config)
