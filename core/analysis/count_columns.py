@@ -99,7 +99,7 @@ def no_counts(file: str, names: Sequence[str]) -> UsageError:
     """The error for a file in which no name stands for counts."""
     return UsageError(
         f"{file} has no counts: it needs columns expert0, expert1, ... or e0, e1, ... or both expert and count, and "
-        f"has {listed(names)[:120]}{looks_like(names)}",
+        f"has {listed(names)[:120] or 'none'}{looks_like(names)}",
         code="no-count-columns",
     )
 

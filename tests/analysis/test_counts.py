@@ -639,6 +639,10 @@ def test_a_hundred_thousand_columns_are_refused_at_once(tmp_path, form):
         ("[1, 2]", "FILE, record 1: '1' is not an object of names and numbers"),
         ("[]", "FILE holds no rows of counts"),
         ("{}", "FILE holds no rows of counts"),
+        (
+            "[{}]",
+            "FILE has no counts: it needs columns expert0, expert1, ... or e0, e1, ... or both expert and count, and",
+        ),
         ('{"a": {"train": [1, -2]}}', "FILE, record 'a', 'train': e1 is '-2', and a count is never below 0"),
         ('{"a": {"train": {"x": 1}}}', "FILE has no counts: it needs columns expert0"),
         ('{"e0": 1}\n{"e0": 2}\n{"e0":', "FILE, line 3: this is not JSON: Expecting value"),

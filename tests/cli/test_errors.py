@@ -517,6 +517,12 @@ def test_a_run_folder_that_is_not_there_is_refused(refusal, here, finished, name
     check(refusal("compare", finished, name), name)
 
 
+@pytest.mark.parametrize("command", [["replay"], ["resume"], ["view"], ["export", "x"]])
+def test_a_name_that_is_too_long_is_refused_by_every_command(refusal, command):
+    """Bad input, though the operating system says so."""
+    check(refusal(*command, "x" * 300), "x" * 300)
+
+
 def test_a_run_folder_with_an_impossible_name_is_refused(refusal):
     """No file system holds a name of 300 characters."""
     check(refusal("compare", "x" * 300), "x" * 300)
@@ -570,6 +576,25 @@ def test_checksums_of_nonsense_do_not_make_it_sense(refusal, copied, name, conte
     else:
         pytest.skip("it is not an object, so it has no checksum")
     check(refusal("compare", copied), copied, "damaged")
+
+
+@pytest.mark.parametrize("change", [{"top_k": "x"}, {"top_k": [1]}, {"name": 3}, {"name": None}])
+def test_a_layer_of_nonsense_with_the_right_checksum_is_refused(refusal, copied, change):
+    """By the command that computes with what it says."""
+    summary = json.loads((copied / "summary.json").read_text("utf-8"))
+    del summary["sha256"], summary["files"]
+    summary["layers"][0] |= change
+    forge(copied, summary)
+    check(refusal("routing-stats", copied), copied)
+
+
+@pytest.mark.parametrize("load", ["3", "[[1, 2], [3, 4]]", "[1, NaN]", "[1, -1]", '["a"]', "[1e999, 1]"])
+def test_a_load_of_nonsense_with_the_right_checksum_is_refused(refusal, copied, load):
+    """No run writes it, and JSON allows some of it."""
+    text = (copied / "metrics.jsonl").read_text("utf-8")
+    (copied / "metrics.jsonl").write_text(re.sub(r'"load": \[[^]]*\]', f'"load": {load}', text), "utf-8")
+    forge(copied)
+    check(refusal("routing-stats", copied), copied)
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "config.toml", "summary.json"])

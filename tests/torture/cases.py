@@ -11,8 +11,9 @@ from torture.shim import Strike, command
 
 RUN = (
     *("run", "--task", "blobs", "--set", "blobs.images=64", "--set", "blobs.test_images=16", "--batch-size", "16"),
-    *("--plugins", "saturation,switch_aux,schedule,split", "--set", "schedule.every=2", "--experts", "2"),
-    *("--epochs", "1", "--log-every", "1", "--checkpoint-every", "1", "--no-plugin", "plots,html", "--quiet"),
+    *("--plugins", "noisy_topk,saturation,switch_aux,schedule,split", "--set", "schedule.every=2", "--experts", "2"),
+    *("--epochs", "2", "--steps", "6", "--log-every", "2", "--checkpoint-every", "1"),  # sums outlast checkpoints
+    *("--no-plugin", "plots,html", "--quiet"),
 )
 ERRORS = ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EIO", "EMFILE")
 
@@ -59,12 +60,12 @@ def whole(folder):
 
 
 def halfway(folder, done):
-    """The folder of a run that was killed in its third save: it holds a record that no checkpoint knows, and leftovers.
+    """The folder of a run that was killed in its fourth save: it holds records that no checkpoint knows, and leftovers.
 
     Returns the operations that resuming it does on the disk.
     """
     saves = [at for at, what in enumerate(done, 1) if what == "mkdir"]  # the first one is that of the folder
-    outcome = command([*RUN, "--out", folder], Strike(saves[3] + 2, "half"))
+    outcome = command([*RUN, "--out", folder], Strike(saves[4] + 2, "half"))
     assert outcome.code == -signal.SIGKILL and len(list(folder.glob("checkpoints/step-*"))) == 2, outcome
     copy = folder.with_name(f"{folder.name} resumed")
     shutil.copytree(folder, copy)
