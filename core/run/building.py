@@ -13,6 +13,7 @@ from ..errors import UsageError, listed
 from ..processes import world_size
 from ..seeds import generator
 from .config import RunConfig
+from .sample import shown
 
 # options of a run that shape layers
 LAYER_OPTIONS = (
@@ -49,8 +50,23 @@ def build_task(config: RunConfig, engine: Engine) -> Task:
     for bound in engine.plugins.bind("moe_task"):
         if bound.plugin == config.task:
             task: Task = engine.plugins.ask(bound, Task, {"spec": _task_spec(config)})
+            _check_show(config, engine, task)
             return task
     raise UsageError(f"task '{config.task}' is left out by --no-plugin, or does not implement moe_task", code="no-task")
+
+
+def _check_show(config: RunConfig, engine: Engine, task: Task) -> None:
+    """Raise UsageError for a task whose `show` can't be kept, which a run would else find out at its end."""
+    if config.no_sample:
+        return
+    try:
+        shown(task, torch.zeros(1, dtype=torch.long))
+    except UsageError as error:
+        raise UsageError(f"task '{config.task}': {error}", code=error.code) from error
+    except Exception as error:
+        who = engine.culprit(error) or f"task '{config.task}'"
+        message = f"{who} failed in Task.show: {type(error).__name__}: {error}; mend it, or run with --no-sample"
+        raise UsageError(message, code="bad-show") from error
 
 
 def build_model(config: RunConfig, engine: Engine, task: Task, device: torch.device) -> nn.Module:

@@ -68,19 +68,24 @@ def _texts(sample: Sample, texts: Sequence[Sequence[str]], layers: Mapping[str, 
     room = max(1, min(TOKENS, SHOWN // choices))
     part = sample.part(max(1, room // min(length, PASSAGE)), min(PASSAGE, room))
     assert part.texts is not None
-    tokens = [token for passage in part.texts for token in (*passage, "")][:-1]
+    if length > 1:
+        tokens = [token for passage in part.texts for token in (*passage, "")]
+    else:
+        tokens = [f"{token} " for (token,) in part.texts]
     kept = {layer.name: layer for layer in part.layers}
     chosen = {name: [*_apart(kept[name])] for name in fitting}
-    title = f"{len(part.rows)} passages of the test set, each token in the colour of its first expert"
+    what = "passages" if length > 1 else "samples"
+    title = f"{len(part.rows)} {what} of the test set, each token in the colour of its first expert"
     yield Words(title, tokens, chosen)
 
 
 def _apart(layer: SampledLayer) -> Iterator[Choices]:
-    """The choices of each token, and none at the breaks between samples."""
-    for at, choices in enumerate(_choices(layer)):
-        if at and at % layer.expert.shape[1] == 0:
-            yield []
+    """The choices of each token, and none at the end of each sample of several tokens."""
+    length = layer.expert.shape[1]
+    for at, choices in enumerate(_choices(layer), 1):
         yield choices
+        if length > 1 and at % length == 0:
+            yield []
 
 
 def _choices(layer: SampledLayer) -> Iterator[Choices]:

@@ -9,6 +9,8 @@ from ..contract.traits import trial_options_of
 from ..engine.engine import Engine
 from ..errors import PluginError, UsageError
 from ..layer.moe import MoE
+from ..layer.probing import evaluating, uncounted
+from ..run.sample import shown
 from ..run.training import adam
 from .bench import DIM, HIDDEN, Bench
 from .claims import NotApplicable, claim, demand
@@ -150,6 +152,27 @@ def evaluation_is_deterministic(bench: Bench) -> None:
         for name, value in trial.score().items():
             again = trial.score()[name]
             demand(same_bits(value, again), f"'{name}' differs the second time; draw no random numbers in eval mode")
+
+
+@claim("moe_task")
+def shows_what_its_layers_see(bench: Bench) -> None:
+    """Of each row a task shows an image, or the texts of as many tokens as a layer sees, or nothing."""
+    trial = _trial(bench)
+    if trial.task.show is None:
+        raise NotApplicable("it shows nothing; Task.show lets reports show its data")
+    rows = torch.arange(min(ROWS, len(trial.task.test[0])))
+    try:
+        _, texts = shown(trial.task, rows)
+    except UsageError as error:
+        demand(False, str(error))
+    if texts is None:
+        return
+    with torch.no_grad(), evaluating(trial.model), uncounted(trial.engine.layers):
+        trial.task.score(trial.model, tuple(column[rows] for column in trial.task.test))
+        seen = {len(routing.tokens.x) for layer in trial.engine.layers for routing in layer.watched or ()}
+    told = {len(tokens) for tokens in texts}
+    fits = len(told) == 1 and len(rows) * max(told) in seen
+    demand(fits, f"it shows {sorted(told)} tokens of a row, of {len(rows)} rows whose layers see {sorted(seen)} in all")
 
 
 @claim("moe_task")

@@ -334,6 +334,31 @@ class HasNoLayer(Points):
     net = Dense
 
 
+class ShowsPoints(Points):
+    """Points with what people see of them."""
+
+    @hookimpl
+    def moe_task(self, spec):
+        train, test = self.data()
+        return Task(train, test, model=self.net, score=self.score, show=self.show)
+
+
+@fault("shows_what_its_layers_see", message="it shows [2] tokens of a row, of 32 rows whose layers see [32] in all")
+class ShowsTooMuch(ShowsPoints):
+    """Two texts for each point, which is one token."""
+
+    def show(self, batch):
+        return [["left", "right"] for _ in batch[0]]
+
+
+@fault("shows_what_its_layers_see", message="Task.show is wrong: it has images torch.float32 [32, 2, 3] of 32 samples")
+class ShowsNumbers(ShowsPoints):
+    """Pictures that are not bytes."""
+
+    def show(self, batch):
+        return batch[0].view(-1, 2, 3)
+
+
 @fault("score_is_a_differentiable_mean", message="take a mean")
 class SumsLosses(Points):
     """The sum over the batch."""
