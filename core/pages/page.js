@@ -124,14 +124,18 @@ function words(box) {
   chips.className = "chips";
   names.forEach((name) => { const option = added(select, "option"); option.value = option.textContent = name; });
   select.value = data.opened; select.setAttribute("aria-label", "layer");
-  box.querySelector("h3").after(label, chips);
+  const tip = document.createElement("p"), quiet = "Point at one for its experts and gates.", sample = box.querySelector(".sample");
+  tip.className = "tip"; tip.textContent = quiet;
+  box.querySelector("h3").after(label, chips, tip);
+  sample.onpointerover = (event) => { const token = event.target.closest(".sample span"); tip.textContent = (token && token.dataset.told) || quiet; };
   const draw = () => {
     const chosen = data.layers[select.value], used = new Set();
     tokens.forEach((token, at) => {
       const choices = chosen[at] ?? [];
       token.style.background = choices.length ? "" : "none";
       if (choices.length) { token.style.setProperty("--h", hue(choices[0][0])); used.add(choices[0][0]); }
-      token.title = choices.map(([expert, gate]) => `expert ${expert}: gate ${gate}`).join("\n");
+      token.dataset.told = choices.map(([expert, gate]) => `expert ${expert}: gate ${gate}`).join(", ");
+      token.title = token.dataset.told.replaceAll(", ", "\n");
     });
     chips.replaceChildren();
     [...used].sort((a, b) => a - b).forEach((expert) => { const chip = added(chips, "span"); chip.textContent = expert; chip.style.setProperty("--h", hue(expert)); });

@@ -11,14 +11,12 @@ from .sample import CHOICES, FILE, Sample, SampledLayer, read_sample
 TOKENS, PASSAGE, IMAGES = 640, 160, 64  # that are shown: tokens, of one sample at most, and images
 SHOWN = 60_000  # choices of all layers that are shown
 
-NOTE = "Point at a token or an image for all of its choices and their gates."
-
 Choices = list[tuple[int, float]]
 
 
 def sample_section(run: Run, names: Sequence[str]) -> Section:
     """A sample of the test set by its first experts, in every layer; names: the layers, that to open first first."""
-    return Section("Which expert gets what", [*_blocks(run, names)], NOTE)
+    return Section("Which expert gets what", [*_blocks(run, names)])
 
 
 def _blocks(run: Run, names: Sequence[str]) -> Iterator[Block]:

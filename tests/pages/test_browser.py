@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from moe_engine.pages.blocks import Chart, Heat, Mark, Page, Section
+from moe_engine.pages.blocks import Chart, Heat, Mark, Page, Section, Words
 from moe_engine.pages.page import html_of
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs Playwright")
@@ -29,6 +29,9 @@ PAGE = Page(
                     "load", ["first", "second"], [("step 1", [[0.5, 1.5], [1, 1]]), ("step 2", [[1, 1], [0.25, 1.75]])]
                 ),
             ],
+        ),
+        Section(
+            "Tokens", [Words("text", ["un", "do"], {"a": [[(1, 0.75), (2, 0.25)], []], "b": [[(2, 1)], [(3, 1)]]})]
         ),
         Section("Layer", [Chart("cv", {"cv": ((1, 2), (0.1, 0.2))})], folded=True),
     ],
@@ -96,6 +99,21 @@ def test_the_slider_moves_through_the_steps(page):
     assert label.inner_text() == "step 1"
     point(page, "figure.heat canvas", 0.95, 0.25)
     assert page.locator("figure.heat .tip").inner_text() == "layer first, expert 1: 1.50 of an even share"
+
+
+def test_pointing_at_a_token_tells_its_experts_and_gates_in_the_chosen_layer(page):
+    tokens, tip = page.locator(".sample span"), page.locator(".words .tip")
+    tokens.nth(0).hover()
+    assert tip.inner_text() == "expert 1: gate 0.75, expert 2: gate 0.25"
+    tokens.nth(1).hover()
+    assert "expert" not in tip.inner_text().replace("experts", "")
+    colour = "element => getComputedStyle(element).backgroundColor"
+    assert tokens.nth(1).evaluate(colour) == "rgba(0, 0, 0, 0)"
+    page.locator(".words select").select_option("b")
+    tokens.nth(1).hover()
+    assert tip.inner_text() == "expert 3: gate 1"
+    assert tokens.nth(1).evaluate(colour) != "rgba(0, 0, 0, 0)"
+    assert page.locator(".words .chips span").all_inner_texts() == ["2", "3"]
 
 
 def test_what_is_folded_is_drawn_when_it_is_opened(page):
