@@ -15,7 +15,7 @@ from pathlib import Path
 import attrs
 import pytest
 
-from torture.shim import INSTALLED  # which imports what the short form needs, once
+import torture.shim  # noqa: F401 (imports what the short form needs once, not in each fork)
 
 SHORT = [str(Path(__file__).with_name(name)) for name in ("test_runs.py", "test_commands.py")]
 PYTEST = ("-x", "-q", "--assert=plain", "-p", "no:cacheprovider", "-p", "no:xdist")
@@ -139,12 +139,17 @@ FAULTS = (
         "self._files()[-2:]",
         "self._files()[-1:]",
     ),
-    Fault("what is not finite is saved", "run.training:Training._save", "self._finite.check", "(lambda *_: None)"),
+    Fault(
+        "what is not finite is saved",
+        "run.training:Training._save",
+        "self._finite.",
+        "__import__('unittest.mock').mock.Mock().",
+    ),
     Fault(
         "what a killed start leaves is refused",
         "run.folder:_is_leftover",
-        "return path.name == MARK",
-        "return False and path.name == MARK",
+        "metrics.jsonl",
+        "no such file",
     ),
     Fault(
         "a folder that was replaced is not noticed",
@@ -157,7 +162,7 @@ FAULTS = (
 
 def main(*words):
     """Plant each fault, or those whose descriptions hold these words; returns 1 if one is not found."""
-    missed = 0 if INSTALLED else 1
+    missed = 0
     for fault in FAULTS:
         if not words or any(word in fault.what for word in words):
             found = fault.found_by()

@@ -6,7 +6,8 @@ import shutil
 import attrs
 import pytest
 
-from moe_engine import hookimpl
+from moe_engine import UsageError, hookimpl
+from moe_engine.run.checkpoints import DAMAGED
 from moe_engine.run.folder import new_folder, record_file
 from moe_engine.run.trees import read_tree
 from support import refused
@@ -90,6 +91,17 @@ def test_a_damaged_file_of_a_study_is_refused_or_made_again(read):
     for name, how in ((study.names()[0], "digit"), ("study.json", "digit"), ("study.json", "cut off")):
         verdict = damage.damaged(study, place, 1, name, how)
         assert not verdict.wrong, verdict
+
+
+def test_no_bit_of_a_checkpoint_changes_unnoticed(half, tmp_path):
+    """Whether it is of a weight, of a moment that a finished run needs no more, or of the text around them."""
+    draws, content = random.Random(0), max(half[0].glob("checkpoints/step-*")).read_bytes()
+    for at in draws.sample(range(len(content)), 40):
+        changed = content[:at] + bytes([content[at] ^ 1 << draws.randrange(8)]) + content[at + 1 :]
+        (tmp_path / "x").write_bytes(changed)
+        with pytest.raises(UsageError) as caught:
+            read_tree(tmp_path / "x")
+        assert caught.value.code in DAMAGED, at
 
 
 def test_a_damaged_checkpoint_costs_what_came_after_the_one_before(half, tmp_path):
