@@ -13,11 +13,13 @@ from ..errors import RunError, UsageError
 from ..files import write_atomically
 from ..registry.discovery import find, load, pick
 from ..run.config import RunConfig, merge_options
+from .figures import write_page
 from .flags import (
     Decorator,
     address_flag,
     backend_flag,
     flags,
+    html_flag,
     jobs_flag,
     json_flag,
     names,
@@ -57,6 +59,7 @@ def _compared(group: str) -> Decorator:
 @backend_flag
 @address_flag
 @out_flag("Result folder.", "comparisons/TASK")
+@html_flag
 @wide_flag
 @json_flag("the comparison")
 @quiet_flag
@@ -67,6 +70,7 @@ def compare_plugins(
     backend: str,
     address: str | None,
     out: Path | None,
+    html: Path | None,
     wide: bool,
     as_json: bool,
     quiet: bool,
@@ -121,11 +125,11 @@ def compare_plugins(
             raise UsageError(sentence, code="folder-in-the-way")
     with connected(backend, address, jobs) as chosen, Cells(quiet) as cells:
         comparison = compare(planned, range(seeds), folder, jobs, cells.show, chosen)
-    _write(comparison, folder)
+    _write(comparison, folder, html)
     if as_json:
         echo_json(comparison, 2)
     else:
-        _print(comparison, folder, wide)
+        _print(comparison, folder, html, wide)
     return _ending([row for row in comparison["rows"] if row["kind"] != "dense"])
 
 
@@ -150,25 +154,28 @@ def _options(settings: Sequence[str]) -> Settings:
     return options
 
 
-def _write(comparison: Mapping[str, Any], folder: Path) -> None:
-    """Write the three files of the result."""
+def _write(comparison: Mapping[str, Any], folder: Path, html: Path | None) -> None:
+    """Write the three files of the result, and the page where it is asked for."""
     from ..run.figures import compared, figure_bytes
-    from ..study.page import markdown_of
+    from ..study.page import comparison_page, markdown_of
 
     text = json.dumps(comparison, indent=2, allow_nan=False, ensure_ascii=False)
-    figure = figure_bytes(compared(comparison), "png")
-    contents = ((text + "\n").encode(), markdown_of(comparison, RESULTS[2:]).encode(), figure)
+    figure = compared(comparison)
+    contents = ((text + "\n").encode(), markdown_of(comparison, RESULTS[2:]).encode(), figure_bytes(figure, "png"))
     for file, content in zip(RESULTS, contents, strict=True):
         write_atomically(folder / file, content)
+    if html is not None:
+        write_page(html, comparison_page(comparison, figure_bytes(figure, "svg")))
 
 
-def _print(comparison: Mapping[str, Any], folder: Path, wide: bool) -> None:
+def _print(comparison: Mapping[str, Any], folder: Path, html: Path | None, wide: bool) -> None:
     from ..study.tables import legend_of, remarks, tables_of
     from .tables import print_line, table
 
-    for _, columns, lines in tables_of(comparison):
-        table(columns, lines, wide=wide, first=(columns[1], "cv", "verdicts"))
-    for line in (*remarks(comparison), legend_of(comparison), f"figure: {folder / 'comparison.png'}"):
+    for _, part in tables_of(comparison):
+        table(part.columns, part.rows, wide=wide, first=(*part.columns[1:2], "cv", "verdicts"))
+    files = [f"figure: {folder / 'comparison.png'}", *([f"page: {html}"] if html is not None else [])]
+    for line in (*remarks(comparison), legend_of(comparison), *files):
         print_line(line)
 
 

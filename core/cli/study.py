@@ -77,6 +77,7 @@ def study(
     folder = out or Path("results") / (f"{chosen.name}-quick" if quick else chosen.name)
     if check:
         results = _stored(folder, chosen)
+        _write_page(folder, results, _drawn(folder, chosen, results))
     else:
         given = {key: value for key, value in flags.items() if value is not None}
         results = _run(chosen, given, folder, seeds, jobs, (backend, address), quiet)
@@ -130,7 +131,7 @@ def _run(
 ) -> dict[str, Any]:
     from ..study.clusters import connected
     from ..study.figures import figures_of
-    from ..study.page import html_of, markdown_of
+    from ..study.page import markdown_of
     from ..study.results import run_study
     from .progress import Cells
 
@@ -142,8 +143,25 @@ def _run(
         write_atomically(folder / file, content)
     write_atomically(folder / "study.json", (_text(sealed(results)) + "\n").encode())
     write_atomically(folder / "study.md", markdown_of(results, figures).encode())
-    write_atomically(folder / "study.html", html_of(results, figures).encode())
+    _write_page(folder, results, figures)
     return results
+
+
+def _write_page(folder: Path, results: Mapping[str, Any], figures: Mapping[str, bytes]) -> None:
+    from ..pages.page import html_of
+    from ..study.page import study_page
+
+    write_atomically(folder / "study.html", html_of(study_page(results, figures)).encode())
+
+
+def _drawn(folder: Path, study: Any, results: Mapping[str, Any]) -> dict[str, bytes]:
+    """The figures of stored results: those of numbers as they are judged now, those of single runs as they were."""
+    from ..study.figures import figures_of
+
+    again = figures_of(study, results, [])
+    names = [f"{figure.name}.png" for figure in study.figure]
+    stored = {name: read_file(folder / name) for name in names if name not in again and (folder / name).is_file()}
+    return {name: {**stored, **again}[name] for name in names if name in again or name in stored}
 
 
 def _stored(folder: Path, study: Any) -> dict[str, Any]:
@@ -170,10 +188,11 @@ def _print(results: Mapping[str, Any], folder: Path, check: bool, wide: bool) ->
     from .tables import print_line, table
 
     print_line(f"{results['title']}: {results['question']}")
-    for title, columns, lines in () if check else tables_of(results):
+    for title, part in () if check else tables_of(results):
         echo(f"\n{title}")
-        table(columns, lines, wide=wide, first=(columns[1], "cv", "verdicts"))
+        table(part.columns, part.rows, wide=wide, first=(*part.columns[1:2], "cv", "verdicts"))
     if results["criteria"]:
-        table(*criteria_table(results), wide=wide, first=("verdict", "worst", "limit"))
-    for line in (*remarks(results), *(() if check else (legend_of(results), f"page: {folder / 'study.html'}"))):
+        criteria = criteria_table(results)
+        table(criteria.columns, criteria.rows, wide=wide, first=("verdict", "worst", "limit"))
+    for line in (*remarks(results), *(() if check else [legend_of(results)]), f"page: {folder / 'study.html'}"):
         print_line(line)

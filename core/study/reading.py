@@ -81,8 +81,14 @@ def _check(study: Study) -> None:
     for figure in study.figure:
         x = {figure.x: ()} if figure.kind == "against" else {}
         _check_names(study, f"figure '{figure.name}'", {**figure.where, **x})
+        _check_names(study, f"figure '{figure.name}'", figure.lines)
     for row in study.published:
-        _check_names(study, f"published '{row.name}'", {"part": (row.part,)})
+        at = {axis: (choice,) for axis, choice in row.at.items()}
+        _check_names(study, f"published '{row.name}'", {"part": (row.part,), **at})
+    _check_names(study, "quick.titles", {"part": tuple(study.quick.titles)})
+    if unknown := study.quick.figures.keys() - {figure.name for figure in study.figure}:
+        message = f"study {study.name}, quick.figures: there is no figure '{min(unknown)}'"
+        raise UsageError(message, code="unknown-figure")
     _check_plugins(study)
 
 

@@ -49,12 +49,16 @@ class StudyPart:
 
 @attrs.frozen
 class Published:
-    """A published row, shown above the measured ones and never mixed with them. source: where it was published."""
+    """A published row, shown above the measured ones and never mixed with them.
+
+    source: where it was published. at: its choices by axis, where figures show it.
+    """
 
     part: str
     name: str
     numbers: dict[str, float]
     source: str = ""
+    at: At = attrs.field(factory=dict)
 
 
 @attrs.frozen
@@ -89,7 +93,7 @@ class FigureSpec:
 
     kind: numbers (quantities next to each other), usage (bars of the test set's load), over_time (load over the first
     seed's run), classes (class by expert), against (a quantity over the choices of axis `x`, one line for each
-    combination of the others).
+    combination of the others). lines: variants that numbers and against draw as lines across, such as a dense model.
     """
 
     name: str = attrs.field(validator=attrs.validators.matches_re(r"[\w-]+"))  # of its file
@@ -98,12 +102,21 @@ class FigureSpec:
     kind: str = attrs.field(validator=attrs.validators.in_(FIGURES))
     quantities: tuple[str, ...] = ()
     x: str = ""
+    lines: dict[str, tuple[str, ...]] = attrs.field(factory=dict)
 
 
 @attrs.frozen
 class Quick:
-    """What --quick changes: fewer choices per axis, shorter runs. Criteria are not judged."""
+    """What --quick changes: fewer choices per axis, shorter runs. Criteria are not judged.
 
+    data: what it trains on. title, titles, figures: of the study, its parts and its figures, where theirs are true of
+    the whole study alone.
+    """
+
+    data: str = ""
+    title: str = ""
+    titles: dict[str, str] = attrs.field(factory=dict)
+    figures: dict[str, str] = attrs.field(factory=dict)
     cross: dict[str, tuple[str, ...]] = attrs.field(factory=dict)
     parts: tuple[str, ...] = ()
     run: dict[str, Any] = attrs.field(factory=dict)
@@ -131,13 +144,22 @@ class Study:
     def shortened(self) -> "Study":
         """The study that --quick runs."""
         kept = [part for part in self.part if not self.quick.parts or part.name in self.quick.parts]
-        parts = tuple(attrs.evolve(part, cross=_fewer(part.cross, self.quick.cross), seeds=None) for part in kept)
+        parts = tuple(
+            attrs.evolve(
+                part,
+                title=self.quick.titles.get(part.name, part.title),
+                cross=_fewer(part.cross, self.quick.cross),
+                seeds=None,
+            )
+            for part in kept
+        )
+        figures = [attrs.evolve(one, title=self.quick.figures.get(one.name, one.title)) for one in self.figure]
         last = Choice((), self.quick.run, self.quick.set)
         axes = {axis: {name: choice + last for name, choice in choices.items()} for axis, choices in self.axis.items()}
-        title = f"{self.title} (quick: short runs, to check that everything works)"
-        return attrs.evolve(
-            self, title=title, part=parts, axis=axes, base=self.base + last, criterion=(), published=(), seeds=1
-        )
+        on = f" on {self.quick.data}" if self.quick.data else ""
+        title = f"{self.quick.title or self.title} (quick: short runs{on}, to check that everything works)"
+        kept_figures = {"figure": tuple(figures), "published": (), "criterion": ()}
+        return attrs.evolve(self, title=title, part=parts, axis=axes, base=self.base + last, seeds=1, **kept_figures)
 
     def variants(self, flags: Mapping[str, Any]) -> Iterator["Planned"]:
         """Every variant with its part and its choice on each axis. flags: of the run; they override the file's."""

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..pages.blocks import Table
 from ..run.forms import FORMATS, Format, fixed
 from .grid import FINISHED, REFUSED
 
@@ -11,7 +12,7 @@ LEGEND = (
     "Ours: mean over the seeds ± half of the 95 % interval (Student's t), on data not trained on; "
     "stream: over the last tenth of the training steps. Published rows are quoted."
 )
-Table = tuple[list[str], list[list[str]]]  # column titles, lines of cells
+TONES = {"passed": 0, "failed": 2}
 
 
 def format_of(quantity: str) -> Format:
@@ -24,8 +25,8 @@ def format_of(quantity: str) -> Format:
     return found._replace(title=" ".join(word for word in words if word))
 
 
-def tables_of(results: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """(title, column titles, lines of cells) of each part: published rows first, then the measured ones."""
+def tables_of(results: Mapping[str, Any]) -> list[tuple[str, Table]]:
+    """(title, table) of each part, published rows first; columns without a number are left out."""
     tables = []
     for part in results["parts"]:
         rows = [row for row in results["rows"] if row["part"] == part["name"]]
@@ -34,7 +35,7 @@ def tables_of(results: Mapping[str, Any]) -> list[tuple[str, list[str], list[lis
         titles = ["", *(shown.title for shown in columns.values()), "verdicts"]
         lines = [[f"published: {row['name']}", *_cells(row, columns), "-"] for row in published]
         lines += [[row["variant"], *_cells(row, columns), _verdicts(row)] for row in rows]
-        tables.append((part["title"], titles, lines))
+        tables.append((part["title"], Table(titles, lines, (0, len(titles) - 1)).filled))
     return tables
 
 
@@ -48,10 +49,10 @@ def _column(quantity: str, rows: Sequence[Mapping[str, Any]]) -> Format:
 
 
 def _cells(row: Mapping[str, Any], columns: Mapping[str, Format]) -> list[str]:
-    return [_cell(row["numbers"].get(name), shown) for name, shown in columns.items()]
+    return [cell(row["numbers"].get(name), shown) for name, shown in columns.items()]
 
 
-def _cell(number: Mapping[str, Any] | float | None, shown: Format) -> str:
+def cell(number: Mapping[str, Any] | float | None, shown: Format) -> str:
     """ "mean ± half" of a measured number, a published value as it is, "-" where there is neither."""
     if number is None:
         return "-"
@@ -77,7 +78,7 @@ def criteria_table(results: Mapping[str, Any]) -> Table:
         ]
         for criterion in results["criteria"]
     ]
-    return ["claim", "verdict", "worst", "limit", "variant"], lines
+    return Table(("claim", "verdict", "worst", "limit", "variant"), lines, (0, 1, 3, 4), tones=TONES)
 
 
 def legend_of(results: Mapping[str, Any]) -> str:
