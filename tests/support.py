@@ -10,7 +10,7 @@ import torch
 from moe_engine import UsageError
 from moe_engine.files import digest, unsealed
 from moe_engine.run.folder import write_summary
-from moe_engine.run.trees import read_tree
+from moe_engine.run.trees import packed, read_tree
 
 
 def ends(folder):
@@ -19,7 +19,8 @@ def ends(folder):
     del summary["seconds"], summary["sha256"], summary["files"]["config.toml"]  # which names its options
     files = [(folder / name).read_bytes() for name in ("metrics.jsonl", "model.safetensors")]
     best = read_tree(folder / "checkpoints" / "best.safetensors")
-    return summary, files, best["loop"]["step"]
+    sample = folder / "sample.safetensors"
+    return summary, files, best["loop"]["step"], packed(read_tree(sample)).sum() if sample.exists() else None
 
 
 @contextmanager

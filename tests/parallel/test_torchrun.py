@@ -8,7 +8,9 @@ import sys
 import time
 
 import pytest
+import torch
 
+from moe_engine import read_sample
 from moe_engine.cli import main
 from moe_engine.parallel import launch
 
@@ -49,6 +51,11 @@ def test_two_ranks_write_the_run_of_one_process(tmp_path, capfd):
     out, err = ranks.communicate(timeout=120)
     assert ranks.returncode == 0, err
     assert_close(records(alone), records(both))
+    samples = [read_sample(folder) for folder in (alone, both)]
+    assert samples[0].rows.tolist() == samples[1].rows.tolist() and len(samples[0].layers) == 1
+    for name in ("expert", "gate", "labels", "nearest"):
+        mine, theirs = (getattr(sample.layers[0], name) for sample in samples)
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
     expected = capfd.readouterr().out.replace(str(alone), str(both))
     assert [line.split(":")[0] for line in out.splitlines()] == [line.split(":")[0] for line in expected.splitlines()]
     assert err.count("test ") == sum(record["split"] == "eval" for record in records(both))  # no word twice

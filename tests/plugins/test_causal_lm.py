@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_engine import TaskSpec
+from moe_engine import TaskSpec, read_sample
 from moe_engine.cli import main
 from moe_engine.plugins.tasks.causal_lm import CausalLM, TextPerplexity
 from moe_engine.run.config import RunConfig
@@ -55,6 +55,11 @@ def test_a_model_learns_and_is_measured_by_text(models, tmp_path, name, options)
     windows = [299 // 16, 199 // 16]
     means = [windows[0] * math.log(measured["perplexity.lower"]), windows[1] * math.log(measured["perplexity.upper"])]
     assert sum(means) / sum(windows) == pytest.approx(run.summary["loss"], rel=1e-5)
+    sample = read_sample(run.folder)
+    assert [len(layer.expert) for layer in sample.layers] == [sum(windows)] * 2
+    test_text = (models / "lower.txt").read_text("utf-8")[-300:]
+    assert sample.rows[0] == 0 and "".join(sample.texts[0]) == test_text[:16]
+    assert sample.layers[0].expert.shape == (sum(windows), 16, 2)
     experts = options.get("upcycle", 8)
     assert [layer["experts"] for layer in run.summary["layers"]] == [experts] * 2
     assert run.config["run"]["experts"] == experts
