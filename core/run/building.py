@@ -42,6 +42,7 @@ def build_engine(config: RunConfig, settings: Settings) -> Engine:
     layer_options = {name: value for name, value in given.items() if value is not None}
     engine = Engine(config.plugins, settings, config.no_plugin, config.task, config.seed, **layer_options)
     engine.check(_task_spec(config))
+    _check_initializers(config, engine)
     return engine
 
 
@@ -88,7 +89,6 @@ def build_model(config: RunConfig, engine: Engine, task: Task, device: torch.dev
             raise UsageError(message, code="model-not-built") from error
     engine.attach(model)
     _check_sizes(config, engine)
-    _check_initializers(config, engine)
     if not engine.layers and not config.dense:
         raise UsageError(f"the model of task '{config.task}' has no MoE layer", code="no-moe-layer")
     return model
