@@ -158,8 +158,8 @@ class Study:
         axes = {axis: {name: choice + last for name, choice in choices.items()} for axis, choices in self.axis.items()}
         on = f" on {self.quick.data}" if self.quick.data else ""
         title = f"{self.quick.title or self.title} (quick: short runs{on}, to check that everything works)"
-        kept_figures = {"figure": tuple(figures), "published": (), "criterion": ()}
-        return attrs.evolve(self, title=title, part=parts, axis=axes, base=self.base + last, seeds=1, **kept_figures)
+        shorter = attrs.evolve(self, title=title, part=parts, axis=axes, base=self.base + last, seeds=1)
+        return attrs.evolve(shorter, figure=tuple(figures), published=(), criterion=())
 
     def variants(self, flags: Mapping[str, Any]) -> Iterator["Planned"]:
         """Every variant with its part and its choice on each axis. flags: of the run; they override the file's."""
