@@ -1,16 +1,22 @@
 """Reports: their files contain what was recorded."""
 
+import base64
 import csv
 import importlib.util
+import io
 import json
+import re
 
 import attrs
+import numpy as np
 import pytest
+import torch
 
-from moe_engine import Engine, Growth, UsageError, hookimpl
+from moe_engine import Engine, Growth, Sample, SampledLayer, UsageError, hookimpl
 from moe_engine.cli import main
 from moe_engine.contract.run import Run
 from moe_engine.plugins.reports.csv import Csv
+from moe_engine.plugins.reports.gallery import Gallery
 from moe_engine.plugins.reports.tensorboard import TensorBoard
 from moe_engine.run.folder import read_run
 from support import refused
@@ -145,3 +151,87 @@ def test_a_run_writes_events(tmp_path, monkeypatch):
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     last = events(tmp_path / "run" / "tensorboard" / "eval")["moe/cv"][-1]
     assert last == (summary["steps"], pytest.approx(summary["layers"][0]["cv"]))
+
+
+# -- gallery -------------------------------------------------------------------------------------------
+
+HOSTILE = "</script><script>alert(1)</script>\x1b[31m"
+
+
+def sampled(folder, layer, records=(), load=None, **shown):
+    """A run's folder with a sample of one layer, and the run."""
+    folder.mkdir(exist_ok=True)
+    Sample(torch.arange(len(layer.expert)), layers=[layer], **shown).write(folder / "sample.safetensors")
+    return Run(folder, {"layers": [{"name": layer.name, "load": load}]}, list(records), {})
+
+
+def gallery(run):
+    """The page of a gallery: its text, and the cards of its experts."""
+    assert Gallery().moe_report(run) == ["gallery.html"]
+    text = (run.folder / "gallery.html").read_text("utf-8")
+    assert "alert(1)</script>" not in text and "\x1b" not in text
+    return text, text.split('<div class="card"')[1:]
+
+
+def test_a_gallery_shows_images_by_gate_their_mean_and_how_exclusive_an_expert_is(tmp_path):
+    """Expert 0 gets the dark images, of class 0 alone; 1 gets both classes; 2 gets nothing."""
+    image = pytest.importorskip("PIL.Image")
+    images = torch.tensor([0, 100, 200, 40], dtype=torch.uint8).view(4, 1, 1).expand(4, 2, 2)
+    expert = torch.tensor([[0, 1], [1, -1], [1, -1], [0, 1]], dtype=torch.int16)[:, None]
+    gate = torch.tensor([[0.5, 0.5], [0.25, 0], [1, 0], [0.75, 0.25]], dtype=torch.float16)[:, None]
+    counts = torch.tensor([[60, 30, 0], [0, 30, 0]])
+    record = {"split": "eval", "step": 1, "layers": {HOSTILE: {"class_expert": counts.tolist()}}}
+    layer = SampledLayer(HOSTILE, 3, expert, gate, torch.tensor([[0], [0], [1], [0]], dtype=torch.int32))
+    layer.nearest, layer.cka = torch.tensor([1, 0, -1], dtype=torch.int16), torch.tensor([0.625, 0.625, torch.nan])
+    text, cards = gallery(sampled(tmp_path, layer, [record], [0.5, 0.5, 0.0], images=images))
+    bits = np.log2(1 / 0.75)  # p(0 | expert 0) = 1, p(0) = 90 / 120
+    half = 0.5 * np.log2(0.5 / 0.75) + 0.5 * np.log2(0.5 / 0.25) - 1 / (2 * 60 * np.log(2))
+    assert f"50.0 % of the load; {bits:.2f} bits about the class; nearest: 1 (CKA 0.625)" in cards[0]
+    assert f"50.0 % of the load; {half:.2f} bits about the class" in cards[1]
+    assert "classes: 0 (100.0 %)" in cards[0] and "classes: 0 (50.0 %), 1 (50.0 %)" in cards[1]
+    assert "0.0 % of the load<" in cards[2] and "no image of the sample" in cards[2]
+    assert "Expert 0 is the most exclusive" in text and "Experts 0 and 1 are the most alike" in text
+    shots = re.findall(r'base64,([^"]+)"><span>([^<]*)<', cards[1])
+    assert [told for _, told in shots] == ["mean", "1: 1.00", "0: 0.50", "0: 0.25", "0: 0.25"]
+    pixels = [image.open(io.BytesIO(base64.b64decode(content))).getpixel((0, 0)) for content, _ in shots]
+    assert pixels == [round((0.5 * 0 + 0.25 * 100 + 200 + 0.25 * 40) / 2), 200, 0, 100, 40]
+
+
+def test_a_gallery_of_texts_shows_tokens_by_lift_and_the_places_with_the_largest_gates(tmp_path):
+    """Expert 1 gets every b; a b is a third of the tokens, and expert 1 a third of the choices."""
+    texts = [["a", "b\n", HOSTILE] * 8]
+    expert = torch.tensor([0, 1, 0] * 8, dtype=torch.int16).view(1, 24, 1)
+    gate = torch.linspace(0.25, 0.75, 24).half().view(1, 24, 1)
+    _, cards = gallery(sampled(tmp_path, SampledLayer("moe", 2, expert, gate), texts=texts))
+    assert re.findall(r'<span title="(lift[^"]*)">([^<]*)<', cards[1]) == [
+        ("lift 3.0: 8 of 8 chose this expert", "b\u21b5")
+    ]
+    assert [told[1] for told in re.findall(r'title="(gate [^"]*)">[^<]*<mark>([^<]*)<', cards[1])] == ["b\u21b5"]
+    assert "gate 0.73" in cards[1]  # of the last b
+    first = re.findall(r'title="gate [^"]*">[^<]*<mark>([^<]*)<', cards[0])
+    assert len(first) == 2 and first[1] == "a"  # of two different tokens, the larger gate first
+    assert "bits about the token" in cards[0] and "% of the load" not in cards[0]
+
+
+def test_a_gallery_without_a_sample_says_so(tmp_path):
+    run = run_of(tmp_path / "run", record(moe={}))
+    assert Gallery().moe_report(run) == ["gallery.html"]
+    assert "--no-sample" in (run.folder / "gallery.html").read_text()
+
+
+def test_a_gallery_of_a_task_that_shows_nothing_has_numbers(tmp_path):
+    expert = torch.zeros(3, 2, 1, dtype=torch.int16)
+    text, cards = gallery(sampled(tmp_path, SampledLayer("moe", 2, expert, torch.ones(3, 2, 1)), load=[1.0, 0.0]))
+    assert "Task.show" in text and "100.0 % of the load" in cards[0] and len(cards) == 2
+
+
+def test_a_large_gallery_stays_small_and_says_what_it_leaves_out(tmp_path):
+    expert = torch.randint(256, (64, 32, 8), dtype=torch.int16)
+    layers = [SampledLayer(f"layer {at}", 256, expert, torch.rand(64, 32, 8).half()) for at in range(6)]
+    texts = [[f"token{(row * column) % 97}" for column in range(32)] for row in range(64)]
+    run = sampled(tmp_path, layers[0])
+    Sample(torch.arange(64), texts=texts, layers=layers).write(tmp_path / "sample.safetensors")
+    Gallery().moe_report(run)
+    text = (tmp_path / "gallery.html").read_text()
+    assert "leaves out 2 of 6 layers" in text
+    assert len(text.encode()) < 3_000_000
