@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .analysis.usage import characteristic as characteristic
+    from .analysis.usage import characteristic_tokens as characteristic_tokens
     from .contract.families import DENSE as DENSE
     from .contract.families import GATE as GATE
     from .contract.families import STACKED as STACKED
@@ -115,7 +115,7 @@ if TYPE_CHECKING:
     from .seeds import generator as generator
 
 _HOMES = {
-    "analysis.usage": ("characteristic",),
+    "analysis.usage": ("characteristic_tokens",),
     "contract.families": ("DENSE", "GATE", "STACKED", "Block", "Dense", "DenseBlock", "Family", "Stored", "unwrapped"),
     "contract.growth": ("Grown", "Growth", "HiddenUnits", "NewExpert"),
     "contract.history": ("History", "grow_at_peaks", "consecutive", "least_experts"),

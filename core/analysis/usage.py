@@ -48,11 +48,12 @@ def lifts(count_CE: Array) -> Array:
         return _shares(count_CE) / _shares(count_CE.sum(0))
 
 
-def characteristic(id_T: Array, expert_TK: Array, experts: int, most: int) -> list[list[dict[str, Any]]]:
+def characteristic_tokens(id_T: Array, expert_TK: Array, experts: int, most: int) -> list[list[dict[str, Any]]]:
     """For each expert the token ids that it gets more often than others do, at most `most`, largest lift first.
 
-    expert_TK: -1 where a token chose fewer. lift: P(expert | token) / P(expert), of all choices; at least `LEAST`
-    choices of this expert (count), by so many tokens of this id (of).
+    id_T [T]: token ids. expert_TK [T, K]: the experts that each token chose, -1 where it chose fewer than K. Returns
+    records with the keys id; lift, P(expert | token) / P(expert) over all choices; count, how often the expert was
+    chosen by this token, at least 5 times; of, how often the token occurs.
     """
     known, place_T = np.unique(id_T, return_inverse=True)
     chosen_TK = expert_TK >= 0

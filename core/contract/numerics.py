@@ -55,7 +55,8 @@ def mutual_information(counts: Tensor) -> Tensor:
     rows, columns = joint.sum(1), joint.sum(0)
     information = _entropy(rows) + _entropy(columns) - _entropy(joint)
     bias = ((rows > 0).sum() - 1) * ((columns > 0).sum() - 1) / (2 * counts.sum())
-    return (information - bias).clamp(min=0) / torch.minimum(_entropy(rows), _entropy(columns))
+    share: Tensor = (information - bias).clamp(min=0) / torch.minimum(_entropy(rows), _entropy(columns))
+    return share
 
 
 def _entropy(p: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..analysis.count_series import Series
 from ..analysis.routing_stats import row_of
-from ..analysis.usage import by_chance, characteristic, divergences, lifts
+from ..analysis.usage import by_chance, characteristic_tokens, divergences, lifts
 from ..errors import visible
 from ..registry.manager import Plugins
 from .inspecting import EngineInspector, Inspector, Layer, Passage
@@ -88,7 +88,7 @@ def _layer(
         for at, name in enumerate(labels)
     }
     row["divergence"], row["by_chance"] = divergences(count_CE).tolist(), by_chance(count_CE).tolist()
-    tokens = characteristic(id_T, layer.expert_TK, layer.experts, TOKENS)
+    tokens = characteristic_tokens(id_T, layer.expert_TK, layer.experts, TOKENS)
     row["of_experts"] = [
         {
             "tokens": [{"token": words.of(one["id"]), **one} for one in tokens[expert]],

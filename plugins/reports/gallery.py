@@ -1,7 +1,7 @@
 import attrs
 import torch
 
-from moe_engine import characteristic, hookimpl, mutual_information, read_sample, write_atomically
+from moe_engine import characteristic_tokens, hookimpl, mutual_information, read_sample, write_atomically
 from moe_engine.pages import Card, Cards, Note, Page, Section, html_of, png
 
 PICTURES, TOKENS, CONTEXTS, CLASSES = 8, 8, 3, 3  # of an expert
@@ -176,7 +176,7 @@ def _words(texts, layer):
     """The characteristic tokens of each expert and the places with its largest gates, as arguments of its card."""
     known, id_BS = _ids(texts)
     expert_TK = layer.expert.flatten(0, 1).long().numpy()
-    found = characteristic(id_BS.flatten().numpy(), expert_TK, layer.experts, TOKENS)
+    found = characteristic_tokens(id_BS.flatten().numpy(), expert_TK, layer.experts, TOKENS)
     for expert in range(layer.experts):
         gate_BS = torch.where(layer.expert == expert, layer.gate.float(), 0).sum(-1)
         contexts = [*_contexts(texts, gate_BS)]
