@@ -121,6 +121,7 @@ def of_run(place):
         "checkpoints/best": ("resume",),
         "checkpoints/": ("resume",),
         "model.safetensors": ("resume",),
+        "sample.safetensors": ("resume",),
         "routing.safetensors": ("replay", "routing-stats of a trace", "resume"),
     }
     ask = {

@@ -148,8 +148,8 @@ FAULTS = (
     Fault(
         "what a killed start leaves is refused",
         "run.folder:_is_leftover",
-        "metrics.jsonl",
-        "no such file",
+        'path.match(f".{name}.*.tmp")',
+        "False",
     ),
     Fault(
         "a folder that was replaced is not noticed",

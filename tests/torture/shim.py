@@ -25,6 +25,7 @@ import attrs
 import warm
 from moe_engine import cli
 from moe_engine.registry import discovery
+from moe_engine.run.summary import versions
 
 INSTALLED = discovery.find()
 LAZY = ("progress", "tables")  # what commands import only when they must
@@ -32,6 +33,7 @@ for _name in (*warm.IMPORTS, *(f"moe_engine.cli.{name}" for name in LAZY), "moe_
     importlib.import_module(_name)  # once, not in each fork
 for _name in ("topk", "saturation", "switch_aux", "schedule", "split", "balance", "health", "blobs"):
     discovery.load(INSTALLED[_name][0])
+versions()  # which are looked up once
 
 
 @attrs.define
