@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping
+from functools import cache
 from importlib import metadata
 from typing import Any
 
@@ -21,7 +22,12 @@ BALANCE = ("active", "load", "cv", "gini", "entropy", "max_min", "maxvio", "drop
 def versions() -> dict[str, str]:
     """The versions of the software that a run used."""
     names = ("moe-engine", "torch", "numpy")
-    return {"python": sys.version.split()[0], **{name: metadata.version(name) for name in names}}
+    return {"python": sys.version.split()[0], **{name: _version(name) for name in names}}
+
+
+@cache  # finding and parsing a distribution's metadata takes 8 ms, and each checkpoint asks
+def _version(name: str) -> str:
+    return metadata.version(name)
 
 
 def summarize(
