@@ -98,11 +98,12 @@ def _best(comparison: Mapping[str, Any]) -> str:
     sign = -1 if quality == "accuracy" else 1
     best = min(plugins, key=lambda row: sign * row["numbers"][quality]["mean"])
     dense = next((f"; dense: {_number(row, quality)}" for row in known if row["kind"] == "dense"), "")
-    return f"{best['variant']}: best {format_of(quality).title}, {_number(best, quality)}{dense}"
+    return f"{best['variant']}: best {quality}, {_number(best, quality)}{dense}"
 
 
 def _number(row: Mapping[str, Any], quality: str) -> str:
-    return cell(row["numbers"][quality], format_of(quality))
+    form = format_of(quality)
+    return cell(row["numbers"][quality], form) + (" %" if form.title.endswith("%") else "")
 
 
 def _footer(results: Mapping[str, Any]) -> str:
