@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from moe_engine import Engine, LinearRouter, UsageError, assign, hookimpl
-from moe_engine.analysis.flops import Flops, model_flops
 from moe_engine.cli import main
+from moe_engine.layer.flops import Flops, model_flops
 from moe_engine.run.config import RunConfig
 from moe_engine.run.training import Training
 from moe_engine.study.comparison import chosen_plugins, comparison_of
