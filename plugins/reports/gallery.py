@@ -96,10 +96,12 @@ def _numbers(layer, share, bits, what, expert):
 
 def _together(layer, what, counts_GE, bits):
     """What stands out in a layer, in sentences."""
-    known = {expert: value for expert, value in enumerate(bits) if value is not None}
+    busy = [] if counts_GE is None else (counts_GE.sum(0) * 2 >= counts_GE.sum() / layer.experts).tolist()
+    known = {expert: value for expert, value in enumerate(bits) if value is not None and busy[expert]}
     if known and max(known.values()):
         most = max(known, key=known.get)
-        yield f"Expert {most} is the most exclusive: its choice tells {known[most]:.2f} bits about the {what}."
+        what_for = f"its choice tells {known[most]:.2f} bits about the {what}"
+        yield f"Expert {most} is the most exclusive of those with at least half an even share: {what_for}."
         together = f"{float(mutual_information(counts_GE)):.3f} (0: independent, 1: one tells the other)"
         yield f"Mutual information of {what} and expert: {together}."
     if layer.cka is not None and not layer.cka.isnan().all():
