@@ -12,6 +12,7 @@ from ..errors import UsageError, nearest
 from ..registry.discovery import find, pick
 from .flags import json_flag, settings_flag
 from .output import echo, echo_json
+from .tables import print_line
 
 if TYPE_CHECKING:
     from ..testing import Result
@@ -75,12 +76,12 @@ def check(
             if as_json:
                 rows.append({"plugin": plugin.name, "kind": plugin.kind, **_row(result)})
             else:
-                echo(_line(result))
+                print_line(_line(result))
     if as_json:
         echo_json(rows, 2)
     else:
         failed, skipped = outcomes["FAILED"], outcomes["skipped"]
-        echo(f"{outcomes.total()} claims: {outcomes['ok']} ok, {failed} failed, {skipped} skipped")
+        print_line(f"{outcomes.total()} claims: {outcomes['ok']} ok, {failed} failed, {skipped} skipped")
     return 1 if outcomes["FAILED"] else 0
 
 

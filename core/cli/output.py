@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
@@ -67,14 +68,33 @@ def standard_output() -> Iterator[TextIO]:
 
 
 def echo(text: str = "", err: bool = False, nl: bool = True) -> None:
-    """Print lines on standard output, or on standard error. Control characters in them are shown, not sent."""
+    """Print lines on standard output, or on standard error. Control characters in them are shown, not sent.
+
+    A message on a terminal is folded at words; in a file it stays one line, for grep.
+    """
     shown = re.sub(r"[^\n\t -~]+", lambda found: visible(found[0]), text)
     if err:
+        if sys.stderr.isatty():
+            width = shutil.get_terminal_size().columns
+            shown = "\n".join(piece for line in shown.split("\n") for piece in folded(line, width))
         with suppress(OSError):  # a message that can't be shown changes nothing else
             click.echo(shown, file=sys.stderr, nl=nl)
     else:
         with standard_output() as stream:
             click.echo(shown, file=stream, nl=nl)
+
+
+def folded(line: str, width: int) -> list[str]:
+    """A line in lines of at most `width` columns, the later ones indented; a longer word, as a path, stays whole."""
+    indent = " " * (len(line) - len(line.lstrip()))
+    lines, inner = [""], indent + ("  " if len(line) > width else "")
+    for word in line.split():
+        tried = f"{lines[-1]} {word}" if lines[-1].strip() else (lines[-1] or indent) + word
+        if len(tried) > width and lines[-1].strip():
+            lines.append(inner + word)
+        else:
+            lines[-1] = tried
+    return lines
 
 
 def echo_json(value: Any, indent: int | None = None) -> None:

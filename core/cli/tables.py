@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ..errors import listed, visible
-from .output import standard_output
+from .output import folded, standard_output
 
 GAP = 2  # columns between two columns of a table
 FOLDED = 30  # the least width to which a table's last column is folded
@@ -26,19 +26,6 @@ def print_line(line: str) -> None:
     """Print plain text on standard output: folded at words on a terminal, whole in a file."""
     with standard_output() as stream:
         print_on(Console(file=stream, highlight=False, markup=False, emoji=False), line)
-
-
-def folded(line: str, width: int) -> list[str]:
-    """A line in lines of at most `width` columns, the later ones indented; a longer word, as a path, stays whole."""
-    indent = " " * (len(line) - len(line.lstrip()))
-    lines, inner = [""], indent + ("  " if len(line) > width else "")
-    for word in line.split():
-        tried = f"{lines[-1]} {word}" if lines[-1].strip() else (lines[-1] or indent) + word
-        if len(tried) > width and lines[-1].strip():
-            lines.append(inner + word)
-        else:
-            lines[-1] = tried
-    return lines
 
 
 def table(
