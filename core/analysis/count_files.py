@@ -99,7 +99,6 @@ class CountFile:
         reader = csv.reader(self._lines(), strict=True, skipinitialspace=True, delimiter=self.delimiter)
         try:
             names = _without_end([name.strip() for name in next(filter(any, reader), [])])
-            self._check_width(names)
             line, blank = reader.line_num, [""] * len(names)
             while rows := list(islice(reader, min(CHUNK, 1 + MOST_CELLS // (1 + len(names))))):
                 where: Sequence[int] = range(line + 1, reader.line_num + 1)
@@ -111,12 +110,10 @@ class CountFile:
         except csv.Error as error:
             raise self.refuse(reader.line_num, f"this is not CSV: {error}", "invalid-csv") from error
 
-    def _check_width(self, names: Sequence[str]) -> None:
+    def check_width(self, columns: int) -> None:
         """Raise UsageError for more columns than can be handled in seconds."""
-        if len(names) > MOST_COLUMNS:
-            message = (
-                f"{self.name} has {len(names):,} columns, more than {MOST_COLUMNS:,}; give each expert a row, with "
-            )
+        if columns > MOST_COLUMNS:
+            message = f"{self.name} has {columns:,} columns, more than {MOST_COLUMNS:,}; give each expert a row, with "
             raise UsageError(f"{message}the columns layer, expert and count", code="too-many-columns")
 
     def _lines(self) -> Iterable[str]:
@@ -222,7 +219,7 @@ class CountFile:
                 what = f"it and the first record differ in {differing}"
                 raise self.refuse(_where(path), what, "uneven-records")
             columns, rows = _spread([name for name in names if name != "counts"], record)
-            self._check_width(columns)
+            self.check_width(len(columns))
             at, cells = held.setdefault(columns, ([], []))
             at += [_where(path)] * len(rows)
             cells += rows
@@ -259,7 +256,10 @@ def open_counts(path: Path) -> CountFile:
     if typed:
         return CountFile(name, typed, unit, text)
     header = _header(text)
-    return CountFile(name, typed, unit, text, header, _fields(header[0])[0])
+    delimiter, columns = _fields(header[0])
+    file = CountFile(name, typed, unit, text, header, delimiter)
+    file.check_width(columns)  # before there is a string for each
+    return file
 
 
 def _standard_input() -> bytes:
