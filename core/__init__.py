@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .analysis.gallery import gallery_page as gallery_page
     from .analysis.usage import characteristic_tokens as characteristic_tokens
     from .contract.families import DENSE as DENSE
     from .contract.families import GATE as GATE
@@ -115,6 +116,7 @@ if TYPE_CHECKING:
     from .seeds import generator as generator
 
 _HOMES = {
+    "analysis.gallery": ("gallery_page",),
     "analysis.usage": ("characteristic_tokens",),
     "contract.families": ("DENSE", "GATE", "STACKED", "Block", "Dense", "DenseBlock", "Family", "Stored", "unwrapped"),
     "contract.growth": ("Grown", "Growth", "HiddenUnits", "NewExpert"),

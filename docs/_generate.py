@@ -62,7 +62,8 @@ REFERENCE = {
     "Saving": ("Checkpoints in one file, without pickle; the files of others.", "save load safetensors_of"),
     "Reports": (
         "Draw a finished run, and write files that a crash can't damage.",
-        "run_page run_figures expert_loads characteristic_tokens read_sample Sample SampledLayer write_atomically",
+        "run_page gallery_page run_figures expert_loads characteristic_tokens read_sample Sample SampledLayer "
+        "write_atomically",
     ),
     "Errors": (
         "What moe-engine raises on purpose. Each carries a stable `.code`.",

@@ -55,12 +55,12 @@ def mutual_information(counts: Tensor) -> Tensor:
     rows, columns = joint.sum(1), joint.sum(0)
     information = _entropy(rows) + _entropy(columns) - _entropy(joint)
     bias = ((rows > 0).sum() - 1) * ((columns > 0).sum() - 1) / (2 * counts.sum())
-    share: Tensor = (information - bias).clamp(min=0) / torch.minimum(_entropy(rows), _entropy(columns))
-    return share
+    return (information - bias).clamp(min=0) / torch.minimum(_entropy(rows), _entropy(columns))
 
 
 def _entropy(p: Tensor) -> Tensor:
-    return -torch.special.xlogy(p, p).sum()
+    negative: Tensor = torch.special.xlogy(p, p).sum()
+    return -negative
 
 
 def linear_cka(y_ESO: Tensor) -> Tensor:
