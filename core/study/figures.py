@@ -160,7 +160,7 @@ def _against(spec: FigureSpec, rows: Rows, drawn: Drawn) -> Figure | None:
 
 def _draw_references(axes: Any, x: str, name: str, places: Sequence[str], drawn: Drawn) -> None:
     """The published points, and a line across for each row that is a reference."""
-    names = [full_name(row["part"], row["variant"]) for row in drawn.lines]
+    names = [", ".join(f"{axis}: {choice}" for axis, choice in row["at"].items()) for row in drawn.lines]
     for row, label, dashes in zip(drawn.lines, names, cycle(("--", ":", "-.")), strict=False):
         if number := row["numbers"].get(name):
             mean = format_of(name).factor * number["mean"]
@@ -187,7 +187,7 @@ def _usage(spec: FigureSpec, rows: Rows, drawn: Drawn) -> Figure | None:
             share = np.sort(np.array(loads[-1], dtype=float))[::-1]
             axes.bar(range(len(share)), 100 * share, color="C0")
             axes.axhline(100 / len(share), color="C3", linewidth=0.9, linestyle="--")
-            axes.set(xlabel="expert, by share", ylabel="load %", ylim=(0, None))
+            axes.set(xlabel="expert, by share", ylabel="load %")
             axes.xaxis.get_major_locator().set_params(integer=True)
 
     return _panels(rows, drawn.records, draw, height=2.1, sharey=True)
@@ -247,6 +247,8 @@ def _panels(
         many_layers = len(run.summary["layers"]) > 1
         axes.set_title(fill(f"{label}, {layer}" if many_layers else label, int(3.8 * LETTERS)), fontsize=9)
         images.append(draw(axes, run, layer))
+    if sharey:  # only now: a limit that is set ends the search for one that fits all
+        panels[0, 0].set_ylim(bottom=0)
     images = [image for image in images if image is not None]
     if images:
         largest = max(float(np.nanmax(image.get_array())) for image in images)

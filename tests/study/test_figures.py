@@ -81,7 +81,7 @@ def test_published_points_and_lines_are_drawn_over_an_axis(drawn):
     assert [(list(line.get_xdata()), list(line.get_ydata())) for line in points] == [([1], [3.0])]
     assert [2.0, 2.0] in [list(line.get_ydata()) for line in axes.lines]
     assert axes.get_xlabel() == "x"
-    assert {"published", "main: 1, 1"} <= {text.get_text() for text in figure.legends[0].get_texts()}
+    assert {"published", "x: 1, y: 1"} <= {text.get_text() for text in figure.legends[0].get_texts()}
 
 
 def record(name, load, table):
@@ -95,8 +95,8 @@ def record(name, load, table):
 def test_panels_share_a_scale_that_is_named(kind, drawn):
     rows = [row("1", "0"), row("2", "0")]
     records = [
-        record("1, 0", [0.9, 0.1, 0.0, 0.0, 0.0], [[9, 1, 0, 0, 0]]),
-        record("2, 0", [0.3, 0.3, 0.2, 0.1, 0.1], [[3, 3, 2, 1, 1]]),
+        record("1, 0", [0.3, 0.3, 0.2, 0.1, 0.1], [[3, 3, 2, 1, 1]]),
+        record("2, 0", [0.9, 0.1, 0.0, 0.0, 0.0], [[9, 1, 0, 0, 0]]),
     ]
     figure = drawn(spec(kind), rows, records=records)
     first, second, *bar = figure.axes
