@@ -12,7 +12,7 @@ const added = (parent, kind, name) => {
 function chart(figure) {
   const data = dataOf(figure), box = added(figure, "div", "plot");
   const tip = data.marks.length ? added(figure, "p", "tip") : null;
-  const quiet = data.marks.length ? `${data.marks.length} dotted: growth; point at one to see why` : "";
+  const quiet = data.marks.length ? `Dotted: growth or a new verdict (${data.marks.length}). Point at one to see why.` : "";
   const marks = (plot) => {
     const { ctx, bbox } = plot;
     ctx.save();
