@@ -21,7 +21,7 @@ COMMANDS = {
     "routing-stats": "routing-stats counts.csv --per-expert",
     "routing-stats of a run": "routing-stats one",
     "plan": PLAN,
-    "compare-plugins": f"compare-plugins {' '.join(BLOBS)} --routers topk,sigmoid_topk --seeds 2 --jobs 1 --quiet --out out",
+    "compare-plugins": f"compare-plugins {' '.join(BLOBS)} --routers topk,sigmoid_topk --seeds 2 --jobs 1 --quiet",
 }
 
 
