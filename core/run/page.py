@@ -11,7 +11,7 @@ from .recorded import growths, lives, series
 from .sample_page import sample_section
 
 GLOSSARY = "https://moe-engine.readthedocs.io/glossary/"
-FACTS = ("loss", "accuracy", "perplexity")
+FACTS = ("loss", "perplexity", "accuracy")
 NEWEST = (*FACTS, "cv", "maxvio", "active", "dropped")
 COLUMNS = ("experts", "top_k", "active", "cv", "gini", "entropy", "max_min", "maxvio", "dropped", "mutual_information")
 BALANCE = ("cv", "gini", "maxvio")
@@ -83,7 +83,7 @@ def _where(finding: Mapping[str, Any], layers: int) -> str:
 
 
 def _facts(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for name in FACTS:
+    for name in reversed(FACTS):  # the quality first
         if summary.get(name) is not None:
             yield percent(summary[name]) if name == "accuracy" else shown(name, summary[name]), f"test {name}"
     for name, value in summary.get("measures", {}).items():
