@@ -14,7 +14,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
         "growth",
         *(
             pytest.param(name, marks=pytest.mark.long)
-            for name in ("experts", "memory", "step", "startup", "adopted", "plan")
+            for name in ("experts", "memory", "step", "startup", "adopted", "plan", "threads")
         ),
     ],
 )
