@@ -1,18 +1,32 @@
 """A task: the data, model and measure of a run."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import attrs
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from torchmetrics import MetricCollection
-
     from .protocols import LayerBuilder
 
 
 Batch = tuple[Tensor, ...]
+
+
+class Measures(Protocol):
+    """What judges predictions: a metric of torchmetrics, or whatever is used like one."""
+
+    def to(self, device: Any) -> "Measures":
+        """Compute on a device."""
+        ...
+
+    def update(self, predicted: Tensor, true: Tensor) -> None:
+        """Take in a batch."""
+        ...
+
+    def compute(self) -> Mapping[str, Tensor]:
+        """The numbers by name, of all batches and ranks."""
+        ...
 
 
 @attrs.frozen
@@ -38,11 +52,11 @@ class Task:
     name: "correct" if there is an accuracy; NAME and "count.NAME" if NAME is a sum over only some rows. Evaluation
     uses `test`. perplexity: report exp(loss). ordered: train on the rows in order, as a stream, instead of
     shuffled. augment: transforms a training batch on its device; it draws from torch's global generator, which the
-    run seeds. measures: builds torchmetrics for the test set; they receive "predicted" and "true", which score
-    adds in eval mode. most_rows: samples of one forward outside of training at most, where a larger one would not fit
-    into memory. note: a sentence shown when the run starts. show: what people see of some rows: images as uint8 [B, H,
-    W] or [B, 3, H, W], or for each row a list of the texts of its tokens, as many as its layers see. Without it a
-    run's sample holds no inputs.
+    run seeds. measures: builds what judges the test set, such as a MetricCollection of torchmetrics; it receives
+    "predicted" and "true", which score adds in eval mode. most_rows: samples of one forward outside of training at
+    most, where a larger one would not fit into memory. note: a sentence shown when the run starts. show: what people
+    see of some rows: images as uint8 [B, H, W] or [B, 3, H, W], or for each row a list of the texts of its tokens, as
+    many as its layers see. Without it a run's sample holds no inputs.
     """
 
     train: Batch
@@ -52,7 +66,7 @@ class Task:
     perplexity: bool = False
     ordered: bool = False
     augment: Callable[[Batch], Batch] | None = None
-    measures: Callable[[], "MetricCollection"] | None = None
+    measures: Callable[[], Measures] | None = None
     most_rows: int | None = None
     note: str = ""
     show: Callable[[Batch], "Tensor | Sequence[Sequence[str]]"] | None = None

@@ -2,7 +2,7 @@
 
     from moe_engine.tasks import image_task, load_mnist, model_option
 
-Importing this package loads torch, but not torchvision or torchmetrics.
+Importing this package loads torch, but not torchvision.
 """
 
 from .datasets import blob_images, join_datasets, load_cifar10, load_fashion_mnist, load_mnist

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torchmetrics.classification import MulticlassF1Score, MulticlassPrecision, MulticlassRecall
 
 from moe_engine import Engine, TaskSpec, UsageError
 from moe_engine.plugins.tasks import autoencoder
@@ -15,6 +16,7 @@ from moe_engine.plugins.tasks.digits import Digits
 from moe_engine.run.config import RunConfig
 from moe_engine.run.training import Training
 from moe_engine.tasks import image_task
+from moe_engine.tasks.images import ClassMeasures
 from support import refused
 
 ROOT = Path(__file__).parents[2]
@@ -170,6 +172,24 @@ def test_precision_recall_and_f1_are_means_over_classes():
     found = {name: float(value) for name, value in measures.compute().items()}
     f1 = [2 * 1 * (2 / 3) / (1 + 2 / 3), 2 * 0.5 * 1 / (0.5 + 1), 0]
     assert found == pytest.approx({"precision": 1.5 / 3, "recall": (5 / 3) / 3, "f1": sum(f1) / 3})
+
+
+@pytest.mark.parametrize("seen", [3, 7])
+def test_measures_are_those_of_torchmetrics(seen):
+    """Of 7 classes, `seen` occur."""
+    drawn = torch.Generator().manual_seed(0)
+    measures = ClassMeasures(7)
+    theirs = {
+        "precision": MulticlassPrecision(7, average="macro"),
+        "recall": MulticlassRecall(7, average="macro"),
+        "f1": MulticlassF1Score(7, average="macro"),
+    }
+    for _ in range(3):
+        predicted, true = torch.randint(seen, (2, 40), generator=drawn)
+        for one in (measures, *theirs.values()):
+            one.update(predicted, true)
+    found = {name: float(value) for name, value in measures.compute().items()}
+    assert found == pytest.approx({name: float(one.compute()) for name, one in theirs.items()}, abs=1e-6)
 
 
 class Oracle(torch.nn.Module):
