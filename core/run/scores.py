@@ -1,6 +1,7 @@
 """Scores of batches: computed in the run's precision, summed on the device, averaged over samples."""
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import attrs
 import torch
@@ -139,7 +140,7 @@ class Scorer:
         measures = self.task.measures().to(self.device) if self.task.measures else None
         scores = ScoreSums()
         for batch in self.test_batches():
-            score = dict(self.score(batch))
+            score: dict[str, Any] = dict(self.score(batch))
             predicted, true = score.pop("predicted", None), score.pop("true", None)
             if measures is not None:
                 measures.update(predicted, true)
