@@ -59,7 +59,7 @@ class Chart:
     logarithmic: bool = False
     zero: bool = False
     stairs: bool = False
-    digits: int = 3
+    decimals: int = 3
     marks: Sequence[Mark] = ()
     kind = "chart"
 
@@ -73,7 +73,7 @@ class Chart:
             series.append({"name": visible(name), "values": [self._number(known.get(step)) for step in steps]})
         marks = [{"step": mark.step, "text": visible(mark.text)} for mark in self.marks]
         shown = {"x": self.x, "steps": steps, "series": series, "marks": marks}
-        flags = {"logarithmic": self.logarithmic, "zero": self.zero, "stairs": self.stairs, "digits": self.digits}
+        flags = {"logarithmic": self.logarithmic, "zero": self.zero, "stairs": self.stairs, "decimals": self.decimals}
         return {**shown, **flags}
 
     def _number(self, value: float | None) -> float | None:

@@ -41,7 +41,7 @@ function chart(figure) {
       axes: [{ ...axis, label: data.x, labelSize: 20, labelFont: "12px system-ui", size: 34 }, { ...axis, size: 62 }],
       series: [{ label: data.x }, ...data.series.map((line, at) => ({
         label: line.name, stroke: colour(`--c${at % 8}`), width: 2, spanGaps: true, dash: at >= 8 ? [6, 4] : undefined,
-        points: { show: few, size: 4, fill: colour(`--c${at % 8}`) }, value: (_, value) => digitsOf(value, data.digits),
+        points: { show: few, size: 4, fill: colour(`--c${at % 8}`) }, value: (_, value) => digitsOf(value, data.decimals),
         ...(data.stairs ? { paths: uPlot.paths.stepped({ align: 1 }) } : {}) }))],
       cursor: { drag: { setScale: true, x: true, y: false } },
       hooks: { draw: [marks], setCursor: [near] },

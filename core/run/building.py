@@ -63,7 +63,7 @@ def _check_show(config: RunConfig, engine: Engine, task: Task) -> None:
     try:
         shown(task, torch.zeros(1, dtype=torch.long))
     except UsageError as error:
-        raise UsageError(f"task '{config.task}': {error}", code=error.code) from error
+        raise UsageError(f"task '{config.task}': {error}", code="bad-show") from error
     except Exception as error:
         who = engine.culprit(error) or f"task '{config.task}'"
         message = f"{who} failed in Task.show: {type(error).__name__}: {error}; mend it, or run with --no-sample"

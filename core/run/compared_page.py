@@ -94,7 +94,7 @@ def _curves(runs: Sequence[Run], names: Sequence[str]) -> Iterator[Block]:
             if steps:
                 lines[name] = (steps, [form.factor * value for value in values])
         if lines:
-            yield Chart(f"{form.title} {where}", lines, digits=form.digits, zero=metric in ZERO)
+            yield Chart(f"{form.title} {where}", lines, decimals=form.digits, zero=metric in ZERO)
 
 
 def _loads(runs: Sequence[Run], names: Sequence[str]) -> Iterator[Heat]:

@@ -157,22 +157,22 @@ def _chart(title: str, lines: Any, **options: Any) -> Iterator[Chart]:
 def _learning(run: Run) -> Iterator[Block]:
     for name in FACTS:
         form = FORMATS.get(name, Format(name))
-        yield from _chart(form.title, both(run, name), digits=form.digits, marks=marks(run))
+        yield from _chart(form.title, both(run, name), decimals=form.digits, marks=marks(run))
     measures: dict[str, list[str]] = {}  # by unit
     for name in run.summary.get("measures", {}):
         measures.setdefault("%" if FORMATS.get(name, Format(name)).factor == PERCENT else "", []).append(name)
     for unit, names in measures.items():
         lines = {heading(name): both(run, name).get("test", ((), ())) for name in names}
-        yield from _chart(f"other measures on the test set{unit and f', {unit}'}", lines, digits=2, marks=marks(run))
+        yield from _chart(f"other measures on the test set{unit and f', {unit}'}", lines, decimals=2, marks=marks(run))
 
 
 def _terms(run: Run) -> Iterator[Block]:
     """What the auxiliary losses are, and what each loss and bias does."""
     known = sorted({name for record in run.records for layer in record["layers"].values() for name in layer})
     losses = {name.removeprefix("loss."): series(run, "train", name) for name in known if name.startswith("loss.")}
-    yield from _chart("auxiliary losses, before their weights", losses, digits=4, marks=marks(run))
+    yield from _chart("auxiliary losses, before their weights", losses, decimals=4, marks=marks(run))
     effects = {name.removeprefix("effect."): series(run, "train", name) for name in known if name[:7] == "effect."}
-    yield from _chart("effect on the router", effects, logarithmic=True, digits=4, marks=marks(run))
+    yield from _chart("effect on the router", effects, logarithmic=True, decimals=4, marks=marks(run))
 
 
 TERMS = (
@@ -187,7 +187,7 @@ def _balance(run: Run, names: Sequence[str]) -> Iterator[Block]:
     else:
         yield from _layers_balance(run, names)
     active = {name: series(run, "train", "active", name) for name in names[:MOST_LINES]}
-    yield from _chart(_of("active experts", names), active, zero=True, stairs=True, digits=0, marks=marks(run))
+    yield from _chart(_of("active experts", names), active, zero=True, stairs=True, decimals=0, marks=marks(run))
 
 
 def _layers_balance(run: Run, names: Sequence[str]) -> Iterator[Block]:
