@@ -24,6 +24,7 @@ CASES = {
     "zero_computation,log_load": {"activation": "gelu"},
     "soft": {},
 }
+QUICK = [*CASES][:3]  # a bias and losses over the batch, shared experts, two levels, losses over sequences
 STEPS = 5
 
 
@@ -113,11 +114,15 @@ def _rank(rank, folder, ranks, cases):
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.long)])
-def test_a_layout_computes_what_one_process_does(tmp_path, ranks):
-    on_ranks(_rank, str(tmp_path), ranks, list(CASES), count=ranks)
+@pytest.mark.parametrize(
+    ("ranks", "cases"),
+    [(2, QUICK), *(pytest.param(ranks, [*CASES], marks=pytest.mark.long) for ranks in LAYOUTS)],
+    ids=lambda value: str(value) if isinstance(value, int) else f"{len(value)} cases",
+)
+def test_a_layout_computes_what_one_process_does(tmp_path, ranks, cases):
+    on_ranks(_rank, str(tmp_path), ranks, cases, count=ranks)
     found = [torch.load(tmp_path / str(rank), weights_only=True) for rank in range(ranks)]
-    for plugins in CASES:
+    for plugins in cases:
         engine, model = build(plugins)
         losses, weights, sums, cvs = trained(engine, model, model)
         for rank in range(ranks):
