@@ -15,7 +15,7 @@ from ..layer.fused_cpu import matmul_dtype, matmul_in
 from ..processes import distributed
 from .config import RunConfig
 
-ENOUGH = 1e9  # FLOPs of a batch's forward from which on a second thread makes a step quicker: benchmarks/threads.py
+ENOUGH = 3e8  # FLOPs of a batch's forward from which on a second thread saves a fifth of a step: benchmarks/threads.py
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
