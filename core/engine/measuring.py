@@ -45,7 +45,7 @@ def measure(
 
 
 def _asked(bound: Bound, stats: Stats, offer: dict[str, Any]) -> Any:
-    """One metric's answer. It gets sums of its own; a change of the weights or the routing raises RunError.
+    """One metric's answer. It gets a copy of the sums; a change of the weights or the routing raises RunError.
 
     Those are too large to copy: torch counts the changes of a tensor in place.
     """

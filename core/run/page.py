@@ -10,7 +10,6 @@ from .forms import FORMATS, PERCENT, Format, heading, percent, shown
 from .recorded import growths, lives, series
 from .sample_page import sample_section
 
-GLOSSARY = "https://moe-engine.readthedocs.io/glossary/"
 FACTS = ("loss", "perplexity", "accuracy")
 NEWEST = (*FACTS, "cv", "maxvio", "active", "dropped")
 COLUMNS = ("experts", "top_k", "active", "cv", "gini", "entropy", "max_min", "maxvio", "dropped", "mutual_information")
@@ -268,8 +267,7 @@ def _details(run: Run, name: str, alone: bool) -> Iterator[Block | Section]:
     others = [key for key in sorted(summary) if key not in ("name", "load", *COLUMNS)]
     if others:
         rows = [[heading(key), shown(key, summary[key])] for key in others]
-        links = {heading(key): f"{GLOSSARY}#{key.partition('.')[0]}" for key in others}
-        yield Section("Other metrics on the test set", [Table(("metric", "value"), rows, links=links)], folded=True)
+        yield Section("Other metrics on the test set", [Table(("metric", "value"), rows)], folded=True)
 
 
 def usage(run: Run, name: str) -> Iterator[Heat]:
