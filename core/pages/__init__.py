@@ -5,7 +5,7 @@
 A page is made of sections, and those of blocks; `html_of` writes it. Importing this package loads no torch.
 """
 
-from .blocks import Card, Cards, Chart, Code, Heat, Mark, Note, Page, Picture, Raw, Section, Table, Words
+from .blocks import Card, Cards, Chart, Code, Heat, Mark, Note, Page, Picture, Section, Table, Words
 from .page import html_of
 from .pictures import png
 
@@ -19,7 +19,6 @@ __all__ = [
     "Note",
     "Page",
     "Picture",
-    "Raw",
     "Section",
     "Table",
     "Words",

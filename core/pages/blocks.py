@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import attrs
-from markupsafe import Markup
 
 from ..errors import visible
 
@@ -19,13 +18,12 @@ CELLS = 150_000  # numbers of one heatmap, over all its frames
 class Table:
     """Rows of cells as they are shown. words: the columns that hold text, which is aligned to the left.
 
-    links, tones: addresses, and severities from 0 to 2, of cells by their text.
+    tones: severities from 0 to 2 of cells by their text.
     """
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     words: Sequence[int] = (0,)
-    links: Mapping[str, str] = attrs.field(factory=dict)
     tones: Mapping[str, int] = attrs.field(factory=dict)
     kind = "table"
 
@@ -208,15 +206,7 @@ class Note:
     kind = "note"
 
 
-@attrs.frozen
-class Raw:
-    """HTML of a template, for what no other block shows."""
-
-    content: Markup
-    kind = "raw"
-
-
-Block = Table | Chart | Heat | Words | Cards | Picture | Code | Note | Raw
+Block = Table | Chart | Heat | Words | Cards | Picture | Code | Note
 
 
 @attrs.frozen

@@ -7,7 +7,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-TEXT = ("ink", "soft", "ok", "warn", "bad", "link")
+TEXT = ("ink", "soft", "ok", "warn", "bad")
 SERIES = [f"c{at}" for at in range(8)]
 # linear RGB as it is seen with deuteranopia: Machado, Oliveira and Fernandes, 2009, severity 1
 DEUTERANOPIA = np.array(
