@@ -101,13 +101,7 @@ class Page:
         run = read_live(self.run)
         try:
             return run_page(run, REFRESH).encode()
-        except (
-            ArithmeticError,
-            AttributeError,
-            LookupError,
-            TypeError,
-            ValueError,
-        ) as error:  # of numbers that are none
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # of words for numbers
             message = f"run folder {self.run} is damaged: its metrics.jsonl can't be drawn ({error})"
             raise UsageError(message, code="damaged-run") from error
 

@@ -12,7 +12,8 @@ def series(run: Run, split: str, name: str, layer: str | None = None) -> tuple[l
     steps, values = [], []
     for record in run.records:
         overall = record.get(name) if layer is None else None
-        layers = [metrics.get(name) for at, metrics in record["layers"].items() if layer in (None, at)]
+        of = record["layers"].values() if layer is None else [record["layers"].get(layer, {})]
+        layers = [metrics.get(name) for metrics in of]
         found: list[Any] = [value for value in ([overall] if overall is not None else layers) if value is not None]
         if record["split"] == split and found:
             steps.append(record["step"])
