@@ -25,6 +25,9 @@ help:
 demo: $(DEMO)
 	$(BIN)/moe-engine run --plugins saturation,switch_aux
 
+# with bytecode: without, the tests' hundreds of processes compile moe-engine again and again
+test test-long: export PYTHONDONTWRITEBYTECODE =
+
 test: $(TEST)
 	$(PYTEST)
 

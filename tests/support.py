@@ -16,7 +16,8 @@ from moe_engine.run.trees import packed, read_tree
 def ends(folder):
     """What of a run must be the same, bit for bit, whatever happened to it on the way."""
     summary = json.loads((folder / "summary.json").read_text())
-    del summary["seconds"], summary["sha256"], summary["files"]["config.toml"]  # which names its options
+    del summary["seconds"], summary["speed"], summary["sha256"]
+    del summary["files"]["config.toml"]  # which names its options
     files = [(folder / name).read_bytes() for name in ("metrics.jsonl", "model.safetensors")]
     best = read_tree(folder / "checkpoints" / "best.safetensors")
     sample = folder / "sample.safetensors"
@@ -44,5 +45,5 @@ def forge(folder, summary=None):
 
 def on_ranks(function, *args, count=2):
     """Call function(rank, *args) in that many processes, forked from one that has imported torch already."""
-    multiprocessing.set_forkserver_preload(["torch", "moe_engine.engine.engine", "moe_engine.growth.transaction"])
+    multiprocessing.set_forkserver_preload(["forked"])
     torch.multiprocessing.start_processes(function, args, count, start_method="forkserver")

@@ -23,7 +23,7 @@ import tempfile
 import time
 
 IMPORTS = (
-    *("torch._dynamo", "torchmetrics", "matplotlib.pyplot", "jinja2"),  # what a run imports only when it must
+    *("torch._dynamo", "matplotlib.pyplot", "jinja2"),  # what a run imports only when it must
     *("moe_engine.run.training", "moe_engine.study.page", "moe_engine.testing"),
 )
 MOE_ENGINE = ("-c", "import sys; from moe_engine.cli import main; sys.exit(main())")

@@ -223,6 +223,14 @@ class Plugins:
             for found in self.found.values()
         ]
 
+    def described(self) -> list[dict[str, str]]:
+        """The `records` with each plugin's kind, and its docstring under "about"."""
+        told = {name: (found.kind, inspect.getdoc(type(self.active[name])) or "") for name, found in self.found.items()}
+        return [
+            {**record, "kind": kind, "about": about}
+            for record, (kind, about) in zip(self.records(), told.values(), strict=True)
+        ]
+
     def fingerprints(self) -> dict[str, str]:
         """A digest of each active plugin's source file, which tells when an editable one was edited."""
         files = {name: Path(file_of(type(plugin))) for name, plugin in self.active.items()}

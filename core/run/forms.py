@@ -24,6 +24,7 @@ FORMATS = {  # by name; all others have three digits
     "top_share": Format("top share %", PERCENT, 1),
     "dropped": Format("dropped %", PERCENT, 1),
     "train_dropped": Format("dropped %", PERCENT, 1),
+    "learning_rate": Format("learning rate", 1, 6),
     "seconds": Format("seconds", 1, 0),
     "parameters": Format("parameters (M)", 1e-6, 2),
     "active_parameters": Format("active parameters (M)", 1e-6, 2),

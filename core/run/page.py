@@ -15,6 +15,7 @@ NEWEST = (*FACTS, "cv", "maxvio", "active", "dropped")
 COLUMNS = ("experts", "top_k", "active", "cv", "gini", "entropy", "max_min", "maxvio", "dropped", "mutual_information")
 BALANCE = ("cv", "gini", "maxvio")
 SIZES = {"flops.active": "MFLOPs per token", "flops.total": "MFLOPs with all experts"}
+PLUGINS = "Plugins"
 MOST_LINES = 8  # layers that share one chart; more are a heatmap
 MOST_SHARES = 64  # experts whose shares stand in a table
 
@@ -92,6 +93,15 @@ def _facts(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if "steps" in summary:
         yield f"{summary['steps']:,}", "steps"
         yield f"{summary['seconds']:.0f} s", f"on {summary['device']}"
+    yield from _speed(summary.get("speed", {}))
+
+
+def _speed(speed: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    if "step_seconds" in speed:
+        yield f"{shown('step_seconds', speed['step_seconds'])} ms", "a training step"
+    for name, word in (("trained_per_second", "trained"), ("tested_per_second", "tested")):
+        if name in speed:
+            yield f"{speed[name]:,.0f}", f"{speed['unit']}/s {word}"
 
 
 def _sections(run: Run, names: Sequence[str]) -> Iterator[Section]:
@@ -106,8 +116,7 @@ def _sections(run: Run, names: Sequence[str]) -> Iterator[Section]:
     for name in names:
         yield Section(f"Layer {name}", [*_details(run, name, len(names) == 1)], folded=len(names) > 1)
     if plugins := run.plugins:
-        rows = [[plugin["name"], plugin["distribution"], plugin["version"]] for plugin in plugins]
-        yield Section("Plugins", [Table(("plugin", "distribution", "version"), rows, (0, 1, 2))], folded=True)
+        yield Section(PLUGINS, [*_plugins(plugins)], "In their own words, metrics with their formulas.", folded=True)
     config = run.folder / "config.toml"
     if config.is_file():
         yield Section("Configuration", [Code(config.read_text("utf-8"))], CONFIGURATION, folded=True)
@@ -154,7 +163,7 @@ def _chart(title: str, lines: Any, **options: Any) -> Iterator[Chart]:
 
 
 def _learning(run: Run) -> Iterator[Block]:
-    for name in FACTS:
+    for name in (*FACTS, "learning_rate"):
         form = FORMATS.get(name, Format(name))
         yield from _chart(form.title, both(run, name), decimals=form.digits, marks=marks(run))
     measures: dict[str, list[str]] = {}  # by unit
@@ -267,7 +276,10 @@ def _details(run: Run, name: str, alone: bool) -> Iterator[Block | Section]:
     others = [key for key in sorted(summary) if key not in ("name", "load", *COLUMNS)]
     if others:
         rows = [[heading(key), shown(key, summary[key])] for key in others]
-        yield Section("Other metrics on the test set", [Table(("metric", "value"), rows)], folded=True)
+        table = Table(("metric", "value"), rows)
+        yield Section(
+            "Other metrics on the test set", [table], f"What each means is told below, under {PLUGINS}.", folded=True
+        )
 
 
 def usage(run: Run, name: str) -> Iterator[Heat]:
@@ -292,6 +304,15 @@ def classes(run: Run, name: str) -> Iterator[Heat]:
         rows = [[count / (sum(counts) or 1) for count in counts] for counts in tables[-1]]
         title, names = "share of a class's assignments, test set", [str(at) for at in range(len(rows))]
         yield Heat(title, names, [("", rows)], row="class", even=False)
+
+
+def _plugins(plugins: Sequence[Mapping[str, str]]) -> Iterator[Block]:
+    columns = ("plugin", "kind", "distribution", "version", "what it is")
+    rows = [
+        [*(plugin.get(name) or "-" for name in ("name", "kind", "distribution", "version", "about"))]
+        for plugin in plugins
+    ]
+    yield Table(columns, rows, (0, 1, 2, 3, 4))
 
 
 def _footer(summary: Mapping[str, Any]) -> str:

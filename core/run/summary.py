@@ -40,18 +40,23 @@ def summarize(
     means: Mapping[str, float],
     layers: Mapping[str, Metrics],
     perplexity: bool,
+    speed: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The content of summary.json. means, layers: from the last evaluation. perplexity: report exp(loss)."""
+    """The content of summary.json. means, layers: from the last evaluation. perplexity: report exp(loss).
+
+    speed: see `Pace`.
+    """
     findings = _findings(engine, step, layers)
     verdicts = [finding["name"] for finding in findings if finding["metric"] == "verdict"]
     return {
         "task": config.task,
-        "plugins": engine.plugins.records(),
+        "plugins": engine.plugins.described(),
         "versions": versions(),
         "seed": config.seed,
         "device": torch.device(config.device).type,
         "steps": step,
         "seconds": seconds,
+        "speed": {name: plain(value) for name, value in speed.items()},
         "loss": plain(means["loss"]),
         "accuracy": plain(means.get("accuracy")),
         "perplexity": plain(float(torch.tensor(means["loss"]).exp())) if perplexity else None,

@@ -36,6 +36,7 @@ from .failures import culprit_of, failing, write_reports
 from .finite import FiniteCheck
 from .folder import new_folder, read_run, record_file, write_summary
 from .loop_state import LoopState
+from .pace import Pace
 from .records import Listener, RecordFile
 from .sample import FILE as SAMPLE
 from .sample import take_sample
@@ -110,6 +111,7 @@ class Training:
     records: RecordFile = attrs.field(init=False)
     started: float = attrs.field(init=False, default=0.0)
     _timer: StepTimer = attrs.field(init=False)
+    _pace: Pace = attrs.field(init=False)
     _finite: FiniteCheck = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -124,7 +126,7 @@ class Training:
         self.config = config = attrs.evolve(config, **sizes_of(config, self.engine))
         self._scorer = Scorer(config, self.task, self.model, self.device)
         self.loop = self._first_state()
-        self._timer = StepTimer(self.device)
+        self._timer, self._pace = StepTimer(self.device), Pace(self.device)
         self.engine.check_learning(self._scorer.probe)
         self.config = attrs.evolve(config, threads=resolve_threads(config, self.device, self.model, self.score))
 
@@ -245,6 +247,7 @@ class Training:
 
     def _learn(self, batch: Batch, weight: float) -> Tensor:
         """One step on this rank's part of a batch; returns the task's loss, of the whole batch."""
+        self._pace.start()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.step, self.total_steps)
         self.optimizer.zero_grad()
@@ -255,6 +258,7 @@ class Training:
         self.engine.after_step()
         self._finite.after_step()
         self.loop.step, self.loop.batch = self.loop.step + 1, self.loop.batch + 1
+        self._pace.add_step(world_size() * len(batch[0]) / weight if weight else 0)
         return self.loop.scores.add(score, batch, self.engine.last_terms())
 
     def _grow(self, loss: Tensor) -> None:
@@ -279,19 +283,26 @@ class Training:
 
     def _log(self) -> None:
         """Write a record of the steps since the last log point."""
+        self._pace.pause()
         scores, self.loop.scores = self.loop.scores, ScoreSums()
         self._finite.check(scores, self.step)
         layers = self.engine.metrics("train", self._scorer.probe)
-        self.records.write_metrics("train", self.step, self.loop.epoch, scores.means(), layers)
+        means = {**scores.means(), "learning_rate": self.optimizer.param_groups[0]["lr"]}
+        self.records.write_metrics("train", self.step, self.loop.epoch, means, layers)
 
     def _evaluate(self, final: bool = False) -> None:
         """Measure on the test set; a final measurement is also the summary."""
+        self._pace.pause()
+        started = time.perf_counter()
         means = self._scorer.evaluate()
+        self._pace.evaluate(len(self.task.test[0]), started)
         layers = self.engine.metrics("eval", self._scorer.probe)
         self.records.write_metrics("eval", self.step, self.loop.epoch, means, layers)
         if final:
             facts: dict[str, Any] = {"step": self.step, "seconds": self.seconds(), "means": means, "layers": layers}
-            summary = summarize(self.config, self.engine, self.model, perplexity=self.task.perplexity, **facts)
+            speed = self._pace.speed(self.task.tokens)
+            facts |= {"speed": speed, "perplexity": self.task.perplexity}
+            summary = summarize(self.config, self.engine, self.model, **facts)
             if rank() == 0:
                 write_summary(self.folder, summary, self.records.sync())
         self.loop.eval_loss = means["loss"]
@@ -316,6 +327,7 @@ class Training:
         return Checkpoints(self.folder / "checkpoints")
 
     def _save(self) -> None:
+        self._pace.pause()
         self._finite.check(self.loop.scores, self.step)
         self._finite.check_state(self.step)
         self.checkpoints.write(self.step, state_of(self))

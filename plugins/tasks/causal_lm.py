@@ -4,13 +4,13 @@ import attrs
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torchmetrics import Metric, MetricCollection
 
 from moe_engine import (
     PretrainedLM,
     Task,
     UsageError,
     adopt,
+    all_reduce_sum,
     at_least_fp32,
     hookimpl,
     option,
@@ -99,7 +99,8 @@ class CausalLM:
             model=lambda engine: self.language_model(engine, language)[0],
             score=_next_token,
             perplexity=True,
-            measures=(lambda: MetricCollection([TextPerplexity(names)])) if len(names) > 1 else None,
+            tokens=length,
+            measures=(lambda: TextPerplexity(names)) if len(names) > 1 else None,
             most_rows=rows,
             note=f"memory: {needed}",
             show=lambda batch: [language.words(window) for window in batch[0][:, :-1]],
@@ -174,24 +175,24 @@ def _next_token(model, batch):
     return {"loss": loss_T.mean(), "predicted": loss_T.view(len(window_BS), -1).mean(1), "true": text_B}
 
 
-class TextPerplexity(Metric):
-    """exp of the mean loss over the windows of each text."""
-
-    full_state_update = False
+class TextPerplexity:
+    """exp of the mean loss over the windows of each text, of all ranks."""
 
     def __init__(self, names):
-        super().__init__()
         self.names = names
-        self.add_state("loss", torch.zeros(len(names)), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros(len(names)), dist_reduce_fx="sum")
+        self.loss_D, self.count_D = torch.zeros(len(names)), torch.zeros(len(names))
+
+    def to(self, device):
+        self.loss_D, self.count_D = self.loss_D.to(device), self.count_D.to(device)
+        return self
 
     def update(self, loss_B, text_B):
-        self.loss.index_add_(0, text_B, loss_B.to(self.loss.dtype))
-        self.count += text_B.bincount(minlength=len(self.names))
+        self.loss_D.index_add_(0, text_B, loss_B.to(self.loss_D.dtype))
+        self.count_D += text_B.bincount(minlength=len(self.names))
 
     def compute(self):
-        perplexities = (self.loss / self.count).exp()
-        return {f"perplexity.{name}": value for name, value in zip(self.names, perplexities, strict=True)}
+        perplexity_D = (all_reduce_sum(self.loss_D) / all_reduce_sum(self.count_D)).exp()
+        return {f"perplexity.{name}": value for name, value in zip(self.names, perplexity_D, strict=True)}
 
 
 def _adapt(engine, model, rank):

@@ -58,6 +58,7 @@ class Lm:
             model=lambda engine: CharTransformer(engine, len(characters), self),
             score=_next_character,
             perplexity=True,
+            tokens=self.length,
             show=lambda batch: [[characters[id] for id in window] for window in batch[0][:, :-1].tolist()],
         )
 

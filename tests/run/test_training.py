@@ -171,7 +171,7 @@ def test_summary_holds_what_was_measured_on_the_test_set(tmp_path):
     run, training = train(tmp_path / "run")
     summary = json.loads((run.folder / "summary.json").read_text())
     last = [record for record in run.records if record["split"] == "eval"][-1]
-    assert list(summary)[:12] == [
+    assert list(summary)[:13] == [
         *(
             "task",
             "plugins",
@@ -180,6 +180,7 @@ def test_summary_holds_what_was_measured_on_the_test_set(tmp_path):
             "device",
             "steps",
             "seconds",
+            "speed",
             "loss",
             "accuracy",
             "perplexity",
@@ -197,7 +198,9 @@ def test_summary_holds_what_was_measured_on_the_test_set(tmp_path):
     assert layer["mutual_information"] == last["layers"]["moe"]["mutual_information"]
     assert layer["cv"] == last["layers"]["moe"]["cv"]
     assert summary["steps"] == training.step == 2 * math.ceil(2000 / 64)
-    assert {"name": "saturation", "distribution": "moe-engine", "version": "0.1.0"} in summary["plugins"]
+    (saturation,) = (plugin for plugin in summary["plugins"] if plugin["name"] == "saturation")
+    assert saturation.pop("about").startswith("Offer more tokens to experts with little gradient.\n")
+    assert saturation == {"name": "saturation", "kind": "bias", "distribution": "moe-engine", "version": "0.1.0"}
 
 
 def test_the_weights_give_the_summarys_accuracy(tmp_path):
