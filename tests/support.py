@@ -1,5 +1,6 @@
 """Helpers of the tests that are not fixtures."""
 
+import gc
 import json
 import multiprocessing
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from moe_engine import UsageError
 from moe_engine.files import digest, unsealed
 from moe_engine.run.folder import write_summary
 from moe_engine.run.trees import packed, read_tree
+from moe_engine.testing.rank_processes import PRELOADED
 
 
 def ends(folder):
@@ -45,5 +47,11 @@ def forge(folder, summary=None):
 
 def on_ranks(function, *args, count=2):
     """Call function(rank, *args) in that many processes, forked from one that has imported torch already."""
-    multiprocessing.set_forkserver_preload(["forked"])
-    torch.multiprocessing.start_processes(function, args, count, start_method="forkserver")
+    multiprocessing.set_forkserver_preload([*PRELOADED])
+    torch.multiprocessing.start_processes(_on_rank, (function, *args), count, start_method="forkserver")
+
+
+def _on_rank(rank, function, *args):
+    gc.collect()
+    gc.freeze()  # growths, which look for optimizers among all objects, need not look among what is imported
+    function(rank, *args)

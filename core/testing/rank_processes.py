@@ -14,6 +14,8 @@ import torch
 from ..errors import UsageError
 from .claims import Broken
 
+# imported once for all of them, with what training and spreading a model import only then
+PRELOADED = ("torch", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor", "moe_engine.testing")
 PATIENCE = 60.0  # seconds without an answer after which ranks count as waiting for each other for ever
 _kept: dict[int, "RankProcesses"] = {}
 
@@ -25,7 +27,7 @@ class RankProcesses:
         methods = multiprocessing.get_all_start_methods()
         context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
         if context.get_start_method() == "forkserver":
-            multiprocessing.set_forkserver_preload(["torch", "moe_engine.testing"])  # imported once for all of them
+            multiprocessing.set_forkserver_preload([*PRELOADED])
         self.folder = TemporaryDirectory(prefix="ranks")
         self.ends: list[Connection] = []
         self.processes: list[Any] = []

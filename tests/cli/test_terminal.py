@@ -46,7 +46,7 @@ OUTPUTS = {
     "a misspelt option": ["run", "--plugins", "switch_aux", "--set", "switch_aux.wieght=0.1", "--out", "three"],
     "a bad number": ["run", "--epochs", "none at all", "--out", "three"],
     "plugins --check": ["plugins", "--check"],
-    "check": ["check", "switch_aux"],
+    "check": ["check", "csv"],
     "export of no language model": ["export", "one", "folder"],
     "evaluate of no language model": ["evaluate", "one", "--text", "missing.txt"],
 }
