@@ -19,6 +19,16 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start, too: s
 
 
 def pytest_collection_finish():
+    _freeze()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    if nextitem is None or nextitem.module is not item.module:
+        _freeze()
+
+
+def _freeze():
     """What is imported stays: growths, which look for optimizers among all objects, need not look there."""
     gc.collect()
     gc.freeze()

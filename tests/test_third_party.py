@@ -207,8 +207,8 @@ def test_its_loss_acts_on_the_router(mine):
 def test_the_run_remembers_where_its_plugins_came_from(mine):
     """Name, distribution and version in summary.json, in the order typed; the router replaced the default one."""
     plugins = json.loads((mine / "summary.json").read_text("utf-8"))["plugins"]
-    expected = [{"name": name, "distribution": "my-dist", "version": "1.0"} for name in MINE]
-    assert expected == plugins[:3]
+    expected = [(name, "my-dist", "1.0") for name in MINE]
+    assert expected == [(plugin["name"], plugin["distribution"], plugin["version"]) for plugin in plugins[:3]]
     assert "topk" not in [plugin["name"] for plugin in plugins]
 
 

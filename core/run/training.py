@@ -174,7 +174,7 @@ class Training:
         if self.task.note:
             self.say(self.task.note)
         with agreed("opening the run's folder", self.device), ExitStack() as stack:
-            self._open_folder(stack)
+            self.folder, self.records = _opened(self, stack)
             opened = stack.pop_all()
         self.folder = Path(of_first(str(self.folder)))
         with opened:
@@ -195,20 +195,6 @@ class Training:
             if rank() == 0:
                 write_reports(self.engine, self.folder)
         return read_run(self.folder)
-
-    def _open_folder(self, stack: ExitStack) -> None:
-        """Make or find the run's folder, and lock it; the first rank does, for all."""
-        folder = self.out or Path()
-        if rank() == 0:
-            folder = folder if self.resumed else new_folder(self.out, self.config.task)
-            file = stack.enter_context(record_file(folder, new=not self.resumed))
-            if not self.resumed:
-                remember(folder)
-                write_atomically(folder / "config.toml", self.config_text().encode())
-            self.records = RecordFile(file, folder / "metrics.jsonl", self.listener)
-        else:
-            self.records = RecordFile(stack.enter_context(tempfile.TemporaryFile()))  # noqa: SIM115 (closed by the stack)
-        self.folder = folder
 
     def _spread(self) -> None:
         """Spread the model over the ranks, if there are several."""
@@ -339,6 +325,18 @@ class Training:
     def seconds(self) -> float:
         """Seconds since the run began, without those between a stop and a resume."""
         return round(time.monotonic() - self.started, 3)
+
+
+def _opened(run: Training, stack: ExitStack) -> tuple[Path, RecordFile]:
+    """Make or find the run's folder, and lock it; the first rank does, for all."""
+    if rank():
+        return run.out or Path(), RecordFile(stack.enter_context(tempfile.TemporaryFile()))
+    folder = (run.out or Path()) if run.resumed else new_folder(run.out, run.config.task)
+    file = stack.enter_context(record_file(folder, new=not run.resumed))
+    if not run.resumed:
+        remember(folder)
+        write_atomically(folder / "config.toml", run.config_text().encode())
+    return folder, RecordFile(file, folder / "metrics.jsonl", run.listener)
 
 
 def _write_weights(run: Training) -> None:

@@ -52,7 +52,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("initializer", ["random", "split"])
+@pytest.mark.parametrize("initializer", ["random", pytest.param("split", marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizers_go_on(name, initializer):
     """Kept state is kept, a new expert's is finite, and all rows learn."""

@@ -248,7 +248,7 @@ def test_a_backward_through_a_growth_is_an_error_and_not_a_crash(plugins):
     rig.train(1)
 
 
-@pytest.mark.parametrize("count", [30, pytest.param(500, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [20, pytest.param(500, marks=pytest.mark.long)])
 def test_many_growths_and_removals_leave_memory_flat(no_search, count):
     rig = Rig().train(2)
 
@@ -257,7 +257,7 @@ def test_many_growths_and_removals_leave_memory_flat(no_search, count):
         rig.grow(drop=(4,))
         rig.engine.growths.clear()
 
-    for _ in range(25):
+    for _ in range(10):
         once()
     gc.collect()
     tensors, peak = _tensors(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

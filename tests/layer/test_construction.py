@@ -114,7 +114,10 @@ def test_a_copy_of_a_copied_engine_has_its_own_plugins():
     assert twin.plugins.manager.get_plugin("saturation") is twin.plugins.active["saturation"]
 
 
-@pytest.mark.parametrize("router", ["topk", "hierarchical", "top_p", "relu", "soft"])
+@pytest.mark.parametrize(
+    "router",
+    ["topk", "soft", *(pytest.param(name, marks=pytest.mark.long) for name in ("hierarchical", "top_p", "relu"))],
+)
 def test_a_layer_is_exported_with_any_number_of_tokens(router):
     _, model = built(f"{router},switch_aux" if router in ("topk", "hierarchical") else router)
     size = {"input": {0: torch.export.Dim("T", min=2, max=512)}}

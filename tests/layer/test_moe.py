@@ -248,7 +248,7 @@ def test_a_token_id_that_is_none_of_the_vocabulary_is_refused(ids):
         ("fp32", torch.float32, 2e-6),
         pytest.param("bf16", torch.bfloat16, 1e-2, marks=pytest.mark.long),
         pytest.param("bf16", torch.float32, 1e-2, marks=pytest.mark.long),
-        ("autocast", torch.bfloat16, 1e-2),
+        pytest.param("autocast", torch.bfloat16, 1e-2, marks=pytest.mark.long),
         # eager does not round its factors; some units are near ReLU's kink
         pytest.param("autocast", torch.float32, 5e-2, marks=pytest.mark.long),
     ],

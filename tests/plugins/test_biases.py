@@ -143,7 +143,7 @@ def test_loss_free_moves_by_its_rate_against_the_load():
     ("plugin", "setting"),
     [("saturation", "beta=1"), ("saturation", "signal=weights"), ("log_load", "beta=1"), ("loss_free", "rate=0.05")],
 )
-@pytest.mark.parametrize("router", ["topk", "hierarchical"])
+@pytest.mark.parametrize("router", ["topk", pytest.param("hierarchical", marks=pytest.mark.long)])
 def test_a_bias_balances_a_router_that_would_collapse(router, plugin, setting):
     """A common direction in the data draws all tokens to few experts; only the bias can undo that."""
 

@@ -165,7 +165,9 @@ def test_a_copy_decides_by_itself(copied):
     assert float(owner.layers[0].sums.take_evaluated()["tokens"]) > 0
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "backend", ["eager", *(pytest.param(name, marks=pytest.mark.long) for name in ("aot_eager", "inductor"))]
+)
 def test_a_compiled_model_computes_the_same(backend):
     engine, model, before = adopted(num_hidden_layers=1)
     ids, mask = batch()

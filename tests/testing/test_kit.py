@@ -1,8 +1,6 @@
 """The kit itself: plugins by name, class or instance, with settings, checked one by one or together, without pytest."""
 
 import inspect
-import subprocess
-import sys
 import unittest
 
 import attrs
@@ -162,10 +160,10 @@ def test_checks_leave_the_callers_random_state_alone():
     assert torch.equal(expected, torch.rand(1))
 
 
-def test_the_kit_needs_no_pytest():
+def test_the_kit_needs_no_pytest(commands):
     """It ships in the package, which does not depend on pytest."""
     code = "import sys, moe_engine.testing; sys.exit('pytest' in sys.modules)"
-    assert not subprocess.run([sys.executable, "-c", code], check=False).returncode
+    assert not commands.run(["-c", code]).returncode
 
 
 class ThreeLevels(Router):

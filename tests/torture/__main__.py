@@ -19,7 +19,7 @@ import attrs
 from torture import cases, damage, hostile, inputs, soak
 from torture.shim import Strike
 
-GOALS = {"kills": 500, "faults": 240, "damage": 2000, "inputs": 50_000, "hostile": 300, "soak": 100}
+GOALS = {"kills": 500, "ranks": 30, "faults": 240, "damage": 2000, "inputs": 50_000, "hostile": 300, "soak": 100}
 BLOCK = 250  # inputs in a case
 LEAST_SOAK = 20  # minutes from which runs are soaked
 
@@ -34,7 +34,8 @@ class Plan:
         self.expected, self.done = cases.whole(scratch / "whole")
         self.half = scratch / "half"
         self.of_resume = cases.halfway(self.half, self.done)
-        self.folders = (damage.of_run(scratch / "damaged"), damage.of_study(scratch / "damaged"))
+        place = scratch / "damaged"
+        self.folders = (damage.of_run(place), damage.of_study(place), *damage.of_language(place))
 
     def kills(self):
         """At each operation of a run and of a resume, then several per run at operations and at random moments."""
@@ -45,6 +46,12 @@ class Plan:
         for number in itertools.count(self.seed):
             yield f"kills {number}", lambda n=number: cases.killed_again(self.place / "run", n, self.expected)
             yield f"killed {number}", lambda n=number: cases.killed_at_random(self.place / "run", n, self.expected, 1.5)
+
+    def ranks(self):
+        """Kills of one of two ranks."""
+        expected, done = cases.whole_on_two(self.place / "two")
+        for number in itertools.count(self.seed):
+            yield f"ranks {number}", lambda n=number: cases.killed_on_two(self.place / "run", n, expected, len(done))
 
     def faults(self):
         """Every operation of a run, its saves and its growth, and of a resume, refused once and for good."""
@@ -67,7 +74,8 @@ class Plan:
             for name, how in itertools.product(folder.names(), damage.HOWS):
                 yield f"damaged {folder.path.name}/{name} {how}", self._damaged(folder, self.seed, name, how)
         for number in itertools.count(self.seed):
-            yield f"damaged {number}", self._damaged(self.folders[number % 8 == 7], number)
+            folder = self.folders[max(0, number % 8 - 4)]  # five of eight in a run's
+            yield f"damaged {number}", self._damaged(folder, number)
 
     def _damaged(self, folder, seed, name=None, how=None):
         return lambda: damage.damaged(folder, self.place / "damaged", seed, name, how)
@@ -89,7 +97,7 @@ class Plan:
 
 def counted(kind, record):
     """What a case counts for towards the goal of its kind."""
-    return {"kills": record["kills"], "inputs": BLOCK, "soak": GOALS["soak"]}.get(kind, 1)
+    return {"kills": record["kills"], "ranks": record["kills"], "inputs": BLOCK, "soak": GOALS["soak"]}.get(kind, 1)
 
 
 def main(out, minutes="60", seed="0"):

@@ -7,7 +7,7 @@ import signal
 import attrs
 
 from support import ends
-from torture.shim import Strike, command
+from torture.shim import Strike, command, on_two_ranks
 
 RUN = (
     *("run", "--task", "blobs", "--set", "blobs.images=64", "--set", "blobs.test_images=16", "--batch-size", "16"),
@@ -114,6 +114,37 @@ def ended(folder, verdict, expected):
     elif ends(folder) != expected:
         verdict.blame("different", "the run's end")
     shutil.rmtree(folder, ignore_errors=True)
+    return verdict
+
+
+TWO = [*RUN, "--parallel", "shard"]
+
+
+def whole_on_two(folder):
+    """The end of a run on two ranks that nothing happened to, and the operations of the first on the disk."""
+    outcome = on_two_ranks([*TWO, "--out", folder], Strike())
+    assert outcome.code == 0, outcome.err
+    return ends(folder), outcome.done
+
+
+def killed_on_two(folder, seed, expected, count):
+    """A run on two ranks, one of which is killed: at one of `count` operations on the disk, or at a random moment."""
+    draws, verdict = random.Random(seed), Verdict(f"a kill of one of two ranks, seed {seed}")
+    shutil.rmtree(folder, ignore_errors=True)
+    if seed % 2:
+        how = {"kill_after": draws.uniform(0.2, 3), "struck": draws.randrange(2)}
+    else:
+        how = {"strike": Strike(draws.randint(1, count), draws.choice(["kill", "half"]))}
+    outcome = on_two_ranks([*TWO, "--out", folder], **how)
+    verdict.judge(outcome, str(how))
+    verdict.kills = int(outcome.code == -signal.SIGKILL)
+    words = begin_or_resume(folder)
+    last = on_two_ranks(words if words[0] == "resume" else [*TWO, "--out", folder])
+    verdict.judge(last, words[0])
+    if last.code != 0:
+        verdict.blame("lost", f"exit {last.code}: {last.err}")
+    elif ends(folder) != expected:
+        verdict.blame("different", "the run's end")
     return verdict
 
 

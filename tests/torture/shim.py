@@ -21,6 +21,8 @@ import time
 from pathlib import Path
 
 import attrs
+import pytest
+from torch.distributed import TCPStore
 
 import warm
 from moe_engine import cli
@@ -162,9 +164,7 @@ def command(words, strike=None, kill_after=None, limit=120, plugins=None, number
     strike: None leaves the disk alone. plugins: {name: (kind, class)} that look installed there. room: bytes of memory
     that it may ask for. streams: out or err, the name of a file that is opened for it.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    gc.freeze()  # a growth, which searches all objects for optimizers, need not search these
+    _ready()
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, tempfile.TemporaryFile() as log:
         pid = os.fork()
         if not pid:
@@ -178,6 +178,36 @@ def command(words, strike=None, kill_after=None, limit=120, plugins=None, number
         texts = [os.pread(file.fileno(), 1 << 24, 0).decode(errors="replace") for file in (out, err, log)]
     seconds = usage.ru_utime + usage.ru_stime
     return Outcome(code, texts[0], texts[1], texts[2].split(), seconds, usage.ru_maxrss >> 10)
+
+
+def _ready():
+    """Get ready to fork."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    gc.freeze()  # a growth, which searches all objects for optimizers, need not search these
+
+
+def on_two_ranks(words, strike=None, struck=0, **how):
+    """Two processes run `moe-engine WORDS` as under torchrun, whose store this process keeps.
+
+    Returns the outcome of rank `struck`, to which strike and how apply as for `command`; of a hang if the other one
+    does not end by itself.
+    """
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)}
+    shared |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    _ready()
+    with tempfile.TemporaryFile() as sink, pytest.MonkeyPatch.context() as patch:
+        for name, value in shared.items():
+            patch.setenv(name, value)
+        patch.setenv("RANK", str(1 - struck))
+        other = os.fork()
+        if not other:
+            _become(words, None, {}, (sink.fileno(),) * 3)
+        patch.setenv("RANK", str(struck))
+        outcome = command(words, strike, **how)
+        code, _ = _wait(other, None, None, 60)
+    return outcome if code is not None else attrs.evolve(outcome, code=None)
 
 
 class Hang(BaseException):
