@@ -22,6 +22,7 @@ from ..errors import RunError, UsageError
 from ..files import check_file
 from ..layer.probing import uncounted
 from ..run.traces import Trace, begin
+from .loading import finite
 from .watching import Watched, Watcher
 
 PLACES = 12  # most probable places of each expert that are kept, to choose contexts from
@@ -265,7 +266,8 @@ def _batches(passages: Sequence[Passage], length: int, batch: int) -> Iterator[t
 
 def _forward(model: Any, id_BS: Array) -> None:
     try:
-        model(input_ids=torch.from_numpy(id_BS).to(model.device), use_cache=False)
+        answer = model(input_ids=torch.from_numpy(id_BS).to(model.device), use_cache=False)
+        finite(getattr(answer, "logits", answer[0]), model)
     except UsageError:
         raise
     except Exception as error:

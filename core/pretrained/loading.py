@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ..errors import UsageError, listed
 from ..files import INDEX, read_file
 
@@ -40,7 +42,19 @@ def load_model(folder: Path, dtype: str = "auto") -> Any:
             names = [*keys[:KEYS], *([f"{len(keys) - KEYS} more"] if len(keys) > KEYS else [])]
             sentence = f"{folder} {problem} weights of its {type(model).__name__}: {listed(names)}"
             raise UsageError(f"{sentence}; copy the whole checkpoint", code="incomplete-checkpoint")
+    for name, weight in model.named_parameters():
+        if weight.numel() and not all(end.isfinite() for end in weight.detach().aminmax()):
+            message = f"{folder} has numbers that are not finite in {name}; copy the checkpoint again"
+            raise UsageError(message, code="damaged-checkpoint")
     return model.eval()
+
+
+def finite(outputs: Tensor, model: Any) -> Tensor:
+    """The outputs of a model. Raises UsageError if some are not finite, as those of damaged weights may be."""
+    if not outputs.isfinite().all():
+        message = f"{type(model).__name__} computes numbers that are not finite; copy its checkpoint again"
+        raise UsageError(message, code="damaged-checkpoint")
+    return outputs
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -23,6 +23,7 @@ from ..run.checkpoints import Checkpoints
 from ..run.folder import old_folder
 from ..seeds import generator, own_random_state
 from .language_models import PretrainedLM
+from .loading import finite
 from .watching import Watcher, watch
 
 TOKENS = 4096  # of one forward
@@ -122,24 +123,25 @@ def text_losses(trained: Trained, files: Sequence[Path], length: int) -> Iterato
         id_T = trained.language.read(file)
         if len(id_T) < 2:
             raise UsageError(f"the text {file} has {len(id_T)} tokens, of which none is predicted", code="empty-text")
-        total = math.fsum(_window_losses(trained.model, id_T, length))
+        total = math.fsum(_window_losses(trained, id_T, length))
         yield TextLoss(str(file), len(id_T) - 1, total / (len(id_T) - 1))
 
 
 @torch.no_grad()
-def _window_losses(model: Any, id_T: Tensor, length: int) -> Iterator[float]:
+def _window_losses(trained: Trained, id_T: Tensor, length: int) -> Iterator[float]:
     """The summed loss of several windows at a time."""
     whole = (len(id_T) - 1) // length
     if whole:
         for window_BS in id_T.unfold(0, length + 1, length).split(max(TOKENS // length, 1)):
-            yield _summed_loss(model, window_BS)
+            yield _summed_loss(trained, window_BS)
     if whole * length < len(id_T) - 1:
-        yield _summed_loss(model, id_T[None, whole * length :])
+        yield _summed_loss(trained, id_T[None, whole * length :])
 
 
-def _summed_loss(model: Any, window_BS: Tensor) -> float:
-    window_BS = window_BS.to(model.device)
-    logits_BSV = model(input_ids=window_BS[:, :-1], use_cache=False).logits.float()
+def _summed_loss(trained: Trained, window_BS: Tensor) -> float:
+    window_BS = window_BS.to(trained.model.device)
+    logits_BSV = trained.model(input_ids=window_BS[:, :-1], use_cache=False).logits.float()
+    finite(logits_BSV, trained.model)
     return float(F.cross_entropy(logits_BSV.flatten(0, 1), window_BS[:, 1:].flatten(), reduction="sum"))
 
 
@@ -165,6 +167,7 @@ def continuation(trained: Trained, prompt: str, tokens: int, temperature: float,
             max_new_tokens=tokens,
             use_cache=True,
             pad_token_id=pad,
+            logits_processor=[lambda _, logits_BV: finite(logits_BV, trained.model)],
             **({"do_sample": False} | sampling),
         )
     text: str = trained.language.tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)

@@ -20,6 +20,7 @@ from ..engine.engine import Engine
 from ..errors import UsageError
 from ..layer.moe import MoE
 from ..layer.probing import evaluating, uncounted
+from ..layer.sharded import gathered
 from .scores import EVAL_BATCH, Scorer
 from .trees import read_tree, write_tree
 
@@ -298,7 +299,7 @@ def _nearest(layer: MoE, tokens: Tokens) -> tuple[Tensor | None, Tensor | None]:
     x_SD = x_TD[spread(min(COMPARED, OUTPUTS // layer.spec.experts), len(x_TD)).to(x_TD.device)]
     if layer.spec.experts < 2 or len(x_SD) < FEWEST:
         return None, None
-    with evaluating(layer.experts):
+    with gathered(layer), evaluating(layer.experts):
         y_ESO = layer.experts.outputs(x_SD.to(next(layer.experts.parameters(), x_SD).dtype)).double().cpu()
     cka_EE = linear_cka(y_ESO).fill_diagonal_(torch.nan)
     cka_E, nearest_E = cka_EE.nan_to_num(-torch.inf).max(1)
