@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from moe_engine.testing import tiny_checkpoint
 from sentences import check
@@ -140,3 +141,19 @@ def test_a_run_without_a_checkpoint_says_when_one_comes(here, refusal, tmp_path)
     (tmp_path / "run").mkdir()
     shutil.copy("grown/config.toml", tmp_path / "run")
     check(refusal("export", tmp_path / "run", "out"), "--checkpoint-every", code="no-run-checkpoint")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38], ids=["nan", "inf", "huge"])
+def test_weights_that_were_damaged_give_no_number(here, refusal, tmp_path, value):
+    """Whether a weight is not finite itself, or what is computed from it is not."""
+    shutil.copytree("mixtral", tmp_path / "mixtral")
+    weights = load_file(tmp_path / "mixtral" / "model.safetensors")
+    weights["model.norm.weight"].fill_(value)
+    save_file(weights, tmp_path / "mixtral" / "model.safetensors", {"format": "pt"})
+    place = str(tmp_path / "mixtral")
+    for words in (
+        ["evaluate", place, "--text", "a.txt", "--length", "16", "--json"],
+        ["generate", place, "--prompt", "To be", "--tokens", "2"],
+        ["inspect", place, "--text", "a.txt", "--length", "16", "--json"],
+    ):
+        check(refusal(*words), "not finite", code="damaged-checkpoint")

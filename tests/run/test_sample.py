@@ -1,6 +1,7 @@
 """The sample of the test set that a run keeps: what was routed, and no more than that."""
 
 import tomllib
+from pathlib import Path
 
 import attrs
 import numpy as np
@@ -16,7 +17,7 @@ from moe_engine.run.sample import BYTES, FILE, Sample, SampledLayer, chosen, sho
 from moe_engine.run.training import Training
 from moe_engine.run.trees import packed, read_tree, write_tree
 from moe_engine.tasks import image_task
-from support import refused
+from support import on_ranks, refused
 
 SMALL = {"task": "blobs", "steps": 6, "log_every": 6, "no_plugin": ("plots", "html"), "device": "cpu"}
 SETTINGS = {"blobs": {"images": 300, "test_images": 400, "size": 8, "dim": 16, "hidden": 16}}
@@ -308,3 +309,18 @@ def test_large_images_are_kept_small():
     small, texts = shown(task, torch.tensor([0, 2]))
     assert small.shape == (2, 3, 34, 20) and texts is None  # a third
     assert small[0, :, 0, 0].tolist() == [90] * 3 and small.sum() == 2 * 3 * 90
+
+
+def _sharded(rank, folder):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    train(Path(folder) / "both", precision="fp64", parallel="shard")
+    torch.distributed.destroy_process_group()
+
+
+def test_of_sharded_layers_the_sample_is_that_of_one_process(tmp_path):
+    """With the nearest expert of each, for which all weights are needed at once."""
+    on_ranks(_sharded, str(tmp_path))
+    train(tmp_path / "alone", precision="fp64")
+    one, two = (read_sample(tmp_path / name).layers[0] for name in ("alone", "both"))
+    assert torch.equal(one.expert, two.expert) and torch.equal(one.nearest, two.nearest)
+    torch.testing.assert_close(one.cka, two.cka, rtol=1e-4, atol=1e-4)
