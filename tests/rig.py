@@ -18,7 +18,7 @@ class Rig:
     """A small model, its engine, an optimizer and a fixed batch to probe with."""
 
     def __init__(self, plugins="topk,saturation,loss_free,switch_aux,random", optimizer=adam, experts=4, **spec):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         self.engine = Engine(plugins, experts=experts, **{"top_k": 2, **spec})
         self.layer = self.engine.moe(6, 5, bias=True, name="moe")
         self.model = nn.Sequential(nn.Linear(3, 6), self.layer, nn.Linear(6, 1))

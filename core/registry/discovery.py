@@ -3,11 +3,13 @@
 import inspect
 import os
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib import metadata, resources
+from itertools import chain
 from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 import attrs
 
@@ -31,6 +33,8 @@ KINDS = {  # entry-point group -> what one of its plugins is called
 RENAMED_GROUPS = {"sources": "initializers"}  # entry-point groups of earlier versions
 WATCHING = ("metric", "report")  # the kinds that only observe a model
 DISABLED = "MOE_ENGINE_DISABLE_PLUGINS"
+_sound: WeakSet[type] = WeakSet()  # classes that were checked against the contract
+_known: WeakKeyDictionary[type, dict[str, Any]] = WeakKeyDictionary()  # the marks of their methods
 
 
 @attrs.frozen
@@ -74,16 +78,23 @@ def find() -> dict[str, list[Found]]:
     found: dict[str, list[Found]] = {}
     hidden = disabled()
     homes: dict[int, tuple[str, str]] = {}  # reading name and version parses a file, so it is done once
-    installed = metadata.entry_points()  # of each distribution the first copy on the path
-    for group in sorted(name for name in installed.groups if name.startswith(PREFIX)):
-        kind = KINDS.get(group.removeprefix(PREFIX), group.removeprefix(PREFIX))
-        for point in installed.select(group=group):
-            if point.name not in hidden:
-                home = point.dist
-                if id(home) not in homes:
-                    homes[id(home)] = (home.name, home.version) if home else ("unknown", "0")
-                found.setdefault(point.name, []).append(Found(point.name, kind, *homes[id(home)], point))
+    for point in _entry_points():
+        if point.group.startswith(PREFIX) and point.name not in hidden:
+            group, home = point.group.removeprefix(PREFIX), point.dist
+            if id(home) not in homes:
+                homes[id(home)] = (home.name, home.version) if home else ("unknown", "0")
+            offer = Found(point.name, KINDS.get(group, group), *homes[id(home)], point)
+            found.setdefault(point.name, []).append(offer)
     return {name: sorted(found[name], key=lambda offer: (offer.distribution, offer.kind)) for name in sorted(found)}
+
+
+def _entry_points() -> Iterable[metadata.EntryPoint]:
+    """All of them, of each distribution the first copy on the path; `select` would go through all for each group."""
+    installed: Any = metadata.entry_points()
+    if isinstance(installed, dict):  # before Python 3.12, and its own methods warn
+        return chain.from_iterable(dict.values(installed))
+    points: Iterable[metadata.EntryPoint] = installed
+    return points
 
 
 def pick(name: str, found: Mapping[str, list[Found]]) -> Found:
@@ -116,22 +127,33 @@ def load(found: Found) -> type:
     except BaseException as error:
         message = f"{origin} does not load: {type(error).__name__}: {error}"
         raise PluginError(message, code="plugin-not-loaded") from error
+    if cls in _sound:
+        return cls
     if not (inspect.isclass(cls) and attrs.has(cls)) or cls.__eq__ is not object.__eq__:
         raise PluginError(f"{origin} is not a class under @attrs.define(eq=False)", code="not-a-plugin-class")
     for name in dir(cls):
         if name.startswith("moe_") or _marks(cls, name) is not None:
             _check_hook(origin, cls, name)
-    hooks = [name for name in HOOKS if _marks(cls, name) is not None]
+    hooks = [name for name in HOOKS if implements(cls, name)]
     if not hooks:
         raise PluginError(f"{origin} implements no hook", code="no-hook")
     if problem := problem_of(cls, hooks):
         raise PluginError(f"{origin}: {problem}", code="bad-trait")
+    _sound.add(cls)
     return cls
+
+
+def implements(cls: type, hook: str) -> bool:
+    """Whether a plugin class implements a hook."""
+    return _marks(cls, hook) is not None
 
 
 def _marks(cls: type, name: str) -> Any:
     """The marks that @hookimpl set on a method, or None."""
-    return getattr(inspect.getattr_static(cls, name, None), "moe_engine_impl", None)
+    known = _known.setdefault(cls, {})
+    if name not in known:
+        known[name] = getattr(inspect.getattr_static(cls, name, None), "moe_engine_impl", None)
+    return known[name]
 
 
 def _check_hook(origin: str, cls: type, name: str) -> None:

@@ -17,7 +17,7 @@ from ..contract.options import Settings, build, changed, values_of
 from ..contract.setup import Bound, Setup
 from ..contract.traits import ROUTER_TRAITS, provided_by, traits_of, weight_of
 from ..errors import PluginError, UsageError, listed, nearest
-from .discovery import Found, _marks, defaults, disabled, find, load, pick
+from .discovery import Found, defaults, disabled, find, implements, load, pick
 
 if TYPE_CHECKING:
     from ..contract.stats import Finding
@@ -89,7 +89,7 @@ class Plugins:
 
     def _add_defaults(self, installed: Mapping[str, list[Found]]) -> None:
         usual = defaults()
-        routers = [name for name, cls in self._classes.items() if _marks(cls, "moe_router") is not None]
+        routers = [name for name, cls in self._classes.items() if implements(cls, "moe_router")]
         if len(routers) > 1:
             message = f"a layer has one router, but {listed(map(repr, routers))} are all routers; choose one"
             raise UsageError(message, code="several-routers")
@@ -97,7 +97,7 @@ class Plugins:
             self._add_default(usual["router"], installed)
         if not routers and usual["router"] not in self._classes:
             raise UsageError("no router is left; name one with --plugins", code="no-router")
-        if not any(_marks(cls, "moe_new_expert") is not None for cls in self._classes.values()):
+        if not any(implements(cls, "moe_new_expert") for cls in self._classes.values()):
             self._add_default(usual["initializer"], installed)
         for name in (*usual["metrics"], *usual["reports"]):
             self._add_default(name, installed)
@@ -109,7 +109,7 @@ class Plugins:
     @property
     def default_router(self) -> str | None:
         """The router, if neither it nor an option of it was chosen."""
-        name = next(name for name, cls in self._classes.items() if _marks(cls, "moe_router") is not None)
+        name = next(name for name, cls in self._classes.items() if implements(cls, "moe_router"))
         return None if name in self.chosen or name in self.given else name
 
     def replace_router(self, name: str) -> None:
@@ -167,7 +167,7 @@ class Plugins:
         return tuple(
             Bound(name, getattr(plugin, hook), tuple(inspect.signature(getattr(plugin, hook)).parameters))
             for name, plugin in (plugins or self.active).items()
-            if _marks(type(plugin), hook) is not None
+            if implements(type(plugin), hook)
         )
 
     def check(self, setup: Setup) -> None:

@@ -92,7 +92,7 @@ class Trial:
 
     def forward(self, batch: Data, seed: int = 0, call: Call = call_layer) -> Tensor:
         """The layer's output, with torch's generator seeded."""
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         return call(self.layer, *batch.arguments)
 
     def evaluate(self, batch: Data, seed: int = 0) -> Tensor:
@@ -105,7 +105,7 @@ class Trial:
 
     def route(self, batch: Data, seed: int = 0) -> Routing:
         """The layer's routing of a batch, uncounted."""
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         return self.layer.route(self.layer.tokens(*batch.arguments))
 
     def backward(self, *batches: Data, seed: int = 0, call: Call = call_layer) -> Tensors:
@@ -216,7 +216,7 @@ class Bench:
         return trial.engine.moe(**_sizes(spec))
 
     def _layer(self, engine: Engine, seed: int, sizes: dict[str, Any]) -> Trial:
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         layer = engine.moe(**sizes)
         with torch.no_grad():
             for parameter in layer.router.parameters():

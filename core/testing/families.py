@@ -34,7 +34,7 @@ def _trial(bench: Bench) -> tuple[nn.Module, Family]:
         model = plugin.trial_model() if hasattr(plugin, "trial_model") else tiny_model(bench.plugin.name)
     except ImportError as error:
         raise NotApplicable("transformers is not installed") from error
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

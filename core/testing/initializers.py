@@ -54,7 +54,7 @@ def _births(trial: Trial, seed: int = 0, **growth: Any) -> list[Birth]:
         births.append(Birth(offer, before, new))
         return initializer, new
 
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     stage(trial.layer, (), Growth(trial.layer.name, **growth), ask, torch.Generator().manual_seed(0))
     return births
 

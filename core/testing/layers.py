@@ -179,7 +179,7 @@ def recomputed_layers_keep_apart(bench: Bench) -> None:
         h, carried = data().x.clone().requires_grad_(), None
         for layer in layers:
             arguments = (h, None, data().ids, data().labels, *([carried] if layer.carries else []))
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)
             answer = checkpoint(layer, *arguments, use_reentrant=False) if recompute else layer(*arguments)
             h, carried = answer if isinstance(answer, tuple) else (answer, None)
         (data().loss(h) + trial.engine.aux_loss()).backward()

@@ -34,7 +34,7 @@ def _train_and_evaluate(trial: Trial, batch: Data, make: MakeLogits | None = Non
 
 def _metrics(trial: Trial, split: str, probe: Data | None = None) -> Values:
     """The layer's metrics as JSON values, without the losses that the core adds."""
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     run_probe = None if probe is None else lambda: probe.loss(trial.evaluate(probe))
     values = trial.engine.metrics(split, run_probe).get(trial.layer.name, {})
     return {name: _json(name, value) for name, value in values.items() if not name.startswith("loss.")}
@@ -141,7 +141,7 @@ def measuring_draws_no_random_numbers(bench: Bench) -> None:
     trial = bench.trial()
     _train_and_evaluate(trial, data())
     for split in SPLITS:
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         before = torch.get_rng_state()
         _metrics(trial, split)
         untouched = same_bits(before, torch.get_rng_state())

@@ -68,7 +68,7 @@ def trainings(bench: Bench) -> Trainings:
         def split(batch: Data, step: int) -> list[Data]:
             return parts(batch, step, ranks) if per_rank else [batch]
 
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         fresh = torch.get_rng_state()
         trial.forward(data(), seed=0)
         noisy = not same_bits(fresh, torch.get_rng_state())
@@ -113,7 +113,7 @@ def parts(batch: Data, step: int, ranks: int) -> list[Data]:
 
 def trained(bench: Bench, split: Split, ranks: int, seed: int = 0, quiet: bool = False) -> Values:
     """Loss terms, metrics, task losses, growths, weights and states of a few steps."""
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     trial, hooks = bench.trial(options=_options(bench)), bench.plugin.hooks
     trial.layer.double()
     for module in (trial.layer.router, trial.layer.experts) if quiet else ():
@@ -232,7 +232,7 @@ def _measured(trial: Trial, split: Split, step: int, ranks: int) -> Values:
             trial.evaluate(one)
     values: Values = {}
     for name in ("train", "eval"):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         metrics = trial.engine.metrics(name, lambda: probe.loss(trial.evaluate(probe)))
         for key, value in metrics.get(trial.layer.name, {}).items():
             words = f"loss '{key.removeprefix('loss.')}'" if key.startswith("loss.") else f"metric '{key}'"

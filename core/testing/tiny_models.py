@@ -57,7 +57,7 @@ def tiny_model(name: str, **settings: Any) -> nn.Module:
 
     kind = getattr(transformers, name, None) or _causal(transformers, name)
     config = shrunk(kind.config_class(), settings)
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     model: nn.Module = kind(config)
     return model.eval()
 
