@@ -567,7 +567,9 @@ def test_a_hundred_thousand_rows_are_summed_right(tmp_path):
     }
 
 
-@pytest.mark.parametrize("form", ["experts", "labels", "values"])
+@pytest.mark.parametrize(
+    "form", ["experts", *(pytest.param(name, marks=pytest.mark.long) for name in ("labels", "values"))]
+)
 def test_many_columns_take_seconds(tmp_path, form):
     """50,000 columns: 2 s; compared with each other, as they once were, 40."""
     names = [f"{'e' if form == 'experts' else 'x'}{at}" for at in range(50_000)]

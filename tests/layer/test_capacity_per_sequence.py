@@ -102,7 +102,7 @@ def test_evaluation_has_a_capacity_of_its_own():
     assert (only(torch.ones(8, 3)).abs().sum(-1) > 0).tolist() == [True] + [False] * 7
 
 
-@pytest.mark.parametrize("per", ["batch", "sequence"])
+@pytest.mark.parametrize("per", ["sequence", pytest.param("batch", marks=pytest.mark.long)])
 def test_a_compiled_layer_drops_the_same(per):
     torch.manual_seed(0)
     layer = Engine("topk", experts=4, capacity=0.7, eval_capacity=0.7, capacity_per=per).moe(3, 4).eval()

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from moe_engine import read_sample
 from moe_engine.cli import main
 from moe_engine.parallel import launch
+from warm import MOE_ENGINE
 
 RUN = ["run", "--no-plugin", "html,plots", "--plugins", "topk,saturation,switch_aux,schedule", "--precision", "fp64"]
 RUN += ["--steps", "24", "--log-every", "8", "--set", "schedule.at=8,16", "--set", "schedule.max_experts=10"]
@@ -44,12 +46,32 @@ def assert_close(one, other):
         assert one == other
 
 
-def test_two_ranks_write_the_run_of_one_process(tmp_path, capfd):
-    alone, both = tmp_path / "alone", tmp_path / "both"
-    ranks = torchrun(*RUN, "--parallel", "shard", "--expert-parallel", "2", "--out", str(both))
-    assert main([*RUN, "--out", str(alone)]) == 0
+def by_torchrun(words, **_):
+    ranks = torchrun(*words)
     out, err = ranks.communicate(timeout=120)
-    assert ranks.returncode == 0, err
+    return ranks.returncode, out, err
+
+
+def by_variables(words, commands, port):
+    """As any other launcher starts two ranks."""
+    several = [{"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"} for rank in range(2)]
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        started = [
+            commands.start([*MOE_ENGINE, *words], None, {**os.environ, **own, "MASTER_PORT": str(port)}, out, err)
+            for own in several
+        ]
+        codes = [one.wait() for one in started]
+        said = [file.seek(0) or file.read() for file in (out, err)]
+    return max(codes), *said
+
+
+@pytest.mark.parametrize("start", [by_variables, pytest.param(by_torchrun, marks=pytest.mark.long)])
+def test_two_ranks_write_the_run_of_one_process(tmp_path, capfd, start, commands, free_port):
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    split = ("--parallel", "shard", "--expert-parallel", "2", "--out", str(both))
+    code, out, err = start([*RUN, *split], commands=commands, port=free_port)
+    assert main([*RUN, "--out", str(alone)]) == 0
+    assert code == 0, err
     assert_close(records(alone), records(both))
     samples = [read_sample(folder) for folder in (alone, both)]
     assert samples[0].rows.tolist() == samples[1].rows.tolist() and len(samples[0].layers) == 1

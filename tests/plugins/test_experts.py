@@ -26,6 +26,9 @@ KINDS = [(name, act, bias) for name in BANKS for act in ACTIVATIONS for bias in 
 KINDS.remove(("upcycle", "swiglu", True))
 kinds = pytest.mark.parametrize(("name", "act", "bias"), KINDS)
 banks = pytest.mark.parametrize("name", BANKS)
+few_banks = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long if at > 1 else ()) for at, name in enumerate(BANKS)]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -207,7 +210,9 @@ def step(engine, layer, optimizer):
     optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("initializer", ["clone", "random", "split"])
+@pytest.mark.parametrize(
+    "initializer", ["clone", *(pytest.param(name, marks=pytest.mark.long) for name in ("random", "split"))]
+)
 @kinds
 def test_a_bank_grows_and_learns_on(name, act, bias, initializer):
     """Old experts stay bit for bit (except a parent that `split` moves); the new expert is the initializer's."""
@@ -296,7 +301,7 @@ def test_no_token_and_experts_without_tokens_are_safe(name):
     assert all(parameter.grad.isfinite().all() for parameter in layer.experts.parameters())
 
 
-@banks
+@few_banks
 def test_the_forward_compiles_whole(name):
     """Values and gradients are those of the eager forward."""
     layer = build(name, bias=True)[1].double()
@@ -506,7 +511,7 @@ def test_two_banks_for_one_layer_are_refused():
 # -- a run -------------------------------------------------------------------------------------------
 
 
-@banks
+@few_banks
 def test_a_run_learns_the_digits_and_grows(tmp_path, name):
     """Three epochs, an expert more at steps 20, 40 and 60."""
     save_file({"w_in": torch.randn(64, 64) / 8, "w_out": torch.randn(64, 64) / 8}, "dense.safetensors")

@@ -145,11 +145,14 @@ def test_a_recomputed_forward_counts_once(family, reentrant):
 
 @pytest.mark.filterwarnings("ignore")  # of torch's own, about what it finds in transformers
 @torch.no_grad()
-def test_a_compiled_model_is_counted():
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_a_compiled_model_is_counted(whole):
     model, (ids, mask) = build("Mixtral"), batch()
     caught = chosen_by_gates(model)
     watcher = watch(Engine("balance"), model)
-    torch.compile(model, backend="eager")(ids, attention_mask=mask)
+    for layer in [] if whole else model.model.layers:
+        layer.mlp.compile(backend="eager")
+    (torch.compile(model, backend="eager") if whole else model)(ids, attention_mask=mask)
     assert torch.equal(watcher.metrics()[name(0)]["load"], counted(caught[0][0][1], mask))
 
 

@@ -188,6 +188,7 @@ def test_the_folders_of_runs_are_deleted(tmp_path):
     assert {".lock", "cells"} == {path.name for path in (tmp_path / "out").iterdir()}
 
 
+@pytest.mark.long
 def test_processes_give_the_numbers_of_one(tmp_path):
     variants = [variant("topk"), variant("sigmoid_topk")]
     one, two = (run_grid(variants, [0], tmp_path / str(jobs), jobs) for jobs in (1, 2))

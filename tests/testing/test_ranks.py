@@ -16,9 +16,11 @@ from moe_engine.testing.rank_processes import rank_processes as processes_of
 
 ACTING = ("router", "bias", "loss", "metric", "experts", "initializer", "growth")
 NAMES = [name for kind in ACTING for name in sorted(BUILTIN) if BUILTIN[name] == kind]
+QUICK = {"topk", "hierarchical", "top_p", "soft", "saturation", "loss_free", "switch_aux", "global_aux", "sequence_aux"}
+PER_RANK = {"expert_choice", "sinkhorn", "quantile", "output_similarity"}
 LONG = {name for name in NAMES if BUILTIN[name] in ("metric", "experts", "initializer", "growth")}
 LONG -= {"health", "zero_computation", "clone", "dead_replace"}  # one of each kind
-PER_RANK = {"expert_choice", "sinkhorn", "quantile", "output_similarity"}
+LONG |= {name for name in NAMES if BUILTIN[name] in ("router", "bias", "loss")} - PER_RANK - QUICK
 
 
 def on_two(plugin, settings=()):
