@@ -121,7 +121,7 @@ def load(found: Found) -> type:
         message = f"plugin '{found.name}' is in the unknown entry-point group '{group}'; {hint}"
         raise PluginError(message, code="unknown-group")
     try:
-        cls = found.entry_point.load()
+        cls: type = found.entry_point.load()
     except KeyboardInterrupt:
         raise
     except BaseException as error:

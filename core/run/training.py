@@ -24,7 +24,6 @@ from ..engine.engine import Engine
 from ..errors import RunError, UsageError
 from ..files import write_atomically
 from ..parallel.launch import lost
-from ..parallel.parallelize import expert_mesh, parallelize
 from ..processes import agreed, any_rank, distributed, full_tensor, of_first, rank, threads, world_size
 from ..seeds import generator, own_random_state
 from .building import build_engine, build_model, build_task, check_layout, sizes_of
@@ -200,6 +199,8 @@ class Training:
         """Spread the model over the ranks, if there are several."""
         self.called = self.model
         if distributed():
+            from ..parallel.parallelize import expert_mesh, parallelize  # DTensor, which takes 2 s to import
+
             experts = gcd(self.config.expert_parallel, world_size())  # of a run that began on other ranks
             mesh = expert_mesh(experts, self.device.type)
             self.called = parallelize(self.engine, self.model, mesh, shard=self.config.parallel == "shard")
