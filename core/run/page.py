@@ -306,13 +306,11 @@ def classes(run: Run, name: str) -> Iterator[Heat]:
         yield Heat(title, names, [("", rows)], row="class", even=False)
 
 
-def _plugins(plugins: Sequence[Mapping[str, str]]) -> Iterator[Block]:
-    columns = ("plugin", "kind", "distribution", "version", "what it is")
-    rows = [
-        [*(plugin.get(name) or "-" for name in ("name", "kind", "distribution", "version", "about"))]
-        for plugin in plugins
-    ]
-    yield Table(columns, rows, (0, 1, 2, 3, 4))
+def _plugins(plugins: Sequence[Mapping[str, str]]) -> Iterator[Section]:
+    for plugin in plugins:
+        paragraphs = [Note(words) for words in plugin.get("about", "").split("\n\n") if words]
+        home = f"{plugin['distribution']} {plugin['version']}"
+        yield Section(plugin["name"], paragraphs, f"{plugin['kind']}, {home}" if "kind" in plugin else home)
 
 
 def _footer(summary: Mapping[str, Any]) -> str:

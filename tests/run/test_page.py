@@ -46,6 +46,8 @@ def test_the_learning_rate_has_a_chart(run, page):
 
 def test_each_plugin_says_what_it_is_in_its_own_words(page):
     told = html.unescape(page)
-    assert inspect.getdoc(Churn) in told
+    paragraphs = inspect.getdoc(Churn).split("\n\n")
+    assert len(paragraphs) > 2 and all(f"<p>{words}</p>" in told for words in paragraphs)
+    assert "metric, moe-engine 0.1.0" in told
     assert "What each means is told below, under Plugins." in told
     assert "<details><summary>Plugins</summary>" in page
