@@ -55,6 +55,11 @@ class Part(nn.Module):
         super().__init__()
         self.axes: dict[str, Axis] = {}
 
+    @property
+    def home(self) -> nn.Module:
+        """The module under which its tensors are registered: itself, or the one that it borrows them from."""
+        return self
+
     def expert_param(
         self, name: str, shape: tuple[int, ...], *, fresh: Fresh, role: Role, axis: int = 0, of: str = "expert"
     ) -> None:

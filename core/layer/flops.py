@@ -17,6 +17,7 @@ from .dense import DenseExpert, DenseTwin
 from .experts import StackedMLP
 from .moe import MoE
 from .probing import evaluating, uncounted
+from .sharded import gathered
 
 
 @attrs.frozen
@@ -117,8 +118,8 @@ def _expert_flops(layer: MoE) -> float:
 
 def _bank_flops(bank: Experts, dim: int) -> float:
     """FLOPs of all experts of a bank for one token, counted by torch."""
-    like = next(bank.parameters(), torch.zeros(()))
-    with torch.no_grad(), evaluating(bank), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), evaluating(bank), gathered(bank), FlopCounterMode(display=False) as counter:
+        like = next(bank.home.parameters(), torch.zeros(()))
         bank.outputs(like.new_zeros(1, dim))
     return float(counter.get_total_flops())
 

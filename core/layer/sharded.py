@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..contract.parts import Part
 from ..errors import UsageError
 from ..optimizer_state import live
 from ..processes import full_tensor, shard_like
@@ -26,10 +27,11 @@ def gather_for_outputs(bank: Any) -> None:
 
 @contextmanager
 def gathered(module: nn.Module) -> Iterator[None]:
-    """Inside, a module's sharded parameters are whole ones with their values. All ranks must enter it."""
+    """Inside, a module's sharded parameters, and those it borrows, are whole ones. All ranks must enter it."""
+    homes = [module, *(part.home for part in module.modules() if isinstance(part, Part))]
     sharded = [
         (owner, name, parameter)
-        for owner in module.modules()
+        for owner in dict.fromkeys(owner for home in homes for owner in home.modules())
         for name, parameter in owner._parameters.items()
         if hasattr(parameter, "full_tensor")
     ]

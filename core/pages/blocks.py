@@ -18,13 +18,14 @@ CELLS = 150_000  # numbers of one heatmap, over all its frames
 class Table:
     """Rows of cells as they are shown. words: the columns that hold text, which is aligned to the left.
 
-    tones: severities from 0 to 2 of cells by their text.
+    tones: severities from 0 to 2 of cells by their text. told: what is told on hover of columns, by their names.
     """
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     words: Sequence[int] = (0,)
     tones: Mapping[str, int] = attrs.field(factory=dict)
+    told: Mapping[str, str] = attrs.field(factory=dict)
     kind = "table"
 
     @property

@@ -2,6 +2,7 @@
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const digitsOf = (value, digits) => (value == null ? "-" : value !== 0 && Math.abs(value) < 0.5 * 10 ** -digits
   ? value.toExponential(1) : value.toFixed(Number.isInteger(value) && Math.abs(value) >= 10 ? 0 : digits));
+const onAxis = (value) => (value == null ? "" : value !== 0 && Math.abs(value) < 0.001 ? value.toExponential() : String(Number(value.toPrecision(6))));
 const dataOf = (element) => JSON.parse(element.querySelector("script").textContent);
 const added = (parent, kind, name) => {
   const element = document.createElement(kind);
@@ -24,8 +25,9 @@ function chart(figure) {
     ctx.restore();
   };
   const near = (plot) => {
-    if (!tip) return;
     const at = plot.cursor.left;
+    if (at < 0) plot.setLegend({ idx: data.steps.length - 1 }, false);
+    if (!tip) return;
     const found = at < 0 ? [] : data.marks.filter((mark) => Math.abs(plot.valToPos(mark.step, "x") - at) < 8);
     tip.textContent = found.length ? found.map((mark) => `step ${mark.step}: ${mark.text}`).join("; ") : quiet;
   };
@@ -38,7 +40,7 @@ function chart(figure) {
       width: Math.max(box.clientWidth, 200), height: 230,
       scales: { x: { time: false }, y: { distr: data.logarithmic ? 3 : 1,
         ...(data.zero ? { range: (_, low, high) => [0, high > 0 ? high * 1.08 : 1] } : {}) } },
-      axes: [{ ...axis, label: data.x, labelSize: 20, labelFont: "12px system-ui", size: 34 }, { ...axis, size: 62 }],
+      axes: [{ ...axis, label: data.x, labelSize: 20, labelFont: "12px system-ui", size: 34 }, { ...axis, size: 62, values: (_, ticks) => ticks.map(onAxis) }],
       series: [{ label: data.x }, ...data.series.map((line, at) => ({
         label: line.name, stroke: colour(`--c${at % 8}`), width: 2, spanGaps: true, dash: at >= 8 ? [6, 4] : undefined,
         points: { show: few, size: 4, fill: colour(`--c${at % 8}`) }, value: (_, value) => digitsOf(value, data.decimals),
@@ -69,8 +71,8 @@ function heat(figure) {
     slider.oninput = () => { frame = +slider.value; draw(); };
   }
   const tip = added(figure, "p", "tip");
-  const quiet = data.even ? "1 (pale): an even share; blue: less, down to 1/8; orange: more, up to 8. Point at a cell for its number."
-    : `From 0 to ${digitsOf(largest, 2)}. Point at a cell for its number.`;
+  const quiet = data.even ? "Neutral: an even share; blue: less, down to 1/8; orange: more, up to 8; dotted: below 0.1. Point at a cell for its number."
+    : `Down: ${data.row}; across: ${data.column}. From 0 to ${digitsOf(largest, 2)}. Point at a cell for its number.`;
   tip.textContent = quiet;
   const longest = Math.max(...data.rows.map((name) => name.length));
   const place = () => {
@@ -93,6 +95,10 @@ function heat(figure) {
       if (value == null) return;
       context.fillStyle = shade(value, low, even, top);
       context.fillRect(left + x * wide, y * high, Math.max(wide - gap, 0.5), high - gap);
+      if (data.even && value < 0.1 && wide > 4) {
+        context.fillStyle = colour("--paper");
+        context.fillRect(left + (x + 0.5) * wide - 2, (y + 0.5) * high - 2, 3, 3);
+      }
     }));
     context.fillStyle = colour("--soft"); context.font = "11px system-ui"; context.textBaseline = "middle";
     const every = Math.max(1, Math.ceil(12 / high)), room = Math.floor((left - 6) / 6.2);

@@ -86,6 +86,9 @@ def _sharded(model: nn.Module, layers: Iterable[MoE], mesh: DeviceMesh, cut: set
     for scalar in scalars:
         if scalar.requires_grad:
             scalar.register_hook(lambda grad: all_reduce_sum(grad) / world_size())
+    for parameter in model.parameters():  # nor any that is not contiguous, such as a transposed copy
+        if not is_cut(parameter):
+            parameter.data = parameter.data.contiguous()
     everywhere = init_device_mesh(mesh.device_type, (world_size(),))
     options: dict[str, Any] = {"mesh": everywhere, "ignored_params": cut | scalars}
     for module in _units(model, list(layers)):

@@ -36,6 +36,10 @@ class Borrowing(Part):
             self.paths[name] = path
             self.axes[name] = Axis(stored.axis, "expert", stored.role, None if stored.role == "state" else fresh)
 
+    @property
+    def home(self) -> nn.Module:
+        return self.block.module
+
     def __getattr__(self, name: str) -> Any:
         paths = self.__dict__.get("paths", ())
         return self.block.tensor(paths[name]) if name in paths else super().__getattr__(name)

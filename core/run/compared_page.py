@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from ..contract.run import Run
@@ -81,7 +82,28 @@ def _sections(runs: Sequence[Run], names: Sequence[str], table: Table) -> Iterat
         "Curves", [*_curves(runs, names)], "A click on a name hides its line. Drag to zoom, double-click back."
     )
     yield Section("Test set", [table], "A metric of layers is averaged over the layers.")
+    yield Section("What differs", [*_differing(runs, names)], "Settings that are not the same in all runs.")
     yield Section("Loads", [*_loads(runs, names)])
+
+
+def _differing(runs: Sequence[Run], names: Sequence[str]) -> Iterator[Table]:
+    """The settings of [run] and of the plugins in which the runs differ."""
+    settings = [{name: _told(value) for name, value in _flat(run.config)} for run in runs]
+    differing = [name for name in dict.fromkeys(chain(*settings)) if len({one.get(name) for one in settings}) > 1]
+    if differing:
+        rows = [[name, *(one.get(name, "-") for one in settings)] for name in differing]
+        yield Table(("setting", *names), rows, range(len(names) + 1))
+
+
+def _told(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _flat(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """(name, value) of each setting, those of plugins as plugin.option."""
+    yield from config.get("run", {}).items()
+    for plugin, options in config.get("plugins", {}).items():
+        yield from ((f"{plugin}.{name}", value) for name, value in options.items())
 
 
 def _curves(runs: Sequence[Run], names: Sequence[str]) -> Iterator[Block]:

@@ -42,6 +42,17 @@ FORMATS = {  # by name; all others have three digits
     "latency.throughput": Format("samples/s", 1, 0),
 }
 
+MEANINGS = {  # on hover
+    "active": "experts with at least a tenth of the mean load",
+    "cv": "standard deviation of the experts' loads over their mean; 0: even",
+    "gini": "Gini coefficient of the loads; 0: even",
+    "entropy": "of the loads, over that of even ones; 1: even",
+    "max_min": "largest load over smallest; 1: even",
+    "maxvio": "largest load over the mean, minus 1; 0: even",
+    "dropped": "choices beyond the capacity",
+    "mutual_information": "between class and expert; 0: independent, 1: one tells the other",
+}
+
 COUNTS = ("active", "capacity")  # a whole one is shown as such; the mean over layers may not be
 
 

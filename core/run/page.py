@@ -6,7 +6,7 @@ from typing import Any
 from ..contract.run import Run
 from ..pages.blocks import CELLS, Block, Chart, Code, Heat, Mark, Note, Page, Section, Table, grouped, spread
 from ..pages.page import html_of
-from .forms import FORMATS, PERCENT, Format, heading, percent, shown
+from .forms import FORMATS, MEANINGS, PERCENT, Format, heading, percent, shown
 from .recorded import growths, lives, series
 from .sample_page import sample_section
 
@@ -32,7 +32,7 @@ def run_page(run: Run, refresh: int | None = None) -> str:
         about=f"{run.name}: {run.config.get('run', {}).get('task', '')}, {run.typed}",
         verdict=summary.get("verdict") or ("no verdict" if "loss" in summary else newest(run)),
         severity=_severity(summary),
-        findings=[{**one, "where": _where(one, len(names))} for one in grouped(summary.get("findings", []))],
+        findings=[{**one, "where": _where(run, one, len(names))} for one in grouped(summary.get("findings", []))],
         facts=[*_facts(summary)],
         sections=[section for section in _sections(run, names) if section.blocks],
         footer=_footer(summary),
@@ -74,12 +74,28 @@ def _severity(summary: Mapping[str, Any]) -> int | None:
     return max(judged) if summary.get("verdict") and judged else None
 
 
-def _where(finding: Mapping[str, Any], layers: int) -> str:
-    """The layers that a finding is about, where there are several."""
-    if layers <= 1:
+def verdicts_of(run: Run) -> dict[str, str]:
+    """The verdict on each layer, on the test set."""
+    return {one["layer"]: one["name"] for one in run.summary.get("findings", []) if one["metric"] == "verdict"}
+
+
+def _since(run: Run, finding: Mapping[str, Any]) -> str:
+    """From which step on training had the verdict of a finding's first layer, if it still had it at its end."""
+    if finding["metric"] != "verdict":
         return ""
+    found = None
+    for record in run.records:
+        verdict = record["layers"].get(finding["layer"], {}).get("verdict") if record["split"] == "train" else None
+        if verdict:
+            found = (found or record["step"]) if verdict["name"] == finding["name"] else None
+    return "" if found is None or not finding["severity"] else f"in training since step {found}"
+
+
+def _where(run: Run, finding: Mapping[str, Any], layers: int) -> str:
+    """The layers that a finding is about, where there are several, and since when."""
     first, *others = finding["layers"]
-    return f"{first} and {len(others)} more layers" if others else str(first)
+    named = f"{first} and {len(others)} more layers" if others else str(first)
+    return "; ".join(filter(None, (named if layers > 1 else "", _since(run, finding))))
 
 
 def _facts(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -92,7 +108,7 @@ def _facts(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield shown(name, float(value)), SIZES.get(name, heading(name))
     if "steps" in summary:
         yield f"{summary['steps']:,}", "steps"
-        yield f"{summary['seconds']:.0f} s", f"on {summary['device']}"
+        yield f"{summary['seconds']:.0f} s", f"in all, on {summary['device']}"
     yield from _speed(summary.get("speed", {}))
 
 
@@ -110,11 +126,14 @@ def _sections(run: Run, names: Sequence[str]) -> Iterator[Section]:
     yield Section("Learning", [*_learning(run)], "Drag over a chart to zoom, double-click to go back.")
     yield Section("Balance", [*_balance(run, names)])
     yield Section("Losses and biases", [*_terms(run)], TERMS)
-    yield Section("Layers on the test set", [*_layers(run, names)])
+    note = f"{'The worst first. ' if len(names) > 1 else ''}Point at a title for its meaning."
+    yield Section("Layers on the test set", [*_layers(run, names)], note)
     yield sample_section(run, names)
     yield Section("Growth", [*_growth(run)], GROWTH)
+    verdicts = verdicts_of(run)
     for name in names:
-        yield Section(f"Layer {name}", [*_details(run, name, len(names) == 1)], folded=len(names) > 1)
+        title = f"Layer {name}: {verdicts[name]}" if name in verdicts and len(names) > 1 else f"Layer {name}"
+        yield Section(title, [*_details(run, name, len(names) == 1)], folded=len(names) > 1)
     if plugins := run.plugins:
         yield Section(PLUGINS, [*_plugins(plugins)], "In their own words, metrics with their formulas.", folded=True)
     config = run.folder / "config.toml"
@@ -235,14 +254,14 @@ def _loads(run: Run, names: Sequence[str]) -> list[tuple[str, list[list[float]]]
 def _layers(run: Run, names: Sequence[str]) -> Iterator[Block]:
     known = {layer["name"]: layer for layer in run.summary["layers"]}
     columns = [name for name in COLUMNS if any(layer.get(name) is not None for layer in known.values())]
-    verdicts = {one["layer"]: one["name"] for one in run.summary.get("findings", []) if one["metric"] == "verdict"}
+    verdicts, told = verdicts_of(run), {heading(column): MEANINGS[column] for column in columns if column in MEANINGS}
     if "active" in columns:
         rows = [
             [name, *(shown(column, known[name].get(column)) for column in columns), verdicts.get(name, "-")]
             for name in names
         ]
         words = (0, len(columns) + 1)
-        yield Table(("layer", *map(heading, columns), "verdict"), rows, words)
+        yield Table(("layer", *map(heading, columns), "verdict"), rows, words, told=told)
 
 
 def _growth(run: Run) -> Iterator[Block]:

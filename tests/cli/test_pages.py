@@ -50,7 +50,7 @@ class Cells(HTMLParser):
 def rows_of(page):
     """Each row's cells, but for those that say nothing: a page leaves out columns of them."""
     cells = Cells()
-    cells.feed(Path(page).read_text("utf-8"))
+    cells.feed(re.sub("<h2>What differs</h2>.*?(?=<h2>)", "", Path(page).read_text("utf-8"), flags=re.DOTALL))
     return [told(row) for row in cells.rows if row]
 
 
@@ -155,3 +155,13 @@ def test_the_best_run_is_the_verdict(here, call):
     best = max(found.values())
     first = " and ".join(name for name, value in found.items() if value == best)
     assert f"{first}: best accuracy, {percent(best)}" in Path("page.html").read_text("utf-8")
+
+
+def test_the_page_of_a_comparison_says_in_which_settings_the_runs_differ(here, call):
+    assert call("compare", "one", "two", "--html", "page.html")[0] == 0
+    (part,) = re.findall("<h2>What differs</h2>(.*?)(?=<h2>)", Path("page.html").read_text("utf-8"), re.DOTALL)
+    cells = Cells()
+    cells.feed(part)
+    rows = {row[0]: row[1:] for row in cells.rows if row}
+    assert rows["plugins"] == ["switch_aux", "sigmoid_topk"] and rows["switch_aux.weight"] == ["0.01", "-"]
+    assert "seed" not in rows and "epochs" not in rows

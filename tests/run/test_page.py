@@ -5,6 +5,7 @@ import inspect
 import json
 import re
 
+import attrs
 import pytest
 
 from moe_engine.plugins.metrics.churn import Churn
@@ -51,3 +52,25 @@ def test_each_plugin_says_what_it_is_in_its_own_words(page):
     assert "metric, moe-engine 0.1.0" in told
     assert "What each means is told below, under Plugins." in told
     assert "<details><summary>Plugins</summary>" in page
+
+
+def test_a_verdict_is_told_with_the_step_since_which_training_has_had_it(run):
+    """Training's own verdict of each log point; one that came and went does not count."""
+    bad = {"name": "collapsed", "severity": 2, "why": "why", "advice": ""}
+    good = {"name": "healthy", "severity": 0, "why": "fine", "advice": None}
+
+    def told(verdicts):
+        train = [
+            {"split": "train", "step": at, "epoch": 1, "layers": {"moe": {"verdict": one}}}
+            for at, one in enumerate(verdicts, 1)
+        ]
+        finding = {"layer": "moe", "metric": "verdict", **bad}
+        other = attrs.evolve(run, records=train, summary={**run.summary, "findings": [finding]})
+        return re.findall(r"<strong>collapsed</strong>(.*?): why", run_page(other))
+
+    assert told([bad, good, bad, bad]) == [" (in training since step 3)"]
+    assert told([bad, bad, good]) == [""]
+
+
+def test_columns_tell_what_they_mean(page):
+    assert '<th title="largest load over the mean, minus 1; 0: even">maxvio</th>' in page
