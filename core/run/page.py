@@ -1,6 +1,7 @@
 """The page of a run, finished or still growing: verdict, learning, balance, layers, growth, details of each layer."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from ..contract.run import Run
@@ -183,8 +184,9 @@ def _chart(title: str, lines: Any, **options: Any) -> Iterator[Chart]:
 
 def _learning(run: Run) -> Iterator[Block]:
     for name in (*FACTS, "learning_rate"):
-        form = FORMATS.get(name, Format(name))
-        yield from _chart(form.title, both(run, name), decimals=form.digits, marks=marks(run))
+        form, lines = FORMATS.get(name, Format(name)), both(run, name)
+        if name != "learning_rate" or len(set(chain(*(values for _, values in lines.values())))) > 1:  # not a constant
+            yield from _chart(form.title, lines, decimals=form.digits, marks=marks(run))
     measures: dict[str, list[str]] = {}  # by unit
     for name in run.summary.get("measures", {}):
         measures.setdefault("%" if FORMATS.get(name, Format(name)).factor == PERCENT else "", []).append(name)

@@ -38,10 +38,12 @@ def test_the_speed_is_among_the_facts(run, page):
     assert told["samples/s tested"] == f"{speed['tested_per_second']:,.0f}"
 
 
-def test_the_learning_rate_has_a_chart(run, page):
+def test_a_learning_rate_that_changes_has_a_chart(run, page):
     charts = re.findall(r'<figcaption>(.*?)</figcaption>\s*<script type="application/json">(.*?)</script>', page)
     drawn = json.loads(html.unescape(dict(charts)["learning rate"]))
     train = [record for record in run.records if record["split"] == "train"]
+    constant = attrs.evolve(run, records=[{**record, "learning_rate": 0.1} for record in train])
+    assert "<figcaption>learning rate</figcaption>" not in run_page(constant)
     assert drawn["series"][0]["values"] == pytest.approx([record["learning_rate"] for record in train])
 
 
