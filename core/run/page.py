@@ -17,7 +17,7 @@ COLUMNS = ("experts", "top_k", "active", "cv", "gini", "entropy", "max_min", "ma
 BALANCE = ("cv", "gini", "maxvio")
 SIZES = {"flops.active": "MFLOPs per token", "flops.total": "MFLOPs with all experts"}
 PLUGINS = "Plugins"
-MOST_LINES = 8  # layers that share one chart; more are a heatmap
+MOST_LINES = 4  # layers that share one chart; more are a heatmap
 MOST_SHARES = 64  # experts whose shares stand in a table
 
 
@@ -214,21 +214,21 @@ def _balance(run: Run, names: Sequence[str]) -> Iterator[Block]:
     if len(names) == 1:
         yield from _layer_balance(run, names[0])
     else:
-        yield from _layers_balance(run, names)
-    active = {name: series(run, "train", "active", name) for name in names[:MOST_LINES]}
-    yield from _chart(_of("active experts", names), active, zero=True, stairs=True, decimals=0, marks=marks(run))
+        if frames := _loads(run, names):
+            yield Heat("load of each expert in training, over an even share", names, frames)
+        yield from _of_layers(run, names, "cv", "cv of the load in training (0 = even)")
+    yield from _of_layers(run, names, "active", "active experts", stairs=True, decimals=0)
 
 
-def _layers_balance(run: Run, names: Sequence[str]) -> Iterator[Block]:
-    if frames := _loads(run, names):
-        yield Heat("load of each expert in training, over an even share", names, frames)
-    of_layers = {name: series(run, "train", "cv", name) for name in names}
+def _of_layers(run: Run, names: Sequence[str], metric: str, title: str, **options: Any) -> Iterator[Block]:
+    """A metric of each layer in training: a line each, or rows of a heatmap where lines would tangle."""
+    lines = {name: series(run, "train", metric, name) for name in names}
     if len(names) <= MOST_LINES:
-        yield from _chart("cv of the load in training (0 = even)", of_layers, zero=True, marks=marks(run))
-    elif steps := sorted({step for of_layer, _ in of_layers.values() for step in of_layer}):
-        rows = [[dict(zip(*line, strict=True)).get(step) for step in steps] for line in of_layers.values()]
+        yield from _chart(title, lines, zero=True, marks=marks(run), **options)
+    elif steps := sorted({step for of_layer, _ in lines.values() for step in of_layer}):
+        rows = [[dict(zip(*line, strict=True)).get(step) for step in steps] for line in lines.values()]
         columns = [str(step) for step in steps]
-        yield Heat("cv of the load in training (0 = even)", names, [("", rows)], columns, column="step", even=False)
+        yield Heat(title, names, [("", rows)], columns, column="step", even=False)
 
 
 def _layer_balance(run: Run, name: str) -> Iterator[Block]:
@@ -236,10 +236,6 @@ def _layer_balance(run: Run, name: str) -> Iterator[Block]:
     lines = {metric: series(run, "train", metric, name) for metric in BALANCE}
     yield from _chart("balance in training (0 = even)", lines, zero=True, marks=marks(run, name))
     yield from classes(run, name)
-
-
-def _of(title: str, names: Sequence[str]) -> str:
-    return title if len(names) <= MOST_LINES else f"{title} of the {MOST_LINES} layers with most trouble"
 
 
 def _loads(run: Run, names: Sequence[str]) -> list[tuple[str, list[list[float]]]]:
@@ -259,11 +255,10 @@ def _layers(run: Run, names: Sequence[str]) -> Iterator[Block]:
     verdicts, told = verdicts_of(run), {heading(column): MEANINGS[column] for column in columns if column in MEANINGS}
     if "active" in columns:
         rows = [
-            [name, *(shown(column, known[name].get(column)) for column in columns), verdicts.get(name, "-")]
+            [name, verdicts.get(name, "-"), *(shown(column, known[name].get(column)) for column in columns)]
             for name in names
         ]
-        words = (0, len(columns) + 1)
-        yield Table(("layer", *map(heading, columns), "verdict"), rows, words, told=told)
+        yield Table(("layer", "verdict", *map(heading, columns)), rows, (0, 1), told=told)
 
 
 def _growth(run: Run) -> Iterator[Block]:
