@@ -14,6 +14,8 @@ function chart(figure) {
   const data = dataOf(figure), box = added(figure, "div", "plot");
   const tip = data.marks.length ? added(figure, "p", "tip") : null;
   const quiet = data.marks.length ? `Dotted: growth or a new verdict (${data.marks.length}). Point at one to see why.` : "";
+  const lastOf = (values) => values.reduce((last, value, at) => (value == null ? last : at), null);
+  const lasts = [data.steps.length - 1, ...data.series.map((line) => lastOf(line.values))]; // lines may end early
   const marks = (plot) => {
     const { ctx, bbox } = plot;
     ctx.save();
@@ -26,7 +28,7 @@ function chart(figure) {
   };
   const near = (plot) => {
     const at = plot.cursor.left;
-    if (at < 0) plot.setLegend({ idx: data.steps.length - 1 }, false);
+    if (at < 0) plot.setLegend({ idxs: lasts }, false);
     if (!tip) return;
     const found = at < 0 ? [] : data.marks.filter((mark) => Math.abs(plot.valToPos(mark.step, "x") - at) < 8);
     tip.textContent = found.length ? found.map((mark) => `step ${mark.step}: ${mark.text}`).join("; ") : quiet;

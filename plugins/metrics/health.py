@@ -53,7 +53,7 @@ class Health:
             why = f"effectively {effective:.1f} of {size} experts are used (limit {limit:.1f})"
             return Finding("collapsed", 2, why, "strengthen the balancing loss or bias, or add one")
         if dead:
-            named = ", ".join(map(str, dead[:8]))
+            named = ", ".join(map(str, dead[:8])) + (f" and {len(dead) - 8} more" if len(dead) > 8 else "")
             why = f"{len(dead)} of {size} experts get less than {self.dead:g} of the mean load: {named}"
             advice = "strengthen the balancing loss or bias, add one, or use fewer experts"
             return Finding("dead experts", 2, why, advice)
