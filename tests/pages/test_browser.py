@@ -22,7 +22,11 @@ PAGE = Page(
             [
                 Chart(
                     "loss",
-                    {"training": ((1, 2, 3), (3.0, 2.0, 1.5)), "test": ((1, 3), (4.0, 2.5))},
+                    {
+                        "training": ((1, 2, 3), (3.0, 2.0, 1.5)),
+                        "test": ((1, 3), (4.0, 2.5)),
+                        "stopped": ((1, 2), (7.0, 6.0)),
+                    },
                     marks=[Mark(2, "4 to 5 experts (schedule: step 2)")],
                 ),
                 Heat(
@@ -71,6 +75,16 @@ def test_pointing_at_a_line_tells_step_and_values(page):
     point(page, ".u-over", 0.999, 0.5)
     legend = page.locator("figure.chart .u-legend").first.inner_text()
     assert "3" in legend and "1.500" in legend and "2.500" in legend
+
+
+def test_a_line_tells_its_last_value_until_another_is_pointed_at(page):
+    """Also one that ends before the others."""
+    legend = page.locator("figure.chart .u-legend").first
+    assert all(value in legend.inner_text() for value in ("1.500", "2.500", "6.000"))
+    point(page, ".u-over", 0.001, 0.5)
+    assert all(value in legend.inner_text() for value in ("3.000", "4.000", "7.000"))
+    page.mouse.move(1, 1)
+    assert "6.000" in legend.inner_text()
 
 
 def test_pointing_at_a_mark_tells_the_reason(page):
