@@ -225,10 +225,13 @@ class Plugins:
 
     def described(self) -> list[dict[str, str]]:
         """The `records` with each plugin's kind, and its docstring under "about"."""
-        told = {name: (found.kind, inspect.getdoc(type(self.active[name])) or "") for name, found in self.found.items()}
         return [
-            {**record, "kind": kind, "about": about}
-            for record, (kind, about) in zip(self.records(), told.values(), strict=True)
+            {
+                **record,
+                "kind": self.found[record["name"]].kind,
+                "about": inspect.getdoc(type(self.active[record["name"]])) or "",
+            }
+            for record in self.records()
         ]
 
     def fingerprints(self) -> dict[str, str]:

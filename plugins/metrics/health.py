@@ -64,6 +64,6 @@ class Health:
             why = f"single forwards have cv {swing:.2f} beyond chance (limit {self.swing:g}), together {cv:.2f}"
             return Finding("oscillating", 1, why, "weaken the balancing loss or bias, or shuffle the data")
         why = f"the cv of the load is {cv:.3f} (limit {self.imbalance:g}), and all {size} experts are active"
-        if top_k >= size:
-            why = f"each token goes to all {size} experts (top_k = {top_k}), so nothing is routed"
+        if float(load.min()) >= tokens:
+            why = f"each token goes to all {size} experts, so nothing is routed"
         return Finding("healthy", 0, why)

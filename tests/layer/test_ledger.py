@@ -101,6 +101,7 @@ def test_a_compiled_layer_counts_once_also_under_checkpointing(router, wrap, bac
     torch.testing.assert_close(one_step(engine, model, batches()), expected)
 
 
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.long)])
 @pytest.mark.parametrize(
     "spec",
     [
@@ -108,14 +109,14 @@ def test_a_compiled_layer_counts_once_also_under_checkpointing(router, wrap, bac
         *(pytest.param({"top_k": top_k}, marks=pytest.mark.long) for top_k in (1, 2, 4)),
     ],
 )
-def test_a_compiled_layer_agrees_for_every_kind_of_layer(spec):
+def test_a_compiled_layer_agrees_for_every_kind_of_layer(spec, backend):
     def trial(compiled):
         torch.manual_seed(0)
         engine = Engine(PLUGINS, **{"experts": 4, "top_k": 2, **spec})
         layer = engine.moe(6, 8)
         if compiled:
             torch._dynamo.reset()
-            layer.compile(fullgraph=True, backend="eager")
+            layer.compile(fullgraph=True, backend=backend)
         x = torch.randn(2, 7, 6)
         mask = torch.arange(7).expand(2, 7) < 5
         y = layer(x, mask)

@@ -63,7 +63,8 @@ def test_what_a_layer_passes_on_reaches_the_next_router(three):
     assert layers[0](x, mask)[1][1, 3:].abs().sum() == 0
 
 
-def test_checkpointing_and_compile_change_no_gradient(three):
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.long)])
+def test_checkpointing_and_compile_change_no_gradient(three, backend):
     engine, layers = three
     layers = layers[:2]
     engine.attach(layers)
@@ -72,7 +73,7 @@ def test_checkpointing_and_compile_change_no_gradient(three):
     again = gradients(engine, layers, x, lambda layer, *given: checkpoint(layer, *given, use_reentrant=False))
     torch.testing.assert_close(again, expected)
     torch._dynamo.reset()
-    whole = torch.compile(lambda x: run(layers, x), fullgraph=True, backend="eager")
+    whole = torch.compile(lambda x: run(layers, x), fullgraph=True, backend=backend)
     layers.zero_grad()
     y, carried = whole(x)
     (y.square().mean() + carried.square().mean() + engine.aux_loss()).backward()

@@ -301,12 +301,13 @@ def test_no_token_and_experts_without_tokens_are_safe(name):
     assert all(parameter.grad.isfinite().all() for parameter in layer.experts.parameters())
 
 
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.long)])
 @few_banks
-def test_the_forward_compiles_whole(name):
+def test_the_forward_compiles_whole(name, backend):
     """Values and gradients are those of the eager forward."""
     layer = build(name, bias=True)[1].double()
     x, parameters = torch.randn(16, DIM, dtype=torch.float64), list(layer.experts.parameters())
-    eager, compiled = layer(x), torch.compile(layer, fullgraph=True, backend="eager")(x)
+    eager, compiled = layer(x), torch.compile(layer, fullgraph=True, backend=backend)(x)
     torch.testing.assert_close(compiled, eager)
     expected, found = (torch.autograd.grad(y.square().sum(), parameters) for y in (eager, compiled))
     torch.testing.assert_close(found, expected)

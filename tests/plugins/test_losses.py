@@ -333,9 +333,10 @@ def test_global_aux_of_a_recomputed_forward_is_the_same(reentrant):
     torch.testing.assert_close(recomputed, gradients(lambda layer: layer))
 
 
-def test_global_aux_of_a_compiled_layer_is_the_same():
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.long)])
+def test_global_aux_of_a_compiled_layer_is_the_same(backend):
     torch._dynamo.reset()
-    compiled = gradients(lambda layer: torch.compile(layer, fullgraph=True, backend="eager"))
+    compiled = gradients(lambda layer: torch.compile(layer, fullgraph=True, backend=backend))
     torch.testing.assert_close(compiled, gradients(lambda layer: layer))
 
 
@@ -554,10 +555,11 @@ ALL = [
 ]
 
 
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.long)])
 @pytest.mark.parametrize(
     "router", ["topk", *(pytest.param(name, marks=pytest.mark.long) for name in ("sigmoid_topk", "hierarchical"))]
 )
-def test_every_loss_compiles_and_leaves_padding_out(router):
+def test_every_loss_compiles_and_leaves_padding_out(router, backend):
     """One graph, the same gradients; what stands at padding changes nothing."""
     x, mask = torch.randn(2, 7, 6), torch.arange(7) < torch.tensor([[7], [4]])
     noise = torch.where(mask[..., None], 0.0, 100.0)
@@ -568,7 +570,7 @@ def test_every_loss_compiles_and_leaves_padding_out(router):
         layer = engine.moe(6, 8)
         if compiled:
             torch._dynamo.reset()
-            layer.compile(fullgraph=True, backend="eager")
+            layer.compile(fullgraph=True, backend=backend)
         (layer(x, mask).square().mean() + engine.aux_loss()).backward()
         return [p.grad for p in layer.parameters()], layer.sums.step.grad
 
