@@ -168,9 +168,12 @@ def _problem(summary: Any, records: list[Any], config: dict[str, Any]) -> str | 
 
 def is_config(config: dict[str, Any]) -> bool:
     """Whether a table has the shape of a run's config.toml."""
-    run = config.get("run", {})
-    plugins = run.get("plugins", []) if isinstance(run, dict) else None
-    return isinstance(plugins, list) and all(isinstance(name, str) for name in plugins)
+    run, options = config.get("run", {}), config.get("plugins", {})
+    if not isinstance(run, dict) or not isinstance(options, dict):
+        return False
+    plugins = run.get("plugins", [])
+    named = isinstance(plugins, list) and all(isinstance(name, str) for name in plugins)
+    return named and all(isinstance(of_plugin, dict) for of_plugin in options.values())
 
 
 def _objects(values: Any) -> bool:

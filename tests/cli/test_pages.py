@@ -9,6 +9,7 @@ import pytest
 
 from moe_engine.cli import main
 from sentences import check
+from support import forge
 
 BLOBS = ("--task", "blobs", "--set", "blobs.images=200", "--set", "blobs.test_images=50", "--epochs", "1")
 QUIET = ("--no-plugin", "plots,html", "--quiet")
@@ -165,3 +166,12 @@ def test_the_page_of_a_comparison_says_in_which_settings_the_runs_differ(here, c
     rows = {row[0]: row[1:] for row in cells.rows if row}
     assert rows["plugins"] == ["switch_aux", "sigmoid_topk"] and rows["switch_aux.weight"] == ["0.01", "-"]
     assert "seed" not in rows and "epochs" not in rows
+
+
+@pytest.mark.parametrize("nonsense", ["plugins = 3", "[plugins]\nsaturation = 3"])
+def test_a_config_of_another_shape_is_refused_in_a_sentence(here, call, nonsense):
+    """Whatever its checksum says."""
+    (here / "one" / "config.toml").write_text(f"{nonsense}\n[run]\n")
+    forge(here / "one")
+    code, _, err = call("compare", "one", "two", "--html", "page.html")
+    assert code == 2 and "config.toml" in err and len(err.splitlines()) == 1, err

@@ -644,3 +644,10 @@ def test_memories_survive_a_checkpoint_and_begin_anew_with_a_growth():
     twin.grow(Growth("moe", parents=(0,)))
     assert math.isnan(measured(twin, copy)["churn"])
     assert len(measured(twin, copy)["router_saturation_curve"]) == 1
+
+
+def test_where_every_token_goes_to_every_expert_nothing_is_routed():
+    """Which K = E does not mean: a router may choose fewer."""
+    every, fewer = (Health().judge(torch.full((4,), load), 4, 100) for load in (100.0, 60.0))
+    assert (every.name, fewer.name) == ("healthy", "healthy")
+    assert "all 4 experts, so nothing is routed" in every.why and "nothing is routed" not in fewer.why
